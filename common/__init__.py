@@ -1,0 +1,1 @@
+"""The ground floor: a module lives here only while two steps need it."""

@@ -1,0 +1,91 @@
+"""Weighted mixtures of sample sets, drawn the same way for every (seed, epoch, index) (Tables 11 and 12).
+
+A sample set has `__len__()` and `sample(index, rng) -> dict`. It raises `Unreadable` for one bad sample.
+"""
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import numpy as np
+from torch.utils.data import Dataset, default_collate
+
+
+class Unreadable(ValueError):
+    """One sample cannot be read. It is counted, reported by id and replaced by another draw."""
+
+    def __init__(self, id: str, reason: str) -> None:
+        super().__init__(f"{id}: {reason}")
+        self.id, self.reason = id, reason
+
+    def __reduce__(self) -> tuple:
+        return type(self), (self.id, self.reason)
+
+
+class SampleSet(Protocol):
+    """What the loop draws from."""
+
+    def __len__(self) -> int: ...
+
+    def sample(self, index: int, rng: np.random.Generator) -> dict[str, Any]: ...
+
+
+class Mixture:
+    """Several sample sets behind one: every draw picks a set by weight, then one of its samples uniformly."""
+
+    def __init__(self, sets: Mapping[str, SampleSet], weights: Mapping[str, float], length: int | None = None) -> None:
+        unknown = set(weights) - set(sets)
+        if unknown:
+            raise ValueError(f"mixture weights name sets that are not there: {sorted(unknown)}; sets: {sorted(sets)}")
+        self.names = [name for name in sets if weights.get(name, 0) > 0]
+        empty = [name for name in self.names if not len(sets[name])]
+        if empty or not self.names:
+            raise ValueError(f"mixture has nothing to draw from: {'empty sets ' + str(empty) if empty else 'all weights are zero'}")
+        self.sets = [sets[name] for name in self.names]
+        total = sum(weights[name] for name in self.names)
+        self.shares = np.array([weights[name] / total for name in self.names])
+        self.length = length or sum(map(len, self.sets))
+
+    def __len__(self) -> int:
+        return self.length
+
+    def sample(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
+        """A random sample; `index` only tells draws apart, the generator decides."""
+        chosen = self.sets[rng.choice(len(self.sets), p=self.shares)]
+        return chosen.sample(int(rng.integers(len(chosen))), rng)
+
+
+class Draws(Dataset):
+    """The torch face of a sample set: item (epoch, index) is the same sample in every run with the same seed."""
+
+    def __init__(self, samples: SampleSet, seed: int, max_tries: int = 20) -> None:
+        self.samples, self.seed, self.max_tries = samples, seed, max_tries
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
+        """The sample, with the ids and reasons of unreadable ones that it replaces under "skipped"."""
+        epoch, index = key
+        rng = np.random.default_rng((self.seed, epoch, index))
+        skipped: list[str] = []
+        while True:
+            try:
+                return {**self.samples.sample(index, rng), "skipped": skipped}
+            except Unreadable as error:
+                skipped.append(str(error))
+                if len(skipped) >= self.max_tries:
+                    raise RuntimeError(f"{len(skipped)} unreadable samples in a row, the last: {error}") from error
+                index = int(rng.integers(len(self.samples)))
+
+
+def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
+    """Tensors and arrays stack, numbers become tensors, dictionaries recurse, everything else stays a list."""
+    def merge(values: list[Any]) -> Any:
+        if isinstance(values[0], dict):
+            return {key: merge([value[key] for value in values]) for key in values[0]}
+        if isinstance(values[0], (str, list, tuple)) or values[0] is None:
+            return values
+        return default_collate(values)
+
+    return merge(samples)
