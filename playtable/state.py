@@ -1,0 +1,108 @@
+"""What a scripted expert may know: the small privileged-state interface (DESIGN 7).
+
+`PlayTableState` reads it from this package's simulator; an adapter to the real `calvin_env` can offer the same names.
+World frame, metres, radians; Euler angles are fixed-axis xyz (roll, pitch, yaw), CALVIN's convention.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from playtable.env import PlayTable
+
+
+@dataclass(frozen=True)
+class Fixtures:
+    """Where a scene's fixtures stand. `slide_x0` is the x of the door's joint frame when the slider reads 0."""
+
+    slide_x0: float
+    drawer_x: float
+    switch_x: float
+    button: tuple[float, float, float]
+    plank_x: tuple[float, float]
+
+
+class PrivilegedState(Protocol):
+    """Everything an expert reads; it changes nothing except through actions."""
+
+    blocks: tuple[str, ...]  # "block_red", ... in the scene's order
+    fixtures: Fixtures
+
+    def tcp(self) -> tuple[np.ndarray, np.ndarray]:
+        """Measured tool centre point: position (3,), Euler angles (3,)."""
+
+    def target(self) -> tuple[np.ndarray, np.ndarray]:
+        """Commanded tool pose that the next relative action is added to: position (3,), Euler angles (3,)."""
+
+    def gripper(self) -> int:
+        """Last gripper command, -1 closes and 1 opens."""
+
+    def opening(self) -> float:
+        """Measured gripper opening, 0 to 0.08 m."""
+
+    def joint(self, name: str) -> float:
+        """Reading of "base__slide", "base__drawer", "base__button" or "base__switch" in metres, 0 to `limit(name)`."""
+
+    def limit(self, name: str) -> float:
+        """Upper end of that joint's range."""
+
+    def light(self, name: str) -> int:
+        """1 where "lightbulb" or "led" is on, else 0."""
+
+    def block(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """A block's centre (3,) and rotation matrix (3, 3), columns are its axes."""
+
+    def size(self, name: str) -> np.ndarray:
+        """A block's full edge lengths (3,) along its own axes."""
+
+    def touching(self, name: str) -> frozenset[str]:
+        """What a block touches now: "robot", other blocks' names, or the table's links, for instance
+        "base_link", "plank_link", "drawer_link", "slide_link"."""
+
+
+class PlayTableState:
+    """`PrivilegedState` of a `PlayTable`; it holds no copy and always reads the present moment."""
+
+    def __init__(self, env: PlayTable) -> None:
+        self._env = env
+
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        return self._env.scene.block_names
+
+    @property
+    def fixtures(self) -> Fixtures:
+        return self._env.scene.fixtures
+
+    def tcp(self) -> tuple[np.ndarray, np.ndarray]:
+        return self._env.tcp_pose()
+
+    def target(self) -> tuple[np.ndarray, np.ndarray]:
+        return self._env.target_pose()
+
+    def gripper(self) -> int:
+        return self._env.gripper_command
+
+    def opening(self) -> float:
+        return self._env.gripper_opening()
+
+    def joint(self, name: str) -> float:
+        return self._env.joint_reading(name)
+
+    def limit(self, name: str) -> float:
+        return self._env.scene.limits[name]
+
+    def light(self, name: str) -> int:
+        return self._env.lights[name]
+
+    def block(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        return self._env.block_pose(name)
+
+    def size(self, name: str) -> np.ndarray:
+        return np.array(self._env.scene.sizes[name])
+
+    def touching(self, name: str) -> frozenset[str]:
+        return self._env.touching(name)
