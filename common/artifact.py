@@ -1,0 +1,157 @@
+"""How the steps hand each other models: a folder with weights, the config that builds them, and where they came from.
+
+    weights.safetensors   own parameters and buffers (a model may own its files through save_weights / load_weights)
+    config.yaml           the resolved subtree that builds the model; "${here}" stands for the folder itself
+    meta.json             {"format": 1, "kind", "git", "step", "parents": {name: sha256}, "stats"}
+"""
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+FORMAT = 1
+KINDS = {"gfdm": "step1_gfdm", "gidm": "step2_gidm", "defi": "step3_defi"}
+HERE = "${here}"
+
+
+class ArtifactError(ValueError):
+    """An artifact that is missing, of another kind, or does not fit its own config."""
+
+
+def save(model: nn.Module, folder: str | Path, *, kind: str, config: dict[str, Any], step: int = 0,
+         parents: dict[str, str] | None = None, stats: dict[str, Any] | None = None) -> Path:
+    """Write an artifact beside its place, then rename its files into it. Other files of the folder stay."""
+    if kind not in KINDS:
+        raise ArtifactError(f"unknown kind {kind!r}; kinds: {sorted(KINDS)}")
+    folder = Path(folder)
+    beside = folder / f".artifact.{os.getpid()}"
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    try:
+        if hasattr(model, "save_weights"):
+            model.save_weights(beside)
+        else:
+            save_file({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}, beside / "weights.safetensors")
+        (beside / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+        record = {"format": FORMAT, "kind": kind, "git": _git_commit(), "step": step, "parents": parents or {}, "stats": stats or {}}
+        (beside / "meta.json").write_text(json.dumps(record, indent=2) + "\n")
+        # meta.json moves last: a folder with it is whole
+        for item in sorted(beside.iterdir(), key=lambda p: p.name == "meta.json"):
+            target = folder / item.name
+            if target.is_dir():
+                shutil.rmtree(target)
+            os.replace(item, target)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return folder
+
+
+def load(path: str | Path, kind: str, overrides: dict[str, Any] | None = None) -> nn.Module:
+    """Build the model from its own config, load its weights with strict keys, and return it in eval mode."""
+    folder = Path(path)
+    meta(folder, kind)
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    _check_targets(config, folder)
+    for key, value in (overrides or {}).items():
+        node = config
+        *parents, last = key.split(".")
+        for part in parents:
+            node = node.get(part) if isinstance(node, dict) else None
+        if not isinstance(node, dict) or last not in node:
+            raise ArtifactError(f"{folder}: override {key!r} names no key of its config")
+        node[last] = value
+    try:
+        model = instantiate(_place(config, folder))
+    except InstantiationException as error:
+        raise ArtifactError(f"{folder}: its config does not build: {error}") from error
+    load_weights(model, folder)
+    return model.eval()
+
+
+def load_weights(model: nn.Module, folder: str | Path) -> None:
+    """Load an artifact's weights into a built model, keys strict."""
+    folder = Path(folder)
+    if hasattr(model, "load_weights"):
+        model.load_weights(folder)
+        return
+    file = folder / "weights.safetensors"
+    if not file.is_file():
+        raise ArtifactError(f"{folder}: weights.safetensors is missing")
+    try:
+        state = load_file(file)
+    except SafetensorError as error:
+        raise ArtifactError(f"{file}: not readable ({error})") from error
+    own = model.state_dict()
+    missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    shapes = sorted(k for k in own.keys() & state.keys() if own[k].shape != state[k].shape)
+    if missing or unexpected or shapes:
+        raise ArtifactError(f"{file} does not fit its config: missing {missing[:10]}, unexpected {unexpected[:10]}, other shapes {shapes[:10]}")
+    model.load_state_dict(state)
+
+
+def meta(path: str | Path, kind: str | None = None) -> dict[str, Any]:
+    """The folder's meta.json, checked for format and kind."""
+    file = Path(path) / "meta.json"
+    if not file.is_file():
+        maker = {"gfdm": "scripts/step1_train_svd.sh", "gidm": "scripts/step2_train_gidm.sh", "defi": "scripts/step3_train_calvin.sh"}
+        hint = f"; make one with {maker[kind]} name={Path(path).name}" if kind in maker else ""
+        raise ArtifactError(f"{path}: no artifact here (meta.json is missing){hint}")
+    record = json.loads(file.read_text())
+    if record.get("format") != FORMAT:
+        raise ArtifactError(f"{path}: artifact format {record.get('format')}, this code reads {FORMAT}")
+    if kind is not None and record.get("kind") != kind:
+        raise ArtifactError(f"{path}: this is a {record.get('kind')!r} artifact, a {kind!r} artifact is needed")
+    return record
+
+
+def sha256(path: str | Path) -> str:
+    """One hash over an artifact's weight files and config, names included: the identity that children record."""
+    folder = Path(path)
+    meta(folder)
+    digest = hashlib.sha256()
+    files = [f for f in folder.rglob("*.safetensors") if "resume" not in f.relative_to(folder).parts]
+    for file in sorted(files) + [folder / "config.yaml"]:
+        digest.update(file.relative_to(folder).as_posix().encode())
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def _check_targets(config: Any, folder: Path) -> None:
+    """A loaded config may only build classes of our rooms: it comes from outside."""
+    if isinstance(config, dict):
+        target = config.get("_target_")
+        if target is not None and str(target).split(".")[0] not in {"common", *KINDS.values()}:
+            raise ArtifactError(f"{folder}: its config builds {target!r}, which is not a class of this project")
+        for value in config.values():
+            _check_targets(value, folder)
+    elif isinstance(config, list):
+        for value in config:
+            _check_targets(value, folder)
+
+
+def _place(config: Any, folder: Path) -> Any:
+    if isinstance(config, dict):
+        return {key: _place(value, folder) for key, value in config.items()}
+    if isinstance(config, list):
+        return [_place(value, folder) for value in config]
+    return str(folder) if config == HERE else config
+
+
+def _git_commit() -> str:
+    root = Path(__file__).resolve().parents[1]
+    done = subprocess.run(["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"

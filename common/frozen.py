@@ -1,0 +1,163 @@
+"""Frozen foundation models: CLIP and T5 text encoders, DINOv2, and the wrapper that keeps them frozen (Sec. 3.1-3.3).
+
+A path is a local folder in the hub's own format or a hub id; `tiny` stand-ins are folders of the same kind.
+"""
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoTokenizer, CLIPTextModelWithProjection, T5EncoderModel
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class MissingWeights(FileNotFoundError):
+    """Third-party weights are not where the configuration says."""
+
+
+def require(path: str | Path, what: str) -> str:
+    """`path` if it is a folder or looks like a hub id, else one line that says what to fetch and how."""
+    path = str(path)
+    if Path(path).is_dir():
+        return path
+    local = os.path.isabs(path) or path.startswith((".", "ckpts")) or path.count("/") != 1
+    if local:
+        hint = f"python -m common.standins out={Path(path).parent}" if "tiny" in path else f"bash scripts/download_ckpts.sh {Path(path).name}"
+        raise MissingWeights(f"{what} not found in {path}; fetch it with: {hint}")
+    return path
+
+
+class Frozen(nn.Module):
+    """Holds a module that must never train: no gradients, always eval, absent from state_dict and parameters().
+
+    The module is kept out of torch's registry, so optimizers, DDP, FSDP and checkpoints never see it; `.to()` reaches it.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["module"] = module.eval().requires_grad_(False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Frozen:
+        self.module._apply(fn, recurse)
+        return super()._apply(fn, recurse)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.module.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.module.parameters()).dtype
+
+    @torch.no_grad()
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **kwargs)
+
+
+class _TextEncoder(Frozen):
+    """Encodes sentences once and keeps what it saw on the CPU: instruction sets are small and repeat."""
+
+    def __init__(self, module: nn.Module, tokenizer: Any) -> None:
+        super().__init__(module)
+        self.tokenizer = tokenizer
+        self.cache: dict[str, Any] = {}
+
+    def _encode(self, texts: list[str]) -> list[Any]:
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def _recall(self, texts: list[str]) -> list[Any]:
+        new = sorted(set(texts) - self.cache.keys())
+        if new:
+            self.cache.update(zip(new, self._encode(new)))
+        return [self.cache[text] for text in texts]
+
+
+class ClipText(_TextEncoder):
+    """CLIP's text tower, `length` tokens padded and cut (VPP uses 20)."""
+
+    def __init__(self, module: CLIPTextModelWithProjection, tokenizer: Any, length: int) -> None:
+        super().__init__(module, tokenizer)
+        self.length = length
+        self.dim = module.config.hidden_size
+        self.pooled_dim = module.config.projection_dim
+
+    def _encode(self, texts: list[str]) -> list[tuple[Tensor, Tensor]]:
+        tokens = self.tokenizer(texts, padding="max_length", max_length=self.length, truncation=True, return_tensors="pt")
+        out = self.module(**{k: tokens[k].to(self.device) for k in ("input_ids", "attention_mask")})
+        return list(zip(out.last_hidden_state.float().cpu(), out.text_embeds.float().cpu()))
+
+    def forward(self, texts: list[str]) -> Tensor:
+        """B strings -> (B, length, dim) last hidden states after the final norm, BOS, EOT and padding included."""
+        return torch.stack([tokens for tokens, _ in self._recall(texts)]).to(self.device)
+
+    def pooled(self, texts: list[str]) -> Tensor:
+        """B strings -> (B, pooled_dim) projected EOT feature, not normalised."""
+        return torch.stack([pooled for _, pooled in self._recall(texts)]).to(self.device)
+
+
+class T5Text(_TextEncoder):
+    """T5's encoder, padded to the longest sentence of the batch."""
+
+    def __init__(self, module: T5EncoderModel, tokenizer: Any) -> None:
+        super().__init__(module, tokenizer)
+        self.dim = module.config.d_model
+
+    def _encode(self, texts: list[str]) -> list[Tensor]:
+        tokens = self.tokenizer(texts, padding=True, return_tensors="pt")
+        mask = tokens["attention_mask"].bool()
+        out = self.module(input_ids=tokens["input_ids"].to(self.device), attention_mask=mask.to(self.device))
+        return [hidden[keep].float().cpu() for hidden, keep in zip(out.last_hidden_state, mask)]
+
+    def forward(self, texts: list[str]) -> tuple[Tensor, Tensor]:
+        """B strings -> tokens (B, L, dim), zero where padded, and mask (B, L) with True where a token counts."""
+        rows = self._recall(texts)
+        tokens = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        lengths = torch.tensor([len(row) for row in rows])
+        mask = torch.arange(tokens.shape[1])[None] < lengths[:, None]
+        return tokens.to(self.device), mask.to(self.device)
+
+
+class DinoV2(Frozen):
+    """DINOv2's patch tokens after the final norm, class and register tokens dropped."""
+
+    def __init__(self, module: nn.Module, image_size: int) -> None:
+        super().__init__(module)
+        self.image_size, self.dim = image_size, module.num_features
+        self.grid: tuple[int, int] = tuple(module.patch_embed.grid_size)
+        self.num_tokens = self.grid[0] * self.grid[1]
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) in [0, 1], resized to the encoder's size -> (B, num_tokens, dim)."""
+        if images.shape[-2:] != (self.image_size, self.image_size):
+            images = F.interpolate(images, (self.image_size, self.image_size), mode="bilinear", antialias=True, align_corners=False)
+        mean, std = (torch.tensor(c, device=images.device, dtype=images.dtype).view(3, 1, 1) for c in (IMAGENET_MEAN, IMAGENET_STD))
+        tokens = self.module.forward_features(((images - mean) / std).to(self.dtype))
+        return tokens[:, self.module.num_prefix_tokens:].float()
+
+
+def clip_text(path: str | Path, max_length: int = 20) -> ClipText:
+    """Load a CLIP text tower (the paper's f_text; VPP and the release use openai/clip-vit-base-patch32)."""
+    path = require(path, "CLIP text encoder")
+    return ClipText(CLIPTextModelWithProjection.from_pretrained(path), AutoTokenizer.from_pretrained(path), max_length)
+
+
+def t5_text(path: str | Path) -> T5Text:
+    """Load a T5 encoder (UniVLA and the release use t5-base)."""
+    path = require(path, "T5 text encoder")
+    return T5Text(T5EncoderModel.from_pretrained(path), AutoTokenizer.from_pretrained(path))
+
+
+def dinov2(path: str | Path, image_size: int = 224) -> DinoV2:
+    """Load DINOv2 through timm: a local folder in timm's hub format, or a hub id such as timm/vit_base_patch14_reg4_dinov2.lvd142m."""
+    path = require(path, "DINOv2")
+    source = f"local-dir:{path}" if Path(path).is_dir() else f"hf-hub:{path}"
+    return DinoV2(timm.create_model(source, pretrained=True, num_classes=0, img_size=image_size), image_size)

@@ -1,0 +1,109 @@
+"""Reading, resizing and writing video: decord first, PyAV where decord cannot (AV1, odd containers)."""
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import decord
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class VideoError(ValueError):
+    """A video that cannot be read."""
+
+
+def read_frames(path: str | Path, indices: Sequence[int] | None = None) -> np.ndarray:
+    """Frames of a video as (T, H, W, 3) uint8 RGB, all of them or those at `indices`. Raises VideoError."""
+    path = _existing(path)
+    try:
+        reader = decord.VideoReader(str(path), num_threads=1)
+        count = len(reader)
+        wanted = _wanted(path, indices, count)
+        return reader.get_batch(wanted).asnumpy()
+    except (decord.DECORDError, RuntimeError):
+        frames = _decode_with_av(path)
+        return frames[_wanted(path, indices, len(frames))]
+
+
+def probe(path: str | Path) -> tuple[int, float, tuple[int, int]]:
+    """(number of frames, frames per second, (height, width)). Raises VideoError."""
+    path = _existing(path)
+    try:
+        reader = decord.VideoReader(str(path), num_threads=1)
+        return len(reader), float(reader.get_avg_fps()), tuple(reader[0].shape[:2])
+    except (decord.DECORDError, RuntimeError):
+        frames = _decode_with_av(path)
+        with av.open(str(path)) as container:
+            rate = container.streams.video[0].average_rate
+        return len(frames), float(rate or 0), frames.shape[1:3]
+
+
+def write_mp4(path: str | Path, frames: np.ndarray, fps: float, *, gop: int = 8, crf: int = 18) -> None:
+    """Write (T, H, W, 3) uint8 RGB as H.264; written beside, then renamed. A short GOP keeps random access cheap."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.stem}.{os.getpid()}.part.mp4")
+    height, width = frames.shape[1:3]
+    try:
+        with av.open(str(beside), "w") as container:
+            stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000),
+                                          options={"crf": str(crf), "g": str(gop), "preset": "veryfast"})
+            stream.width, stream.height = width - width % 2, height - height % 2
+            stream.pix_fmt = "yuv420p"
+            for image in frames:
+                frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image[:stream.height, :stream.width]), format="rgb24")
+                container.mux(stream.encode(frame))
+            container.mux(stream.encode())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def resize(frames: np.ndarray, size: int, mode: str = "squeeze") -> Tensor:
+    """(T, H, W, 3) uint8 -> (T, 3, size, size) float in [0, 1], antialiased. `squeeze` ignores the aspect ratio (VPP), `crop` cuts the centre."""
+    if mode not in ("squeeze", "crop"):
+        raise ValueError(f"unknown aspect rule {mode!r}; use squeeze or crop")
+    if mode == "crop":
+        height, width = frames.shape[1:3]
+        side = min(height, width)
+        top, left = (height - side) // 2, (width - side) // 2
+        frames = frames[:, top:top + side, left:left + side]
+    images = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2).float() / 255
+    if images.shape[-2:] == (size, size):
+        return images
+    return F.interpolate(images, (size, size), mode="bilinear", antialias=True, align_corners=False).clamp_(0, 1)
+
+
+def _existing(path: str | Path) -> Path:
+    path = Path(path)
+    if not path.is_file():
+        raise VideoError(f"{path}: no such video")
+    if not path.stat().st_size:
+        raise VideoError(f"{path}: empty file")
+    return path
+
+
+def _wanted(path: Path, indices: Sequence[int] | None, count: int) -> list[int]:
+    if not count:
+        raise VideoError(f"{path}: no frames")
+    wanted = list(range(count)) if indices is None else [int(i) for i in indices]
+    if wanted and not (0 <= min(wanted) and max(wanted) < count):
+        raise VideoError(f"{path}: frames {min(wanted)}..{max(wanted)} asked of a video of {count}")
+    return wanted
+
+
+def _decode_with_av(path: Path) -> np.ndarray:
+    try:
+        with av.open(str(path)) as container:
+            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    except (av.FFmpegError, IndexError) as error:
+        raise VideoError(f"{path}: cannot be decoded ({error})") from error
+    if not frames:
+        raise VideoError(f"{path}: no frames")
+    return np.stack(frames)
