@@ -1,0 +1,268 @@
+"""The one training loop of all three steps, over accelerate (Table 10): the only place that steps an optimizer.
+
+Batch number b of rank r is a pure function of (seed, b, r): resuming means starting the sampler at another number.
+"""
+from __future__ import annotations
+
+import logging
+import math
+import os
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import send_to_device, set_seed
+from diffusers.training_utils import EMAModel
+from torch import nn
+from torch.utils.data import DataLoader, Sampler
+from tqdm.auto import tqdm
+
+from common import optim
+from common.mixture import Draws, SampleSet, collate
+from common.tracking import Tracker
+
+log = logging.getLogger(__name__)
+VALIDATION_EPOCH = 2**31  # draws of the held-out set never meet draws of training
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss is not a number; the message names the samples of the batch."""
+
+
+class Batches(Sampler[list[tuple[int, int]]]):
+    """Batches of (epoch, index) keys for one rank, from batch number `start` to `stop`."""
+
+    def __init__(self, length: int, batch_size: int, *, seed: int, rank: int, world: int, start: int, stop: int) -> None:
+        self.length, self.batch_size, self.seed = length, batch_size, seed
+        self.rank, self.world, self.start, self.stop = rank, world, start, stop
+
+    @staticmethod
+    def per_epoch(length: int, batch_size: int, world: int) -> int:
+        """Whole batches of every rank in an epoch; a set smaller than one global batch is repeated to fill one."""
+        return max(1, length // (batch_size * world))
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        per_epoch = self.per_epoch(self.length, self.batch_size, self.world)
+        share, order, current = self.batch_size * self.world, np.empty(0, int), -1
+        for number in range(self.start, self.stop):
+            epoch, position = divmod(number, per_epoch)
+            if epoch != current:
+                order, current = np.random.default_rng((self.seed, epoch)).permutation(self.length), epoch
+                order = np.resize(order, max(self.length, share))
+            mine = order[position * share:(position + 1) * share][self.rank::self.world]
+            yield [(epoch, int(index)) for index in mine]
+
+
+class Progress:
+    """Where a run stands, saved with accelerate's state."""
+
+    def __init__(self, plan: dict[str, Any]) -> None:
+        self.step, self.skipped, self.drawn, self.plan = 0, 0, 0, plan
+
+    def state_dict(self) -> dict[str, Any]:
+        return vars(self).copy()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        other = {k: (state["plan"].get(k), v) for k, v in self.plan.items() if state["plan"].get(k) != v}
+        if other:
+            raise ValueError(f"resume state belongs to another run (then, now): {other}; choose another name= or delete its resume folder")
+        self.step, self.skipped, self.drawn = state["step"], state["skipped"], state["drawn"]
+
+
+class Loop:
+    """Trains a model whose forward returns {"loss": scalar, **metrics} on a sample set.
+
+    `batch_size` is per process. `max_steps` counts optimizer steps and wins over `epochs`. `precision` is accelerate's
+    ("no", "bf16", "fp16"). `ema_decay` keeps an exponential moving average of what trains; validation and the returned
+    model use it. A run that was stopped goes on from `output_dir/resume` with the same result as an unbroken one.
+    """
+
+    def __init__(self, *, output_dir: str, seed: int = 0, epochs: int | None = None, max_steps: int | None = None,
+                 batch_size: int, accumulate: int = 1, optimizer: dict[str, Any], schedule: str = "constant_with_warmup",
+                 warmup_steps: int = 0, max_grad_norm: float | None = 1.0, precision: str = "no", ema_decay: float | None = None,
+                 num_workers: int = 0, log_every: int = 10, eval_every: int | None = None, eval_batches: int = 16,
+                 save_every: int | None = None, compile: bool = False, max_bad_share: float = 0.05,
+                 wandb: dict[str, Any] | None = None) -> None:
+        if epochs is None and max_steps is None:
+            raise ValueError("a loop needs epochs or max_steps")
+        self.output_dir, self.seed, self.epochs, self.max_steps = Path(output_dir), seed, epochs, max_steps
+        self.batch_size, self.accumulate, self.optimizer = batch_size, accumulate, dict(optimizer)
+        self.schedule, self.warmup_steps, self.max_grad_norm = schedule, warmup_steps, max_grad_norm
+        self.precision, self.ema_decay, self.num_workers = precision, ema_decay, num_workers
+        self.log_every, self.eval_every, self.eval_batches, self.save_every = log_every, eval_every, eval_batches, save_every
+        self.compile, self.max_bad_share, self.wandb = compile, max_bad_share, wandb
+        self.step = 0
+        self._stop_asked = False
+
+    def fit(self, model: nn.Module, train_set: SampleSet, val_set: SampleSet | None = None) -> nn.Module:
+        """Train to the end and return the unwrapped model, with EMA weights where EMA is on."""
+        self.accelerator = Accelerator(mixed_precision=self.precision, gradient_accumulation_steps=1)
+        set_seed(self.seed, device_specific=self.accelerator.num_processes > 1)
+        world, per_epoch = self.accelerator.num_processes, Batches.per_epoch(len(train_set), self.batch_size, self.accelerator.num_processes)
+        total = self.max_steps or max(1, math.ceil(self.epochs * per_epoch / self.accumulate))
+        plan = {"seed": self.seed, "batch_size": self.batch_size, "accumulate": self.accumulate, "world": world,
+                "samples": len(train_set), "total": total}
+        raw_optimizer, scheduler = optim.build(model, **self.optimizer, schedule=self.schedule,
+                                               warmup_steps=self.warmup_steps, total_steps=total)
+        model.to(self.accelerator.device)
+        wrapped, optimizer = self.accelerator.prepare(torch.compile(model) if self.compile else model, raw_optimizer)
+        self.progress = Progress(plan)
+        self.trained = [p for p in model.parameters() if p.requires_grad]
+        self.ema = EMAModel(self.trained, decay=self.ema_decay, use_ema_warmup=True, power=0.75, foreach=True) if self.ema_decay else None
+        self.accelerator.register_for_checkpointing(*filter(None, (self.progress, scheduler, self.ema)))
+        self._resume()
+        tracker = Tracker(self.output_dir, self.progress.step, self.wandb) if self.accelerator.is_main_process else None
+        previous = signal.signal(signal.SIGTERM, self._on_sigterm)
+        try:
+            self._run(model, wrapped, optimizer, scheduler, train_set, val_set, tracker)
+        finally:
+            signal.signal(signal.SIGTERM, previous)
+            if tracker:
+                tracker.close()
+        if self.ema:
+            self.ema.copy_to(self.trained)
+        self.step = self.progress.step
+        return model.eval()
+
+    def _run(self, model: nn.Module, wrapped: nn.Module, optimizer: Any, scheduler: Any, train_set: SampleSet,
+             val_set: SampleSet | None, tracker: Tracker | None) -> None:
+        total, progress = self.progress.plan["total"], self.progress
+        batches = iter(self._loader(train_set, progress.step * self.accumulate, total * self.accumulate))
+        bar = tqdm(total=total, initial=progress.step, desc=self.output_dir.name, disable=not self.accelerator.is_main_process, mininterval=1.0)
+        sums, since, clock = {}, 0, time.perf_counter()
+        wrapped.train()
+        while progress.step < total:
+            for metrics in self._accumulated(wrapped, batches):
+                for key, value in metrics.items():
+                    sums[key] = sums.get(key, 0) + value.detach().float() / self.accumulate
+            norm = self.accelerator.clip_grad_norm_(self.trained, self.max_grad_norm) if self.max_grad_norm else None
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+            if self.ema:
+                self.ema.step(self.trained)
+            progress.step, since = progress.step + 1, since + 1
+            extra = model.on_step(progress.step, self.accelerator) if hasattr(model, "on_step") else None
+            bar.update()
+            if progress.step % self.log_every == 0 or progress.step == total:
+                row = {f"train/{k}": float(v) / since for k, v in self._mean(sums).items()}
+                row |= {f"train/{k}": float(v) for k, v in (extra or {}).items()}
+                row |= {"lr": scheduler.get_last_lr()[0], "steps_per_second": since / (time.perf_counter() - clock),
+                        "data/skipped": progress.skipped} | ({"grad_norm": float(norm)} if norm is not None else {})
+                bar.set_postfix(loss=f"{row['train/loss']:.4f}")
+                if tracker:
+                    tracker.log(progress.step, row)
+                sums, since, clock = {}, 0, time.perf_counter()
+            if val_set is not None and self.eval_every and (progress.step % self.eval_every == 0 or progress.step == total):
+                row = self._validate(wrapped, val_set)
+                if tracker:
+                    tracker.log(progress.step, row)
+            stop = self._everyone_stops()
+            if stop or progress.step == total or (self.save_every and progress.step % self.save_every == 0):
+                self._save()
+            if stop and progress.step < total:
+                bar.close()
+                log.warning("SIGTERM: saved at step %d in %s; run the same command to go on", progress.step, self.output_dir / "resume")
+                raise SystemExit(128 + signal.SIGTERM)
+        bar.close()
+
+    def _accumulated(self, wrapped: nn.Module, batches: Iterator[dict]) -> Iterator[dict[str, torch.Tensor]]:
+        """Forward and backward over the micro-batches of one optimizer step."""
+        for micro in range(self.accumulate):
+            batch = self._take(batches)
+            quiet = self.accelerator.no_sync(wrapped) if micro + 1 < self.accumulate else self.accelerator.autocast()
+            with quiet:
+                metrics = wrapped(batch)
+            if not torch.isfinite(metrics["loss"]).all():
+                raise NonFiniteLoss(f"loss is {metrics['loss'].item()} at step {self.progress.step + 1}; samples: {', '.join(map(str, batch['id']))}")
+            self.accelerator.backward(metrics["loss"] / self.accumulate)
+            yield metrics
+
+    def _take(self, batches: Iterator[dict]) -> dict[str, Any]:
+        batch = next(batches)
+        skipped = [line for lines in batch.pop("skipped") for line in lines]
+        progress = self.progress
+        progress.skipped += len(skipped)
+        progress.drawn += len(batch["id"]) + len(skipped)
+        for line in skipped:
+            log.warning("unreadable sample replaced: %s", line)
+        if progress.skipped > max(10, self.max_bad_share * progress.drawn):
+            raise RuntimeError(f"{progress.skipped} of {progress.drawn} samples were unreadable, more than "
+                               f"{self.max_bad_share:.0%}; the last: {skipped[-1] if skipped else '(earlier)'}")
+        return send_to_device(batch, self.accelerator.device)
+
+    def _loader(self, samples: SampleSet, start: int, stop: int) -> DataLoader:
+        sampler = Batches(len(samples), self.batch_size, seed=self.seed, rank=self.accelerator.process_index,
+                          world=self.accelerator.num_processes, start=start, stop=stop)
+        # its own generator: an iterator's base seed would otherwise advance the model's noise at every resume
+        return DataLoader(Draws(samples, self.seed), batch_sampler=sampler, collate_fn=collate, num_workers=self.num_workers,
+                          generator=torch.Generator().manual_seed(self.seed), pin_memory=self.accelerator.device.type == "cuda", prefetch_factor=4 if self.num_workers else None)
+
+    @torch.no_grad()
+    def _validate(self, wrapped: nn.Module, val_set: SampleSet) -> dict[str, float]:
+        """Mean metrics over fixed held-out batches with fixed noise and EMA weights; training's generators stay untouched."""
+        keys = [(VALIDATION_EPOCH, i) for i in range(len(val_set))][self.accelerator.process_index::self.accelerator.num_processes]
+        chunks = [keys[i:i + self.batch_size] for i in range(0, len(keys), self.batch_size)][:self.eval_batches]
+        loader = DataLoader(Draws(val_set, self.seed), batch_sampler=chunks, collate_fn=collate, num_workers=self.num_workers)
+        if self.ema:
+            self.ema.store(self.trained)
+            self.ema.copy_to(self.trained)
+        wrapped.eval()
+        sums: dict[str, Any] = {}
+        devices = [self.accelerator.device] if self.accelerator.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(self.seed)
+            for batch in loader:
+                batch.pop("skipped")
+                with self.accelerator.autocast():
+                    metrics = wrapped(send_to_device(batch, self.accelerator.device))
+                for key, value in metrics.items():
+                    sums[key] = sums.get(key, 0) + value.detach().float() / len(chunks)
+        wrapped.train()
+        if self.ema:
+            self.ema.restore(self.trained)
+        return {f"val/{k}": float(v) for k, v in self._mean(sums).items()}
+
+    def _mean(self, sums: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {k: self.accelerator.reduce(v, reduction="mean") for k, v in sums.items()}
+
+    def _on_sigterm(self, *_: Any) -> None:
+        self._stop_asked = True
+
+    def _everyone_stops(self) -> bool:
+        if self.accelerator.num_processes == 1:
+            return self._stop_asked
+        flag = torch.tensor(float(self._stop_asked), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(flag, reduction="sum") > 0)
+
+    def _save(self) -> None:
+        """Write the resume state beside, then rename it: a killed save leaves the former one."""
+        root = self.output_dir / "resume"
+        part, done = root / "part", root / f"step_{self.progress.step:08d}"
+        if self.accelerator.is_main_process:
+            shutil.rmtree(part, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self.accelerator.save_state(str(part))
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            shutil.rmtree(done, ignore_errors=True)
+            os.replace(part, done)
+            for old in root.glob("step_*"):
+                if old != done:
+                    shutil.rmtree(old)
+        self.accelerator.wait_for_everyone()
+
+    def _resume(self) -> None:
+        states = sorted((self.output_dir / "resume").glob("step_*"))
+        if states:
+            self.accelerator.load_state(str(states[-1]))
+            log.info("resumed %s at step %d", self.output_dir, self.progress.step)

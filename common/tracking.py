@@ -1,0 +1,63 @@
+"""Where metrics go: metrics.jsonl always, wandb when it is logged in or asked for."""
+from __future__ import annotations
+
+import json
+import netrc
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import wandb
+
+
+class Tracker:
+    """Rank zero's sink. Lines of steps that a resumed run will repeat are cut from metrics.jsonl first."""
+
+    def __init__(self, folder: Path, step: int, options: dict[str, Any] | None = None) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = folder / "metrics.jsonl"
+        if file.exists():
+            kept = [line for line in file.read_text().splitlines() if _step_of(line) <= step]
+            beside = file.with_suffix(".part")
+            beside.write_text("".join(line + "\n" for line in kept))
+            os.replace(beside, file)
+        self.stream = file.open("a")
+        self.run = None
+        options = dict(options or {})
+        mode = options.pop("mode", "auto")
+        if mode not in ("auto", "online", "offline", "disabled"):
+            raise ValueError(f"wandb.mode is {mode!r}; use auto, online, offline or disabled")
+        if mode == "auto":
+            mode = "online" if logged_in() else "disabled"
+        if mode != "disabled":
+            self.run = wandb.init(mode=mode, name=folder.name, dir=str(folder), resume="allow", **options)
+
+    def log(self, step: int, row: dict[str, float]) -> None:
+        """Append one line and flush it."""
+        self.stream.write(json.dumps({"step": step, "time": round(time.time(), 2), **row}) + "\n")
+        self.stream.flush()
+        if self.run:
+            self.run.log(row, step=step)
+
+    def close(self) -> None:
+        self.stream.close()
+        if self.run:
+            self.run.finish()
+
+
+def logged_in() -> bool:
+    """A wandb key is in the environment or in ~/.netrc."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    try:
+        return netrc.netrc().authenticators("api.wandb.ai") is not None
+    except (FileNotFoundError, netrc.NetrcParseError):
+        return False
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (json.JSONDecodeError, KeyError):
+        return float("inf")  # a torn last line

@@ -1,0 +1,149 @@
+"""The loop: resume equals straight run, the schedule drives the optimizer in use, EMA is used, bad losses name samples."""
+from __future__ import annotations
+
+import json
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from common.loop import Batches, Loop, NonFiniteLoss
+from common.mixture import Mixture, Unreadable
+
+
+class Line:
+    """y = 3x with a dropout-sensitive model; sample 7 can be made poisonous or unreadable."""
+
+    def __init__(self, length: int = 40, poison: int | None = None, unreadable: set[int] = frozenset()) -> None:
+        self.length, self.poison, self.unreadable = length, poison, unreadable
+
+    def __len__(self) -> int:
+        return self.length
+
+    def sample(self, index: int, rng: np.random.Generator) -> dict:
+        if index in self.unreadable:
+            raise Unreadable(f"line/{index}", "torn")
+        x = np.float32(rng.normal())
+        return {"id": f"line/{index}", "x": torch.tensor([float("nan") if index == self.poison else x]), "y": torch.tensor([3 * x])}
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(1, 16), nn.Tanh(), nn.Dropout(0.2), nn.Linear(16, 1))
+
+    def forward(self, batch: dict) -> dict:
+        noise = torch.randn_like(batch["x"]) * 0.01
+        loss = (self.net(batch["x"] + noise) - batch["y"]).square().mean()
+        return {"loss": loss, "error": loss.sqrt()}
+
+
+def make(folder, **changes) -> Loop:
+    options = dict(output_dir=str(folder), seed=1, max_steps=12, batch_size=4, optimizer={"lr": 1e-2, "weight_decay": 1e-2},
+                   schedule="cosine", warmup_steps=3, ema_decay=0.9, save_every=4, log_every=2)
+    return Loop(**(options | changes))
+
+
+class Killed(Exception):
+    pass
+
+
+class Dies(Net):
+    """Breaks off after a given optimizer step, as a kill would."""
+
+    last = 7
+
+    def on_step(self, step: int, accelerator) -> None:
+        if step == self.last:
+            raise Killed
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_resumed_run_equals_straight_run_bit_for_bit(tmp_path, accumulate):
+    straight = make(tmp_path / "a", accumulate=accumulate).fit(Net(), Line())
+    with pytest.raises(Killed):
+        make(tmp_path / "b", accumulate=accumulate).fit(Dies(), Line())
+    torch.manual_seed(99)
+    resumed = make(tmp_path / "b", accumulate=accumulate).fit(Net(), Line())
+    for a, b in zip(straight.parameters(), resumed.parameters()):
+        assert torch.equal(a, b)
+    rows = [[{k: v for k, v in json.loads(line).items() if k not in ("time", "steps_per_second")} for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
+            for run in "ab"]
+    assert [r["step"] for r in rows[1]] == [2, 4, 6, 8, 10, 12]
+    assert rows[0] == rows[1]
+
+
+def test_sigterm_saves_and_the_next_run_goes_on(tmp_path):
+    class Signalled(Net):
+        def on_step(self, step, accelerator):
+            if step == 5:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(SystemExit) as stop:
+        make(tmp_path / "b", save_every=None).fit(Signalled(), Line())
+    assert stop.value.code == 143 and (tmp_path / "b/resume/step_00000005").is_dir()
+    resumed = make(tmp_path / "b", save_every=None).fit(Net(), Line())
+    straight = make(tmp_path / "a", save_every=None).fit(Net(), Line())
+    assert all(torch.equal(a, b) for a, b in zip(straight.parameters(), resumed.parameters()))
+
+
+def test_schedule_drives_the_optimizer_in_use(tmp_path):
+    """With a rate of zero after warm-up the weights must stand still; VPP's orphan schedule would keep training."""
+    model = Net()
+    before = [p.clone() for p in model.parameters()]
+    make(tmp_path, schedule="linear", warmup_steps=10**9, ema_decay=None, max_steps=4).fit(model, Line())
+    moved = max((a - b).abs().max().item() for a, b in zip(before, model.parameters()))
+    assert moved < 1e-9
+
+
+def test_ema_is_what_comes_back(tmp_path):
+    raw = make(tmp_path / "raw", ema_decay=None).fit(Net(), Line())
+    ema = make(tmp_path / "ema", ema_decay=0.9).fit(Net(), Line())
+    assert any(not torch.equal(a, b) for a, b in zip(raw.parameters(), ema.parameters()))
+
+
+def test_validation_does_not_disturb_training(tmp_path):
+    with_val = make(tmp_path / "a", eval_every=3).fit(Net(), Line(), Line(8))
+    without = make(tmp_path / "b").fit(Net(), Line())
+    assert all(torch.equal(a, b) for a, b in zip(with_val.parameters(), without.parameters()))
+    assert any("val/loss" in line for line in (tmp_path / "a/metrics.jsonl").read_text().splitlines())
+
+
+def test_non_finite_loss_stops_and_names_the_samples(tmp_path):
+    with pytest.raises(NonFiniteLoss, match="line/7"):
+        make(tmp_path, max_steps=40).fit(Net(), Line(poison=7))
+
+
+def test_unreadable_samples_are_counted_and_too_many_stop_the_run(tmp_path):
+    make(tmp_path / "few", max_steps=10, max_bad_share=0.5).fit(Net(), Line(unreadable={3}))
+    last = json.loads((tmp_path / "few/metrics.jsonl").read_text().splitlines()[-1])
+    assert last["data/skipped"] == 1
+    with pytest.raises(RuntimeError, match="unreadable"):
+        make(tmp_path / "many", max_steps=40).fit(Net(), Line(unreadable=set(range(20))))
+
+
+def test_state_of_another_run_is_refused(tmp_path):
+    make(tmp_path).fit(Net(), Line())
+    with pytest.raises(ValueError, match="another run"):
+        make(tmp_path, batch_size=8).fit(Net(), Line())
+
+
+def test_batches_are_a_pure_function_and_ranks_share_an_epoch():
+    whole = [list(Batches(24, 4, seed=3, rank=r, world=2, start=0, stop=6)) for r in range(2)]
+    late = list(Batches(24, 4, seed=3, rank=1, world=2, start=4, stop=6))
+    assert late == whole[1][4:]
+    first_epoch = [i for rank in whole for batch in rank[:3] for _, i in batch]
+    assert sorted(first_epoch) == list(range(24))
+
+
+def test_mixture_follows_weights_and_refuses_unknown_names():
+    mix = Mixture({"a": Line(5), "b": Line(50)}, {"a": 3, "b": 1}, length=100)
+    picks = [mix.sample(i, np.random.default_rng(i)) for i in range(400)]
+    share = np.mean([int(p["id"].split("/")[1]) < 5 for p in picks])
+    assert 0.68 < share < 0.85
+    with pytest.raises(ValueError, match="not there"):
+        Mixture({"a": Line()}, {"c": 1})

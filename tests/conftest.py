@@ -1,0 +1,35 @@
+"""Shared fixtures: the data that lies beside the checkout, and tiny stand-ins for third-party weights."""
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # the project is run from its root, not installed
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Real samples (see shared/data/README.md); tests that need them skip where the folder is absent."""
+    folder = ROOT.parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip("shared/data is not beside this checkout")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tiny CLIP, T5, DINOv2 and SVD with random weights, saved in the hub's own format."""
+    from common import standins
+
+    folder = tmp_path_factory.mktemp("hub")
+    standins.make_all(folder, seed=0)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
