@@ -1,0 +1,202 @@
+"""Five-in-a-row sequences and the poses they start from (DESIGN 7; CALVIN's long-horizon protocol).
+
+The draws repeat upstream's calls of numpy's legacy generator one by one, so that `generate(1000)` is the published
+list. A symbolic state is `{led, lightbulb: 0|1, slider: right|left, drawer: closed|open, <colour>_block: table|
+slider_right|slider_left|drawer|grasped|stacked_top|stacked_bottom, grasped: 0|1}`.
+"""
+from __future__ import annotations
+
+from functools import lru_cache
+from itertools import permutations, product
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from playtable.tasks import COLOURS, TASKS, check_tasks
+
+if TYPE_CHECKING:
+    from playtable.scene import Scene
+
+State = dict[str, Any]
+Rule = tuple[dict[str, Any], dict[str, Any]]  # condition (a tuple lists the admitted values), effect
+
+OFFICIAL_COUNT = 1000
+BATCH = 512  # permutations drawn before they are judged; what is left over is thrown away with the state's generator
+SIDES = ("slider_right", "slider_left")
+OPEN_SIDE = {"right": "slider_left", "left": "slider_right"}  # where the door stands -> what it leaves free
+
+
+def _block_rules(colour: str) -> dict[str, list[Rule]]:
+    """Rules of the tasks that name a colour."""
+    block = f"{colour}_block"
+    still = [({block: "table", "grasped": 0}, {block: "table"})]
+    taken = {block: "grasped", "grasped": 1}
+    in_cabinet = [({block: OPEN_SIDE[door], "slider": door, "grasped": 0}, taken) for door in OPEN_SIDE]
+    return {
+        **{f"rotate_{block}_{side}": still for side in ("right", "left")},
+        **{f"push_{block}_{side}": still for side in ("right", "left")},
+        f"lift_{block}_table": [({block: "table", "grasped": 0}, taken)],
+        f"lift_{block}_slider": in_cabinet,
+        f"lift_{block}_drawer": [({block: "drawer", "drawer": "open", "grasped": 0}, taken)],
+    }
+
+
+def _rules() -> dict[str, list[Rule]]:
+    blocks = [f"{colour}_block" for colour in COLOURS]
+    pairs = list(permutations(blocks, 2))
+    rules: dict[str, list[Rule]] = {}
+    for colour in COLOURS:
+        rules.update(_block_rules(colour))
+    rules["move_slider_left"] = [({"slider": "right", "grasped": 0}, {"slider": "left"})]
+    rules["move_slider_right"] = [({"slider": "left", "grasped": 0}, {"slider": "right"})]
+    rules["open_drawer"] = [({"drawer": "closed", "grasped": 0}, {"drawer": "open"})]
+    rules["close_drawer"] = [({"drawer": "open", "grasped": 0}, {"drawer": "closed"})]
+    # Upstream books a placed block under the side the door stands on; kept, since the published list rests on it.
+    rules["place_in_slider"] = [
+        ({block: "grasped", "slider": door, "grasped": 1}, {block: f"slider_{door}", "grasped": 0})
+        for block in blocks
+        for door in ("right", "left")
+    ]
+    rules["place_in_drawer"] = [
+        ({block: "grasped", "drawer": "open", "grasped": 1}, {block: "drawer", "grasped": 0}) for block in blocks
+    ]
+    rules["stack_block"] = [
+        ({top: "grasped", low: "table", "grasped": 1}, {top: "stacked_top", low: "stacked_bottom", "grasped": 0})
+        for top, low in pairs
+    ]
+    rules["unstack_block"] = [
+        ({top: "stacked_top", low: "stacked_bottom", "grasped": 0}, {top: "table", low: "table"}) for top, low in pairs
+    ]
+    for light in ("lightbulb", "led"):
+        rules[f"turn_on_{light}"] = [({light: 0, "grasped": 0}, {light: 1})]
+        rules[f"turn_off_{light}"] = [({light: 1, "grasped": 0}, {light: 0})]
+    rules["push_into_drawer"] = [
+        (
+            {block: "table", **{other: SIDES for other in blocks if other != block}, "drawer": "open", "grasped": 0},
+            {block: "drawer", "grasped": 0},
+        )
+        for block in blocks
+    ]
+    return {task: rules[task] for task in TASKS}
+
+
+def _category(task: str) -> str:
+    if task.startswith(("rotate", "push")) and task != "push_into_drawer":
+        return "move_block"
+    if task.startswith("lift"):
+        return "lift_" + task.rsplit("_", 1)[1]
+    if task.startswith("turn"):
+        return "light"
+    return {"move_slider_left": "slider", "move_slider_right": "slider", "open_drawer": "drawer",
+            "close_drawer": "drawer", "place_in_slider": "place", "place_in_drawer": "place"}.get(task, task)
+
+
+RULES = _rules()
+CATEGORIES: dict[str, str] = {task: _category(task) for task in TASKS}
+
+
+def _holds(state: State, condition: dict[str, Any]) -> bool:
+    return all(state[key] in want if isinstance(want, tuple) else state[key] == want for key, want in condition.items())
+
+
+def following(state: State, task: str) -> State | None:
+    """The symbolic state after `task`, or None where it is not possible or has more than one outcome."""
+    effects = [effect for condition, effect in RULES[task] if _holds(state, condition)]
+    return {**state, **effects[0]} if len(effects) == 1 else None
+
+
+def _initial_states() -> list[State]:
+    """Upstream's 192: every setting of the fixtures times the block places with one or two blocks on the table."""
+    states = []
+    for values in product((0, 1), (0, 1), ("right", "left"), ("closed", "open"), *[("table", *SIDES)] * 3):
+        blocks = values[4:]
+        if blocks.count("table") in (1, 2) and all(blocks.count(side) < 2 for side in SIDES):
+            keys = ("led", "lightbulb", "slider", "drawer", *(f"{colour}_block" for colour in COLOURS), "grasped")
+            states.append(dict(zip(keys, (*values, 0))))
+    return states
+
+
+INITIAL_STATES: list[State] = _initial_states()
+
+
+def _possible(state: State, tasks: tuple[str, ...]) -> bool:
+    for task in tasks:
+        if (after := following(state, task)) is None:
+            return False
+        state = after
+    return True
+
+
+def _reachable(state: State, tasks: tuple[str, ...], length: int, kinds: int, done: tuple[str, ...] = ()) -> bool:
+    """Is there any sequence of `length` different tasks with `kinds` categories from this state?"""
+    seen = {CATEGORIES[task] for task in done}
+    left = length - len(done)
+    if len(seen) + left < kinds:
+        return False
+    return left == 0 or any(
+        _reachable(after, tasks, length, kinds, (*done, task))
+        for task in tasks
+        if task not in done and (after := following(state, task)) is not None
+    )
+
+
+def _draw(state: State, tasks: tuple[str, ...], length: int, kinds: int, *, count: int, seed: Any) -> list[list[str]]:
+    """`count` accepted draws of `length` different tasks; a shuffle a draw, as legacy `choice` makes them."""
+    rng = np.random.RandomState(seed)
+    labels = {name: number for number, name in enumerate(sorted({CATEGORIES[task] for task in tasks}))}
+    category = np.array([1 << labels[CATEGORIES[task]] for task in tasks])
+    starts = np.array([following(state, task) is not None for task in tasks])
+    found: list[list[str]] = []
+    while len(found) < count:
+        picks = np.tile(np.arange(len(tasks)), (BATCH, 1))
+        for row in picks:
+            rng.shuffle(row)
+        picks = picks[:, :length]
+        masks = np.bitwise_or.reduce(category[picks], axis=1)
+        distinct = sum((masks >> bit) & 1 for bit in range(len(labels)))
+        for pick in picks[starts[picks[:, 0]] & (distinct >= kinds)]:
+            names = tuple(tasks[index] for index in pick)
+            if _possible(state, names):
+                found.append(list(names))
+    return found[:count]
+
+
+@lru_cache(maxsize=4)
+def _plan(tasks: tuple[str, ...], length: int, total: int, seed: int) -> tuple[int, list[State], list[tuple[int, int]]]:
+    """(categories a sequence must have, usable states, for each sequence in order its state and its rank there)."""
+    kinds = min(length, len({CATEGORIES[task] for task in tasks}))
+    states = [state for state in INITIAL_STATES if _reachable(state, tasks, length, kinds)]
+    if not states:
+        raise ValueError(f"no sequence of {length} of the tasks {', '.join(tasks)} is possible: add tasks or shorten it")
+    shares = [len(part) for part in np.array_split(range(total), len(states))]
+    order = [(index, rank) for index, share in enumerate(shares) for rank in range(share)]
+    np.random.RandomState(seed).shuffle(order)
+    return kinds, states, order
+
+
+@lru_cache(maxsize=1024)
+def _state_draws(tasks: tuple[str, ...], length: int, total: int, seed: int, index: int) -> list[list[str]]:
+    kinds, states, order = _plan(tasks, length, total, seed)
+    share = sum(1 for where, _ in order if where == index)
+    # Seed 0 is upstream's, which seeds a state with its number.
+    return _draw(states[index], tasks, length, kinds, count=share, seed=index if seed == 0 else [seed, index])
+
+
+def generate(
+    count: int, tasks: list[str] | None = None, length: int = 5, seed: int = 0
+) -> list[tuple[State, list[str]]]:
+    """`count` pairs of (symbolic initial state, `length` tasks in a row), upstream's for the default arguments.
+
+    The first of OFFICIAL_COUNT (or of `count`, where that is more), so that a short run is the beginning of a long one.
+    A vocabulary with fewer categories than `length` admits a category twice, but never leaves one out.
+    Raises ValueError for unknown tasks, a length outside 1..5 and a vocabulary that allows no sequence.
+    """
+    vocabulary = TASKS if tasks is None else check_tasks(dict.fromkeys(tasks))
+    if not 1 <= length <= min(5, len(vocabulary)):
+        raise ValueError(f"length={length}: choose 1 to {min(5, len(vocabulary))} for {len(vocabulary)} task(s)")
+    total = max(count, OFFICIAL_COUNT)
+    _, states, order = _plan(vocabulary, length, total, seed)
+    return [
+        (dict(states[index]), list(_state_draws(vocabulary, length, total, seed, index)[rank]))
+        for index, rank in order[:count]
+    ]

@@ -1,0 +1,197 @@
+"""The 34 CALVIN tasks: their sentences and the oracle that compares two infos (DESIGN 7; CALVIN's `Tasks`).
+
+An info is CALVIN's dictionary (`robot_info`, `scene_info`). A contact is a sequence in pybullet's order: entry 2 is the
+other body's uid, entry 4 the other body's link.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+Info = dict[str, Any]
+Predicate = Callable[[Info, Info], bool]
+
+COLOURS = ("red", "blue", "pink")
+MAX_RESTING_SPEED = 1.0  # m/s and rad/s of a block that counts as stacked
+
+
+def _bodies(contacts: Iterable) -> set[int]:
+    return {contact[2] for contact in contacts}
+
+
+def _links(contacts: Iterable) -> set[tuple[int, int]]:
+    return {(contact[2], contact[4]) for contact in contacts}
+
+
+def _block(info: Info, name: str) -> Info:
+    return info["scene_info"]["movable_objects"][name]
+
+
+def _table_link(info: Info, link: str) -> tuple[int, int]:
+    table = info["scene_info"]["fixed_objects"]["table"]
+    return table["uid"], table["links"][link]
+
+
+def _euler_of_turn(start: Iterable[float], now: Iterable[float]) -> np.ndarray:
+    """Fixed-axis xyz Euler angles in degrees (3,) of the turn between two quaternions xyzw."""
+    x0, y0, z0, w0 = start
+    x1, y1, z1, w1 = now
+    # now * conjugate(start)
+    x = -w1 * x0 + x1 * w0 - y1 * z0 + z1 * y0
+    y = -w1 * y0 + y1 * w0 - z1 * x0 + x1 * z0
+    z = -w1 * z0 + z1 * w0 - x1 * y0 + y1 * x0
+    w = w1 * w0 + x1 * x0 + y1 * y0 + z1 * z0
+    roll = np.arctan2(2 * (w * x + y * z), 1 - 2 * (x * x + y * y))
+    pitch = np.arcsin(np.clip(2 * (w * y - z * x), -1, 1))
+    yaw = np.arctan2(2 * (w * z + x * y), 1 - 2 * (y * y + z * z))
+    return np.degrees([roll, pitch, yaw])
+
+
+def _rotated(name: str, degrees: float, start: Info, now: Info) -> bool:
+    before, after = _block(start, name), _block(now, name)
+    if np.linalg.norm(np.subtract(after["current_pos"], before["current_pos"])) > 0.1:
+        return False
+    if not _bodies(after["contacts"]) - {start["robot_info"]["uid"]}:
+        return False
+    roll, pitch, yaw = _euler_of_turn(before["current_orn"], after["current_orn"])
+    return bool(abs(degrees) < yaw * np.sign(degrees) < 180 and abs(roll) < 30 and abs(pitch) < 30)
+
+
+def _pushed(name: str, metres: float, start: Info, now: Info) -> bool:
+    before, after = _block(start, name), _block(now, name)
+    robot = start["robot_info"]["uid"]
+    resting, still = ({pair for pair in _links(block["contacts"]) if pair[0] != robot} for block in (before, after))
+    moved = after["current_pos"][0] - before["current_pos"][0]
+    return bool(resting and resting <= still and moved * np.sign(metres) > abs(metres))
+
+
+def _lifted(name: str, metres: float, link: str, start: Info, now: Info) -> bool:
+    before, after = _block(start, name), _block(now, name)
+    robot = start["robot_info"]["uid"]
+    return bool(
+        after["current_pos"][2] - before["current_pos"][2] > metres
+        and robot not in _bodies(before["contacts"])
+        and _bodies(after["contacts"]) == {robot}
+        and _table_link(start, link) in _links(before["contacts"])
+    )
+
+
+def _placed(link: str, start: Info, now: Info) -> bool:
+    robot = start["robot_info"]["uid"]
+    touched = _bodies(start["robot_info"]["contacts"])
+    for name, block in start["scene_info"]["movable_objects"].items():
+        if touched == {block["uid"]} and _bodies(block["contacts"]) == {robot}:
+            let_go = block["uid"] not in _bodies(now["robot_info"]["contacts"])
+            return let_go and _table_link(now, link) in _links(_block(now, name)["contacts"])
+    return False
+
+
+def _slid_into(source: str, target: str, start: Info, now: Info) -> bool:
+    # CALVIN also means to ask that the robot has let go at the end, but compares a uid with pairs: it never acts.
+    return any(
+        _links(block["contacts"]) == {_table_link(start, source)}
+        and _table_link(now, target) in _links(_block(now, name)["contacts"])
+        for name, block in start["scene_info"]["movable_objects"].items()
+    )
+
+
+def _door_moved(joint: str, metres: float, start: Info, now: Info) -> bool:
+    doors = start["scene_info"]["doors"], now["scene_info"]["doors"]
+    moved = float(doors[1][joint]["current_state"]) - float(doors[0][joint]["current_state"])
+    return moved * np.sign(metres) > abs(metres)
+
+
+def _switched(light: str, before: int, after: int, start: Info, now: Info) -> bool:
+    lights = start["scene_info"]["lights"], now["scene_info"]["lights"]
+    return lights[0][light]["logical_state"] == before and lights[1][light]["logical_state"] == after
+
+
+def _at_rest(block: Info) -> bool:
+    speeds = np.abs([*block["current_lin_vel"], *block["current_ang_vel"]])
+    return bool((speeds < MAX_RESTING_SPEED).all())
+
+
+def _on_blocks_only(block: Info, uids: set[int]) -> bool:
+    bodies = _bodies(block["contacts"])
+    return bool(bodies) and bodies <= uids and _at_rest(block)
+
+
+def _stacking(sign: int, start: Info, now: Info) -> bool:
+    """sign 1: a block that touched no block rests on blocks alone; -1: the reverse in time."""
+    before, after = (start, now) if sign > 0 else (now, start)
+    uids = {block["uid"] for block in start["scene_info"]["movable_objects"].values()}
+    return any(
+        not _bodies(_block(before, name)["contacts"]) & uids and _on_blocks_only(_block(after, name), uids)
+        for name in start["scene_info"]["movable_objects"]
+    )
+
+
+def _table() -> dict[str, tuple[str, Predicate]]:
+    """Task -> (sentence, predicate), in the order of CALVIN's configuration."""
+    rows: dict[str, tuple[str, Predicate]] = {}
+    for colour in COLOURS:
+        for side, degrees in (("right", -60.0), ("left", 60.0)):
+            rows[f"rotate_{colour}_block_{side}"] = (
+                f"take the {colour} block and rotate it to the {side}",
+                partial(_rotated, f"block_{colour}", degrees),
+            )
+    for colour in COLOURS:
+        for side, metres in (("right", 0.1), ("left", -0.1)):
+            rows[f"push_{colour}_block_{side}"] = (
+                f"go push the {colour} block {side}",
+                partial(_pushed, f"block_{colour}", metres),
+            )
+    rows["move_slider_left"] = ("push the sliding door to the left side", partial(_door_moved, "base__slide", 0.15))
+    rows["move_slider_right"] = ("push the sliding door to the right side", partial(_door_moved, "base__slide", -0.15))
+    rows["open_drawer"] = ("pull the handle to open the drawer", partial(_door_moved, "base__drawer", 0.12))
+    rows["close_drawer"] = ("push the handle to close the drawer", partial(_door_moved, "base__drawer", -0.12))
+    for colour in COLOURS:
+        for place, metres, link, sentence in (
+            ("table", 0.05, "base_link", f"grasp and lift the {colour} block"),
+            ("slider", 0.03, "plank_link", f"lift the {colour} block from the sliding cabinet"),
+            ("drawer", 0.05, "drawer_link", f"Take the {colour} block from the drawer"),
+        ):
+            predicate = partial(_lifted, f"block_{colour}", metres, link)
+            rows[f"lift_{colour}_block_{place}"] = (sentence, predicate)
+    rows["place_in_slider"] = ("store the grasped block in the sliding cabinet", partial(_placed, "plank_link"))
+    rows["place_in_drawer"] = ("store the grasped block in the drawer", partial(_placed, "drawer_link"))
+    rows["stack_block"] = ("stack the grasped block", partial(_stacking, 1))
+    rows["unstack_block"] = ("remove the stacked block", partial(_stacking, -1))
+    rows["turn_on_lightbulb"] = ("use the switch to turn on the light bulb", partial(_switched, "lightbulb", 0, 1))
+    rows["turn_off_lightbulb"] = ("use the switch to turn off the light bulb", partial(_switched, "lightbulb", 1, 0))
+    rows["turn_on_led"] = ("press the button to turn on the led light", partial(_switched, "led", 0, 1))
+    rows["turn_off_led"] = ("press the button to turn off the led light", partial(_switched, "led", 1, 0))
+    rows["push_into_drawer"] = (
+        "slide the block that it falls into the drawer",
+        partial(_slid_into, "base_link", "drawer_link"),
+    )
+    return rows
+
+
+_ROWS = _table()
+TASKS: tuple[str, ...] = tuple(_ROWS)
+INSTRUCTIONS: dict[str, str] = {task: sentence for task, (sentence, _) in _ROWS.items()}
+ELEVEN: tuple[str, ...] = (
+    *("open_drawer", "close_drawer", "move_slider_left", "move_slider_right"),
+    *("turn_on_lightbulb", "turn_off_lightbulb", "turn_on_led", "turn_off_led"),
+    *(f"lift_{colour}_block_table" for colour in COLOURS),
+)
+SETS: dict[str, tuple[str, ...]] = {"all": TASKS, "eleven": ELEVEN}
+
+
+def check_tasks(tasks: Iterable[str]) -> tuple[str, ...]:
+    """The same names as a tuple; raises ValueError for one that is no task."""
+    tasks = tuple(tasks)
+    for task in tasks:
+        if task not in INSTRUCTIONS:
+            raise ValueError(f"unknown task {task!r}: CALVIN's tasks are {', '.join(TASKS)}")
+    return tasks
+
+
+def succeeded(task: str, start: Info, now: Info) -> bool:
+    """CALVIN's oracle: was `task` carried out between the two infos? Raises ValueError for an unknown task."""
+    check_tasks((task,))
+    return bool(_ROWS[task][1](start, now))
