@@ -1,0 +1,237 @@
+"""Video sets on disk: annotation json -> latents to train on, or the video itself to look at (Sec. 3.1, A.2, Table 11).
+
+    <set>/annotation/{train,val}/<id>.json     texts, videos[i].video_path, latent_videos[i].latent_video_path
+    <set>/latent_videos/...                    .pt, fp32 (T, 4, h, w), already times the VAE's scale; also latent_videos_svd/
+    <set>/videos/...
+
+Clip rules are data. {span: episode} squeezes a whole video into the clip; {stride: 2, start_every: 2} walks through it at a
+fixed pace, a clip starting at every second frame and its tail padded by repetition (both as VPP). T frames, F frames of a clip.
+"""
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from common import video
+from common.mixture import Mixture, Unreadable
+
+LATENT_FOLDERS = ("latent_videos", "latent_videos_svd")
+
+
+class ClipRule:
+    """Which frames of a video make a clip: exactly one of `span="episode"` and `stride`."""
+
+    def __init__(self, *, span: str | None = None, stride: int | None = None, start_every: int | None = None) -> None:
+        if (span is None) == (stride is None) or span not in (None, "episode"):
+            raise ValueError(f"a clip rule is {{span: episode}} or {{stride: N, start_every: N}}, got span={span!r}, stride={stride!r}")
+        if stride is not None and min(stride, start_every or stride) < 1:
+            raise ValueError(f"stride and start_every are at least 1, got {stride} and {start_every}")
+        self.stride, self.start_every = stride, start_every or stride
+
+    def count(self, length: int) -> int:
+        """How many clips a video of `length` frames gives."""
+        return 1 if self.stride is None else max(1, -(-length // self.start_every))
+
+    def frames(self, length: int, clip: int, num_frames: int) -> np.ndarray:
+        """Frame numbers (F,) of one clip."""
+        if self.stride is None:
+            return np.linspace(0, length - 1, num_frames).astype(int)
+        return np.minimum(clip * self.start_every + self.stride * np.arange(num_frames), length - 1)
+
+
+class VideoSet:
+    """The annotations of one split of one set, and the clips that a rule cuts from them.
+
+    root: the set's folder; annotation: its annotation folder ("annotation_abc_13" for VPP's CALVIN); max_frames drops longer
+    videos (VPP: 100). An annotation that cannot be read stays in the count and raises Unreadable when it is drawn.
+    """
+
+    def __init__(self, root: str | Path, split: str = "train", *, num_frames: int, clip: Mapping[str, Any],
+                 annotation: str = "annotation", max_frames: int | None = None) -> None:
+        self.root, self.num_frames, self.rule = Path(root), num_frames, ClipRule(**clip)
+        folder = self.root / annotation / split
+        files = sorted(folder.glob("*.json")) if folder.is_dir() else []
+        if not files:
+            raise FileNotFoundError(f"{folder}: no annotations here; record them with scripts/playtable_record.sh or convert a published set "
+                                    "(data/README.md)")
+        self.files: list[Path] = []
+        counts: list[int] = []
+        for file in tqdm(files, desc=f"{self.root.name}/{split}", unit="json", disable=len(files) < 1000, leave=False):
+            try:
+                length = known_length(read_annotation(file))
+            except Unreadable:
+                length = None
+            if max_frames is None or length is None or length <= max_frames:
+                self.files.append(file)
+                counts.append(1 if length is None else self.rule.count(length))
+        self._ends = np.cumsum(counts, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def locate(self, index: int) -> tuple[Path, int]:
+        """Clip number over the whole set -> annotation file and clip number within it."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"{self.root}: clip {index} of {len(self)}")
+        episode = int(np.searchsorted(self._ends, index, side="right"))
+        return self.files[episode], index - (int(self._ends[episode - 1]) if episode else 0)
+
+
+class LatentVideos(VideoSet):
+    """Training clips: latents (F, 4, h, w) and the sentence.
+
+    views: camera number -> probability; latent_shape: (4, h, w) that every file must have.
+    """
+
+    def __init__(self, root: str | Path, split: str = "train", *, num_frames: int, clip: Mapping[str, Any], annotation: str = "annotation",
+                 max_frames: int | None = None, views: Mapping[int, float] | None = None, latent_shape: tuple[int, int, int] = (4, 32, 32)) -> None:
+        super().__init__(root, split, num_frames=num_frames, clip=clip, annotation=annotation, max_frames=max_frames)
+        views = dict(views or {0: 1.0})
+        total = sum(views.values())
+        if total <= 0 or min(views.values()) < 0:
+            raise ValueError(f"{root}: view probabilities must be positive, got {views}")
+        self.views, self.view_shares = [int(v) for v in views], np.array([p / total for p in views.values()])
+        self.latent_shape = tuple(latent_shape)
+        if not any((self.root / name).is_dir() for name in LATENT_FOLDERS):
+            raise FileNotFoundError(f"{self.root}: no latents (latent_videos/); make them with scripts/step1_prepare_data_latent.sh data={self.root}")
+
+    def sample(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
+        """One clip as a VideoBatch item; the camera is drawn."""
+        file, clip = self.locate(index)
+        record = read_annotation(file)
+        view = int(rng.choice(self.views, p=self.view_shares))
+        latents = self._latents(file, record, view)
+        frames = self.rule.frames(len(latents), clip, self.num_frames)
+        return {"id": f"{file}#{view}:{clip}", "latents": latents[frames].float(), "text": record["texts"][0]}
+
+    def _latents(self, file: Path, record: dict[str, Any], view: int) -> Tensor:
+        path = latent_path(self.root, file, record, view)
+        try:
+            latents = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+            raise Unreadable(str(path), f"not a latent file ({str(error).splitlines()[0][:120]}); encode it again") from error
+        if not isinstance(latents, Tensor) or tuple(latents.shape[1:]) != self.latent_shape or not len(latents):
+            found = tuple(latents.shape) if isinstance(latents, Tensor) else type(latents).__name__
+            raise Unreadable(str(path), f"holds {found}, needs (T, {', '.join(map(str, self.latent_shape))}); encode it at this scale")
+        length = known_length(record)
+        if length is not None and length != len(latents):
+            raise Unreadable(str(path), f"holds {len(latents)} frames, its annotation says {length}; encode it again")
+        if not torch.isfinite(latents).all():
+            raise Unreadable(str(path), "holds NaN or infinity; encode it again")
+        return latents
+
+
+class VideoClips(VideoSet):
+    """Clips of the videos themselves, for eval: frames (F, 3, size, size) in [0, 1] and the sentence, one fixed camera."""
+
+    def __init__(self, root: str | Path, split: str = "val", *, num_frames: int, clip: Mapping[str, Any], image_size: int, view: int = 0,
+                 annotation: str = "annotation", max_frames: int | None = None, aspect: str = "squeeze") -> None:
+        super().__init__(root, split, num_frames=num_frames, clip=clip, annotation=annotation, max_frames=max_frames)
+        self.image_size, self.view, self.aspect = image_size, view, aspect
+
+    def sample(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
+        """One clip; nothing about it is random."""
+        file, clip = self.locate(index)
+        record = read_annotation(file)
+        path = video_path(self.root, file, record, self.view)
+        try:
+            length, _, _ = video.probe(path)
+            wanted = self.rule.frames(length, clip, self.num_frames)
+            unique, back = np.unique(wanted, return_inverse=True)
+            frames = video.read_frames(path, unique)[back]
+        except video.VideoError as error:
+            raise Unreadable(str(path), str(error)) from error
+        return {"id": f"{file}#{self.view}:{clip}", "frames": video.resize(frames, self.image_size, self.aspect), "text": record["texts"][0]}
+
+
+def mixture(root: str | Path, sets: Mapping[str, Mapping[str, Any]], *, split: str = "train", num_frames: int,
+            latent_shape: tuple[int, int, int] = (4, 32, 32), human_fraction: float = 1.0, length: int | None = None) -> Mixture:
+    """Table 11 as data. Each set: {weight, clip, and optionally folder, annotation, views, max_frames, human}.
+
+    `human_fraction` scales the weights of the sets marked `human` (Fig. 8); at 0 they need not be on disk. `length` is how many
+    draws count as an epoch.
+    """
+    if not 0 <= human_fraction <= 1:
+        raise ValueError(f"human_fraction is a share between 0 and 1, got {human_fraction}")
+    members, weights = {}, {}
+    for name, options in sets.items():
+        options = dict(options)
+        weight = options.pop("weight") * (human_fraction if options.pop("human", False) else 1)
+        folder = Path(root) / options.pop("folder", name)
+        if weight > 0:
+            members[name] = LatentVideos(folder, split, num_frames=num_frames, latent_shape=latent_shape, **options)
+            weights[name] = weight
+    return Mixture(members, weights, length)
+
+
+def read_annotation(file: Path) -> dict[str, Any]:
+    """One annotation with at least one sentence, or Unreadable."""
+    try:
+        record = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise Unreadable(str(file), f"not a readable json ({error})") from error
+    texts = record.get("texts") if isinstance(record, dict) else None
+    if not isinstance(texts, list) or not texts or not isinstance(texts[0], str):
+        raise Unreadable(str(file), "has no sentence: 'texts' must be a list that starts with a string")
+    return record
+
+
+def known_length(record: Mapping[str, Any]) -> int | None:
+    """Number of frames that an annotation states: its states are one a frame, else `video_length`."""
+    if isinstance(record.get("state"), list):
+        return len(record["state"])
+    length = record.get("video_length")
+    return length if isinstance(length, int) and length > 0 else None
+
+
+def video_path(root: Path, file: Path, record: Mapping[str, Any], view: int) -> Path:
+    """Where the annotation says that a camera's video lies, or Unreadable."""
+    path = _named(root, file, record, "videos", "video_path", view)
+    if path is None:
+        raise Unreadable(str(file), f"names no video for camera {view}")
+    return path
+
+
+def latent_path(root: Path, file: Path, record: Mapping[str, Any], view: int) -> Path:
+    """Where a camera's latents lie. The folder's other name is tried too, as published sets mix them up; else Unreadable."""
+    named = _named(root, file, record, "latent_videos", "latent_video_path", view)
+    path = named or latent_target(root, file, record, view)
+    parts = path.relative_to(root).parts
+    if path.is_file() or parts[0] not in LATENT_FOLDERS:
+        candidates = [path]
+    else:
+        candidates = [path] + [root.joinpath(name, *parts[1:]) for name in LATENT_FOLDERS if name != parts[0]]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    raise Unreadable(str(file), f"its latents {path.relative_to(root)} are missing; make them with "
+                                f"scripts/step1_prepare_data_latent.sh data={root}")
+
+
+def latent_target(root: Path, file: Path, record: Mapping[str, Any], view: int) -> Path:
+    """Where `encode` puts a camera's latents: where the annotation says, else latent_videos/<split>/<id>/<camera>.pt."""
+    named = _named(root, file, record, "latent_videos", "latent_video_path", view)
+    return named or root / LATENT_FOLDERS[0] / file.parent.name / file.stem / f"{view}.pt"
+
+
+def _named(root: Path, file: Path, record: Mapping[str, Any], field: str, key: str, view: int) -> Path | None:
+    """A path that an annotation gives, refused where it leaves the set."""
+    entries = record.get(field)
+    if not isinstance(entries, list) or view >= len(entries):
+        return None
+    name = entries[view].get(key) if isinstance(entries[view], dict) else None
+    if not isinstance(name, str):
+        raise Unreadable(str(file), f"{field}[{view}] has no {key}")
+    # by name only: sets may well be reached through links
+    if Path(name).is_absolute() or Path(os.path.normpath(name)).parts[0] == "..":
+        raise Unreadable(str(file), f"{field}[{view}] points outside its set: {name}")
+    return root / name

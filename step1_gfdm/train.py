@@ -1,0 +1,32 @@
+"""Program: pretrain the forward model (Sec. 3.1, Table 10).   python -m step1_gfdm.train scale=tiny|small|full [experiment=gfdm/<row>] name=<name>"""
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import hydra
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from common import artifact
+
+CONFIGS = str(Path(__file__).resolve().parents[1] / "configs")
+log = logging.getLogger(__name__)
+
+
+@hydra.main(version_base=None, config_path=CONFIGS, config_name="step1_gfdm")
+def main(cfg: DictConfig) -> None:
+    train_set = instantiate(cfg.data, split="train")
+    val_set = instantiate(cfg.data, split="val") if cfg.validate else None
+    model = instantiate(cfg.gfdm)
+    loop = instantiate(cfg.loop, output_dir=cfg.output_dir, seed=cfg.seed)
+    model = loop.fit(model, train_set, val_set)
+    if loop.accelerator.is_main_process:
+        # the artifact is itself the SVD folder that its config builds from
+        config = {**OmegaConf.to_container(cfg.gfdm, resolve=True), "svd": artifact.HERE}
+        artifact.save(model, cfg.output_dir, kind="gfdm", config=config, step=loop.step)
+        log.info("GFDM in %s", cfg.output_dir)
+
+
+if __name__ == "__main__":
+    main()

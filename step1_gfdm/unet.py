@@ -1,0 +1,105 @@
+"""SVD's UNet: loading, building on any device, and features of a forward pass that stops early (Sec. 3.1, A.3).
+
+B batch, F frames, L tokens of the tapped grid, C channels of all taps together.
+"""
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import UNetSpatioTemporalConditionModel
+from torch import Tensor, nn
+
+from common.frozen import require
+
+# unet/config.json as published with stabilityai/stable-video-diffusion-img2vid: 1,524,623,082 parameters
+SVD_UNET: dict[str, Any] = {
+    "sample_size": 96,
+    "in_channels": 8,
+    "out_channels": 4,
+    "down_block_types": ["CrossAttnDownBlockSpatioTemporal"] * 3 + ["DownBlockSpatioTemporal"],
+    "up_block_types": ["UpBlockSpatioTemporal"] + ["CrossAttnUpBlockSpatioTemporal"] * 3,
+    "block_out_channels": [320, 640, 1280, 1280],
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 768,
+    "layers_per_block": 2,
+    "cross_attention_dim": 1024,
+    "transformer_layers_per_block": 1,
+    "num_attention_heads": [5, 10, 20, 20],
+    "num_frames": 25,
+}
+
+
+def load(svd: str | Path) -> UNetSpatioTemporalConditionModel:
+    """The UNet of a diffusers SVD pipeline folder or hub id, in fp32 and trainable."""
+    return UNetSpatioTemporalConditionModel.from_pretrained(require(svd, "Stable Video Diffusion"), subfolder="unet", torch_dtype=torch.float32)
+
+
+def build(config: dict[str, Any] | None = None, *, device: str | torch.device = "cpu") -> UNetSpatioTemporalConditionModel:
+    """An untrained UNet from a config (SVD's by default); `device="meta"` costs no memory."""
+    with torch.device(device):
+        return UNetSpatioTemporalConditionModel.from_config(config or SVD_UNET)
+
+
+class _Stop(nn.Module):
+    """Stands where the first uncomputed up block stood; no resnets, so it takes no skip connections."""
+
+    resnets = ()
+
+    def forward(self, hidden_states: Tensor, **_: Any) -> Tensor:
+        return hidden_states
+
+
+def truncated(unet: UNetSpatioTemporalConditionModel, last: int) -> UNetSpatioTemporalConditionModel:
+    """A view of `unet`, sharing its modules, whose forward ends after up block `last`.
+
+    diffusers' own forward runs unchanged, so the result is the full pass's bit for bit in every diffusers version.
+    """
+    view = copy.copy(unet)
+    view._modules = dict(unet._modules)
+    kept = list(unet.up_blocks[: last + 1])
+    view.up_blocks = nn.ModuleList(kept if last + 1 == len(unet.up_blocks) else kept + [_Stop()])
+    view.conv_norm_out = view.conv_act = view.conv_out = nn.Identity()
+    return view
+
+
+def features(unet: UNetSpatioTemporalConditionModel, sample: Tensor, timestep: Tensor, *, text: Tensor, time_ids: Tensor,
+             taps: Sequence[int] = (0, 1)) -> Tensor:
+    """Outputs of the tapped up blocks, coarse grids repeated to the finest one, joined on channels.
+
+    sample (B, F, 8, h, w), timestep (B,), text (B, T, cross_attention_dim), time_ids (B, 3) -> (B, F, L, C).
+    """
+    outputs: dict[int, Tensor] = {}
+
+    def keep(index: int) -> Any:
+        def hook(_module: nn.Module, _inputs: tuple, output: Tensor) -> None:
+            outputs[index] = output
+
+        return hook
+
+    handles = [unet.up_blocks[tap].register_forward_hook(keep(tap)) for tap in taps]
+    try:
+        truncated(unet, max(taps))(sample, timestep, encoder_hidden_states=text, added_time_ids=time_ids)
+    finally:
+        for handle in handles:
+            handle.remove()
+    grid = max((outputs[tap].shape[-2:] for tap in taps), key=lambda size: size[0] * size[1])
+    # VPP doubles coarse grids by nearest neighbour; with powers of two this is the same
+    joined = torch.cat([o if o.shape[-2:] == grid else F.interpolate(o, size=grid, mode="nearest") for o in (outputs[t] for t in taps)], dim=1)
+    return joined.flatten(2).transpose(1, 2).unflatten(0, sample.shape[:2])
+
+
+def feature_shape(unet: UNetSpatioTemporalConditionModel, taps: Sequence[int], latent_size: int) -> tuple[int, int]:
+    """(L, C) that `features` gives for square latents: every up block but the last goes one grid finer."""
+    channels = list(reversed(unet.config.block_out_channels))
+    if not taps or not all(0 <= tap < len(channels) for tap in taps):
+        raise ValueError(f"taps name up blocks 0 to {len(channels) - 1}, not {list(taps)}")
+    sides = [latent_size]
+    for _ in channels[1:]:
+        sides.append((sides[-1] + 1) // 2)
+    side = sides[max(len(channels) - 2 - max(taps), 0)]
+    return side * side, sum(channels[tap] for tap in taps)

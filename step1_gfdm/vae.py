@@ -1,0 +1,46 @@
+"""SVD's temporal VAE between pictures in [-1, 1] and scaled latents (Sec. 3.1, z = E(o)).
+
+B batch, F frames, T frames of a whole video.
+"""
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKLTemporalDecoder
+from torch import Tensor
+
+from common.frozen import Frozen, require
+
+
+class LatentSpace(Frozen):
+    """The frozen VAE. Latents leave it times `scale` and come back the same way."""
+
+    def __init__(self, vae: AutoencoderKLTemporalDecoder) -> None:
+        super().__init__(vae)
+        self.scale: float = vae.config.scaling_factor
+        self.factor: int = 2 ** (len(vae.config.block_out_channels) - 1)
+        self.channels: int = vae.config.latent_channels
+
+    @torch.no_grad()
+    def encode(self, images: Tensor, *, sample: bool = False, generator: torch.Generator | None = None, chunk: int = 64) -> Tensor:
+        """(N, 3, H, W) in [-1, 1] -> (N, 4, H/factor, W/factor) in fp32; the distribution's mode, or a sample of it."""
+        parts = []
+        for part in images.split(chunk):
+            distribution = self.module.encode(part.to(self.device, self.dtype)).latent_dist
+            parts.append(distribution.sample(generator) if sample else distribution.mode())
+        return torch.cat(parts).float() * self.scale
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor, *, chunk: int = 7) -> Tensor:
+        """(B, F, 4, h, w) -> (B, F, 3, H, W) in [0, 1], `chunk` frames at a time (VPP: 7)."""
+        videos = []
+        for video in (latents / self.scale).to(self.device, self.dtype):
+            parts = [self.module.decode(part, num_frames=len(part)).sample for part in video.split(chunk)]
+            videos.append(torch.cat(parts))
+        return (torch.stack(videos).float() / 2 + 0.5).clamp(0, 1)
+
+
+def load(svd: str | Path) -> LatentSpace:
+    """The VAE of a diffusers SVD pipeline folder or hub id."""
+    return LatentSpace(AutoencoderKLTemporalDecoder.from_pretrained(require(svd, "Stable Video Diffusion"), subfolder="vae"))
