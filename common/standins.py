@@ -1,0 +1,186 @@
+"""Tiny stand-ins for CLIP, T5, DINOv2 and Stable Video Diffusion, saved in the hub's own format.
+
+    python -m common.standins out=ckpts/hub/tiny            random weights
+    python -m common.standins out=... frames=<video set>    and a video VAE fitted to those frames, so that pictures can be decoded
+
+The real loading code reads them, so what runs at `tiny` is what runs at `full`. Their geometry keeps what the wiring
+rests on: SVD's tapped grid and DINOv2's patch grid have the same number of tokens (8 x 8 here, 16 x 16 in full).
+"""
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import hydra
+import numpy as np
+import timm
+import torch
+from diffusers import (AutoencoderKLTemporalDecoder, EulerDiscreteScheduler, StableVideoDiffusionPipeline,
+                       UNetSpatioTemporalConditionModel)
+from omegaconf import DictConfig
+from timm.models import save_for_hf
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from torch import Tensor, nn
+from transformers import (CLIPImageProcessor, CLIPTextConfig, CLIPTextModelWithProjection, CLIPVisionConfig,
+                          CLIPVisionModelWithProjection, PreTrainedTokenizerFast, T5Config, T5EncoderModel)
+
+from common.loop import Loop
+from common.video import read_frames, resize
+
+log = logging.getLogger(__name__)
+CONFIGS = str(Path(__file__).resolve().parents[1] / "configs")
+# Words that get a token of their own; everything else is spelled in bytes, so any sentence can be encoded.
+WORDS = """take grasp store place put slide push pull press move lift pick go turn use rotate stack collapse open close sweep toggle
+ the a an of from in into on onto off up down to left right front back side top bottom under with and then it
+ red blue pink green yellow block object cube table drawer cabinet sliding door slider handle button switch lever light bulb
+ lightbulb led lamp degrees clockwise grasped lying what is inside cup pot pan bowl spoon towel sink rack apple bottle hand""".split()
+WIDTH = 64
+IMAGE = 64
+
+
+def make_all(out: str | Path, *, seed: int = 0, vae: AutoencoderKLTemporalDecoder | None = None) -> Path:
+    """Write svd/, clip/, t5/ and dinov2/ under `out` (each beside its place, then renamed) and return it."""
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    makers = {"svd": lambda folder: _svd(folder, vae), "clip": _clip, "t5": _t5, "dinov2": _dinov2}
+    for number, (name, make) in enumerate(makers.items()):
+        beside = out / f".{name}.{os.getpid()}"
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir()
+        with torch.random.fork_rng([]):
+            torch.manual_seed(seed * 100 + number)
+            make(beside)
+        shutil.rmtree(out / name, ignore_errors=True)
+        os.replace(beside, out / name)
+    return out
+
+
+def _clip(folder: Path) -> None:
+    tokenizer = _tokenizer(bos="<|startoftext|>", eos="<|endoftext|>", pad="<|endoftext|>")
+    ids = {f"{name}_token_id": tokenizer.convert_tokens_to_ids(getattr(tokenizer, f"{name}_token")) for name in ("bos", "eos", "pad")}
+    config = CLIPTextConfig(vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=2 * WIDTH, projection_dim=WIDTH,
+                            num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=77, **ids)
+    model = CLIPTextModelWithProjection(config)
+    _spread(model)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _t5(folder: Path) -> None:
+    tokenizer = _tokenizer(eos="</s>", pad="<pad>")
+    config = T5Config(vocab_size=len(tokenizer), d_model=WIDTH, d_kv=WIDTH // 2, d_ff=2 * WIDTH, num_layers=2, num_heads=2,
+                      pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, decoder_start_token_id=tokenizer.pad_token_id)
+    T5EncoderModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _dinov2(folder: Path) -> None:
+    arguments = {"img_size": IMAGE, "patch_size": 8, "embed_dim": WIDTH, "depth": 2, "num_heads": 2, "num_classes": 0}
+    model = timm.create_model("vit_base_patch14_reg4_dinov2", pretrained=False, **arguments)
+    save_for_hf(model, str(folder), model_args=arguments, safe_serialization=True)
+
+
+def _svd(folder: Path, vae: AutoencoderKLTemporalDecoder | None) -> None:
+    unet = UNetSpatioTemporalConditionModel(
+        sample_size=8, in_channels=24, out_channels=12, block_out_channels=(32, 64, 64), num_attention_heads=(1, 2, 2),
+        layers_per_block=1, cross_attention_dim=2 * WIDTH, addition_time_embed_dim=32, projection_class_embeddings_input_dim=96,
+        num_frames=4, down_block_types=("CrossAttnDownBlockSpatioTemporal", "CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
+        up_block_types=("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"))
+    image_encoder = CLIPVisionModelWithProjection(CLIPVisionConfig(
+        hidden_size=32, intermediate_size=32, projection_dim=2 * WIDTH, num_hidden_layers=1, num_attention_heads=1, image_size=32, patch_size=16))
+    scheduler = EulerDiscreteScheduler(  # SVD's published schedule
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", interpolation_type="linear", prediction_type="v_prediction",
+        sigma_min=0.002, sigma_max=700.0, steps_offset=1, timestep_spacing="leading", timestep_type="continuous", use_karras_sigmas=True)
+    pipeline = StableVideoDiffusionPipeline(vae=vae or blank_vae(), image_encoder=image_encoder, unet=unet, scheduler=scheduler,
+                                            feature_extractor=CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32))
+    pipeline.save_pretrained(folder)
+
+
+def blank_vae() -> AutoencoderKLTemporalDecoder:
+    """SVD's VAE, small: factor 8 as the original, but 12 channels, because an 8 x 8 latent of 4 would lose a block of 4 cm."""
+    return AutoencoderKLTemporalDecoder(block_out_channels=(32,) * 4, down_block_types=("DownEncoderBlock2D",) * 4, layers_per_block=1,
+                                        latent_channels=12, sample_size=IMAGE, scaling_factor=0.18215)
+
+
+def _spread(model: CLIPTextModelWithProjection) -> None:
+    """CLIP's initial embeddings (std 0.02) barely differ after a random tower; a trained tower tells sentences apart."""
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "token_embedding" in name:
+                weight.normal_(std=0.5)
+
+
+def _tokenizer(*, eos: str, pad: str, bos: str | None = None) -> PreTrainedTokenizerFast:
+    special = [token for token in dict.fromkeys((pad, eos, bos)) if token]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=4096, special_tokens=special, initial_alphabet=alphabet, min_frequency=1, show_progress=False)
+    tokenizer.train_from_iterator(sorted(WORDS), trainer)
+    template = " ".join(token for token in (bos, "$A", eos) if token)
+    tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=[(t, tokenizer.token_to_id(t)) for t in (bos, eos) if t])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=bos, eos_token=eos, pad_token=pad, unk_token=None)
+
+
+class Frames:
+    """Random square cut-outs of random frames of a video set: a VAE is convolutional, small cut-outs teach it four times faster."""
+
+    def __init__(self, root: Path, cutout: int, limit: int = 3000) -> None:
+        files = sorted((root / "videos").rglob("*.mp4"))
+        if not files:
+            raise FileNotFoundError(f"{root}: no videos/**/*.mp4 to fit the VAE to; record some with scripts/playtable_record.sh")
+        rng = np.random.default_rng(0)
+        picked = [files[i] for i in rng.permutation(len(files))[:limit // 10]]
+        self.images = torch.cat([(resize(f[:: max(1, len(f) // 10)], IMAGE) * 255).byte() for f in map(read_frames, picked)])
+        self.cutout = cutout
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def sample(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
+        top, left = rng.integers(0, IMAGE - self.cutout + 1, 2)
+        return {"id": f"frame/{index}", "image": self.images[index, :, top:top + self.cutout, left:left + self.cutout].float() / 127.5 - 1}
+
+
+class Reconstruct(nn.Module):
+    """A VAE's training objective: absolute error and a slight pull of the latents towards a unit Gaussian."""
+
+    def __init__(self, vae: AutoencoderKLTemporalDecoder, kl_weight: float = 1e-5) -> None:
+        super().__init__()
+        self.vae, self.kl_weight = vae, kl_weight
+
+    def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        posterior = self.vae.encode(batch["image"]).latent_dist
+        decoded = self.vae.decode(posterior.sample(), num_frames=1).sample
+        error, kl = (decoded - batch["image"]).abs().mean(), posterior.kl().mean()
+        return {"loss": error + self.kl_weight * kl, "error": error, "kl": kl}
+
+
+def fit_vae(frames: Path, output_dir: Path, *, steps: int, seed: int = 0) -> AutoencoderKLTemporalDecoder:
+    """Fit a blank VAE to a video set and set its scaling factor so that scaled latents have unit variance."""
+    torch.manual_seed(seed)
+    samples = Frames(frames, cutout=32)
+    loop = Loop(output_dir=str(output_dir), seed=seed, max_steps=steps, batch_size=32, schedule="cosine", warmup_steps=20, log_every=20,
+                optimizer={"lr": 2e-3, "weight_decay": 0.0}, wandb={"mode": "disabled"})
+    vae = loop.fit(Reconstruct(blank_vae()), samples).vae
+    with torch.no_grad():
+        latents = torch.cat([vae.encode(chunk.float() / 127.5 - 1).latent_dist.mode() for chunk in samples.images[::8].split(32)])
+    vae.register_to_config(scaling_factor=float(1 / latents.std()))
+    return vae
+
+
+@hydra.main(version_base=None, config_path=CONFIGS, config_name="standins")
+def main(cfg: DictConfig) -> None:
+    out = Path(cfg.out)
+    vae = fit_vae(Path(cfg.frames), out / "vae_run", steps=cfg.vae_steps, seed=cfg.seed) if cfg.frames else None
+    make_all(out, seed=cfg.seed, vae=vae)
+    log.info("stand-ins in %s", out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""Artifacts: bit-exact round trip, strict keys, kinds, nothing foreign built, nothing half-written."""
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from common import artifact
+from common.artifact import ArtifactError
+
+CONFIG = {"_target_": "common.attention.Mlp", "dim": 4, "ratio": 2}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    from common.attention import Mlp
+
+    return artifact.save(Mlp(4, 2), tmp_path / "a", kind="gidm", config=CONFIG, step=3, parents={"gfdm": "ab"}, stats={"x": 1})
+
+
+def test_round_trip_is_bit_exact_and_remembers_where_it_came_from(folder, tmp_path):
+    model = artifact.load(folder, "gidm")
+    assert not model.training
+    again = artifact.save(model, tmp_path / "b", kind="gidm", config=CONFIG)
+    one, two = load_file(folder / "weights.safetensors"), load_file(again / "weights.safetensors")
+    assert all(torch.equal(one[k], two[k]) for k in one) and one.keys() == two.keys()
+    meta = artifact.meta(folder, "gidm")
+    assert (meta["step"], meta["parents"], meta["stats"], meta["format"]) == (3, {"gfdm": "ab"}, {"x": 1}, 1)
+    assert artifact.sha256(folder) == artifact.sha256(again)
+    assert not list(folder.glob(".artifact*"))
+
+
+def test_wrong_kind_missing_folder_and_foreign_keys_are_one_clear_line(folder, tmp_path):
+    with pytest.raises(ArtifactError, match="'gidm' artifact, a 'gfdm' artifact is needed"):
+        artifact.load(folder, "gfdm")
+    with pytest.raises(ArtifactError, match=r"no artifact here.*step2_train_gidm.sh name=nothing"):
+        artifact.load(tmp_path / "nothing", "gidm")
+    state = load_file(folder / "weights.safetensors")
+    state["stranger"] = state.pop("fc1.bias")
+    save_file(state, folder / "weights.safetensors")
+    with pytest.raises(ArtifactError, match=r"missing \['fc1.bias'\], unexpected \['stranger'\]"):
+        artifact.load(folder, "gidm")
+    (folder / "weights.safetensors").write_bytes(b"torn")
+    with pytest.raises(ArtifactError, match="not readable"):
+        artifact.load(folder, "gidm")
+
+
+def test_config_from_outside_builds_only_our_classes(folder):
+    (folder / "config.yaml").write_text("_target_: os.system\ncommand: 'true'\n")
+    with pytest.raises(ArtifactError, match="not a class of this project"):
+        artifact.load(folder, "gidm")
+
+
+def test_overrides_must_name_a_key(folder):
+    with pytest.raises(ArtifactError, match="'depth' names no key"):
+        artifact.load(folder, "gidm", {"depth": 2})
+
+
+def test_failed_save_leaves_the_former_artifact(folder):
+    class Broken(torch.nn.Linear):
+        def save_weights(self, folder):
+            (folder / "weights.safetensors").write_bytes(b"half")
+            raise OSError("disk full")
+
+    before = artifact.sha256(folder)
+    with pytest.raises(OSError, match="disk full"):
+        artifact.save(Broken(1, 1), folder, kind="gidm", config=CONFIG)
+    assert artifact.sha256(folder) == before and json.loads((folder / "meta.json").read_text())["step"] == 3

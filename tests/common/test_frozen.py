@@ -1,0 +1,63 @@
+"""Frozen encoders: invisible to training, loaded from folders in the hub's own format, caching that changes nothing."""
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from common import frozen
+
+
+def test_frozen_is_invisible_to_optimizers_and_checkpoints_but_moves_with_its_parent():
+    class Parent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.own, self.foreign = nn.Linear(2, 2), frozen.Frozen(nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.9)))
+
+    parent = Parent().train()
+    assert set(parent.state_dict()) == {"own.weight", "own.bias"} and len(list(parent.parameters())) == 2
+    assert not parent.foreign.module.training and not any(p.requires_grad for p in parent.foreign.module.parameters())
+    parent.to(torch.float64)
+    assert parent.foreign.dtype == torch.float64
+    x = torch.ones(1, 2, dtype=torch.float64, requires_grad=True)
+    assert not parent.foreign(x).requires_grad
+
+
+def test_clip_and_t5_tell_sentences_apart_and_do_not_depend_on_the_batch(hub):
+    clip, t5 = frozen.clip_text(hub / "clip"), frozen.t5_text(hub / "t5")
+    texts = ["open the drawer", "pull the handle to close the drawer, please"]
+    tokens = clip(texts)
+    assert tokens.shape == (2, 20, clip.dim) and clip.pooled(texts).shape == (2, clip.pooled_dim)
+    assert (clip.pooled(texts)[0] - clip.pooled(texts)[1]).abs().max() > 0.1
+    alone = frozen.t5_text(hub / "t5")(texts[:1])
+    both, mask = t5(texts)
+    length = int(mask[0].sum())
+    assert length < both.shape[1] and not both[0, length:].any()
+    torch.testing.assert_close(both[0, :length], alone[0][0])
+
+
+def test_dinov2_gives_one_token_a_patch(hub):
+    dino = frozen.dinov2(hub / "dinov2", image_size=64)
+    images = torch.rand(2, 3, 80, 100)
+    assert dino(images).shape == (2, 64, dino.dim) and dino.num_tokens == 64 and dino.grid == (8, 8)
+    changed = images.clone()
+    changed[:, :, :, 50:] = 0
+    assert (dino(images) - dino(changed)).abs().max() > 0.05
+
+
+def test_missing_weights_name_the_folder_and_the_command():
+    with pytest.raises(frozen.MissingWeights, match=r"ckpts/hub/tiny/clip.*common.standins"):
+        frozen.clip_text("ckpts/hub/tiny/clip")
+    with pytest.raises(frozen.MissingWeights, match="download_ckpts.sh t5-base"):
+        frozen.t5_text("ckpts/hub/t5-base")
+
+
+def test_real_tokenizers_load_through_the_same_path(shared_data, hub, tmp_path):
+    """The published CLIP and T5 vocabularies under a random tower of their size."""
+    from transformers import AutoTokenizer
+
+    clip = AutoTokenizer.from_pretrained(shared_data / "tokenizers" / "clip")
+    ids = clip(["open the drawer"], padding="max_length", max_length=20)["input_ids"][0]
+    assert ids[0] == 49406 and ids[4] == 49407 and len(ids) == 20
+    t5 = AutoTokenizer.from_pretrained(shared_data / "tokenizers" / "t5")
+    assert t5(["open the drawer"])["input_ids"][0][-1] == 1
