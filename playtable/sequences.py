@@ -22,6 +22,14 @@ Rule = tuple[dict[str, Any], dict[str, Any]]  # condition (a tuple lists the adm
 
 OFFICIAL_COUNT = 1000
 BATCH = 512  # permutations drawn before they are judged; what is left over is thrown away with the state's generator
+# CALVIN's numbers in scene D; x of the cabinet is from the sliding door's joint frame, the same in A to D.
+NEUTRAL_ROBOT_OBS = (
+    *(0.02586889, -0.2313129, 0.5712808, 3.09045411, -0.02908596, 1.50013585, 0.07999963),
+    *(-1.21779124, 1.03987629, 2.11978254, -2.34205014, -0.87015899, 1.64119093, 0.55344928, 1.0),
+)
+IN_CABINET = {"slider_left": (-0.140851662, 0.0924044687, 0.46099), "slider_right": (0.1703416330, 0.0924044687, 0.46099)}
+ON_TABLE = ((0.0500000896, -0.120000177, 0.45999), (0.229995412, -0.11999514, 0.45999))
+SWITCH_ON, DRAWER_OPEN = 0.088, 0.22
 SIDES = ("slider_right", "slider_left")
 OPEN_SIDE = {"right": "slider_left", "left": "slider_right"}  # where the door stands -> what it leaves free
 
@@ -200,3 +208,44 @@ def generate(
         (dict(states[index]), list(_state_draws(vocabulary, length, total, seed, index)[rank]))
         for index, rank in order[:count]
     ]
+
+
+def _fnv1_32(text: str) -> int:
+    """FNV-1, 32 bit, from 0 instead of the offset basis, over UTF-16-LE: what upstream's pyhash computes."""
+    value = 0
+    for byte in text.encode("utf-16-le"):
+        value = (value * 0x01000193 & 0xFFFFFFFF) ^ byte
+    return value
+
+
+def initial_state(condition: State, scene: Scene) -> tuple[np.ndarray, np.ndarray]:
+    """Symbolic state -> (robot_obs (15,), scene_obs (24,)); CALVIN's own in scene D, which a state determines fully.
+
+    In other scenes the cabinet's places follow the door's frame, an open slider stands at the scene's limit, blocks are
+    filed under the scene's order, and where the button is on the right (B) the places on the table are mirrored.
+    Raises ValueError for a state that has no place for its blocks.
+    """
+    rng = np.random.RandomState(_fnv1_32(str({key: condition[key] for key in INITIAL_STATES[0]}.values())))
+    table = [list(place) for place in ON_TABLE]
+    if scene.fixtures.button[0] > 0:
+        table = [[-x, y, z] for x, y, z in table]
+    rng.shuffle(table)
+    places = [condition[f"{colour}_block"] for colour in COLOURS]
+    if any(place not in ("table", *SIDES) for place in places) or not 1 <= places.count("table") <= 2:
+        raise ValueError(f"no initial poses for blocks at {places}: CALVIN knows one or two on the table, the rest inside")
+    scene_obs = np.zeros(24)
+    scene_obs[0] = scene.limits["base__slide"] if condition["slider"] == "left" else 0.0
+    scene_obs[1] = DRAWER_OPEN if condition["drawer"] == "open" else 0.0
+    scene_obs[3] = SWITCH_ON if condition["lightbulb"] == 1 else 0.0
+    scene_obs[4:6] = condition["lightbulb"], condition["led"]
+    for number, (colour, place) in enumerate(zip(COLOURS, places)):
+        if place == "table":
+            slot = 1 if number == 2 or (number == 1 and places[0] == "table") else 0
+            position = table[slot]
+        else:
+            x, y, z = IN_CABINET[place]
+            position = (scene.fixtures.slide_x0 + x, y, z)
+        row = 6 + 6 * scene.block_names.index(f"block_{colour}")
+        scene_obs[row : row + 3] = position
+        scene_obs[row + 5] = rng.uniform(np.pi / 2 - np.pi / 8, np.pi / 2 + np.pi / 8)
+    return np.array(NEUTRAL_ROBOT_OBS), scene_obs

@@ -1,0 +1,291 @@
+"""A scripted expert for the 34 tasks, written against the privileged state alone (DESIGN 7).
+
+It begins from wherever the robot stands, lets go of a block that its task has no use for, and tries again until it is
+given another task. `act` gives the clean command; who executes it may disturb it with `disturbed` while `fast` is true.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from playtable.motions import FORWARD, YAW_RANGE, Motions, Plan, comfortable_yaw, hand
+from playtable.state import PrivilegedState
+from playtable.tasks import check_tasks
+
+KEEPS_BLOCK = ("place_in_slider", "place_in_drawer", "stack_block")
+PATIENCE = 12  # steps to stand still after a plan before it is tried again
+TURN = np.radians(76)  # a rotation counts from 60 degrees
+PUSH = 0.135  # m, a push counts from 0.1
+UP_SLOPE = np.array([0.0, 0.5, 0.866])  # the way of the switch, up the slanted front
+OUT_OF_SLOPE = np.array([0.0, -0.866, 0.5])
+CABINET_TILT = 0.45
+
+
+def disturbed(action: np.ndarray, rng: np.random.Generator, sigma: float, *, fast: bool) -> np.ndarray:
+    """What is executed for a clean action (7,): noise of `sigma` on the six pose entries of fast moves, clipped."""
+    if sigma == 0 or not fast:
+        return action
+    noisy = action.copy()
+    noisy[:6] = np.clip(action[:6] + rng.normal(0, sigma, 6) * [1, 1, 1, 0.5, 0.5, 0.5], -1, 1)
+    return noisy
+
+
+class Expert(Motions):
+    """Plays one task at a time; see `common.contracts.Expert`, which it fulfils."""
+
+    def __init__(self, state: PrivilegedState, seed: int = 0) -> None:
+        super().__init__(state, np.random.default_rng(seed))
+        self._plan: Plan = iter(())
+        self._task = ""
+        self._last_held: str | None = None
+
+    def reset(self, task: str) -> None:
+        """Start on a task; raises ValueError for an unknown one."""
+        check_tasks((task,))
+        self._task = task
+        self.grip = self.state.gripper()
+        self._pace = 0.0
+        self.cruise = float(self.rng.uniform(0.55, 0.85))
+        self._last_held = self.held()
+        self._plan = self._trials(task)
+
+    def act(self) -> np.ndarray:
+        """The next clean action (7,), float64, each entry in [-1, 1], gripper -1 or 1."""
+        if not self._task:
+            raise RuntimeError("the expert has no task: call reset(task) first")
+        return next(self._plan)
+
+    def _trials(self, task: str) -> Iterator[np.ndarray]:
+        if task not in KEEPS_BLOCK and self.held() is not None:
+            yield from self.release()
+        while True:
+            yield from self._method(task)()
+            yield from self.wait(PATIENCE)
+
+    def _method(self, task: str) -> Callable[[], Plan]:
+        words = task.split("_")
+        if words[0] == "lift":
+            return lambda: self.lift(f"block_{words[1]}", words[3])
+        if words[0] == "rotate":
+            return lambda: self.rotate(f"block_{words[1]}", TURN if words[3] == "left" else -TURN)
+        if words[0] == "push" and words[2] == "block":
+            return lambda: self.push(f"block_{words[1]}", 1 if words[3] == "right" else -1)
+        return {
+            "move_slider_left": lambda: self.slide(left=True),
+            "move_slider_right": lambda: self.slide(left=False),
+            "turn_on_led": self.press_button,
+            "turn_off_led": self.press_button,
+        }.get(task) or getattr(self, task)
+
+    # fixtures
+
+    def open_drawer(self) -> Plan:
+        bar = -0.212 - self.state.joint("base__drawer")
+        x, euler = self.state.fixtures.drawer_x + self._off(0.05), hand(tilt=0.2)
+        yield from self.above(x, bar, euler, height=0.55, grip=-1)
+        yield from self.goto([x, bar, 0.375], euler, speed=0.85, careful=True)
+        yield from self.goto([x, -0.212 - self.state.limit("base__drawer") - 0.02, 0.375], euler, speed=0.85)
+
+    def close_drawer(self) -> Plan:
+        front = -0.32 - self.state.joint("base__drawer")
+        x, euler = self.state.fixtures.drawer_x + self._off(0.05), hand()
+        yield from self.above(x, front, euler, height=0.55, grip=-1)
+        yield from self.goto([x, front, 0.37], euler, speed=0.85, through=True)
+        yield from self.goto([x, -0.235, 0.37], euler, speed=0.8)
+
+    def slide(self, *, left: bool) -> Plan:
+        handle = self.state.fixtures.slide_x0 + 0.14 - self.state.joint("base__slide")
+        end = self.state.fixtures.slide_x0 + 0.14 - (self.state.limit("base__slide") if left else 0.0)
+        side = 0.052 if left else -0.052
+        euler = hand(tilt=CABINET_TILT)
+        yield from self.above(handle + side, -0.12, euler, grip=-1)
+        yield from self.goto([handle + side, -0.09, 0.53], euler, through=True)
+        yield from self.goto([handle + side, -0.005, 0.515], euler, speed=0.8, careful=True)
+        yield from self.goto([end + side * 0.3, -0.005, 0.515], euler, speed=0.8)
+
+    def turn_on_lightbulb(self) -> Plan:
+        bar, euler = self._switch_bar(), hand(tilt=0.9)
+        low = bar - 0.055 * UP_SLOPE
+        yield from self.above(bar[0], -0.13, hand(tilt=0.45), grip=-1)
+        yield from self.goto(low + 0.10 * OUT_OF_SLOPE, euler, through=True)
+        yield from self.goto(low, euler, speed=0.8, careful=True)
+        yield from self.goto(low + 0.12 * UP_SLOPE, euler, speed=0.8)
+
+    def turn_off_lightbulb(self) -> Plan:
+        bar, euler = self._switch_bar(), hand(tilt=0.5)
+        high = bar + 0.055 * UP_SLOPE
+        yield from self.above(bar[0], -0.08, euler, height=0.66, grip=-1)
+        yield from self.goto(high + 0.06 * OUT_OF_SLOPE + 0.03 * UP_SLOPE, euler, through=True)
+        yield from self.goto(high, euler, speed=0.8, careful=True)
+        yield from self.goto(high - 0.13 * UP_SLOPE, euler, speed=0.8)
+
+    def press_button(self) -> Plan:
+        x, y, _ = self.state.fixtures.button
+        x, y = x + self._off(0.01), y + self._off(0.01)
+        yield from self.above(x, y, hand(), height=0.56, grip=-1)
+        yield from self.goto([x, y, 0.46], hand(), speed=0.8, timeout=25)
+        yield from self.goto([x, y, 0.54], hand(), through=True)
+
+    def _switch_bar(self) -> np.ndarray:
+        x = self.state.fixtures.switch_x + self._off(0.02)
+        return np.array([x, 0.023, 0.525]) + UP_SLOPE * self.state.joint("base__switch")
+
+    def _off(self, reach: float) -> float:
+        return float(self.rng.uniform(-reach, reach))
+
+    def _free_slider(self) -> Plan:
+        """Finish the way of a door that stands half open, so that one side is free."""
+        reading, limit = self.state.joint("base__slide"), self.state.limit("base__slide")
+        if 0.02 < reading < limit - 0.02:
+            yield from self.slide(left=reading > limit / 2)
+
+    def _free_drawer(self) -> Plan:
+        if self.state.joint("base__drawer") < 0.19:
+            yield from self.open_drawer()
+
+    # blocks
+
+    def lift(self, block: str, place: str) -> Plan:
+        if place == "slider":
+            yield from self._free_slider()
+        elif place == "drawer":
+            yield from self._free_drawer()
+        yield from self.grasp(block, tilt=CABINET_TILT if place == "slider" else 0.0)
+        start = self.state.target()[0]
+        if place == "slider":
+            yield from self.goto(start + [0, -0.04, 0.07], speed=0.7, through=True)
+            yield from self.goto(start + [0, -0.16, 0.14], speed=0.8)
+        else:
+            yield from self.goto(start + [0, 0, 0.14], speed=0.7)
+
+    def rotate(self, block: str, angle: float) -> Plan:
+        """Turn a block about the vertical, in several holds where the wrist's range asks for it."""
+        for _ in range(3):
+            yaw, turn = self._best_hold(block, angle)
+            yield from self.grasp(block, yaw=yaw)
+            yield from self.goto(self.state.target()[0], hand(yaw + turn), careful=True)
+            yield from self.wait(3)
+            yield from self.wait(6, 1)
+            yield from self.goto(self.state.target()[0] + [0, 0, 0.06], through=True)
+            angle -= turn
+            if abs(angle) < 0.03:
+                return
+
+    def _best_hold(self, block: str, angle: float) -> tuple[float, float]:
+        """(yaw of the hand, the turn that it can make from there): all of it from a comfortable yaw, or the most."""
+        holds = []
+        for period in range(-3, 4):
+            for yaw in (base + period * np.pi for base in self.grasp_yaws(block)):
+                if YAW_RANGE[0] < yaw < YAW_RANGE[1]:
+                    holds.append((float(yaw), float(np.clip(yaw + angle, *YAW_RANGE) - yaw)))
+        whole = [hold for hold in holds if abs(hold[1]) > abs(angle) - 0.10]
+        if whole:
+            return min(whole, key=lambda hold: abs(hold[0] - FORWARD))
+        return max(holds, key=lambda hold: abs(hold[1]), default=(FORWARD, angle))
+
+    def _extent(self, block: str, axis: int) -> float:
+        """Half of a block's size along a world axis."""
+        return float(np.abs(self.state.block(block)[1][axis]) @ self.state.size(block)) / 2
+
+    def push(self, block: str, sign: int) -> Plan:
+        start = self.state.block(block)[0]
+        behind = start[0] - sign * (self._extent(block, 0) + 0.04)
+        yield from self.above(behind, start[1], hand(), height=0.58, grip=-1)
+        yield from self.goto([behind, start[1], 0.464], hand(), speed=0.85, careful=True)
+        for _ in range(90):
+            position, at = self.state.block(block)[0], self.state.target()[0]
+            if sign * (position[0] - start[0]) > PUSH:
+                break
+            self._pace = min(self.cruise * 0.7, self._pace + 0.1)
+            aside = np.clip(position[1] - at[1], -0.004, 0.004)
+            yield self.step([sign * self._pace * 0.02, aside, 0.464 - at[2]])
+
+    def push_into_drawer(self) -> Plan:
+        yield from self._free_drawer()
+        block = self._nearest_on_table(self.state.fixtures.drawer_x)
+        if block is None:
+            return
+        position = self.state.block(block)[0]
+        behind = position[1] + self._extent(block, 1) + 0.035
+        yield from self.above(position[0], behind, hand(), height=0.58, grip=-1)
+        yield from self.goto([position[0], behind, 0.466], hand(), speed=0.85, careful=True)
+        for _ in range(80):
+            position, at = self.state.block(block)[0], self.state.target()[0]
+            if position[2] < 0.42 or at[1] < -0.24:
+                break
+            self._pace = min(self.cruise * 0.7, self._pace + 0.1)
+            yield self.step([np.clip(position[0] - at[0], -0.004, 0.004), -self._pace * 0.02, 0])
+        yield from self.goto(self.state.target()[0] + [0, 0.04, 0.04], speed=0.85)
+
+    def _nearest_on_table(self, x: float, but: str | None = None) -> str | None:
+        """The block that lies on the table top with its centre nearest to a vertical plane x."""
+        lying = [
+            name
+            for name in self.state.blocks
+            if name != but and abs(self.state.block(name)[0][2] - 0.46) < 0.015 and self.state.block(name)[0][1] < 0.02
+        ]
+        return min(lying, key=lambda name: abs(self.state.block(name)[0][0] - x), default=None)
+
+    def _take_again(self) -> Plan:
+        """Make sure that a block is in the hand: what was lost on the way is picked up where it lies."""
+        if (held := self.held()) is not None:
+            self._last_held = held
+            return
+        if self._last_held is None:
+            tcp = self.state.tcp()[0]
+            self._last_held = min(self.state.blocks, key=lambda name: np.linalg.norm(self.state.block(name)[0] - tcp))
+        _, y, z = self.state.block(self._last_held)[0]
+        yield from self.lift(self._last_held, "drawer" if z < 0.42 else "table" if y < 0.02 else "slider")
+
+    def place_in_drawer(self) -> Plan:
+        yield from self._take_again()
+        y = -0.18 - self.state.joint("base__drawer") / 2
+        yield from self.put([self.state.fixtures.drawer_x + self._off(0.06), y, 0.40], self.state.target()[1][2])
+
+    def place_in_slider(self) -> Plan:
+        yield from self._take_again()
+        half = self.state.limit("base__slide") / 2
+        left = self.state.joint("base__slide") < half
+        centre = self.state.fixtures.slide_x0 + (-half if left else half)
+        places = np.linspace(centre - 0.085, centre + 0.085, 18)
+        inside = [self.state.block(name)[0] for name in self.state.blocks if name != self._last_held]
+        taken = [position[0] for position in inside if position[1] > 0.01]
+        room = [min([abs(x - other) for other in taken] + [0.2]) - 0.15 * abs(x - centre) for x in places]
+        x = float(places[int(np.argmax(room))])
+        yield from self.put([x, 0.085, 0.47], FORWARD, tilt=CABINET_TILT, ready=0.12)
+
+    def stack_block(self) -> Plan:
+        yield from self._take_again()
+        below = self._nearest_on_table(self.state.tcp()[0][0], but=self._last_held)
+        if below is None:
+            return
+        position = self.state.block(below)[0]
+        hangs = self.state.block(self._last_held)[0] - self.state.tcp()[0]
+        now = float(self.state.target()[1][2])
+        yaw = min((comfortable_yaw(y) for y in self.grasp_yaws(below)), key=lambda y: abs(y - now))
+        yield from self.put([position[0], position[1], position[2] + 0.043 - hangs[2]], yaw)
+
+    def unstack_block(self) -> Plan:
+        tops = [
+            name
+            for name in self.state.blocks
+            if self.state.block(name)[0][2] > 0.49 and self.state.touching(name) & set(self.state.blocks)
+        ]
+        if not tops:
+            return
+        yield from self.grasp(tops[0], height=0.62)
+        yield from self.goto(self.state.target()[0] + [0, 0, 0.12], speed=0.7)
+
+    def put(self, position: list[float], yaw: float, *, tilt: float = 0.0, ready: float = 0.08) -> Plan:
+        """Carry what is held to a pose of the hand, set it down and draw back."""
+        place, euler, back = np.array(position), hand(yaw, tilt), np.array([0, -np.sin(tilt), np.cos(tilt)])
+        above = place + ready * back
+        self.grip = -1
+        yield from self.unwind()
+        yield from self.rise()
+        yield from self.goto([place[0], above[1], self.state.target()[0][2]], euler, through=True)
+        yield from self.goto(above, euler, speed=0.85, through=True)
+        yield from self.goto(place, euler, speed=0.65, careful=True)
+        yield from self.wait(5, 1)
+        yield from self.goto(place + 0.08 * back, euler, speed=0.8)

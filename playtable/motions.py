@@ -1,0 +1,174 @@
+"""Motions of a scripted hand: generators of 7-D relative actions against a privileged state (DESIGN 7).
+
+Positions are metres in the world frame, Euler angles fixed-axis xyz radians. A yaw of pi/2 closes the fingers along x;
+`tilt` leans the hand towards -y, so that the fingers point forward into the cabinet.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from playtable.state import PrivilegedState
+
+Plan = Iterator[np.ndarray]
+
+POSITION_SCALE = 0.02  # m of one unit of action
+ANGLE_SCALE = 0.05  # rad of one unit of action
+YAW_RANGE = (-0.6, 3.05)  # beyond it the real simulator's inverse kinematics flips over
+FORWARD = np.pi / 2
+SAFE_HEIGHT = 0.6  # above everything that stands on the table
+GRASPABLE = 0.065  # m, the widest edge that fits between the fingers with room to spare
+
+
+def wrapped(angles: np.ndarray) -> np.ndarray:
+    """The same angles within [-pi, pi)."""
+    return (angles + np.pi) % (2 * np.pi) - np.pi
+
+
+def hand(yaw: float = FORWARD, tilt: float = 0.0) -> np.ndarray:
+    """Euler angles (3,) of a hand that points down with a yaw and is then tilted about the world's x axis."""
+    cos_yaw, sin_yaw, cos_tilt, sin_tilt = np.cos(yaw), np.sin(yaw), np.cos(tilt), np.sin(tilt)
+    # Rx(tilt) Rz(yaw) Rx(pi); only the entries that the angles are read from
+    m00, m10, m20 = cos_yaw, cos_tilt * sin_yaw, sin_tilt * sin_yaw
+    m21, m22 = -sin_tilt * cos_yaw, -cos_tilt
+    return np.array([np.arctan2(m21, m22) % (2 * np.pi), -np.arcsin(np.clip(m20, -1, 1)), np.arctan2(m10, m00)])
+
+
+def comfortable_yaw(yaw: float, near: float = FORWARD) -> float:
+    """The yaw of the same grasp (period pi) that is nearest to another one and inside YAW_RANGE."""
+    turned = [yaw + k * np.pi for k in range(-4, 5)]
+    inside = [value for value in turned if YAW_RANGE[0] <= value <= YAW_RANGE[1]]
+    return min(inside, key=lambda value: abs(value - near))
+
+
+class Motions:
+    """The hand's vocabulary. One object serves one episode: its speed is drawn once."""
+
+    def __init__(self, state: PrivilegedState, rng: np.random.Generator) -> None:
+        self.state = state
+        self.rng = rng
+        self.cruise = float(rng.uniform(0.55, 0.85))
+        self.grip = state.gripper()
+        self.fast = False  # may the one who executes the action disturb it?
+        self._pace = 0.0
+
+    def step(self, shift: np.ndarray | None = None, turn: np.ndarray | None = None) -> np.ndarray:
+        """The action that moves the commanded pose by metres (3,) and radians (3,), clipped to what one step allows."""
+        move = np.zeros(6)
+        if shift is not None:
+            move[:3] = np.asarray(shift) / POSITION_SCALE
+        if turn is not None:
+            move[3:] = np.asarray(turn) / ANGLE_SCALE
+        return np.append(np.clip(move, -1, 1), self.grip).astype(np.float64)
+
+    def goto(
+        self,
+        position: np.ndarray,
+        euler: np.ndarray | None = None,
+        *,
+        speed: float = 1.0,
+        tolerance: float = 0.012,
+        through: bool = False,
+        careful: bool = False,
+        timeout: int = 120,
+    ) -> Plan:
+        """Straight to a pose with ramps at both ends; `speed` scales the episode's cruising speed.
+
+        `through` does not brake at the end, `careful` keeps the one who executes from adding noise.
+        """
+        position = np.asarray(position, float)
+        waited = 0
+        for _ in range(timeout):
+            at, facing = self.state.target()
+            shift = position - at
+            turn = np.zeros(3) if euler is None else wrapped(euler - facing)
+            far = max(np.abs(shift).max() / POSITION_SCALE, np.abs(turn).max() / ANGLE_SCALE)
+            limit = self.cruise * speed
+            if through and far < limit:
+                return
+            if far < 1e-3:
+                if waited >= 10 or np.linalg.norm(self.state.tcp()[0] - position) < tolerance:
+                    break
+                waited += 1
+            brake = far if through else 0.12 + 0.35 * far
+            self._pace = min(limit, self._pace + 0.2, brake)
+            share = min(1.0, self._pace / max(far, 1e-9))
+            self.fast = not careful and far > 2.0
+            yield self.step(shift * share, turn * share)
+        self.fast = False
+        self._pace = 0.0
+
+    def wait(self, steps: int, grip: int | None = None) -> Plan:
+        """Stand still, perhaps with a new command for the gripper."""
+        if grip is not None:
+            self.grip = grip
+        self.fast = False
+        self._pace = 0.0
+        for _ in range(steps):
+            yield self.step()
+
+    def unwind(self) -> Plan:
+        """Pull the commanded pose back to the measured one: pushing leaves it inside of things."""
+        tcp, _ = self.state.tcp()
+        if np.linalg.norm(tcp - self.state.target()[0]) > 0.02:
+            yield from self.goto(tcp, through=True, careful=True, timeout=20)
+
+    def rise(self, height: float = SAFE_HEIGHT) -> Plan:
+        """Straight up where the hand is lower."""
+        at, _ = self.state.target()
+        if at[2] < height - 0.01:
+            yield from self.goto([at[0], at[1], height], through=True)
+
+    def above(self, x: float, y: float, euler: np.ndarray, *, height: float = SAFE_HEIGHT, grip: int = 1) -> Plan:
+        """Up, then across to a place above (x, y), turning the hand and setting the gripper on the way."""
+        self.grip = grip
+        yield from self.unwind()
+        yield from self.rise(height)
+        yield from self.goto([x, y, max(height, self.state.target()[0][2] - 0.05)], euler, through=True)
+
+    def grasp_yaws(self, block: str) -> list[float]:
+        """Yaws at which the fingers fit around a block however it lies; FORWARD where none does."""
+        _, axes = self.state.block(block)
+        yaws = [
+            float(np.arctan2(axis[1], axis[0]) + np.pi / 2)
+            for axis, width in zip(axes.T, self.state.size(block))
+            if abs(axis[2]) < 0.5 and width < GRASPABLE
+        ]
+        return yaws or [FORWARD]
+
+    def grasp(self, block: str, *, tilt: float = 0.0, yaw: float | None = None, height: float = SAFE_HEIGHT) -> Plan:
+        """Take a block: open, above it, down, close. `yaw` overrules the choice of the nearest comfortable one."""
+        position, _ = self.state.block(block)
+        if yaw is None:
+            yaw = min((comfortable_yaw(y) for y in self.grasp_yaws(block)), key=lambda y: abs(y - FORWARD))
+        euler, back = hand(yaw, tilt), np.array([0, -np.sin(tilt), np.cos(tilt)])
+        ready = position + 0.10 * back
+        yield from self.above(ready[0], ready[1], euler, height=height)
+        yield from self.goto(ready, euler, tolerance=0.02)
+        position, _ = self.state.block(block)
+        yield from self.goto(position, euler, speed=0.75, tolerance=0.006, careful=True)
+        yield from self.wait(7, -1)
+
+    def release(self) -> Plan:
+        """Let go of what is in the hand, near whatever lies below, and move off it."""
+        held = self.held()
+        if held is not None:
+            start = self.state.target()[0]
+            for _ in range(40):
+                if self.state.touching(held) != {"robot"} or start[2] - self.state.target()[0][2] > 0.2:
+                    break
+                self._pace = min(0.5, self._pace + 0.15)
+                yield self.step([0, 0, -self._pace * POSITION_SCALE])
+        yield from self.unwind()
+        yield from self.wait(5, 1)
+        yield from self.goto(self.state.target()[0] + [0, 0, 0.07], through=True)
+
+    def held(self) -> str | None:
+        """The block in the closed hand."""
+        if self.state.gripper() > 0:
+            return None
+        near = [name for name in self.state.blocks if "robot" in self.state.touching(name)]
+        tcp, _ = self.state.tcp()
+        near = [name for name in near if np.linalg.norm(self.state.block(name)[0] - tcp) < 0.06]
+        return near[0] if near else None
