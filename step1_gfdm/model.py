@@ -1,13 +1,14 @@
 """GFDM: imagine what happens next from one picture and a sentence (Sec. 3.1, A.3, Tables 6 and 10).
 
-B batch, F frames, L tokens of the tapped grid, C channels of the tapped blocks, T text tokens, h x w latent grid.
+B batch, F frames, L tokens of the tapped grid, C channels of the tapped blocks, T text tokens, c x h x w latent (SVD: 4 x 32 x 32).
 """
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -29,16 +30,18 @@ class GFDM(nn.Module):
 
     svd: diffusers SVD pipeline folder or hub id (original SVD, VPP's checkpoints, our artifacts); clip: CLIP text encoder.
     The fields from `text_tokens` on decide what the UNet sees; they are stored with the weights, so that training and use agree.
-    `denoise_steps` steps of a `schedule_steps` schedule are taken by `imagine` (Table 6 varies the first).
+    `denoise_steps` steps of a `schedule_steps` schedule are taken by `imagine` (Table 6 varies the first). `unet` changes entries
+    of the UNet's config and starts it untrained.
     """
 
     def __init__(self, svd: str, clip: str, *, objective: Objective, image_size: int = 256, num_frames: int = 16,
                  taps: Sequence[int] = (0, 1), text_tokens: int = 20, text_positions: bool = False, text_dropout: float = 0.05,
                  unscaled_condition: bool = True, fps: float = 7, motion_bucket: float = 127, noise_aug: float = 0.0,
-                 schedule_steps: int = 20, denoise_steps: int = 1, gradient_checkpointing: bool = False) -> None:
+                 schedule_steps: int = 20, denoise_steps: int = 1, gradient_checkpointing: bool = False,
+                 unet: Mapping[str, Any] | None = None) -> None:
         super().__init__()
         self.svd, self.objective = svd, objective
-        self.unet = svd_unet.load(svd)
+        self.unet = svd_unet.load(svd, unet)
         self.latent_space = svd_vae.load(svd)
         self.text = frozen.clip_text(clip, max_length=text_tokens)
         if gradient_checkpointing:
@@ -58,7 +61,7 @@ class GFDM(nn.Module):
         self._noise: dict[tuple[int, torch.device], Tensor] = {}
 
     def forward(self, batch: VideoBatch) -> dict[str, Tensor]:
-        """Latents (B, F, 4, h, w), times the VAE's scale, and B sentences -> the training loss."""
+        """Latents (B, F, c, h, w), times the VAE's scale, and B sentences -> the training loss."""
         latents = batch["latents"]
         if latents.shape[1] != self.num_frames:
             raise ValueError(f"clips of {latents.shape[1]} frames for a model of {self.num_frames}: {batch['id'][:3]}")
@@ -95,7 +98,7 @@ class GFDM(nn.Module):
 
     @torch.no_grad()
     def encode_image(self, image: Tensor) -> Tensor:
-        """(B, 3, H, W) in [-1, 1] -> (B, 4, h, w): the mode of the VAE's distribution, times its scale."""
+        """(B, 3, H, W) in [-1, 1] -> (B, c, h, w): the mode of the VAE's distribution, times its scale."""
         if image.shape[1:] != (3, self.image_size, self.image_size):
             raise ValueError(f"pictures of shape {tuple(image.shape[1:])}; this GFDM sees (3, {self.image_size}, {self.image_size})")
         return self.latent_space.encode(image)
@@ -104,7 +107,7 @@ class GFDM(nn.Module):
         """B strings -> (B, T, cross_attention_dim): CLIP's last hidden states, repeated to the UNet's width."""
         tokens = self.text(text).to(self._time_ids.device) + self._text_positions
         # VPP joins the 512 channels with themselves for SVD's 1024; no learned projection
-        return tokens.repeat(1, 1, self._copies)
+        return tokens.repeat(1, 1, self._copies).to(self.unet.dtype)
 
     def save_weights(self, folder: Path) -> None:
         """Write a diffusers pipeline folder: the UNet, and the other parts as they came."""
@@ -126,7 +129,7 @@ class GFDM(nn.Module):
         """The UNet with its conditions filled in."""
 
         def net(x: Tensor, timestep: Tensor) -> Tensor:
-            return self.unet(self._with_condition(x, first), timestep, encoder_hidden_states=text.to(self.unet.dtype),
+            return self.unet(self._with_condition(x, first), timestep, encoder_hidden_states=text,
                              added_time_ids=self._ids(len(x)), return_dict=False)[0]
 
         return net
@@ -143,7 +146,7 @@ class GFDM(nn.Module):
         return net
 
     def _with_condition(self, x: Tensor, first: Tensor) -> Tensor:
-        """Noisy latents (B, F, 4, h, w) ++ first-frame latent (B, 4, h, w) on channels, in the UNet's precision."""
+        """Noisy latents (B, F, c, h, w) ++ first-frame latent (B, c, h, w) on channels, in the UNet's precision."""
         condition = first / self.latent_space.scale if self.unscaled_condition else first
         return torch.cat([x, condition[:, None].expand(-1, x.shape[1], -1, -1, -1).to(x.dtype)], dim=2).to(self.unet.dtype)
 

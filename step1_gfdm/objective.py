@@ -1,6 +1,6 @@
 """What the denoiser learns and how a sampler uses it: EDM as SVD and VPP train it, and DDPM (Sec. 3.1, Eqs. 1-3).
 
-A `net(x_in, timestep)` is the network alone: scaled noisy latents (B, F, 4, h, w) and times (B,) -> its raw output of the
+A `net(x_in, timestep)` is the network alone: scaled noisy latents (B, F, c, h, w) and times (B,) -> its raw output of the
 same shape. Text, first frame and guidance live inside it. Schedules run from pure noise (entry 0) to clean.
 """
 from __future__ import annotations
@@ -20,7 +20,7 @@ class Objective(ABC):
 
     @abstractmethod
     def training_loss(self, net: Net, clean: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
-        """Scaled latents (B, F, 4, h, w) -> () loss, one noise level a sample, shared by its frames."""
+        """Scaled latents (B, F, c, h, w) -> () loss, one noise level a sample, shared by its frames."""
 
     @abstractmethod
     def levels(self, steps: int) -> list[float]:
@@ -56,7 +56,7 @@ class Objective(ABC):
         return self.network_input(x, levels[taken])
 
     def sample(self, net: Net, noise: Tensor, *, steps: int) -> Tensor:
-        """Unit Gaussian noise (B, F, 4, h, w) -> clean latents after `steps` network calls."""
+        """Unit Gaussian noise (B, F, c, h, w) -> clean latents after `steps` network calls."""
         levels = self.levels(steps)
         x = self.start(noise)
         for level, following in zip(levels, levels[1:]):

@@ -5,7 +5,7 @@ B batch, F frames, L tokens of the tapped grid, C channels of all taps together.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +34,21 @@ SVD_UNET: dict[str, Any] = {
 }
 
 
-def load(svd: str | Path) -> UNetSpatioTemporalConditionModel:
-    """The UNet of a diffusers SVD pipeline folder or hub id, in fp32 and trainable."""
-    return UNetSpatioTemporalConditionModel.from_pretrained(require(svd, "Stable Video Diffusion"), subfolder="unet", torch_dtype=torch.float32)
+def load(svd: str | Path, changes: Mapping[str, Any] | None = None) -> UNetSpatioTemporalConditionModel:
+    """The UNet of a diffusers SVD pipeline folder or hub id, in fp32 and trainable.
+
+    With `changes` to its config it is built anew and untrained.
+    """
+    path = require(svd, "Stable Video Diffusion")
+    if changes:
+        return build({**UNetSpatioTemporalConditionModel.load_config(path, subfolder="unet"), **changes})
+    return UNetSpatioTemporalConditionModel.from_pretrained(path, subfolder="unet", torch_dtype=torch.float32)
 
 
-def build(config: dict[str, Any] | None = None, *, device: str | torch.device = "cpu") -> UNetSpatioTemporalConditionModel:
+def build(config: Mapping[str, Any] | None = None, *, device: str | torch.device = "cpu") -> UNetSpatioTemporalConditionModel:
     """An untrained UNet from a config (SVD's by default); `device="meta"` costs no memory."""
     with torch.device(device):
-        return UNetSpatioTemporalConditionModel.from_config(config or SVD_UNET)
+        return UNetSpatioTemporalConditionModel.from_config(dict(config or SVD_UNET))
 
 
 class _Stop(nn.Module):
@@ -71,7 +77,7 @@ def features(unet: UNetSpatioTemporalConditionModel, sample: Tensor, timestep: T
              taps: Sequence[int] = (0, 1)) -> Tensor:
     """Outputs of the tapped up blocks, coarse grids repeated to the finest one, joined on channels.
 
-    sample (B, F, 8, h, w), timestep (B,), text (B, T, cross_attention_dim), time_ids (B, 3) -> (B, F, L, C).
+    sample (B, F, in_channels, h, w), timestep (B,), text (B, T, cross_attention_dim), time_ids (B, 3) -> (B, F, L, C).
     """
     outputs: dict[int, Tensor] = {}
 

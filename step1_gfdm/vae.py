@@ -24,7 +24,7 @@ class LatentSpace(Frozen):
 
     @torch.no_grad()
     def encode(self, images: Tensor, *, sample: bool = False, generator: torch.Generator | None = None, chunk: int = 64) -> Tensor:
-        """(N, 3, H, W) in [-1, 1] -> (N, 4, H/factor, W/factor) in fp32; the distribution's mode, or a sample of it."""
+        """(N, 3, H, W) in [-1, 1] -> (N, c, H/factor, W/factor) in fp32; the distribution's mode, or a sample of it."""
         parts = []
         for part in images.split(chunk):
             distribution = self.module.encode(part.to(self.device, self.dtype)).latent_dist
@@ -33,7 +33,7 @@ class LatentSpace(Frozen):
 
     @torch.no_grad()
     def decode(self, latents: Tensor, *, chunk: int = 7) -> Tensor:
-        """(B, F, 4, h, w) -> (B, F, 3, H, W) in [0, 1], `chunk` frames at a time (VPP: 7)."""
+        """(B, F, c, h, w) -> (B, F, 3, H, W) in [0, 1], `chunk` frames at a time (VPP: 7)."""
         videos = []
         for video in (latents / self.scale).to(self.device, self.dtype):
             parts = [self.module.decode(part, num_frames=len(part)).sample for part in video.split(chunk)]
