@@ -52,6 +52,7 @@ FIXED = 'contype="1" conaffinity="0"'
 ROBOT = 'contype="2" conaffinity="1"'
 BLOCK = 'contype="4" conaffinity="7"'
 SEEN = 'contype="0" conaffinity="0"'
+WEIGHTLESS = 'gravcomp="1"'  # fixtures stay where they are left, dry friction alone would let them creep
 
 
 def _numbers(values: object) -> str:
@@ -88,7 +89,8 @@ def _body(name: str, pos: object, content: list[str], frame: str = "") -> str:
 def _sliding(name: str, axis: str, travel: float, mass: float, extra: str) -> list[str]:
     inertia = _numbers([mass * 0.01] * 3)
     return [
-        f'<joint name="{name}" type="slide" axis="{axis}" range="0 {travel:.9g}" {extra}/>',
+        f'<joint name="{name}" type="slide" axis="{axis}" range="0 {travel:.9g}" '
+        f'solreflimit="0.005 1" solimplimit="0.98 0.999 0.001" {extra}/>',
         f'<inertial pos="0 0 0" mass="{mass}" diaginertia="{inertia}"/>',
     ]
 
@@ -152,7 +154,7 @@ def _drawer(scene: Scene) -> str:
         _box((-0.12, -0.24, 0.02), (-0.10, -0.18, 0.06), handle),
         _box((0.10, -0.24, 0.02), (0.12, -0.18, 0.06), handle),
     ]
-    return _body("drawer_link", (scene.drawer_x, 0, DRAWER_Z), parts)
+    return _body("drawer_link", (scene.drawer_x, 0, DRAWER_Z), parts, WEIGHTLESS)
 
 
 def _slide(scene: Scene) -> str:
@@ -165,7 +167,7 @@ def _slide(scene: Scene) -> str:
         _box((0.12, -0.08, 0.02), (0.16, -0.06, 0.06), handle),
         _box((0.12, 0.06, 0.02), (0.16, 0.08, 0.06), handle),
     ]
-    return _body("slide_link", (scene.slide_x0, SLIDE_Y, SLIDE_Z), parts, f'euler="{SLOPE:.9g} 0 0"')
+    return _body("slide_link", (scene.slide_x0, SLIDE_Y, SLIDE_Z), parts, f'euler="{SLOPE:.9g} 0 0" {WEIGHTLESS}')
 
 
 def _switch(scene: Scene) -> str:
@@ -174,7 +176,7 @@ def _switch(scene: Scene) -> str:
     metal = 'material="lever"'
     parts += [_box((x - 0.007, 0.0, -0.016), (x + 0.007, 0.05, 0.0), metal) for x in (-0.05, 0.05)]
     parts.append(_box((-0.06, 0.044, -0.024), (0.06, 0.064, 0.008), metal))
-    return _body("switch_link", (scene.switch_x, SWITCH_Y, SWITCH_Z), parts, f'euler="{SLOPE + pi / 2:.9g} 0 0"')
+    return _body("switch_link", (scene.switch_x, SWITCH_Y, SWITCH_Z), parts, f'euler="{SLOPE + pi / 2:.9g} 0 0" {WEIGHTLESS}')
 
 
 def _slots(scene: Scene) -> list[str]:
@@ -189,11 +191,11 @@ def _slots(scene: Scene) -> list[str]:
 
 
 def _button(scene: Scene) -> list[str]:
-    spring = f'stiffness="180" springref="0" damping="4" armature="0.01" ref="0"'
+    spring = 'stiffness="200" springref="0" damping="6"'
     parts = _sliding("base__button", "0 0 -1", BUTTON_TRAVEL, 0.15, spring)
     parts.append(_geom("cylinder", (0, 0, 0.012), (0.032, 0.012), 'rgba="0.08 0.08 0.08 1"'))
     ring = _geom("cylinder", (scene.button_x, BUTTON_Y, 0.449), (0.04, 0.009), 'material="lever"')
-    return [ring, _body("button_link", (scene.button_x, BUTTON_Y, BUTTON_Z), parts)]
+    return [ring, _body("button_link", (scene.button_x, BUTTON_Y, BUTTON_Z), parts, WEIGHTLESS)]
 
 
 def _lights(scene: Scene) -> list[str]:
