@@ -1,0 +1,228 @@
+"""Robot episodes in RLDS folders (TFRecord), read by random access and without TensorFlow (Sec. 3.2, A.2, Table 12).
+
+    <root>[/DOWNLOAD_DIR|/CONVERSION_DIR]/<name>/<version>/{dataset_info,features}.json, <name>-<split>.tfrecord-00000-of-00004
+
+A record is one episode. Framing is ours; the payload is decoded by tensorflow-datasets, which knows every feature codec,
+with images left as bytes until one is asked for.
+"""
+from __future__ import annotations
+
+import functools
+import io
+import json
+import re
+import struct
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+from google.protobuf.message import DecodeError
+from PIL import Image
+
+_HEADER = struct.Struct("<QI")  # length, masked crc32c of the length
+_CRC = struct.Struct("<I")
+
+
+class RldsError(ValueError):
+    """An RLDS folder, shard or episode that cannot be read; the message names it and the remedy."""
+
+
+class TFRecordFile:
+    """The records of one shard by index. Lengths are always checked by their crc, payloads where asked."""
+
+    def __init__(self, path: str | Path, *, check_crc: bool = False) -> None:
+        self.path, self.check_crc = Path(path), check_crc
+
+    @functools.cached_property
+    def spans(self) -> list[tuple[int, int]]:
+        """(offset, length) of every payload. Raises RldsError where the framing breaks."""
+        if not self.path.is_file():
+            raise RldsError(f"{self.path}: no such shard; download it again")
+        size, spans, at = self.path.stat().st_size, [], 0
+        with self.path.open("rb") as stream:
+            while at < size:
+                stream.seek(at)
+                header = stream.read(_HEADER.size)
+                where = f"{self.path}: record {len(spans)} at byte {at}"
+                if len(header) < _HEADER.size:
+                    raise RldsError(f"{where} is cut off in its header; download the shard again")
+                length, crc = _HEADER.unpack(header)
+                if crc != masked_crc32c(header[:8]):
+                    raise RldsError(f"{where} has a corrupt length (crc differs); download the shard again")
+                if at + _HEADER.size + length + _CRC.size > size:
+                    raise RldsError(f"{where} claims {length} bytes, the file ends before; download the shard again")
+                spans.append((at + _HEADER.size, length))
+                at += _HEADER.size + length + _CRC.size
+        return spans
+
+    def __len__(self) -> int:
+        return len(self.spans)
+
+    def __getitem__(self, index: int) -> bytes:
+        offset, length = self.spans[index]
+        with self.path.open("rb") as stream:
+            stream.seek(offset)
+            payload, crc = stream.read(length), stream.read(_CRC.size)
+        if self.check_crc and _CRC.unpack(crc)[0] != masked_crc32c(payload):
+            raise RldsError(f"{self.path}: record {index} is corrupt (crc differs); download the shard again")
+        return payload
+
+
+class Episode:
+    """One episode, decoded step by step. Keys are paths inside a step, such as "observation/image"."""
+
+    def __init__(self, id: str, steps: Any) -> None:
+        self.id, self._steps = id, steps
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    def image(self, key: str, index: int) -> np.ndarray:
+        """(H, W, 3) uint8 of one step; nothing else is decoded."""
+        value = self._value(key, index)
+        if isinstance(value, np.ndarray):
+            return value
+        try:
+            return np.asarray(Image.open(io.BytesIO(value)).convert("RGB"))
+        except OSError as error:
+            raise RldsError(f"{self.id}: {key} of step {index} is not a readable image ({error})") from error
+
+    def values(self, key: str) -> np.ndarray:
+        """(T, ...) of a numeric feature over all steps."""
+        return np.stack([self._value(key, index) for index in range(len(self))])
+
+    def text(self, key: str, index: int = 0) -> str:
+        """A sentence, as bytes or as Language Table writes it: code points in a zero-padded array."""
+        value = self._value(key, index)
+        if isinstance(value, np.ndarray):
+            return "".join(map(chr, value[value > 0]))
+        return (value.decode(errors="replace") if isinstance(value, bytes) else str(value)).rstrip("\0")
+
+    def _value(self, key: str, index: int) -> Any:
+        try:
+            value = self._steps[index]
+        except (ValueError, KeyError, IndexError) as error:
+            raise RldsError(f"{self.id}: step {index} does not decode ({error})") from error
+        for part in key.split("/"):
+            if not isinstance(value, dict) or part not in value:
+                known = sorted(value) if isinstance(value, dict) else []
+                raise RldsError(f"{self.id}: no feature {key!r}; at {part!r} there are {known}")
+            value = value[part]
+        return value
+
+
+class Rlds:
+    """The episodes of one split of an RLDS folder, by index. Shards are indexed when first touched."""
+
+    def __init__(self, folder: str | Path, split: str = "train", *, check_crc: bool = False) -> None:
+        self.folder, self.split, self.check_crc = Path(folder), split, check_crc
+        info = _json(self.folder / "dataset_info.json")
+        _json(self.folder / "features.json")
+        self.name = info.get("name") or self.folder.parent.name
+        if info.get("fileFormat", "tfrecord") != "tfrecord":
+            raise RldsError(f"{self.folder}: file format {info['fileFormat']!r} is not read here, only tfrecord")
+        lengths = {s["name"]: [int(n) for n in s["shardLengths"]] for s in info.get("splits", [])}
+        if split not in lengths:
+            raise RldsError(f"{self.folder}: no split {split!r}; dataset_info.json has {sorted(lengths)}")
+        self.ends = np.cumsum(lengths[split])
+        self.shards = [TFRecordFile(p, check_crc=check_crc) for p in self._files(len(lengths[split]))]
+
+    def _files(self, count: int) -> list[Path]:
+        pattern = re.compile(rf"-{re.escape(self.split)}\.tfrecord-(\d+)-of-{count:05d}$")
+        found = {int(m[1]): p for p in self.folder.iterdir() if (m := pattern.search(p.name))}
+        missing = sorted(set(range(count)) - set(found))
+        if missing:
+            raise RldsError(f"{self.folder}: {len(missing)} of {count} {self.split} shards are missing, the first is "
+                            f"number {missing[0]}; download the folder again")
+        return [found[i] for i in range(count)]
+
+    def __len__(self) -> int:
+        return int(self.ends[-1]) if len(self.ends) else 0
+
+    def __getitem__(self, index: int) -> Episode:
+        if not 0 <= index < len(self):
+            raise IndexError(f"{self.folder}: episode {index} of {len(self)}")
+        shard = int(np.searchsorted(self.ends, index, side="right"))
+        record = index - (int(self.ends[shard - 1]) if shard else 0)
+        file, id = self.shards[shard], f"{self.name}/{self.split}/{index}"
+        if record >= len(file):
+            raise RldsError(f"{file.path}: holds {len(file)} records, dataset_info.json promises more; download it again")
+        features, decoders = _features(str(self.folder))
+        try:
+            return Episode(id, features.deserialize_example_np(file[record], decoders=decoders)["steps"])
+        except (DecodeError, AttributeError, KeyError, ValueError) as error:
+            raise RldsError(f"{id} in {file.path} does not decode as features.json says ({_line(error)})") from error
+
+
+def splits(folder: str | Path) -> list[str]:
+    """Names of the splits whose shards lie in an RLDS folder."""
+    folder = Path(folder)
+    named = [s["name"] for s in _json(folder / "dataset_info.json").get("splits", [])]
+    return [name for name in named if any(folder.glob(f"*-{name}.tfrecord-*"))]
+
+
+def find(root: str | Path, names: Iterable[str]) -> Path:
+    """The newest version folder of the first of `names` that lies under `root`, DOWNLOAD_DIR or CONVERSION_DIR."""
+    names = list(names)
+    for name in names:
+        for place in (Path(root), Path(root) / "DOWNLOAD_DIR", Path(root) / "CONVERSION_DIR"):
+            versions = [p.parent for p in (place / name).glob("*/dataset_info.json")]
+            if versions:
+                return max(versions, key=lambda p: [int(n) for n in re.findall(r"\d+", p.name)])
+    raise FileNotFoundError(f"no RLDS folder <name>/<version>/dataset_info.json for {' or '.join(names)} under {root}, "
+                            f"{root}/DOWNLOAD_DIR or {root}/CONVERSION_DIR; fetch it, or leave the set out of the mixture")
+
+
+def masked_crc32c(data: bytes) -> int:
+    """TFRecord's checksum: CRC-32C, rotated and offset."""
+    crc = 0xFFFFFFFF
+    for byte in data:
+        crc = _TABLE[(crc ^ byte) & 0xFF] ^ (crc >> 8)
+    crc ^= 0xFFFFFFFF
+    return (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF
+
+
+def _crc_table() -> list[int]:
+    table = []
+    for value in range(256):
+        for _ in range(8):
+            value = (value >> 1) ^ (0x82F63B78 if value & 1 else 0)
+        table.append(value)
+    return table
+
+
+_TABLE = _crc_table()
+
+
+@functools.lru_cache(maxsize=None)
+def _features(folder: str) -> tuple[Any, dict[str, Any]]:
+    """The feature tree of a folder, and decoders that leave the images of a step alone."""
+    features = tfds.features.FeaturesDict.from_config(folder)
+    if "steps" not in features:
+        raise RldsError(f"{folder}: features.json has no 'steps'; this is not an RLDS folder")
+    return features, {"steps": _skip_images(features["steps"].feature)}
+
+
+def _skip_images(feature: Any) -> dict[str, Any]:
+    skips: dict[str, Any] = {}
+    for name, child in feature.items():
+        if isinstance(child, tfds.features.Image):
+            skips[name] = tfds.decode.SkipDecoding()
+        elif isinstance(child, tfds.features.FeaturesDict):
+            skips[name] = _skip_images(child)
+    return {name: skip for name, skip in skips.items() if skip != {}}
+
+
+def _json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing; an RLDS folder needs dataset_info.json and features.json beside its shards")
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise RldsError(f"{path} is not JSON ({error}); download it again") from error
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

@@ -1,0 +1,198 @@
+"""Four bottlenecks between the inverse model and its decoder (Sec. 3.2, Table 8).
+
+All share one protocol: `forward(z (B, K, dim)) -> Bottleneck` and `on_step(step)`, which the training loop calls after
+every optimizer step. The paper compares the four without defining them; each definition stands in its class.
+"""
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# B batch, K latent-action tokens, C codes, d width of a code
+
+
+class Bottleneck(NamedTuple):
+    """What a bottleneck makes of z."""
+
+    quantized: Tensor  # (B, K, d), gradients reach z
+    loss: Tensor  # ()
+    codes: Tensor | None  # (B, K) indices, None where there are none
+    stats: dict[str, Tensor]  # codebook and commitment always; usage (share of codes) and perplexity with codes
+
+
+class Quantizer(Protocol):
+    """What a model asks of its bottleneck."""
+
+    dim: int
+    size: int | None  # how many codes there are
+
+    def __call__(self, z: Tensor) -> Bottleneck: ...
+
+    def on_step(self, step: int) -> dict[str, float]: ...
+
+
+class VectorQuantizer(nn.Module):
+    """VQ-VAE (van den Oord et al., 2017): the nearest of `codes` learned vectors, straight-through.
+
+    loss = ||sg(z) - c||^2 + beta ||z - sg(c)||^2, means over elements, weights of UniVLA and the release.
+    Codes that nobody used for `restart_every` steps move onto vectors of the latest batch; 0 never restarts.
+    """
+
+    def __init__(self, codes: int, dim: int, *, beta: float = 0.25, restart_every: int = 100,
+                 restart_until: int | None = None) -> None:
+        super().__init__()
+        self.dim, self.size, self.beta = dim, codes, beta
+        self.restart_every, self.restart_until = restart_every, restart_until
+        self.codebook = nn.Parameter(torch.empty(codes, dim).uniform_(-1 / codes, 1 / codes))
+        # summed over ranks in on_step, and saved: a resumed run restarts the codes that an unbroken one does
+        self.register_buffer("counts", torch.zeros(codes, dtype=torch.long))
+        self._recent: Tensor | None = None
+        self._latest: Tensor | None = None
+
+    def forward(self, z: Tensor) -> Bottleneck:
+        """(B, K, dim) -> the nearest codes, with gradients copied to z."""
+        with torch.autocast(z.device.type, enabled=False):
+            z = z.float()
+            codes = torch.cdist(z.detach().flatten(0, 1), self.codebook.detach().float()).argmin(1).view(z.shape[:2])
+            chosen = self.codebook[codes].float()
+            codebook, commitment = F.mse_loss(chosen, z.detach()), F.mse_loss(z, chosen.detach())
+            quantized = z + (chosen - z).detach()
+        counts = torch.bincount(codes.flatten(), minlength=len(self.codebook))
+        if self.training:
+            self._recent = counts if self._recent is None else self._recent + counts
+            self._latest = z.detach().flatten(0, 1)
+        stats = {"codebook": codebook.detach(), "commitment": commitment.detach(), **_code_stats(counts)}
+        return Bottleneck(quantized, codebook + self.beta * commitment, codes, stats)
+
+    @torch.no_grad()
+    def on_step(self, step: int) -> dict[str, float]:
+        """Add up usage over the ranks; on the schedule, restart dead codes with the same vectors everywhere."""
+        if self._recent is None:
+            return {}
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(self._recent)
+        self.counts += self._recent
+        self._recent = None
+        stopped = self.restart_until is not None and step > self.restart_until
+        if not self.restart_every or step % self.restart_every or stopped:
+            return {}
+        dead = (self.counts == 0).nonzero().flatten()
+        self.counts.zero_()
+        if len(dead):
+            self.codebook[dead] = self._replacements(len(dead), step).to(self.codebook.dtype)
+        return {"restarted": float(len(dead))}
+
+    def _replacements(self, count: int, step: int) -> Tensor:
+        """`count` vectors of rank 0's latest batch, each a little off so that twins part; the draw depends on `step` only."""
+        latest = self._latest
+        generator = torch.Generator().manual_seed(step)
+        order = torch.cat([torch.randperm(len(latest), generator=generator) for _ in range(-(-count // len(latest)))])
+        noise = torch.randn(count, self.dim, generator=generator).to(latest.device)
+        vectors = (latest[order[:count].to(latest.device)] + 0.01 * latest.std(correction=0) * noise).contiguous()
+        if dist.is_available() and dist.is_initialized():
+            dist.broadcast(vectors, src=0)
+        return vectors
+
+
+class GaussianMixture(nn.Module):
+    """Soft assignment to `codes` learned diagonal Gaussians: the posterior mean, straight-through (our definition).
+
+    r_c = softmax(log pi_c + log N(z; mu_c, sigma_c)), quantized = sum_c r_c mu_c. The mixture is fitted by maximum
+    likelihood of sg(z); `beta` times the distance to the posterior mean commits the encoder, as in VQ.
+    """
+
+    def __init__(self, codes: int, dim: int, *, beta: float = 0.25) -> None:
+        super().__init__()
+        self.dim, self.size, self.beta = dim, codes, beta
+        self.means = nn.Parameter(torch.randn(codes, dim))
+        self.log_scales = nn.Parameter(torch.zeros(codes, dim))
+        self.logits = nn.Parameter(torch.zeros(codes))
+
+    def forward(self, z: Tensor) -> Bottleneck:
+        """(B, K, dim) -> posterior means; codes are the likeliest components."""
+        with torch.autocast(z.device.type, enabled=False):
+            z = z.float()
+            log_joint = self._log_joint(z.detach().flatten(0, 1))  # (B K, C)
+            share = log_joint.detach().softmax(1)
+            mean = (share @ self.means.detach()).view_as(z)
+            fit = -log_joint.logsumexp(1).mean() / self.dim
+            commitment = F.mse_loss(z, mean)
+            quantized = z + (mean - z).detach()
+        codes = share.argmax(1).view(z.shape[:2])
+        counts = torch.bincount(codes.flatten(), minlength=len(self.means))
+        stats = {"codebook": fit.detach(), "commitment": commitment.detach(), **_code_stats(counts)}
+        return Bottleneck(quantized, fit + self.beta * commitment, codes, stats)
+
+    def _log_joint(self, z: Tensor) -> Tensor:
+        """(M, d) -> (M, C) log pi_c + log N(z; mu_c, sigma_c), up to a constant; written as products to spare (M, C, d)."""
+        log_scales = self.log_scales.clamp(-3, 3)  # a component that sits on one point would win without bound
+        precision = (-2 * log_scales).exp()
+        distance = z.square() @ precision.T - 2 * z @ (self.means * precision).T + (self.means.square() * precision).sum(1)
+        return self.logits.log_softmax(0) - log_scales.sum(1) - 0.5 * distance
+
+    def on_step(self, step: int) -> dict[str, float]:
+        """Nothing to restart: soft shares reach every component."""
+        return {}
+
+
+class Binning(nn.Module):
+    """Simple binning: tanh, then the nearest of `bins` even levels in each of `dim` numbers, straight-through.
+
+    No learned table and no loss. Levels are the centres of equal bins of [-1, 1]. The joint index over the numbers is
+    the code: 5 bins x 3 numbers are 125 codes, the information of a 128-code book.
+    """
+
+    def __init__(self, bins: int, dim: int) -> None:
+        super().__init__()
+        if bins ** dim >= 2 ** 62:
+            raise ValueError(f"binning into {bins} bins x {dim} numbers has no joint index; use fewer of either")
+        self.bins, self.dim, self.size = bins, dim, bins ** dim
+        self.register_buffer("radix", bins ** torch.arange(dim), persistent=False)
+
+    def forward(self, z: Tensor) -> Bottleneck:
+        """(B, K, dim) -> bin centres in (-1, 1)."""
+        squashed = z.float().tanh()
+        index = ((squashed.detach() + 1) * self.bins / 2).long().clamp(0, self.bins - 1)
+        centres = (2 * index + 1) / self.bins - 1
+        codes = (index * self.radix).sum(-1)
+        counts = torch.unique(codes, return_counts=True)[1]
+        stats = {"codebook": z.new_zeros(()), "commitment": z.new_zeros(()), **_code_stats(counts, self.size)}
+        return Bottleneck(squashed + (centres - squashed).detach(), z.new_zeros(()), codes, stats)
+
+    def on_step(self, step: int) -> dict[str, float]:
+        """Nothing to restart: levels are fixed."""
+        return {}
+
+
+class Continuous(nn.Module):
+    """Continuous latent action: no bottleneck but the width. No codes, so no usage and no perplexity."""
+
+    size = None
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dim = dim
+
+    def forward(self, z: Tensor) -> Bottleneck:
+        """(B, K, dim) -> z itself."""
+        zero = z.new_zeros(())
+        return Bottleneck(z, zero, None, {"codebook": zero, "commitment": zero})
+
+    def on_step(self, step: int) -> dict[str, float]:
+        """Nothing to restart."""
+        return {}
+
+
+def perplexity(counts: Tensor) -> Tensor:
+    """exp of the entropy of a histogram: how many codes are in even use."""
+    share = counts[counts > 0].float()
+    share = share / share.sum()
+    return (-(share * share.log()).sum()).exp()
+
+
+def _code_stats(counts: Tensor, codes: int | None = None) -> dict[str, Tensor]:
+    return {"usage": (counts > 0).sum() / (codes or len(counts)), "perplexity": perplexity(counts)}

@@ -1,0 +1,32 @@
+"""Program: pretrain the inverse model (Sec. 3.2, Alg. 1, Table 10).   python -m step2_gidm.train scale=tiny|small|full [experiment=gidm/<row>] name=<name>"""
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import hydra
+from accelerate.utils import set_seed
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from common import artifact
+
+CONFIGS = str(Path(__file__).resolve().parents[1] / "configs")
+log = logging.getLogger(__name__)
+
+
+@hydra.main(version_base=None, config_path=CONFIGS, config_name="step2_gidm")
+def main(cfg: DictConfig) -> None:
+    set_seed(cfg.seed)
+    train_set = instantiate(cfg.data, split="train")
+    val_set = instantiate(cfg.data, split="val") if cfg.validate else None
+    loop = instantiate(cfg.loop, output_dir=cfg.output_dir, seed=cfg.seed)
+    model = loop.fit(instantiate(cfg.gidm), train_set, val_set)
+    if loop.accelerator.is_main_process:
+        config = OmegaConf.to_container(cfg.gidm, resolve=True)
+        artifact.save(model, cfg.output_dir, kind="gidm", config=config, step=loop.step)
+        log.info("GIDM in %s", cfg.output_dir)
+
+
+if __name__ == "__main__":
+    main()
