@@ -21,7 +21,7 @@ from playtable.state import PlayTableState
 CONTROL_HZ = 30
 SUBSTEPS = round(1 / (CONTROL_HZ * model.TIMESTEP))
 POSITION_SCALE, ANGLE_SCALE = 0.02, 0.05  # m and rad of one unit of action
-CLOSING_FORCE, OPENING_FORCE = 80.0, 4.0  # N, a weak opening does not shove what lies beside the fingers
+CLOSING_FORCE, OPENING_FORCE = 160.0, 4.0  # N on both fingers; opening weakly does not shove what lies beside them
 DOORS, BUTTON, SWITCH = ("base__slide", "base__drawer"), "base__button", "base__switch"
 LIGHTS = {"lightbulb": (1.0, 0.95, 0.1), "led": (0.05, 0.95, 0.15)}
 UNLIT = (0.93, 0.93, 0.9)

@@ -225,7 +225,7 @@ def _blocks(scene: Scene) -> str:
 
 
 def _fingers() -> list[str]:
-    pad = f'friction="1 0.02 0.001" solref="0.006 1" solimp="0.95 0.99 0.001" {ROBOT}'
+    pad = f'friction="1 0.02 0.001" solref="0.0042 1" solimp="0.99 0.999 0.0005" priority="1" {ROBOT}'
     out = []
     for side, name in ((1, "left"), (-1, "right")):
         def across(low: float, high: float, side: int = side) -> tuple[float, float]:
@@ -344,7 +344,7 @@ def _actuators() -> str:
         f'<general joint="arm_{i}" gainprm="4000" biastype="affine" biasprm="0 -4000 -160" forcerange="-200 200"/>'
         for i in range(1, 8)
     ]
-    grip = '<general name="grip" joint="finger_left" gainprm="3000" biastype="affine" biasprm="0 -3000 -120" forcerange="-80 80"/>'
+    grip = '<general name="grip" joint="finger_left" gainprm="8000" biastype="affine" biasprm="0 -8000 -320" forcerange="-160 160"/>'
     return "\n".join([*arm, grip])
 
 
@@ -352,7 +352,7 @@ def write_mjcf(scene: Scene, offscreen: int = 256) -> str:
     """The MJCF text of a scene; `offscreen` is the largest picture edge in pixels that will be asked for."""
     return f"""<mujoco model="playtable_{scene.name}">
 <compiler angle="radian" eulerseq="xyz" autolimits="true"/>
-<option timestep="{TIMESTEP:.12g}" integrator="implicitfast" cone="elliptic" impratio="10" noslip_iterations="2"
+<option timestep="{TIMESTEP:.12g}" integrator="implicitfast" cone="elliptic" impratio="3"
  solver="Newton" iterations="30" tolerance="1e-8"/>
 <size memory="4M"/>
 <visual>
