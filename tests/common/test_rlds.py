@@ -1,0 +1,185 @@
+"""RLDS without TensorFlow: framing and its checksums, lazy decoding, shards, and one clear line for each kind of damage."""
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from common.rlds import Rlds, RldsError, TFRecordFile, find, masked_crc32c, splits
+
+
+def record(payload: bytes) -> bytes:
+    length = struct.pack("<Q", len(payload))
+    return length + struct.pack("<I", masked_crc32c(length)) + payload + struct.pack("<I", masked_crc32c(payload))
+
+
+def picture(value: int) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(np.full((6, 8, 3), value, np.uint8)).save(stream, "png")
+    return stream.getvalue()
+
+
+def write_set(folder: Path, *, shards: tuple[int, ...] = (2, 1), steps: int = 4) -> Path:
+    """A little RLDS folder written through tensorflow-datasets' own feature codecs."""
+    features = tfds.features.FeaturesDict({"steps": tfds.features.Dataset({
+        "observation": {"image": tfds.features.Image(shape=(None, None, 3), encoding_format="png"), "wide": tfds.features.Text()},
+        "action": tfds.features.Tensor(shape=(2,), dtype=np.float32),
+        "instruction": tfds.features.Tensor(shape=(8,), dtype=np.int32)})})
+    folder.mkdir(parents=True)
+    features.save_config(str(folder))
+    codes = np.array([*map(ord, "päck"), 0, 0, 0, 0], np.int32)
+    episode = 0
+    for number, count in enumerate(shards):
+        data = b""
+        for _ in range(count):
+            example = {"steps": [{"observation": {"image": np.full((6, 8, 3), 10 * episode + t, np.uint8), "wide": b"ab\0c\0\0"},
+                                  "action": np.array([episode, t], np.float32), "instruction": codes} for t in range(steps)]}
+            data += record(features.serialize_example(example))
+            episode += 1
+        (folder / f"toy-train.tfrecord-{number:05d}-of-{len(shards):05d}").write_bytes(data)
+    info = {"name": "toy", "version": "1.0.0", "fileFormat": "tfrecord",
+            "splits": [{"name": "train", "shardLengths": [str(n) for n in shards]}]}
+    (folder / "dataset_info.json").write_text(json.dumps(info))
+    return folder
+
+
+@pytest.fixture
+def toy(tmp_path: Path) -> Path:
+    return write_set(tmp_path / "oxe" / "toy" / "1.0.0")
+
+
+def test_crc_is_tfrecords() -> None:
+    # CRC-32C of "123456789" is E3069283; TFRecord rotates by 15 and adds a constant
+    crc = 0xE3069283
+    assert masked_crc32c(b"123456789") == (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF
+
+
+def test_episodes_over_shards(toy: Path) -> None:
+    episodes = Rlds(toy, check_crc=True)
+    assert len(episodes) == 3 and splits(toy) == ["train"]
+    for index in (0, 1, 2):
+        episode = episodes[index]
+        assert len(episode) == 4
+        assert np.array_equal(episode.values("action"), [[index, t] for t in range(4)])
+        assert (episode.image("observation/image", 2) == 10 * index + 2).all()
+    assert episode.text("instruction") == "päck"
+    assert episode.text("observation/wide") == "ab\0c", "inner NULs survive, padding goes"
+    with pytest.raises(IndexError):
+        episodes[3]
+
+
+def test_only_the_wanted_image_is_decoded(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = []
+    real = Image.open
+    monkeypatch.setattr(Image, "open", lambda *args: opened.append(1) or real(*args))
+    episode = Rlds(toy)[1]
+    episode.values("action"), episode.text("instruction")
+    assert not opened
+    episode.image("observation/image", 0)
+    assert len(opened) == 1
+
+
+def test_find_looks_where_oxe_scripts_leave_things(toy: Path) -> None:
+    root = toy.parents[1]
+    assert find(root, ["other", "toy"]) == toy
+    shutil.copytree(toy, root / "toy" / "0.9.0")
+    assert find(root, ["toy"]) == toy
+    shutil.copytree(toy, root / "toy" / "0.10.0")
+    assert find(root, ["toy"]).name == "1.0.0"
+    (root / "CONVERSION_DIR" / "moved").mkdir(parents=True)
+    shutil.move(toy, root / "CONVERSION_DIR" / "moved" / "0.1.0")
+    assert find(root, ["moved"]) == root / "CONVERSION_DIR" / "moved" / "0.1.0"
+    with pytest.raises(FileNotFoundError, match="no RLDS folder .* for nothing or none"):
+        find(root, ["nothing", "none"])
+
+
+def shard(folder: Path) -> Path:
+    return folder / "toy-train.tfrecord-00000-of-00002"
+
+
+def test_damaged_payload_is_found_by_its_crc(toy: Path) -> None:
+    data = bytearray(shard(toy).read_bytes())
+    data[200] ^= 0xFF
+    shard(toy).write_bytes(bytes(data))
+    with pytest.raises(RldsError, match=r"00000-of-00002: record 0 is corrupt \(crc differs\)"):
+        Rlds(toy, check_crc=True)[0]
+    assert len(Rlds(toy, check_crc=True)[1]) == 4
+
+
+def test_damaged_length_is_always_found(toy: Path) -> None:
+    data = bytearray(shard(toy).read_bytes())
+    data[2] ^= 0x01
+    shard(toy).write_bytes(bytes(data))
+    with pytest.raises(RldsError, match="record 0 at byte 0 has a corrupt length"):
+        Rlds(toy)[0]
+
+
+@pytest.mark.parametrize("keep, message", [(-3, "record 1 .* the file ends before"), (5, "record 0 at byte 0 is cut off in its header")])
+def test_truncated_shard(toy: Path, keep: int, message: str) -> None:
+    shard(toy).write_bytes(shard(toy).read_bytes()[:keep])
+    with pytest.raises(RldsError, match=message):
+        Rlds(toy)[0]
+
+
+def test_other_damage_is_one_clear_line(toy: Path) -> None:
+    with pytest.raises(RldsError, match=r"no split 'val'; dataset_info.json has \['train'\]"):
+        Rlds(toy, "val")
+    with pytest.raises(RldsError, match=r"no feature 'observation/depth'; at 'depth' there are \['image', 'wide'\]"):
+        Rlds(toy)[0].image("observation/depth", 0)
+    shard(toy).write_bytes(record(b"\x07nonsense") * 2)
+    with pytest.raises(RldsError, match="toy/train/0 in .* does not decode"):
+        Rlds(toy)[0]
+    shard(toy).write_bytes(b"")
+    with pytest.raises(RldsError, match="holds 0 records, dataset_info.json promises more"):
+        Rlds(toy)[0]
+    shard(toy).unlink()
+    with pytest.raises(RldsError, match="1 of 2 train shards are missing, the first is number 0"):
+        Rlds(toy)
+    (toy / "features.json").unlink()
+    with pytest.raises(FileNotFoundError, match="features.json is missing"):
+        Rlds(toy)
+
+
+def test_unknown_format_and_no_steps(toy: Path, tmp_path: Path) -> None:
+    flat = tmp_path / "flat"
+    shutil.copytree(toy, flat)
+    tfds.features.FeaturesDict({"image": tfds.features.Image()}).save_config(str(flat))
+    with pytest.raises(RldsError, match="has no 'steps'"):
+        Rlds(flat)[0]
+    info = json.loads((toy / "dataset_info.json").read_text())
+    (toy / "dataset_info.json").write_text(json.dumps({**info, "fileFormat": "riegeli"}))
+    with pytest.raises(RldsError, match="file format 'riegeli'"):
+        Rlds(toy)
+
+
+def test_broken_picture(toy: Path) -> None:
+    episode = Rlds(toy)[0]
+    episode._steps = [{"observation": {"image": picture(3)[:40]}}]
+    with pytest.raises(RldsError, match="toy/train/0: observation/image of step 0 is not a readable image"):
+        episode.image("observation/image", 0)
+
+
+def test_the_real_bridge_file(shared_data: Path) -> None:
+    folder = find(shared_data / "rlds_samples", ["bridge_dataset"])
+    assert splits(folder) == ["train"], "its val shard is promised but not there"
+    file = TFRecordFile(next(folder.glob("*.tfrecord-*")), check_crc=True)
+    assert len(file) == 25 and len(file[24]) > 100_000
+    episode = Rlds(folder, check_crc=True)[3]
+    assert episode.text("language_instruction") == "turn lever vertical to front"
+    assert episode.values("action").shape == (10, 7)
+    first, last = (episode.image("observation/image_0", t) for t in (0, 9))
+    assert first.shape == (64, 64, 3) and first.std() > 20 and np.abs(first.astype(int) - last).mean() > 2
+
+
+def test_no_tensorflow() -> None:
+    code = "import sys, step2_gidm.dataset; sys.exit('tensorflow' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).resolve().parents[2], check=False).returncode == 0

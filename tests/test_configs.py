@@ -1,0 +1,105 @@
+"""Every row of every table composes, changes only what it claims, and asks only for artifacts that some row makes."""
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from hydra.utils import get_class, get_object
+from omegaconf import OmegaConf
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+STEP = {"gfdm": "step1_gfdm", "gidm": "step2_gidm", "defi": "step3_defi"}
+ROWS = sorted(str(p.relative_to(CONFIGS / "experiment").with_suffix("")) for p in (CONFIGS / "experiment").rglob("*.yaml"))
+SCALES = ("tiny", "small", "full")
+
+CHANGES = {  # row -> the only subtrees it may touch, besides its name
+    "gfdm/eq3_ddpm": {"gfdm.objective"},
+    "gfdm/t5_no_human": {"data.human_fraction"},
+    "gidm/t5_no_human": {"data.human_fraction"},
+    "gidm/t7_mlp": {"gidm"},
+    "gidm/t7_transformer": {"gidm"},
+    "gidm/t8_gaussian_mixture": {"gidm.quantizer"},
+    "gidm/t8_binning": {"gidm.quantizer"},
+    "gidm/t8_continuous": {"gidm.quantizer"},
+    "defi/blind": {"policy.blind"},
+    "defi/t1_third_view": {"policy.views"},
+    "defi/t4_gfdm_no_pretrain": {"policy.gfdm"},
+    "defi/t4_gidm_no_pretrain": {"policy.gidm"},
+    "defi/t5_all_no_human": {"policy.gfdm.path", "policy.gidm.path"},
+    "defi/t5_gfdm_no_human": {"policy.gfdm.path"},
+    "defi/t5_gidm_no_human": {"policy.gidm.path"},
+    "defi/t6_five_steps": {"policy.gfdm.overrides.denoise_steps"},
+    **{f"defi/{row}": {"policy.gidm.path"} for row in ("t7_mlp", "t7_transformer", "t8_gaussian_mixture", "t8_binning", "t8_continuous")},
+    **{f"defi/t9_{row}": {"policy.trainable"} for row in ("adapter", "gfdm_adapter", "all")},
+    **{f"defi/f4_data_{share}": {"data.fraction"} for share in (10, 20, 50)},
+    **{f"{model}/f8_human_{share}": {"data.human_fraction"} for model in ("gfdm", "gidm") for share in (0, 20, 40, 60, 80)},
+    **{f"defi/f8_human_{share}": {"policy.gfdm.path", "policy.gidm.path"} for share in (0, 20, 40, 60, 80)},
+}
+
+
+def resolved(step: str, *overrides: str) -> dict[str, Any]:
+    with initialize_config_dir(version_base=None, config_dir=str(CONFIGS)):
+        return OmegaConf.to_container(compose(config_name=step, overrides=list(overrides)), resolve=True)
+
+
+def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    return {k: v for key, sub in tree.items() for k, v in flat(sub, f"{prefix}.{key}" if prefix else key).items()}
+
+
+def targets(tree: Any) -> Iterator[str]:
+    if isinstance(tree, dict):
+        if "_target_" in tree:
+            yield tree["_target_"]
+        for sub in tree.values():
+            yield from targets(sub)
+    elif isinstance(tree, list):
+        for sub in tree:
+            yield from targets(sub)
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_row_composes_and_lands_under_its_own_name(row):
+    cfg = resolved(STEP[row.split("/")[0]], f"experiment={row}")
+    assert cfg["output_dir"] == f"ckpts/{row}"
+
+
+@pytest.mark.parametrize("row", sorted(CHANGES))
+def test_row_changes_only_what_it_claims(row):
+    step = STEP[row.split("/")[0]]
+    base, changed = flat(resolved(step)), flat(resolved(step, f"experiment={row}"))
+    touched = {k for k in base.keys() | changed.keys() if base.get(k) != changed.get(k)} - {"name", "output_dir"}
+    assert touched, "the row must change something"
+    assert not {k for k in touched if not any(k == a or k.startswith(a + ".") for a in CHANGES[row])}
+
+
+def test_every_row_is_claimed():
+    assert {row for row in ROWS if not row.endswith("quickstart")} == set(CHANGES)
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if row.startswith("defi/") and row != "defi/quickstart"])
+def test_every_artifact_that_step_3_wants_is_made_by_some_row(row):
+    cfg = resolved("step3_defi", f"experiment={row}")
+    made = {f"ckpts/{r}" for r in ROWS} | {f"ckpts/{kind}/{scale}" for kind in ("gfdm", "gidm") for scale in SCALES}
+    for kind in ("gfdm", "gidm"):
+        path = cfg["policy"][kind].get("path")
+        assert path is None or path in made, path
+
+
+@pytest.mark.parametrize("step", STEP.values())
+@pytest.mark.parametrize("scale", SCALES)
+def test_scales_compose_and_every_target_exists(step, scale):
+    for target in set(targets(resolved(step, f"scale={scale}"))):
+        assert get_object(target) or get_class(target)
+
+
+@pytest.mark.parametrize("step, bad", [("step2_gidm", "gidm=vaq"), ("step3_defi", "policy/trainable=everything"),
+                                       ("step2_gidm", "loop.lr=1"), ("step1_gfdm", "experiment=gfdm/t10"), ("step1_gfdm", "colour=blue")])
+def test_unknown_keys_and_values_fail(step, bad):
+    with pytest.raises(HydraException):
+        resolved(step, bad)
