@@ -97,7 +97,7 @@ def _sliding(name: str, axis: str, travel: float, mass: float, extra: str) -> li
 
 def _cabinet(scene: Scene) -> list[str]:
     """The upper part: plank, back, roof and the two slanted cheeks beside the cabinet's opening."""
-    wood, inner = 'material="wood"', 'material="inner"'
+    wood = 'material="wood"'
     left, right = scene.plank_x
     near, far = CABINET_DEPTH
     roof = 0.648
@@ -114,8 +114,8 @@ def _cabinet(scene: Scene) -> list[str]:
         parts += [
             f'<geom type="box" pos="{_numbers((x, *middle))}" size="{_numbers((half, run / 2, thick / 2))}" '
             f'euler="{SLOPE:.9g} 0 0" {wood} {FIXED}/>',
-            _box((start, 0.085, TABLE_TOP), (end, far, 0.53), inner),
-            _box((start, 0.125, 0.53), (end, far, 0.61), inner),
+            _box((start, 0.085, TABLE_TOP), (end, far, 0.53), wood),
+            _box((start, 0.125, 0.53), (end, far, 0.61), wood),
             _box((start, near, 0.40), (end, far, TABLE_TOP), wood),
         ]
     return parts
@@ -357,7 +357,7 @@ def write_mjcf(scene: Scene, offscreen: int = 256) -> str:
 <size memory="4M"/>
 <visual>
  <global offwidth="{offscreen}" offheight="{offscreen}"/>
- <quality offsamples="0" shadowsize="0"/>
+ <quality offsamples="0" shadowsize="0" numslices="18" numstacks="9" numquads="1"/>
  <headlight ambient="0.35 0.35 0.35" diffuse="0.25 0.25 0.25" specular="0 0 0"/>
  <map znear="0.01" zfar="12"/>
 </visual>
