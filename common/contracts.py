@@ -61,7 +61,8 @@ class InverseDynamics(Protocol):
     """What step 2 promises to step 3 (Sec. 3.2)."""
 
     embed_dim: int
-    num_tokens: int
+    num_tokens: int  # N, visual tokens of a picture
+    num_actions: int  # K
 
     def embed(self, image: Tensor) -> Tensor:
         """(B, 3, H, W) in [0, 1] -> (B, N, embed_dim) frozen visual tokens."""
@@ -71,6 +72,9 @@ class InverseDynamics(Protocol):
 
     def lift(self, quantized: Tensor) -> Tensor:
         """(B, K, d) -> (B, K, embed_dim): latent actions at the width of the visual tokens."""
+
+    def drop_decoder(self) -> None:
+        """Forget what only pretraining needs (A.3)."""
 
 
 class ChunkPolicy(Protocol):

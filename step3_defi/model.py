@@ -1,0 +1,170 @@
+"""DeFI: frozen foresight, inverse dynamics and action adapter as one policy (Sec. 3.3-3.4, Tables 1, 4, 6-9).
+
+B batch, V views, F imagined frames, L feature tokens, N visual tokens, P frame pairs, K latent-action tokens, A actions.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from common.contracts import FutureDynamics, InverseDynamics, PolicyBatch
+from common.frozen import ClipText, Frozen
+from step3_defi.edm import EDM, seeded_noise
+from step3_defi.projector import match_grid, pool_grid
+
+PARTS = ("gfdm", "gidm", "projector", "video_former", "adapter")
+
+
+class DeFI(nn.Module):
+    """The coupled policy. `projector`, `video_former` and `adapter` are constructors that get the widths of the parents.
+
+    views: names of the cameras; pair_frames: imagined frames that are each paired with the present one (at stride 2 of
+    30 Hz, frame 15 is the second that the inverse model was pretrained on). trainable: names of the parts that learn
+    (Table 9). fuse_grid: the projected frames reach the adapter averaged to so many tokens a side, 0 for none.
+    noise_draws: noise levels per sample and step, sharing one context. alignment_weight: how much the projector is
+    taught to hit DINOv2's tokens of the true future. blind: pictures are zero in training and in use (a baseline).
+    """
+
+    def __init__(self, gfdm: FutureDynamics, gidm: InverseDynamics, projector: Callable[..., nn.Module],
+                 video_former: Callable[..., nn.Module], adapter: Callable[..., nn.Module], goal: ClipText, *, edm: EDM,
+                 views: Sequence[str], pair_frames: Sequence[int], trainable: Sequence[str], image_size: int = 256,
+                 fuse_grid: int = 4, noise_draws: int = 1, alignment_weight: float = 0.0, blind: bool = False,
+                 imagine_seed: int = 0) -> None:
+        super().__init__()
+        wrong = [index for index in pair_frames if not 0 <= index < gfdm.num_frames]
+        if wrong or not pair_frames or not views:
+            raise ValueError(f"pair_frames {list(pair_frames)} and views {list(views)}: the forward model imagines frames 0..{gfdm.num_frames - 1}")
+        self.views, self.pair_frames, self.image_size = tuple(views), tuple(pair_frames), image_size
+        self.fuse_grid, self.noise_draws, self.alignment_weight = fuse_grid, noise_draws, alignment_weight
+        self.blind, self.imagine_seed, self.edm, self.goal = blind, imagine_seed, edm, goal
+        gidm.drop_decoder()
+        self.gfdm, self.gidm = gfdm, gidm
+        self.projector = projector(gfdm.feature_dim, gidm.embed_dim)
+        self.video_former = video_former(gfdm.feature_dim, gfdm.num_frames, len(self.views), tokens=gfdm.num_tokens)
+        pairs = len(self.views) * len(self.pair_frames)
+        streams = {"video": (self.video_former.num_tokens, self.video_former.dim), "latent": (pairs * gidm.num_actions, gidm.embed_dim)}
+        if fuse_grid:
+            streams["future"] = (pairs * fuse_grid**2, gidm.embed_dim)
+        self.adapter = adapter(streams, goal.pooled_dim)
+        self.set_trainable(trainable)
+
+    def set_trainable(self, names: Sequence[str]) -> None:
+        """Let exactly the named parts learn. A frozen forward model also leaves the state dict."""
+        unknown = sorted(set(names) - set(PARTS))
+        if unknown:
+            raise ValueError(f"no part is called {unknown}; trainable parts: {list(PARTS)}")
+        self.trainable = tuple(name for name in PARTS if name in names)
+        gfdm = self.gfdm.module if isinstance(self.gfdm, Frozen) else self.gfdm
+        self.gfdm = gfdm if "gfdm" in names else Frozen(gfdm)
+        for name in PARTS:
+            getattr(self, name).requires_grad_(name in names)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> DeFI:
+        """Frozen parts stay in eval mode."""
+        super().train(mode)
+        for name in PARTS:
+            if name not in self.trainable:
+                getattr(self, name).eval()
+        return self
+
+    def forward(self, batch: PolicyBatch) -> dict[str, Tensor]:
+        """The training loss: action denoising, the inverse model's bottleneck, and alignment where it is on."""
+        frozen = batch.get("frozen") or self._look(batch["views"], batch["text"], batch.get("futures"))
+        goal, streams, extra = self._infer(frozen, batch["text"])
+        context = self.adapter.encode(goal, streams)
+        actions = batch["actions"]
+        if actions.shape[1:] != (self.adapter.horizon, self.adapter.action_dim):
+            raise ValueError(f"actions of shape {tuple(actions.shape[1:])}; the adapter makes {(self.adapter.horizon, self.adapter.action_dim)}")
+        drawn = actions.repeat_interleave(self.noise_draws, dim=0)
+        action = self.edm.loss(lambda x, sigma: self.adapter(x, sigma, context), drawn)
+        loss = action + extra["bottleneck_loss"] + self.alignment_weight * extra.get("alignment_loss", 0.0)
+        return {"loss": loss, "action_loss": action.detach(), **{key: value.detach() for key, value in extra.items()}}
+
+    def on_step(self, step: int, accelerator: Any = None) -> dict[str, float]:
+        """After an optimizer step: an inverse model that learns may restart its dead codes."""
+        return self.gidm.on_step(step, accelerator) if "gidm" in self.trainable and hasattr(self.gidm, "on_step") else {}
+
+    @torch.no_grad()
+    def sample(self, views: dict[str, Tensor], text: list[str], *, seed: int | Sequence[int] = 0) -> Tensor:
+        """View name -> (B, 3, H, W) in [-1, 1], B strings -> actions (B, A, 7). A row depends on its own seed only."""
+        seeds = [seed] * len(text) if isinstance(seed, int) else list(seed)
+        goal, streams, _ = self._infer(self._look(views, text), text)
+        context = self.adapter.encode(goal, streams)
+        noise = seeded_noise(seeds, (self.adapter.horizon, self.adapter.action_dim), goal.device)
+        return self.edm.sample(lambda x, sigma: self.adapter(x, sigma, context), noise)
+
+    @torch.no_grad()
+    def precompute(self, views: dict[str, Tensor], text: list[str], futures: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """What the frozen parts say, in fp16, to be handed back as PolicyBatch["frozen"].
+
+        now (B, V, N, E), features (B, V, F, L, C) and, with alignment, target (B, V, P, N, E).
+        """
+        if "gfdm" in self.trainable:
+            raise ValueError("the forward model is trained, so its features change and cannot be precomputed; set cache=false")
+        seen = {name: tensor.half() for name, tensor in self._look(views, text, futures).items()}
+        for name, tensor in seen.items():
+            if not torch.isfinite(tensor).all():
+                raise ValueError(f"{name} leaves the range of fp16 and cannot be cached; set cache=false")
+        return seen
+
+    def _look(self, views: dict[str, Tensor], text: list[str], futures: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Run the parts that see pictures, all views in one pass."""
+        missing = [name for name in self.views if name not in views]
+        if missing:
+            raise ValueError(f"the policy looks through {list(self.views)}; the batch lacks {missing}")
+        images = torch.cat([views[name] for name in self.views])  # (V*B, 3, H, W)
+        count = len(self.views)
+        if self.blind:
+            images = torch.zeros_like(images)
+        with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=images.device.type == "cuda"):
+            features = self._imagine(images, list(text) * count)
+            now = self.gidm.embed((images + 1) / 2)
+        seen = {"now": _by_view(now, count), "features": _by_view(features, count)}
+        if self.alignment_weight:
+            if futures is None:
+                raise ValueError("alignment_weight needs the true future frames; set data.future_offsets to the steps that pair_frames lie ahead")
+            target = torch.stack([futures[name] for name in self.views], dim=1)  # (B, V, P, 3, H, W)
+            seen["target"] = self.gidm.embed((target.flatten(0, 2) + 1) / 2).unflatten(0, target.shape[:3])
+        return seen
+
+    def _imagine(self, images: Tensor, text: list[str]) -> Tensor:
+        if "gfdm" in self.trainable:
+            return self.gfdm.imagine(images, text, seed=self.imagine_seed)
+        with torch.no_grad():
+            return self.gfdm.module.imagine(images, text, seed=self.imagine_seed)
+
+    def _infer(self, frozen: dict[str, Tensor], text: list[str]) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+        """From what was seen to the adapter's streams, and the losses and metrics met on the way."""
+        parameter = next(self.projector.parameters())
+        now, features = (frozen[name].to(parameter.device, parameter.dtype) for name in ("now", "features"))
+        future = match_grid(self.projector(features[:, :, self.pair_frames]), now.shape[2])  # (B, V, P, N, E)
+        pairs = future.shape[:3]
+        repeats = pairs[1] * pairs[2]
+        texts = [sentence for sentence in text for _ in range(repeats)]
+        latent = self.gidm.infer(now[:, :, None].expand_as(future).flatten(0, 2), future.flatten(0, 2), texts)
+        tokens = self.gidm.lift(latent.quantized)  # (B*V*P, K, E)
+        streams = {"video": self.video_former(features), "latent": tokens.unflatten(0, (len(text), repeats)).flatten(1, 2)}
+        if self.fuse_grid:
+            streams["future"] = pool_grid(future, self.fuse_grid).flatten(1, 3)
+        extra = {"bottleneck_loss": latent.loss} | _code_use(latent.codes)
+        if self.alignment_weight:
+            extra["alignment_loss"] = (future.float() - frozen["target"].to(future.device).float()).square().mean()
+        return self.goal.pooled(text).to(parameter.device), streams, extra
+
+
+def _by_view(stacked: Tensor, views: int) -> Tensor:
+    """(V*B, ...) -> (B, V, ...)."""
+    return stacked.unflatten(0, (views, -1)).transpose(0, 1)
+
+
+def _code_use(codes: Tensor | None) -> dict[str, Tensor]:
+    """How many codes a batch uses, and their perplexity; nothing where there are none."""
+    if codes is None:
+        return {}
+    share = torch.bincount(codes.flatten()).float() / codes.numel()
+    share = share[share > 0]
+    return {"codes_used": torch.tensor(float(len(share)), device=codes.device), "perplexity": (-(share * share.log()).sum()).exp()}

@@ -1,0 +1,132 @@
+"""A dataset in CALVIN's format, fake parents for the coupled policy, and batches for it."""
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from common.contracts import LatentAction
+from step3_defi.adapter import ActionAdapter
+from step3_defi.edm import EDM
+from step3_defi.model import DeFI
+from step3_defi.projector import Projector
+from step3_defi.video_former import VideoFormer
+
+SENTENCES = ["push the red block", "open the drawer"]
+
+
+def write_calvin(root: Path, *, recordings: int = 4, length: int = 40, first: int = 100) -> Path:
+    """Recordings of `length` frames, each with one annotation from its 3rd to its 35th frame. Action k of frame f is f + k / 10."""
+    folder = root / "training"
+    (folder / "lang_annotations").mkdir(parents=True)
+    rng, spans, notes = np.random.default_rng(0), [], []
+    for number in range(recordings):
+        start = first + number * (length + 5)
+        spans.append((start, start + length - 1))
+        notes.append((start + 3, start + 35))
+        for frame in range(start, start + length):
+            action = np.full(7, 1e-3 * frame, np.float64)
+            action[6] = -1.0 if frame % 2 else 1.0
+            np.savez(folder / f"episode_{frame:07d}.npz", rel_actions=action, robot_obs=np.zeros(15),
+                     rgb_static=rng.integers(0, 255, (20, 20, 3), np.uint8), rgb_gripper=rng.integers(0, 255, (8, 8, 3), np.uint8))
+    np.save(folder / "ep_start_end_ids.npy", np.array(spans))
+    write_annotations(folder, notes)
+    return root
+
+
+def write_annotations(folder: Path, notes: list[tuple[int, int]]) -> None:
+    texts = [SENTENCES[i % 2] for i in range(len(notes))]
+    content = {"language": {"ann": texts, "task": ["task"] * len(texts), "emb": np.zeros((len(texts), 1, 4), np.float32)},
+               "info": {"episodes": [], "indx": notes}}
+    np.save(folder / "lang_annotations" / "auto_lang_ann.npy", np.array(content, dtype=object), allow_pickle=True)
+
+
+class FakeGFDM(nn.Module):
+    """Features that depend on picture, sentence and seed, through one layer that could be trained."""
+
+    feature_dim, num_frames, num_tokens = 12, 4, 16
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, self.feature_dim)
+        self.dropout = nn.Dropout(0.5)  # eval mode shows
+        self.calls = 0
+
+    def imagine(self, image: Tensor, text: list[str], *, seed: int = 0) -> Tensor:
+        self.calls += 1
+        patches = nn.functional.adaptive_avg_pool2d(image, 4).flatten(2).transpose(1, 2)  # (B, 16, 3)
+        spoken = torch.tensor([float(len(t)) for t in text], device=image.device).view(-1, 1, 1)
+        frames = torch.arange(self.num_frames, device=image.device).view(1, -1, 1, 1) * 0.1 + seed
+        return self.dropout(torch.sin(self.layer(patches) + 0.1 * spoken)[:, None] + frames)
+
+
+class FakeGIDM(nn.Module):
+    """An inverse model with the interface of step 2 and a nearest-code bottleneck."""
+
+    embed_dim, num_tokens, num_actions = 8, 16, 2
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Linear(2 * self.embed_dim, self.num_actions * 4)
+        self.codebook = nn.Parameter(torch.randn(6, 4))
+        self.action_up = nn.Linear(4, self.embed_dim)
+        self.decoder = nn.Linear(4, 4)
+
+    def embed(self, image: Tensor) -> Tensor:
+        with torch.no_grad():
+            grid = nn.functional.adaptive_avg_pool2d(image, 4).flatten(2).transpose(1, 2)
+            return torch.cat([grid, grid * 2, grid[..., :2]], dim=-1)
+
+    def infer(self, now: Tensor, future: Tensor, text: list[str]) -> LatentAction:
+        assert len(text) == len(now) and now.shape == future.shape
+        z = self.encoder(torch.cat([now, future], dim=-1).mean(1)).unflatten(1, (self.num_actions, 4))
+        codes = torch.cdist(z.detach().flatten(0, 1), self.codebook.detach()).argmin(1).view(z.shape[:2])
+        chosen = self.codebook[codes]
+        loss = (chosen - z.detach()).square().mean() + 0.25 * (z - chosen.detach()).square().mean()
+        return LatentAction(z, z + (chosen - z).detach(), loss, codes)
+
+    def lift(self, quantized: Tensor) -> Tensor:
+        return self.action_up(quantized)
+
+    def drop_decoder(self) -> None:
+        del self.decoder
+
+
+class FakeGoal(nn.Module):
+    pooled_dim = 6
+
+    def pooled(self, text: list[str]) -> Tensor:
+        return torch.stack([torch.sin(torch.arange(6) * (1.0 + len(t))) for t in text])
+
+
+def build(**changes: Any) -> DeFI:
+    """A small DeFI over fakes; `changes` go to its constructor."""
+    arguments = {
+        "gfdm": FakeGFDM(), "gidm": FakeGIDM(), "goal": FakeGoal(), "edm": EDM(steps=4), "projector": partial(Projector),
+        "video_former": partial(VideoFormer, dim=16, hidden=None, queries=2, depth=1, spatial_heads=2, spatial_head_dim=8, temporal_heads=2),
+        "adapter": partial(ActionAdapter, dim=16, layers=2, heads=2, horizon=10, action_dim=7, dropout=0.0),
+        "views": ("static", "gripper"), "pair_frames": (1, 3), "trainable": ("gidm", "projector", "video_former", "adapter"),
+        "image_size": 16, "fuse_grid": 2, **changes,
+    }
+    return DeFI(**arguments)
+
+
+def wake(model: nn.Module) -> None:
+    """Give zero-initialised layers something to say."""
+    for parameter in model.adapter.parameters():
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.3)
+
+
+def make_batch(count: int = 3, *, futures: int = 0) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(1)
+    views = {name: torch.rand(count, 3, 16, 16, generator=generator) * 2 - 1 for name in ("static", "gripper")}
+    batch = {"id": [f"s{i}" for i in range(count)], "views": views, "text": [SENTENCES[i % 2] for i in range(count)],
+             "actions": torch.rand(count, 10, 7, generator=generator) * 2 - 1}
+    if futures:
+        batch["futures"] = {name: torch.rand(count, futures, 3, 16, 16, generator=generator) * 2 - 1 for name in views}
+    return batch

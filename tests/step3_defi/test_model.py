@@ -1,0 +1,161 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from parts import build, make_batch, wake
+
+from step3_defi.edm import EDM
+from step3_defi.model import PARTS
+
+NEW = ["projector", "video_former", "adapter"]
+ROWS = {"adapter": NEW, "gfdm_adapter": ["gfdm", *NEW], "gidm_adapter": ["gidm", *NEW], "all": list(PARTS)}
+
+
+def test_forward_gives_finite_losses_and_code_use() -> None:
+    out = build(noise_draws=3)(make_batch())
+    assert {"loss", "action_loss", "bottleneck_loss", "codes_used", "perplexity"} == out.keys()
+    assert all(torch.isfinite(value) for value in out.values())
+    assert torch.isclose(out["loss"], out["action_loss"] + out["bottleneck_loss"])
+    assert 1 <= out["perplexity"] <= out["codes_used"] <= 6
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_gradient_flows_to_exactly_the_named_parts(row: str) -> None:
+    model = build(trainable=ROWS[row])
+    wake(model)
+    model.train()(make_batch())["loss"].backward()
+    for part in PARTS:
+        module = getattr(model, part)
+        parameters = list((module.module if part == "gfdm" and part not in ROWS[row] else module).parameters())
+        touched = [p.grad is not None and bool(p.grad.any()) for p in parameters]
+        assert all(touched) if part in ROWS[row] else not any(touched), part
+        assert all(p.requires_grad == (part in ROWS[row]) for p in parameters)
+
+
+def test_optimizer_sees_what_is_trainable_and_checkpoint_what_is_not_frozen_elsewhere() -> None:
+    frozen, trained = build(), build(trainable=PARTS)
+    assert not [key for key in frozen.state_dict() if key.startswith("gfdm")]
+    assert [key for key in trained.state_dict() if key.startswith("gfdm")] == ["gfdm.layer.weight", "gfdm.layer.bias"]
+    assert not [key for key in trained.state_dict() if "decoder" in key]
+    assert any(key.startswith("gidm") for key in build(trainable=NEW).state_dict())
+
+
+def test_frozen_parts_stay_in_eval_mode() -> None:
+    model = build(trainable=NEW)
+    for _ in range(2):
+        model.train()
+        assert not model.gfdm.module.training and not model.gfdm.module.dropout.training and not model.gidm.training
+        assert model.adapter.training and model.projector.training
+    model.set_trainable(PARTS)
+    assert model.gfdm.dropout.training
+    model.set_trainable(NEW)
+    assert not model.gfdm.module.dropout.training and "gfdm" not in dict(model.named_children()).get("gfdm").state_dict()
+
+
+def test_unknown_part_and_wrong_frames_are_refused() -> None:
+    with pytest.raises(ValueError, match="adaptor.*video_former"):
+        build(trainable=["adaptor"])
+    with pytest.raises(ValueError, match=r"0\.\.3"):
+        build(pair_frames=(4,))
+    batch = make_batch()
+    with pytest.raises(ValueError, match=r"\(9, 7\)"):
+        build()({**batch, "actions": batch["actions"][:, :9]})
+    del batch["views"]["gripper"]
+    with pytest.raises(ValueError, match="gripper"):
+        build()(batch)
+
+
+def test_all_views_in_one_pass_of_the_forward_model() -> None:
+    model = build()
+    model(make_batch())
+    assert model.gfdm.module.calls == 1
+
+
+def test_cache_equals_no_cache() -> None:
+    model, batch = build(alignment_weight=0.5), make_batch(futures=2)
+    wake(model)
+    seen = model.precompute(batch["views"], batch["text"], batch["futures"])
+    assert seen["now"].shape == (3, 2, 16, 8) and seen["features"].shape == (3, 2, 4, 16, 12) and seen["target"].shape == (3, 2, 2, 16, 8)
+    assert seen["features"].dtype == torch.float16
+    torch.manual_seed(0)
+    direct = model(batch)
+    torch.manual_seed(0)
+    cached = model({"id": batch["id"], "frozen": seen, "text": batch["text"], "actions": batch["actions"]})
+    assert direct.keys() == cached.keys() and "alignment_loss" in direct
+    for key in direct:
+        assert torch.allclose(direct[key], cached[key], rtol=2e-3), key
+
+
+def test_a_trained_forward_model_cannot_be_cached() -> None:
+    batch = make_batch()
+    with pytest.raises(ValueError, match="cache=false"):
+        build(trainable=PARTS).precompute(batch["views"], batch["text"])
+
+
+def test_alignment_pulls_the_projector_only_and_needs_futures() -> None:
+    model = build(alignment_weight=1.0)
+    with pytest.raises(ValueError, match="future_offsets"):
+        model(make_batch())
+    batch = make_batch(futures=2)
+    plain, aligned = build()(batch), model(batch)
+    assert "alignment_loss" not in plain
+    assert torch.isclose(aligned["loss"], aligned["action_loss"] + aligned["bottleneck_loss"] + aligned["alignment_loss"])
+
+
+@pytest.mark.parametrize("part", ["now", "features", "goal"])
+def test_actions_depend_on_picture_future_and_sentence(part: str) -> None:
+    model, batch = build().eval(), make_batch()
+    wake(model)
+    seen = model.precompute(batch["views"], batch["text"])
+    seen = {name: tensor.float() for name, tensor in seen.items()}
+
+    def streams(texts: list[str]) -> torch.Tensor:
+        goal, parts, _ = model._infer(seen, texts)
+        return model.adapter(torch.ones(3, 10, 7), torch.ones(3), model.adapter.encode(goal, parts))
+
+    before = streams(batch["text"])
+    if part == "goal":
+        after = streams([text + "!" for text in batch["text"]])
+    else:
+        seen[part] = seen[part] + 3 * torch.randn_like(seen[part])
+        after = streams(batch["text"])
+    assert not torch.allclose(before, after, atol=1e-3)
+
+
+def test_blind_ignores_pictures_in_training_and_use() -> None:
+    seeing, model, batch = build(), build(blind=True), make_batch()
+    wake(model), wake(seeing)
+    other = {**batch, "views": {name: view.flip(-1) * 0.5 for name, view in batch["views"].items()}}
+
+    def losses(policy: torch.nn.Module, data: dict) -> torch.Tensor:
+        torch.manual_seed(0)
+        return policy.eval()(data)["loss"]
+
+    assert torch.equal(losses(model, batch), losses(model, other)) and not torch.equal(losses(seeing, batch), losses(seeing, other))
+    assert torch.equal(model.sample(batch["views"], batch["text"]), model.sample(other["views"], other["text"]))
+    assert not torch.equal(seeing.sample(batch["views"], batch["text"]), seeing.sample(other["views"], other["text"]))
+
+
+def test_sampling_is_seeded_and_rows_are_independent() -> None:
+    model, batch = build().eval(), make_batch()
+    wake(model)
+    whole = model.sample(batch["views"], batch["text"], seed=[4, 5, 6])
+    assert whole.shape == (3, 10, 7) and torch.equal(whole, model.sample(batch["views"], batch["text"], seed=[4, 5, 6]))
+    alone = model.sample({name: view[1:2] for name, view in batch["views"].items()}, batch["text"][1:2], seed=5)
+    assert torch.allclose(whole[1:2], alone, atol=1e-4)
+    assert not torch.allclose(whole[1:2], model.sample({n: v[1:2] for n, v in batch["views"].items()}, batch["text"][1:2], seed=7), atol=1e-3)
+
+
+def test_it_learns_what_pictures_tell() -> None:
+    """Two pictures under one sentence, one action each: the sampled actions part."""
+    model, levels = build(noise_draws=16, edm=EDM(steps=10)), torch.tensor([-0.7, 0.7])
+    views = {name: levels.view(2, 1, 1, 1).expand(2, 3, 16, 16) for name in ("static", "gripper")}
+    batch = {"id": ["dark", "bright"], "views": views, "text": ["go", "go"], "actions": levels.view(2, 1, 1).expand(2, 10, 7)}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
+    for _ in range(80):
+        loss = model(batch)["loss"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    actions = model.eval().sample(views, batch["text"])
+    assert (actions.mean((1, 2)) - levels).abs().max() < 0.35
