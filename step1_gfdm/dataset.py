@@ -24,6 +24,7 @@ from tqdm import tqdm
 from common import video
 from common.mixture import Mixture, Unreadable
 
+HOLDOUT = 20
 LATENT_FOLDERS = ("latent_videos", "latent_videos_svd")
 
 
@@ -52,14 +53,15 @@ class VideoSet:
     """The annotations of one split of one set, and the clips that a rule cuts from them.
 
     root: the set's folder; annotation: its annotation folder ("annotation_abc_13" for VPP's CALVIN); max_frames drops longer
-    videos (VPP: 100). An annotation that cannot be read stays in the count and raises Unreadable when it is drawn.
+    videos (VPP: 100). A set without a val folder keeps every 20th of its training videos for it.
+    An annotation that cannot be read stays in the count and raises Unreadable when it is drawn.
     """
 
     def __init__(self, root: str | Path, split: str = "train", *, num_frames: int, clip: Mapping[str, Any],
                  annotation: str = "annotation", max_frames: int | None = None) -> None:
         self.root, self.num_frames, self.rule = Path(root), num_frames, ClipRule(**clip)
         folder = self.root / annotation / split
-        files = sorted(folder.glob("*.json")) if folder.is_dir() else []
+        files = annotations(self.root / annotation, split)
         if not files:
             raise FileNotFoundError(f"{folder}: no annotations here; record them with scripts/playtable_record.sh or convert a published set "
                                     "(data/README.md)")
@@ -171,6 +173,15 @@ def mixture(root: str | Path, sets: Mapping[str, Mapping[str, Any]], *, split: s
             members[name] = LatentVideos(folder, split, num_frames=num_frames, latent_shape=latent_shape, **options)
             weights[name] = weight
     return Mixture(members, weights, length)
+
+
+def annotations(folder: Path, split: str) -> list[Path]:
+    """The annotation files of a split, in order; see VideoSet for sets without a val folder."""
+    if (folder / "val").is_dir() or split not in ("train", "val"):
+        return sorted((folder / split).glob("*.json"))
+    files = sorted((folder / "train").glob("*.json"))
+    held_out = set(files[::HOLDOUT]) if len(files) > 1 else set()
+    return [file for file in files if (file in held_out) == (split == "val")]
 
 
 def read_annotation(file: Path) -> dict[str, Any]:

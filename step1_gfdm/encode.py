@@ -8,6 +8,8 @@ import json
 import logging
 import os
 import pickle
+import re
+import sys
 import zlib
 from collections import Counter
 from pathlib import Path
@@ -33,7 +35,7 @@ log = logging.getLogger(__name__)
 def encode_set(data: Path, out: Path, latent_space: vae.LatentSpace, *, image_size: int, annotation: str = "annotation", aspect: str = "squeeze",
                sample: bool = True, chunk: int = 64, seed: int = 0, rank: int = 0, world: int = 1) -> Counter:
     """Encode every camera of every video of a set; returns how many videos ended how. Bad ones are counted and named."""
-    files = sorted(path for split in ("train", "val") for path in (data / annotation / split).glob("*.json"))
+    files = sorted((data / annotation).glob("*/*.json"))
     if not files:
         raise FileNotFoundError(f"{data / annotation}: no annotations of a video set here (data/README.md shows the layout)")
     counts: Counter = Counter()
@@ -125,8 +127,8 @@ def main(cfg: DictConfig) -> None:
         raise ValueError(f"precision={cfg.precision}; use one of {', '.join(PRECISIONS)}")
     state = PartialState()
     latent_space = vae.load(cfg.svd).to(state.device, PRECISIONS[cfg.precision])
-    data = Path(cfg.data)
-    out = Path(cfg.out or cfg.data)
+    data = Path(cfg.videos)
+    out = Path(cfg.out or data)
     counts = encode_set(data, out, latent_space, image_size=cfg.image_size, annotation=cfg.annotation, aspect=cfg.aspect, sample=cfg.sample,
                         chunk=cfg.chunk, seed=cfg.seed, rank=state.process_index, world=state.num_processes)
     log.info("process %d: %s", state.process_index, ", ".join(f"{n} {ending}" for ending, n in sorted(counts.items())))
@@ -134,4 +136,6 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    # `data` is also a config group, whose values Hydra would look up as files
+    sys.argv[1:] = [re.sub(r"^data=", "videos=", argument) for argument in sys.argv[1:]]
     main()

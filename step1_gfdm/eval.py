@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -112,6 +114,14 @@ def draw_strip(path: Path, text: str, videos: dict[str, Tensor], *, columns: int
         beside.unlink(missing_ok=True)
 
 
+def trained_clip(path: str, name: str) -> dict[str, Any]:
+    """The clip rule that a GFDM was trained with, of the set of this name where it had several."""
+    rules = artifact.meta(path, "gfdm")["stats"].get("clips")
+    if not rules:
+        raise ValueError(f"{path} does not say how its training clips were cut; give clip={{stride: N}} or clip={{span: episode}}")
+    return rules.get(name) or next(iter(rules.values()))
+
+
 def _name(steps: int) -> str:
     return f"{steps} step" + "s" * (steps != 1)
 
@@ -126,14 +136,15 @@ def _write(path: Path, text: str) -> None:
 def main(cfg: DictConfig) -> None:
     device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = artifact.load(cfg.path, "gfdm").to(device)
-    clips = VideoClips(cfg.data, cfg.split, num_frames=model.num_frames, clip=OmegaConf.to_container(cfg.clip), image_size=model.image_size,
-                       view=cfg.view, annotation=cfg.annotation)
+    clip = OmegaConf.to_container(cfg.clip) if cfg.clip else trained_clip(cfg.path, Path(cfg.videos).name)
+    clips = VideoClips(cfg.videos, cfg.split, num_frames=model.num_frames, clip=clip, image_size=model.image_size, view=cfg.view,
+                       annotation=cfg.annotation)
     out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
     scores, skipped = measure(model, clips, count=cfg.count, steps=cfg.steps, guidance=cfg.guidance, batch_size=cfg.batch_size, seed=cfg.seed,
                               strips=cfg.strips, draw=lambda i, text, videos: draw_strip(out / "strips" / f"{i:03d}.png", text, videos))
     summary, number = summarize(scores), len(scores[COPY]["psnr"])
-    results: dict[str, Any] = {"clips": number, "skipped": skipped, "guidance": cfg.guidance, "seed": cfg.seed, "data": str(cfg.data), "split": cfg.split,
+    results: dict[str, Any] = {"clips": number, "skipped": skipped, "guidance": cfg.guidance, "seed": cfg.seed, "data": str(cfg.videos), "split": cfg.split, "clip": clip,
                                "gfdm_sha256": artifact.sha256(cfg.path), "summary": summary, "scores": scores}
     _write(out / "results.json", json.dumps(results, indent=2) + "\n")
     _write(out / "table.md", table(summary, number))
@@ -142,4 +153,6 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    # `data` is also a config group, whose values Hydra would look up as files
+    sys.argv[1:] = [re.sub(r"^data=", "videos=", argument) for argument in sys.argv[1:]]
     main()

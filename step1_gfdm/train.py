@@ -5,6 +5,7 @@ import logging
 from pathlib import Path
 
 import hydra
+from accelerate.utils import set_seed
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
@@ -16,6 +17,7 @@ log = logging.getLogger(__name__)
 
 @hydra.main(version_base=None, config_path=CONFIGS, config_name="step1_gfdm")
 def main(cfg: DictConfig) -> None:
+    set_seed(cfg.seed)  # a UNet that starts untrained is the same in every process and run
     train_set = instantiate(cfg.data, split="train")
     val_set = instantiate(cfg.data, split="val") if cfg.validate else None
     model = instantiate(cfg.gfdm)
@@ -24,7 +26,8 @@ def main(cfg: DictConfig) -> None:
     if loop.accelerator.is_main_process:
         # the artifact is itself the SVD folder that its config builds from
         config = {**OmegaConf.to_container(cfg.gfdm, resolve=True), "svd": artifact.HERE}
-        artifact.save(model, cfg.output_dir, kind="gfdm", config=config, step=loop.step)
+        clips = {name: options["clip"] for name, options in OmegaConf.to_container(cfg.data.sets, resolve=True).items()}
+        artifact.save(model, cfg.output_dir, kind="gfdm", config=config, step=loop.step, stats={"clips": clips})
         log.info("GFDM in %s", cfg.output_dir)
 
 

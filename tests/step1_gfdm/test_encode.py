@@ -1,0 +1,111 @@
+"""encode: latents of every camera, resumed, whole or absent; bad videos counted and named."""
+import json
+
+import numpy as np
+import pytest
+import torch
+from videosets import write_set
+
+from common.video import read_frames, resize
+from step1_gfdm import encode, vae
+from step1_gfdm.dataset import LatentVideos
+
+OPTIONS = {"image_size": 64, "chunk": 8}
+
+
+@pytest.fixture(scope="module")
+def space(hub):
+    return vae.load(hub / "svd")
+
+
+def latents(root):
+    return {str(p.relative_to(root)): p for p in sorted(root.rglob("*.pt"))}
+
+
+def test_encodes_what_the_vae_says_and_training_reads_it(tmp_path, space):
+    root = write_set(tmp_path, 2, cameras=2, stated=False)
+    assert encode.encode_set(root, root, space, sample=False, **OPTIONS) == {"encoded": 4}
+    assert list(latents(root)) == [f"latent_videos/train/{e}/{c}.pt" for e in (0, 1) for c in (0, 1)]
+    whole = space.encode(resize(read_frames(root / "videos/train/1/1.mp4"), 64) * 2 - 1)
+    stored = torch.load(root / "latent_videos/train/1/1.pt", weights_only=True)
+    assert stored.dtype == torch.float32 and stored.shape == (20, space.channels, 8, 8)
+    torch.testing.assert_close(stored, whole, atol=1e-5, rtol=1e-5)
+    assert json.loads((root / "annotation/train/0.json").read_text())["video_length"] == 20
+    videos = LatentVideos(root, num_frames=4, clip={"span": "episode"}, latent_shape=(space.channels, 8, 8))
+    assert torch.equal(videos.sample(1, np.random.default_rng(0))["latents"][0], torch.load(root / "latent_videos/train/1/0.pt", weights_only=True)[0])
+
+
+def test_goes_on_where_it_stopped_with_the_same_result(tmp_path, space):
+    whole, broken = write_set(tmp_path / "a", 3), write_set(tmp_path / "b", 3)
+    encode.encode_set(whole, whole, space, **OPTIONS)
+    encode.encode_set(broken, broken, space, **OPTIONS)
+    first, second, third = latents(broken).values()
+    times = first.stat().st_mtime_ns
+    second.unlink()
+    third.write_bytes(third.read_bytes()[:500])  # a torn file is not taken for a whole one
+    assert encode.encode_set(broken, broken, space, **OPTIONS) == {"encoded": 2, "already there": 1}
+    assert first.stat().st_mtime_ns == times
+    for one, other in zip(latents(whole).values(), latents(broken).values()):
+        assert torch.equal(torch.load(one, weights_only=True), torch.load(other, weights_only=True))
+
+
+def test_another_scale_is_encoded_again(tmp_path, space):
+    root = write_set(tmp_path, 1)
+    encode.encode_set(root, root, space, **OPTIONS)
+    assert encode.encode_set(root, root, space, image_size=32) == {"encoded": 1}
+    assert torch.load(next(iter(latents(root).values())), weights_only=True).shape[-1] == 4
+
+
+def test_bad_videos_are_counted_named_and_leave_nothing(tmp_path, space, capsys):
+    root = write_set(tmp_path, 4)
+    (root / "videos/train/0/0.mp4").unlink()
+    torn = root / "videos/train/1/0.mp4"
+    torn.write_bytes(torn.read_bytes()[:300])
+    record = json.loads((root / "annotation/train/2.json").read_text())
+    (root / "annotation/train/2.json").write_text(json.dumps({**record, "video_length": 99}))
+    (root / "annotation/train/9.json").write_text("{}")
+    counts = encode.encode_set(root, root, space, **OPTIONS)
+    assert counts == {"encoded": 1, "unreadable video": 3, "unreadable annotation": 1}
+    assert list(latents(root)) == ["latent_videos/train/3/0.pt"]
+    said = capsys.readouterr()
+    lines = [line for line in (said.out + said.err).splitlines() if "skipped:" in line]
+    assert len(lines) == 4 and any("no such video" in line for line in lines) and any("annotation says 99" in line for line in lines)
+    assert not [p for p in root.rglob("*") if "part" in p.name]
+
+
+def test_a_failing_write_leaves_nothing(tmp_path, space, monkeypatch):
+    root = write_set(tmp_path, 1)
+
+    def full(value, path):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(encode.torch, "save", full)
+    with pytest.raises(OSError, match="No space"):
+        encode.encode_set(root, root, space, **OPTIONS)
+    assert not list((root / "latent_videos").rglob("*.*"))
+
+
+def test_another_folder_and_ranks(tmp_path, space):
+    data, out = write_set(tmp_path / "data", 3), tmp_path / "out"
+    for rank in (0, 1):
+        encode.encode_set(data, out, space, rank=rank, world=2, **OPTIONS)
+    assert len(latents(out)) == 3 and not latents(data)
+    assert len(LatentVideos(out, num_frames=4, clip={"span": "episode"}, latent_shape=(space.channels, 8, 8))) == 3
+
+
+def test_truncated_real_webm(shared_data, tmp_path, space):
+    source = shared_data / "video_samples/sthv2"
+    (tmp_path / "annotation/val").mkdir(parents=True)
+    (tmp_path / "videos").mkdir()
+    for name, keep in (("1023", 1.0), ("1113", 0.5)):
+        (tmp_path / f"annotation/val/{name}.json").write_bytes((source / f"annotation/val/{name}.json").read_bytes())
+        content = (source / f"videos/{name}.webm").read_bytes()
+        (tmp_path / f"videos/{name}.webm").write_bytes(content[:int(len(content) * keep)])
+    assert encode.encode_set(tmp_path, tmp_path, space, **OPTIONS) == {"encoded": 1, "unreadable video": 1}
+    assert list(latents(tmp_path)) == ["latent_videos_svd/val/1023/0.pt"]
+
+
+def test_no_annotations(tmp_path, space):
+    with pytest.raises(FileNotFoundError, match="no annotations"):
+        encode.encode_set(tmp_path, tmp_path, space, **OPTIONS)
