@@ -1,0 +1,57 @@
+"""Compare two rollouts on the same sequences, paired (DESIGN 6).
+
+    python -m step3_defi.compare a=outputs/eval/defi b=outputs/eval/blind out=outputs/compare
+
+Leaves compare.json and table.md in `out`.
+"""
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import hydra
+from omegaconf import DictConfig
+
+from step3_defi import journal, stats
+
+CONFIGS = str(Path(__file__).resolve().parents[1] / "configs")
+LOG = logging.getLogger(__name__)
+
+
+def compare_folders(a: Path, b: Path, *, seed: int = 0) -> tuple[dict[str, Any], str]:
+    """Two folders of step3_defi.eval -> (result, Markdown), at every usual horizon that both cover."""
+    records = [journal.read(folder / journal.NAME) for folder in (a, b)]
+    settings = [journal.read_settings(folder) for folder in (a, b)]
+    length = settings[0]["length"]
+    horizons = stats.reported_horizons(min(s["horizon"] for s in settings))
+    result = {"a": str(a), "b": str(b), "worlds": [s["world"] for s in settings],
+              "horizons": {str(h): stats.compare(*records, h, seed=seed) for h in horizons}}
+    common = sorted(set(records[0]) & set(records[1]))
+    rows = {f"{name}: {folder}, {s['world']}, {h} steps": stats.chain_stats([own[i] for i in common], h, length=length)
+            for h in horizons for name, folder, own, s in zip("ab", (a, b), records, settings)}
+    lines = [stats.chain_table(rows, length=length), "", "| horizon | sequences | a - b | 95 % | p |", "|---|---|---|---|---|"]
+    for horizon, row in result["horizons"].items():
+        low, high = row["difference_ci95"]
+        lines.append(f"| {horizon} | {row['sequences']} | {row['difference']:+.2f} | [{low:+.2f}, {high:+.2f}] | {row['p_value']:.4f} |")
+    return result, "\n".join(lines)
+
+
+def write(out: Path, result: dict[str, Any], table: str) -> None:
+    """compare.json and table.md."""
+    journal.write_atomic(out / "compare.json", json.dumps(result, indent=2) + "\n")
+    journal.write_atomic(out / "table.md", table + "\n")
+
+
+@hydra.main(version_base=None, config_path=CONFIGS, config_name="step3_compare")
+def main(cfg: DictConfig) -> None:
+    out = Path(cfg.out)
+    result, table = compare_folders(Path(cfg.a), Path(cfg.b), seed=cfg.seed)
+    write(out, result, table)
+    LOG.info("%s", table)
+    LOG.info("results in %s", out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,158 @@
+"""Roll a policy out and report it as the paper's Table 1 does (Sec. 4.2, DESIGN 6).
+
+    python -m step3_defi.eval env=playtable scene=D policy=ckpts/defi/tiny tasks=eleven sequences=100 out=outputs/eval
+    python -m step3_defi.eval policy=random|expert ...      accelerate launch -m step3_defi.eval ... on several GPUs
+
+A killed run goes on with the same command. Leaves rollouts.jsonl, results.json, table.md and videos/ in `out`.
+"""
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+import sys
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import hydra
+import numpy as np
+from accelerate import PartialState
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from tqdm import tqdm
+
+from common import artifact
+from common.contracts import ChunkPolicy
+from common.video import write_mp4
+from step3_defi import film, journal, stats
+from step3_defi.journal import Journal, Record
+from step3_defi.rollout import Simulators
+from step3_defi.worker import Chain, Survey
+
+CONFIGS = str(Path(__file__).resolve().parents[1] / "configs")
+LOG = logging.getLogger(__name__)
+WITHOUT_MODEL = ("random", "expert")
+FILM_FPS = 15
+PATIENCE = timedelta(days=7)  # a process may finish its share long before the slowest one
+
+
+def evaluate(*, env_config: dict[str, Any], agent: str, planner: DictConfig, tasks: list[str] | None, sequences: int,
+             length: int, horizon: int, workers: int, seed: int, out: Path, films: dict[str, int]) -> dict[str, Any]:
+    """Roll out `agent` (a policy's folder, "random" or "expert") and return what stands in results.json.
+
+    Raises ValueError where the arguments or the folder `out` do not fit, RolloutError where a simulator fails.
+    """
+    for key, value in {"sequences": sequences, "length": length, "horizon": horizon, "workers": workers}.items():
+        if value < 1:
+            raise ValueError(f"{key}={value}: must be at least 1")
+    sha256 = None if agent in WITHOUT_MODEL else artifact.sha256(_policy_folder(agent))
+    state = PartialState(timeout=PATIENCE)
+    with Simulators(env_config, count=workers) as simulators:
+        world = simulators.survey(Survey(sequences, tasks, length, seed, pictures=bool(sha256 or films["candidates"])))
+        settings = {
+            "world": world["world"], "versions": world["versions"], "env": env_config,
+            "policy": agent if sha256 is None else "artifact", "policy_sha256": sha256,
+            "planner": None if sha256 is None else OmegaConf.to_container(planner, resolve=True),
+            "tasks": tasks, "sequences": sequences, "sequences_sha256": _sha256(world["sequences"]),
+            "length": length, "horizon": horizon, "seed": seed,
+        }
+        if state.is_main_process:
+            journal.claim(out, settings)
+            journal.merge(out)
+        state.wait_for_everyone()
+        done = journal.read(out / journal.NAME)
+        chains = [
+            Chain(index, initial_state, list(chain), "policy" if sha256 else agent, horizon, seed,
+                  film_every=films["every"] if index < films["candidates"] else 0)
+            for index, (initial_state, chain) in enumerate(world["sequences"])
+            if index not in done and index % state.num_processes == state.process_index
+        ]
+        policy = instantiate(planner, agent, device=str(state.device)) if sha256 and chains else None
+        _roll_out(simulators, chains, policy, out, part=journal.part(out, state.process_index, state.num_processes),
+                  total=sequences, show=state.is_main_process, length=length)
+    state.wait_for_everyone()
+    return _report(out, settings, films["keep"]) if state.is_main_process else {}
+
+
+def _roll_out(simulators: Simulators, chains: list[Chain], policy: ChunkPolicy | None, out: Path, *, part: Path, total: int,
+              show: bool, length: int) -> None:
+    by_index = {chain.index: chain for chain in chains}
+    if not chains:
+        return
+    with Journal(part) as lines, tqdm(total=len(chains), desc=f"rollout of {total}", unit="chain", disable=not show) as bar:
+        for result in simulators.rollout(chains, policy):
+            chain = by_index[result["index"]]
+            record = Record(index=chain.index, initial_state=chain.initial_state, tasks=chain.tasks,
+                            steps_to_success=result["steps_to_success"], seed=chain.seed)
+            if result["film"]:
+                solved = stats.chain_length(record, chain.horizon)
+                # before the journal's line: a sequence that counts as done has its film
+                write_mp4(out / "videos" / film.name(chain.index, solved, len(chain.tasks)), np.stack(result["film"]), FILM_FPS)
+            lines.append(record)
+            lengths = stats.chain_lengths(lines.records.values(), chain.horizon)
+            rates = " ".join(f"{100 * (lengths >= k).mean():.0f}" for k in range(1, length + 1))
+            bar.set_postfix_str(f"1-{length}: {rates} %, avg {lengths.mean():.2f}")
+            bar.update()
+
+
+def _report(out: Path, settings: dict[str, Any], keep: int) -> dict[str, Any]:
+    """Merge the journal, write results.json and table.md, thin the films out."""
+    records = list(journal.merge(out).values())
+    length, world, longest = settings["length"], settings["world"], settings["horizon"]
+    horizons = {str(h): stats.chain_stats(records, h, length=length) for h in stats.reported_horizons(longest)}
+    results = {
+        "world": world, "renderer": settings["versions"].get("renderer"), "versions": settings["versions"],
+        "policy": settings["policy"], "policy_sha256": settings["policy_sha256"],
+        "sequences": len(records), "length": length, "seed": settings["seed"],
+        "horizons": horizons, "tasks": stats.task_stats(records, longest), "tasks_horizon": longest,
+    }
+    journal.write_atomic(out / "results.json", json.dumps(results, indent=2) + "\n")
+    rows = {f"{settings['policy']}, {world}, {h} steps": row for h, row in horizons.items()}
+    chains = stats.chain_table(rows, length=length, paper=stats.paper_label(world))
+    note = f"{len(records)} sequences of {length} in {world}; 95 % bootstrap intervals over sequences."
+    if not stats.is_calvin(world):
+        note += " This world is not CALVIN: its numbers are not comparable with the paper's."
+    table = f"{chains}\n\n{note}\n\nSub-tasks within {longest} steps (Wilson intervals):\n\n{stats.task_table(results['tasks'])}\n"
+    journal.write_atomic(out / "table.md", table)
+    film.prune(out / "videos", keep)
+    LOG.info("%s\n\n%s", chains, note)
+    LOG.info("results in %s", out)
+    return results
+
+
+def _policy_folder(agent: str) -> Path:
+    folder = Path(agent)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"policy={agent}: neither random, expert nor a folder; python -m step3_defi.train makes one")
+    return folder
+
+
+def _sha256(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def plain_keys(arguments: list[str]) -> list[str]:
+    """`policy` and `tasks` are also config groups, whose values Hydra would look up as files: a policy's folder and a
+    list of tasks are put where they mean themselves."""
+    rules = ((r"^policy=", "agent="), (r"^tasks=\[", "tasks.tasks=["))
+    for pattern, replacement in rules:
+        arguments = [re.sub(pattern, replacement, argument) for argument in arguments]
+    return arguments
+
+
+@hydra.main(version_base=None, config_path=CONFIGS, config_name="step3_eval")
+def main(cfg: DictConfig) -> None:
+    env_config = OmegaConf.to_container(cfg.env, resolve=True)
+    if cfg.scene is not None:
+        env_config["scene"] = cfg.scene
+    evaluate(env_config=env_config, agent=str(cfg.agent), planner=cfg.planner,
+             tasks=list(cfg.tasks.tasks) if cfg.tasks.tasks else None,
+             sequences=cfg.sequences, length=cfg.length, horizon=cfg.horizon, workers=cfg.workers, seed=cfg.seed,
+             out=Path(cfg.out), films=OmegaConf.to_container(cfg.films))
+
+
+if __name__ == "__main__":
+    sys.argv[1:] = plain_keys(sys.argv[1:])
+    main()

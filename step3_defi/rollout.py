@@ -1,0 +1,166 @@
+"""Many simulators, one policy: workers hold environments, the parent plans for all of them in one batch (DESIGN 6).
+
+The policy is always called with `workers` observations: all chains in progress wait for each other, and a short batch
+is filled up with copies. Then neither a restart nor the end of the run changes the arithmetic of a plan, whose noise
+depends on obs["rollout_key"] = (seed, sequence, sub-task, plan) alone.
+"""
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Iterator
+from multiprocessing.connection import Connection, Pipe, wait
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from common.contracts import ChunkPolicy
+from step3_defi.worker import ACTION_DIM, Chain, Survey
+
+PATIENCE = 10  # seconds a worker gets to end on its own
+
+
+class RolloutError(RuntimeError):
+    """A simulator process that failed, or a policy whose actions cannot be carried out."""
+
+
+class Worker:
+    """A simulator process as the parent sees it."""
+
+    def __init__(self, number: int, env_config: dict[str, Any]):
+        self.number = number
+        self.task: Chain | Survey | None = None
+        self.connection, theirs = Pipe()
+        # One thread a simulator: the cores belong to the other workers and to the policy.
+        settings = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
+        command = [sys.executable, "-c", "from step3_defi.worker import main; main()", str(theirs.fileno())]
+        self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=settings, stdin=subprocess.DEVNULL)
+        theirs.close()
+        self._send(env_config)
+
+    def give(self, task: Chain | Survey) -> None:
+        """Hand out work."""
+        self.task = task
+        self._send(task)
+
+    def steer(self, actions: np.ndarray) -> None:
+        """Answer a "plan"."""
+        self._send(actions)
+
+    def receive(self) -> tuple[str, Any]:
+        """The next answer. Raises RolloutError where the worker reports an error or died."""
+        try:
+            kind, content = self.connection.recv()
+        except (EOFError, ConnectionError) as error:
+            raise self._died() from error
+        if kind == "error":
+            raise RolloutError(f"{self._where()}: {content}")
+        return kind, content
+
+    def close(self) -> None:
+        """Hang up; the worker frees its simulator and ends."""
+        self.connection.close()
+        try:
+            self.process.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+    def _send(self, message: Any) -> None:
+        try:
+            self.connection.send(message)
+        except ConnectionError:
+            # what it wrote before it ended says why
+            kind, content = self.receive()
+            raise RolloutError(f"{self._where()} ended early ({kind}: {content})") from None
+
+    def _died(self) -> RolloutError:
+        try:
+            code: int | None = self.process.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            code = None
+        return RolloutError(f"{self._where()}: the process died (exit code {code}); finished sequences are in the journal, "
+                            "the same command goes on from there")
+
+    def _where(self) -> str:
+        if isinstance(self.task, Chain):
+            return f"simulator {self.number}, sequence {self.task.index} ({', '.join(self.task.tasks)})"
+        return f"simulator {self.number}"
+
+
+class Simulators:
+    """`count` processes with one environment each, made from a Hydra configuration inside them. A context manager."""
+
+    def __init__(self, env_config: dict[str, Any], *, count: int):
+        if count < 1:
+            raise ValueError(f"workers={count}: at least one simulator is needed")
+        self.workers: list[Worker] = []
+        try:
+            for number in range(count):
+                self.workers.append(Worker(number, env_config))
+        except RolloutError:
+            self.close()
+            raise
+
+    def __enter__(self) -> Simulators:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End all processes."""
+        for worker in self.workers:
+            worker.close()
+
+    def survey(self, request: Survey) -> dict[str, Any]:
+        """{"world": name, "versions": {...}, "sequences": [(initial state, tasks), ...]} of these environments."""
+        self.workers[0].give(request)
+        return self.workers[0].receive()[1]
+
+    def rollout(self, chains: list[Chain], policy: ChunkPolicy | None = None) -> Iterator[dict[str, Any]]:
+        """Hand chains to workers as they get free; yields {"index", "steps_to_success", "film"} as chains end.
+
+        Chains of the agent "policy" need `policy`. Raises RolloutError naming the sequence that a worker failed in.
+        """
+        waiting = deque(chains)
+        busy = {worker.connection: worker for worker in self.workers[:len(waiting)]}
+        asking: dict[Connection, tuple[dict, str]] = {}
+        for worker in busy.values():
+            worker.give(waiting.popleft())
+        while busy:
+            for connection in wait([c for c in busy if c not in asking]):
+                kind, content = busy[connection].receive()
+                if kind == "plan":
+                    asking[connection] = content
+                    continue
+                yield content
+                if waiting:
+                    busy[connection].give(waiting.popleft())
+                else:
+                    del busy[connection]
+            if asking and len(asking) == len(busy):
+                # in the workers' order, whoever asked first: a batch must not depend on timing
+                ordered = [connection for connection in busy if connection in asking]
+                plans = plan(policy, [asking[c] for c in ordered], size=len(self.workers))
+                for connection, actions in zip(ordered, plans):
+                    busy[connection].steer(actions)
+                asking.clear()
+
+
+def plan(policy: ChunkPolicy, requests: list[tuple[dict, str]], *, size: int) -> np.ndarray:
+    """Plan for all requests in one batch of `size` -> (len(requests), policy.execute, 7). Raises RolloutError."""
+    filled = requests + [requests[0]] * (size - len(requests))
+    observations, instructions = map(list, zip(*filled))
+    actions = np.asarray(policy.plan(observations, instructions), dtype=np.float64)
+    fits = actions.ndim == 3 and len(actions) == size and actions.shape[1] >= policy.execute and actions.shape[2] == ACTION_DIM
+    if not fits:
+        raise RolloutError(f"the policy planned actions of shape {actions.shape}; needed are ({size}, at least {policy.execute}, "
+                           f"{ACTION_DIM}) for {size} simulators: check the policy's chunk length, execute and action width")
+    if not np.isfinite(actions).all():
+        bad = int(np.argwhere(~np.isfinite(actions).all((1, 2)))[0, 0])
+        raise RolloutError(f"the policy planned actions that are not finite, for {instructions[bad]!r}: check its weights")
+    return actions[:len(requests), :policy.execute]

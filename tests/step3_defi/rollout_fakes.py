@@ -1,0 +1,103 @@
+"""A world without physics: a task is done after as many steps as its chain says. Also fake policies for it."""
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+import numpy as np
+
+
+def make_tasks(steps: list[int]) -> list[str]:
+    return [f"task{number}_{pace}" for number, pace in enumerate(steps)]
+
+
+class FakeExpert:
+    def reset(self, task: str) -> None:
+        self.task = task
+
+    def act(self) -> np.ndarray:
+        return np.ones(7)
+
+
+class FakeEnv:
+    """Tasks named <name>_<steps>: done once the first action entry summed over the sub-task reaches <steps>."""
+
+    name = "fake-D"
+
+    def __init__(self, chains: list[list[int]], scene: str = "D", log: str | None = None, die_in: int | None = None,
+                 raise_in: int | None = None, version: str = "1", refuse: str | None = None):
+        if refuse:
+            raise RuntimeError(refuse)
+        self.chains, self.log, self.die_in, self.raise_in, self.version = chains, log, die_in, raise_in, version
+        self.name = f"fake-{scene}"
+        self.progress, self.renders, self.index = 0.0, 0, -1
+
+    def sequences(self, count: int, *, tasks: list[str] | None = None, length: int = 5, seed: int = 0) -> list[tuple[dict, list[str]]]:
+        return [({"index": i, "seed": seed}, make_tasks(self.chains[i % len(self.chains)][:length])) for i in range(count)]
+
+    def reset(self, state: dict | None = None, **raw: Any) -> dict:
+        self.index, self.progress = state["index"], 0.0
+        self._note(f"reset {self.index}")
+        if self.index == self.die_in:
+            os._exit(7)
+        if self.index == self.raise_in:
+            raise ValueError("block fell off the table")
+        return {}
+
+    def step(self, action: np.ndarray, *, render: bool = True) -> tuple[dict, dict]:
+        assert action.shape == (7,)
+        if render:
+            self.observe()
+        self.progress += float(action[0])
+        return {"robot_obs": np.full(15, self.progress)}, self.get_info()
+
+    def observe(self) -> dict:
+        self._note("render")
+        pictures = {"rgb_static": np.full((200, 200, 3), int(self.progress) % 256, np.uint8), "rgb_gripper": np.zeros((84, 84, 3), np.uint8)}
+        return {"rgb_obs": pictures, "robot_obs": np.full(15, self.progress), "scene_obs": np.zeros(24)}
+
+    def get_info(self) -> dict[str, Any]:
+        return {"progress": self.progress}
+
+    def instruction(self, task: str) -> str:
+        return f"please do {task}"
+
+    def succeeded(self, task: str, start: dict, now: dict) -> bool:
+        return now["progress"] - start["progress"] >= int(task.rsplit("_", 1)[1]) - 1e-9
+
+    def expert(self, seed: int = 0) -> FakeExpert:
+        return FakeExpert()
+
+    def versions(self) -> dict[str, str]:
+        return {"simulator": f"fake {self.version}", "renderer": "none"}
+
+    def close(self) -> None:
+        self._note("close")
+
+    def _note(self, text: str) -> None:
+        if self.log:
+            with open(f"{self.log}.{os.getpid()}", "a") as file:
+                file.write(text + "\n")
+
+
+class SteadyPolicy:
+    """Advances by one a step, always."""
+
+    def __init__(self, folder: str = "", *, execute: int = 10, device: str = "cpu", length: int = 10, delay: float = 0.0):
+        self.execute, self.length, self.delay = execute, length, delay
+        self.batches: list[list[tuple[int, ...]]] = []
+
+    def plan(self, observations: list[dict], instructions: list[str]) -> np.ndarray:
+        self.batches.append([o["rollout_key"] for o in observations])
+        return np.ones((len(observations), self.length, 7))
+
+
+class NoisyPolicy(SteadyPolicy):
+    """Its pace is drawn from the rollout key, as a sampler's noise is."""
+
+    def plan(self, observations: list[dict], instructions: list[str]) -> np.ndarray:
+        time.sleep(self.delay)
+        keys = [o["rollout_key"] for o in observations]
+        paces = [np.random.default_rng(key).uniform(0, 2) for key in keys]
+        return np.stack([np.full((self.length, 7), pace) for pace in paces])

@@ -1,0 +1,189 @@
+"""The rollout program: its files, resuming, refusing, and several processes with one result."""
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from common import artifact
+from step3_defi import journal, stats
+from step3_defi.eval import CONFIGS, evaluate, plain_keys
+from step3_defi.journal import Journal, JournalError
+
+CHAINS = [[30, 250, 300, 500, 30], [30, 999, 30, 30, 30], [300, 300, 300, 300, 300]]
+ROOT = Path(__file__).resolve().parents[2]
+HERE = Path(__file__).resolve().parent
+
+
+@pytest.fixture
+def policy(tmp_path: Path) -> str:
+    """A folder that has an identity; the fake planner does not read it."""
+    folder = tmp_path / "artifact"
+    folder.mkdir()
+    (folder / "meta.json").write_text(json.dumps({"format": artifact.FORMAT, "kind": "defi"}))
+    (folder / "config.yaml").write_text(yaml.safe_dump({"width": 3}))
+    return str(folder)
+
+
+def run(out: Path, agent: str = "expert", **changes: Any) -> dict[str, Any]:
+    env = {"_target_": "rollout_fakes.FakeEnv", "chains": CHAINS, **changes.pop("env", {})}
+    arguments = {"planner": OmegaConf.create({"_target_": "rollout_fakes.NoisyPolicy", "execute": 10}), "tasks": None, "sequences": 6,
+                 "length": 5, "horizon": 720, "workers": 2, "seed": 0, "films": {"candidates": 0, "keep": 1, "every": 40}}
+    return evaluate(env_config=env, agent=agent, out=out, **{**arguments, **changes})
+
+
+def command(out: Path, policy: str, *more: str) -> list[str]:
+    settings = [f"policy={policy}", f"out={out}", "sequences=6", "workers=2", "films.candidates=0", "tasks.tasks=null", "env._target_=rollout_fakes.FakeEnv",
+                f"+env.chains={json.dumps(CHAINS)}", "planner._target_=rollout_fakes.NoisyPolicy", f"hydra.run.dir={out}", *more]
+    return ["-m", "step3_defi.eval", *settings]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(HERE)]), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+
+
+def files(out: Path) -> dict[str, bytes]:
+    return {name: (out / name).read_bytes() for name in ("rollouts.jsonl", "results.json", "table.md", "settings.json")}
+
+
+def test_results_hold_what_was_promised(tmp_path: Path) -> None:
+    results = run(tmp_path)
+    assert json.loads((tmp_path / "results.json").read_text()) == results
+    assert set(results["horizons"]) == {"280", "360", "720"}
+    for row in results["horizons"].values():
+        assert set(row["chain_sr"]) == {"1", "2", "3", "4", "5"} and row["avg_len_ci95"][0] <= row["avg_len"] <= row["avg_len_ci95"][1]
+    assert [results["horizons"][h]["avg_len"] for h in ("280", "360", "720")] == [1.0, 3.0, pytest.approx(11 / 3)]
+    assert results["tasks"]["task1_999"] == {"success": 0, "total": 2, "rate": 0.0, "ci95": stats.wilson(0, 2)}
+    assert (results["world"], results["renderer"], results["policy_sha256"]) == ("fake-D", "none", None)
+    assert results["versions"]["simulator"] == "fake 1"
+    lines = [json.loads(line) for line in (tmp_path / "rollouts.jsonl").read_text().splitlines()]
+    assert [line["index"] for line in lines] == list(range(6))
+    assert set(lines[0]) == {"index", "initial_state", "tasks", "steps_to_success", "seed"}
+    assert lines[1]["steps_to_success"] == [30, None]
+    assert "another world than fake-D" in (tmp_path / "table.md").read_text()
+
+
+def test_a_short_run_reports_no_longer_horizon(tmp_path: Path) -> None:
+    assert set(run(tmp_path, horizon=360, length=1)["horizons"]) == {"280", "360"}
+
+
+def test_films_of_first_successes_and_failures(tmp_path: Path) -> None:
+    run(tmp_path, films={"candidates": 5, "keep": 1, "every": 40})
+    assert sorted(p.name for p in (tmp_path / "videos").iterdir()) == ["0000_5of5.mp4", "0001_1of5.mp4"]
+
+
+def test_a_killed_run_goes_on_and_ends_as_an_unbroken_one(tmp_path: Path, policy: str) -> None:
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    results = run(straight, policy)
+    assert results["policy_sha256"] == artifact.sha256(policy)
+    # the same evaluation as a program, killed between two sequences
+    with subprocess.Popen([sys.executable, *command(broken, policy, "+planner.delay=0.01")], cwd=ROOT, env=environment()) as process:
+        lines = broken / "rollouts.jsonl"
+        deadline = time.monotonic() + 60
+        while not (lines.is_file() and lines.read_bytes().count(b"\n") >= 2) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        os.kill(process.pid, signal.SIGKILL)
+    assert 2 <= len(journal.read(lines)) < 6 and not (broken / "results.json").exists()
+    with lines.open("ab") as file:
+        file.write(b'{"index":5,"initial_state":{"ind')  # torn by the kill
+    settings = json.loads((broken / "settings.json").read_text())
+    run(broken, policy, env={"scene": "D"}, planner=OmegaConf.create(settings["planner"]))
+    assert {k: v for k, v in files(broken).items() if k != "settings.json"} == {k: v for k, v in files(straight).items() if k != "settings.json"}
+
+
+def test_a_finished_run_does_nothing_but_report(tmp_path: Path) -> None:
+    run(tmp_path)
+    before = files(tmp_path)
+    run(tmp_path, env={})
+    assert files(tmp_path) == before
+
+
+@pytest.mark.parametrize("change,named", [({"seed": 1}, "seed: 0 there, 1 asked"), ({"horizon": 360}, "horizon: 720 there"), ({"tasks": ["a"]}, "tasks"),
+                                          ({"agent": "random"}, "policy"), ({"env": {"scene": "A"}}, "env"), ({"sequences": 7}, "sequences")])
+def test_a_foreign_journal_is_refused(tmp_path: Path, change: dict[str, Any], named: str) -> None:
+    run(tmp_path, workers=1)
+    before = files(tmp_path)
+    with pytest.raises(JournalError, match=named) as caught:
+        run(tmp_path, workers=1, **change)
+    assert "\n" not in str(caught.value) and "choose another out=" in str(caught.value)
+    assert files(tmp_path) == before
+
+
+def test_other_weights_are_refused(tmp_path: Path, policy: str) -> None:
+    out = tmp_path / "out"
+    run(out, policy)
+    (Path(policy) / "config.yaml").write_text("width: 4\n")
+    with pytest.raises(JournalError, match="policy_sha256"):
+        run(out, policy)
+
+
+def test_a_failure_leaves_a_journal_to_go_on_from(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="sequence 4"):
+        run(tmp_path, workers=1, env={"raise_in": 4})
+    assert list(journal.read(tmp_path / "rollouts.jsonl")) == [0, 1, 2, 3]
+
+
+def test_two_processes_make_one_result(tmp_path: Path, policy: str) -> None:
+    straight, shared = tmp_path / "straight", tmp_path / "shared"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29871"]
+    subprocess.run([*launcher, *command(shared, policy)], cwd=ROOT, env=environment(), check=True, timeout=120)
+    planner = OmegaConf.create(json.loads((shared / "settings.json").read_text())["planner"])
+    run(straight, policy, planner=planner, env={"scene": "D"})
+    assert {k: v for k, v in files(shared).items() if k != "settings.json"} == {k: v for k, v in files(straight).items() if k != "settings.json"}
+    assert not list(shared.glob("rollouts.*.jsonl"))
+
+
+def test_parts_of_other_processes_are_merged(tmp_path: Path) -> None:
+    run(tmp_path / "a")
+    out = tmp_path / "b"
+    out.mkdir()
+    shutil.copy(tmp_path / "a" / "settings.json", out)
+    lines = (tmp_path / "a" / "rollouts.jsonl").read_bytes().splitlines(keepends=True)
+    (out / "rollouts.0.jsonl").write_bytes(lines[0] + lines[2])
+    (out / "rollouts.1.jsonl").write_bytes(lines[3] + lines[5][:20])
+    assert list(journal.merge(out)) == [0, 2, 3] and not (out / "rollouts.0.jsonl").exists()
+    run(out)
+    assert files(out) == files(tmp_path / "a")
+
+
+def test_torn_and_broken_lines(tmp_path: Path) -> None:
+    path = tmp_path / "rollouts.jsonl"
+    good = b'{"index":0,"initial_state":{},"tasks":["a"],"steps_to_success":[3],"seed":0}\n'
+    path.write_bytes(good + b'{"index":1,"ini')
+    with Journal(path) as lines:
+        assert list(lines.records) == [0]
+        lines.append({**lines.records[0], "index": 1})
+    assert list(journal.read(path)) == [0, 1]
+    path.write_bytes(good + b"garbage\n" + good)
+    with pytest.raises(JournalError, match="line 2"):
+        journal.read(path)
+
+
+def test_bad_arguments(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="policy=nowhere: neither random, expert nor a folder"):
+        run(tmp_path, "nowhere")
+    with pytest.raises(ValueError, match="workers=0"):
+        run(tmp_path, workers=0)
+    with pytest.raises(ValueError, match="sequences=0"):
+        run(tmp_path, sequences=0)
+    assert not list(tmp_path.iterdir())
+
+
+def test_keys_that_are_also_groups() -> None:
+    overrides = plain_keys(["policy=ckpts/defi/x", "tasks=[a,b]", "scene=A", "policy_x=1"])
+    assert overrides == ["agent=ckpts/defi/x", "tasks.tasks=[a,b]", "scene=A", "policy_x=1"]
+    with initialize_config_dir(CONFIGS, version_base=None):
+        cfg = compose("step3_eval", overrides[:3])
+        assert (cfg.agent, list(cfg.tasks.tasks), cfg.scene) == ("ckpts/defi/x", ["a", "b"], "A")
+        assert len(compose("step3_eval", plain_keys(["policy=random", "tasks=eleven"])).tasks.tasks) == 11
