@@ -9,7 +9,19 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from playtable.motions import FORWARD, YAW_RANGE, Motions, Plan, comfortable_yaw, hand
+from playtable.motions import (
+    FAR_BEHIND,
+    FORWARD,
+    NEAR_FRONT,
+    YAW_RANGE,
+    Motions,
+    Plan,
+    Stuck,
+    backwards,
+    comfortable_yaw,
+    hand,
+    lean,
+)
 from playtable.state import PrivilegedState
 from playtable.tasks import check_tasks
 
@@ -17,9 +29,12 @@ KEEPS_BLOCK = ("place_in_slider", "place_in_drawer", "stack_block")
 PATIENCE = 12  # steps to stand still after a plan before it is tried again
 TURN = np.radians(76)  # a rotation counts from 60 degrees
 PUSH = 0.135  # m, a push counts from 0.1
+HALF_OPEN = 0.066  # m from the middle of an open hand to the outside of a finger
+DOOR_WIDTH = 0.28
 UP_SLOPE = np.array([0.0, 0.5, 0.866])  # the way of the switch, up the slanted front
 OUT_OF_SLOPE = np.array([0.0, -0.866, 0.5])
-CABINET_TILT = 0.45
+CABINET_TILT = 0.45  # fingers before the slanted front
+REACHING_TILT = (0.85, 0.7, 0.95)  # fingers inside the cabinet, the wide hand outside; one a trial
 
 
 def disturbed(action: np.ndarray, rng: np.random.Generator, sigma: float, *, fast: bool) -> np.ndarray:
@@ -38,6 +53,7 @@ class Expert(Motions):
         super().__init__(state, np.random.default_rng(seed))
         self._plan: Plan = iter(())
         self._task = ""
+        self._trial = 0
         self._last_held: str | None = None
 
     def reset(self, task: str) -> None:
@@ -48,6 +64,7 @@ class Expert(Motions):
         self._pace = 0.0
         self.cruise = float(self.rng.uniform(0.55, 0.85))
         self._last_held = self.held()
+        self._trial = 0
         self._plan = self._trials(task)
 
     def act(self) -> np.ndarray:
@@ -60,8 +77,13 @@ class Expert(Motions):
         if task not in KEEPS_BLOCK and self.held() is not None:
             yield from self.release()
         while True:
-            yield from self._method(task)()
-            yield from self.wait(PATIENCE)
+            try:
+                yield from self._method(task)()
+                yield from self.wait(PATIENCE)
+            except Stuck:
+                yield from self.unwind()
+                yield from self.goto(self.state.target()[0] + [0, -0.05, 0.05], firm=True, timeout=20)
+            self._trial += 1
 
     def _method(self, task: str) -> Callable[[], Plan]:
         words = task.split("_")
@@ -85,14 +107,14 @@ class Expert(Motions):
         x, euler = self.state.fixtures.drawer_x + self._off(0.05), hand(tilt=0.2)
         yield from self.above(x, bar, euler, height=0.55, grip=-1)
         yield from self.goto([x, bar, 0.375], euler, speed=0.85, careful=True)
-        yield from self.goto([x, -0.212 - self.state.limit("base__drawer") - 0.02, 0.375], euler, speed=0.85)
+        yield from self.goto([x, -0.212 - self.state.limit("base__drawer") - 0.02, 0.375], euler, speed=0.85, firm=True)
 
     def close_drawer(self) -> Plan:
         front = -0.32 - self.state.joint("base__drawer")
         x, euler = self.state.fixtures.drawer_x + self._off(0.05), hand()
         yield from self.above(x, front, euler, height=0.55, grip=-1)
         yield from self.goto([x, front, 0.37], euler, speed=0.85, through=True)
-        yield from self.goto([x, -0.235, 0.37], euler, speed=0.8)
+        yield from self.goto([x, -0.235, 0.37], euler, speed=0.8, firm=True)
 
     def slide(self, *, left: bool) -> Plan:
         handle = self.state.fixtures.slide_x0 + 0.14 - self.state.joint("base__slide")
@@ -102,7 +124,7 @@ class Expert(Motions):
         yield from self.above(handle + side, -0.12, euler, grip=-1)
         yield from self.goto([handle + side, -0.09, 0.53], euler, through=True)
         yield from self.goto([handle + side, -0.005, 0.515], euler, speed=0.8, careful=True)
-        yield from self.goto([end + side * 0.3, -0.005, 0.515], euler, speed=0.8)
+        yield from self.goto([end + side * 0.3, -0.005, 0.515], euler, speed=0.8, firm=True)
 
     def turn_on_lightbulb(self) -> Plan:
         bar, euler = self._switch_bar(), hand(tilt=0.9)
@@ -110,7 +132,7 @@ class Expert(Motions):
         yield from self.above(bar[0], -0.13, hand(tilt=0.45), grip=-1)
         yield from self.goto(low + 0.10 * OUT_OF_SLOPE, euler, through=True)
         yield from self.goto(low, euler, speed=0.8, careful=True)
-        yield from self.goto(low + 0.12 * UP_SLOPE, euler, speed=0.8)
+        yield from self.goto(low + 0.12 * UP_SLOPE, euler, speed=0.8, firm=True)
 
     def turn_off_lightbulb(self) -> Plan:
         bar, euler = self._switch_bar(), hand(tilt=0.5)
@@ -118,13 +140,13 @@ class Expert(Motions):
         yield from self.above(bar[0], -0.08, euler, height=0.66, grip=-1)
         yield from self.goto(high + 0.06 * OUT_OF_SLOPE + 0.03 * UP_SLOPE, euler, through=True)
         yield from self.goto(high, euler, speed=0.8, careful=True)
-        yield from self.goto(high - 0.13 * UP_SLOPE, euler, speed=0.8)
+        yield from self.goto(high - 0.13 * UP_SLOPE, euler, speed=0.8, firm=True)
 
     def press_button(self) -> Plan:
         x, y, _ = self.state.fixtures.button
         x, y = x + self._off(0.01), y + self._off(0.01)
         yield from self.above(x, y, hand(), height=0.56, grip=-1)
-        yield from self.goto([x, y, 0.46], hand(), speed=0.8, timeout=25)
+        yield from self.goto([x, y, 0.46], hand(), speed=0.8, firm=True, timeout=25)
         yield from self.goto([x, y, 0.54], hand(), through=True)
 
     def _switch_bar(self) -> np.ndarray:
@@ -151,7 +173,10 @@ class Expert(Motions):
             yield from self._free_slider()
         elif place == "drawer":
             yield from self._free_drawer()
-        yield from self.grasp(block, tilt=CABINET_TILT if place == "slider" else 0.0)
+        if place == "slider":
+            yield from self.grasp(block, tilt=REACHING_TILT[self._trial % 3], offset=(self._inwards(block), 0.0, 0.004))
+        else:
+            yield from self.grasp(block, tilt=0.0 if place == "drawer" else None)
         start = self.state.target()[0]
         if place == "slider":
             yield from self.goto(start + [0, -0.04, 0.07], speed=0.7, through=True)
@@ -159,12 +184,29 @@ class Expert(Motions):
         else:
             yield from self.goto(start + [0, 0, 0.14], speed=0.7)
 
+    def _inwards(self, block: str) -> float:
+        """Shift along x that keeps open fingers off the walls and the door beside a block in the cabinet."""
+        x = self.state.block(block)[0][0]
+        low, high = self._opening()
+        return float(np.clip(np.clip(x, low + HALF_OPEN, high - HALF_OPEN) - x, -0.013, 0.013))
+
+    def _opening(self) -> tuple[float, float]:
+        """The part of the cabinet (x from, x to) that the door leaves open."""
+        left, right = self.state.fixtures.plank_x
+        door = self.state.fixtures.slide_x0 - self.state.joint("base__slide")
+        if self.state.joint("base__slide") < self.state.limit("base__slide") / 2:
+            return left, min(door, right)
+        return max(door + DOOR_WIDTH, left), right
+
     def rotate(self, block: str, angle: float) -> Plan:
         """Turn a block about the vertical, in several holds where the wrist's range asks for it."""
         for _ in range(3):
             yaw, turn = self._best_hold(block, angle)
             yield from self.grasp(block, yaw=yaw)
-            yield from self.goto(self.state.target()[0], hand(yaw + turn), careful=True)
+            at = self.state.target()[0]
+            # Towards the robot, where the wide hand has room to turn; the oracle allows 0.1 m.
+            at[1] -= np.clip(at[1] - NEAR_FRONT - 0.02, 0.0, 0.08)
+            yield from self.goto(at, hand(yaw + turn), careful=True, firm=True)
             yield from self.wait(3)
             yield from self.wait(6, 1)
             yield from self.goto(self.state.target()[0] + [0, 0, 0.06], through=True)
@@ -181,7 +223,7 @@ class Expert(Motions):
                     holds.append((float(yaw), float(np.clip(yaw + angle, *YAW_RANGE) - yaw)))
         whole = [hold for hold in holds if abs(hold[1]) > abs(angle) - 0.10]
         if whole:
-            return min(whole, key=lambda hold: abs(hold[0] - FORWARD))
+            return min(whole, key=lambda hold: max(abs(hold[0] - FORWARD), abs(sum(hold) - FORWARD)))
         return max(holds, key=lambda hold: abs(hold[1]), default=(FORWARD, angle))
 
     def _extent(self, block: str, axis: int) -> float:
@@ -191,12 +233,15 @@ class Expert(Motions):
     def push(self, block: str, sign: int) -> Plan:
         start = self.state.block(block)[0]
         behind = start[0] - sign * (self._extent(block, 0) + 0.04)
-        yield from self.above(behind, start[1], hand(), height=0.58, grip=-1)
-        yield from self.goto([behind, start[1], 0.464], hand(), speed=0.85, careful=True)
+        euler = hand(tilt=lean(start[1]))
+        yield from self.above(behind, start[1], euler, height=0.58, grip=-1)
+        yield from self.goto([behind, start[1], 0.464], euler, speed=0.85, careful=True)
         for _ in range(90):
             position, at = self.state.block(block)[0], self.state.target()[0]
             if sign * (position[0] - start[0]) > PUSH:
                 break
+            if abs(at[0] - self.state.tcp()[0][0]) > 2 * FAR_BEHIND:
+                raise Stuck
             self._pace = min(self.cruise * 0.7, self._pace + 0.1)
             aside = np.clip(position[1] - at[1], -0.004, 0.004)
             yield self.step([sign * self._pace * 0.02, aside, 0.464 - at[2]])
@@ -208,12 +253,15 @@ class Expert(Motions):
             return
         position = self.state.block(block)[0]
         behind = position[1] + self._extent(block, 1) + 0.035
-        yield from self.above(position[0], behind, hand(), height=0.58, grip=-1)
-        yield from self.goto([position[0], behind, 0.466], hand(), speed=0.85, careful=True)
+        euler = hand(tilt=lean(behind))
+        yield from self.above(position[0], behind, euler, height=0.58, grip=-1)
+        yield from self.goto([position[0], behind, 0.466], euler, speed=0.85, careful=True)
         for _ in range(80):
             position, at = self.state.block(block)[0], self.state.target()[0]
             if position[2] < 0.42 or at[1] < -0.24:
                 break
+            if abs(at[1] - self.state.tcp()[0][1]) > 2 * FAR_BEHIND:
+                raise Stuck
             self._pace = min(self.cruise * 0.7, self._pace + 0.1)
             yield self.step([np.clip(position[0] - at[0], -0.004, 0.004), -self._pace * 0.02, 0])
         yield from self.goto(self.state.target()[0] + [0, 0.04, 0.04], speed=0.85)
@@ -245,10 +293,9 @@ class Expert(Motions):
 
     def place_in_slider(self) -> Plan:
         yield from self._take_again()
-        half = self.state.limit("base__slide") / 2
-        left = self.state.joint("base__slide") < half
-        centre = self.state.fixtures.slide_x0 + (-half if left else half)
-        places = np.linspace(centre - 0.085, centre + 0.085, 18)
+        low, high = self._opening()
+        centre = (low + high) / 2
+        places = np.linspace(low + 0.06, high - 0.06, 18)
         inside = [self.state.block(name)[0] for name in self.state.blocks if name != self._last_held]
         taken = [position[0] for position in inside if position[1] > 0.01]
         room = [min([abs(x - other) for other in taken] + [0.2]) - 0.15 * abs(x - centre) for x in places]
@@ -279,7 +326,7 @@ class Expert(Motions):
 
     def put(self, position: list[float], yaw: float, *, tilt: float = 0.0, ready: float = 0.08) -> Plan:
         """Carry what is held to a pose of the hand, set it down and draw back."""
-        place, euler, back = np.array(position), hand(yaw, tilt), np.array([0, -np.sin(tilt), np.cos(tilt)])
+        place, euler, back = np.array(position), hand(yaw, tilt), backwards(yaw, tilt)
         above = place + ready * back
         self.grip = -1
         yield from self.unwind()

@@ -1,7 +1,7 @@
 """Motions of a scripted hand: generators of 7-D relative actions against a privileged state (DESIGN 7).
 
 Positions are metres in the world frame, Euler angles fixed-axis xyz radians. A yaw of pi/2 closes the fingers along x;
-`tilt` leans the hand towards -y, so that the fingers point forward into the cabinet.
+`tilt` leans the hand towards -y (for that yaw), so that the fingers point forward into the cabinet.
 """
 from __future__ import annotations
 
@@ -17,22 +17,36 @@ POSITION_SCALE = 0.02  # m of one unit of action
 ANGLE_SCALE = 0.05  # rad of one unit of action
 YAW_RANGE = (-0.6, 3.05)  # beyond it the real simulator's inverse kinematics flips over
 FORWARD = np.pi / 2
+FAR_BEHIND = 0.035  # m between command and hand that free motion never shows
+NEAR_FRONT = -0.09  # m, beyond this y an upright hand meets the handles of the slanted front
 SAFE_HEIGHT = 0.6  # above everything that stands on the table
 GRASPABLE = 0.065  # m, the widest edge that fits between the fingers with room to spare
 
 
-def wrapped(angles: np.ndarray) -> np.ndarray:
-    """The same angles within [-pi, pi)."""
-    return (angles + np.pi) % (2 * np.pi) - np.pi
+class Stuck(RuntimeError):
+    """The hand does not get where it is commanded to: something is in its way."""
+
+
+def turn_between(facing: np.ndarray, euler: np.ndarray) -> np.ndarray:
+    """Angles (3,) to add to `facing`. Yaw goes the way that stays in front of the robot, not the shortest one."""
+    turn = (euler - facing + np.pi) % (2 * np.pi) - np.pi
+    turn[2] = euler[2] - ((facing[2] + np.pi / 2) % (2 * np.pi) - np.pi / 2)
+    return turn
+
+
+def lean(y: float, yaw: float = FORWARD) -> float:
+    """Tilt that keeps an open hand over the table off the handles of the slanted front."""
+    return float(np.clip((y - NEAR_FRONT) * 6, 0, 0.5) * max(0.0, np.sin(yaw)))
 
 
 def hand(yaw: float = FORWARD, tilt: float = 0.0) -> np.ndarray:
-    """Euler angles (3,) of a hand that points down with a yaw and is then tilted about the world's x axis."""
-    cos_yaw, sin_yaw, cos_tilt, sin_tilt = np.cos(yaw), np.sin(yaw), np.cos(tilt), np.sin(tilt)
-    # Rx(tilt) Rz(yaw) Rx(pi); only the entries that the angles are read from
-    m00, m10, m20 = cos_yaw, cos_tilt * sin_yaw, sin_tilt * sin_yaw
-    m21, m22 = -sin_tilt * cos_yaw, -cos_tilt
-    return np.array([np.arctan2(m21, m22) % (2 * np.pi), -np.arcsin(np.clip(m20, -1, 1)), np.arctan2(m10, m00)])
+    """Euler angles (3,) of a hand that points down with a yaw and then leans back about the axis its fingers close on."""
+    return np.array([np.pi, -tilt, yaw])
+
+
+def backwards(yaw: float, tilt: float) -> np.ndarray:
+    """Unit vector (3,) from the fingertips up through that hand."""
+    return np.array([-np.sin(tilt) * np.cos(yaw), -np.sin(tilt) * np.sin(yaw), np.cos(tilt)])
 
 
 def comfortable_yaw(yaw: float, near: float = FORWARD) -> float:
@@ -71,18 +85,23 @@ class Motions:
         tolerance: float = 0.012,
         through: bool = False,
         careful: bool = False,
+        firm: bool = False,
         timeout: int = 120,
     ) -> Plan:
         """Straight to a pose with ramps at both ends; `speed` scales the episode's cruising speed.
 
-        `through` does not brake at the end, `careful` keeps the one who executes from adding noise.
+        `through` does not brake at the end, `careful` keeps the one who executes from adding noise, `firm` pushes on
+        against what resists; otherwise Stuck is raised when the hand stays behind.
         """
         position = np.asarray(position, float)
-        waited = 0
+        waited = behind = 0
         for _ in range(timeout):
             at, facing = self.state.target()
             shift = position - at
-            turn = np.zeros(3) if euler is None else wrapped(euler - facing)
+            turn = np.zeros(3) if euler is None else turn_between(facing, euler)
+            behind = behind + 1 if np.linalg.norm(self.state.tcp()[0] - at) > FAR_BEHIND else 0
+            if behind > 10 and not firm:
+                raise Stuck
             far = max(np.abs(shift).max() / POSITION_SCALE, np.abs(turn).max() / ANGLE_SCALE)
             limit = self.cruise * speed
             if through and far < limit:
@@ -112,7 +131,7 @@ class Motions:
         """Pull the commanded pose back to the measured one: pushing leaves it inside of things."""
         tcp, _ = self.state.tcp()
         if np.linalg.norm(tcp - self.state.target()[0]) > 0.02:
-            yield from self.goto(tcp, through=True, careful=True, timeout=20)
+            yield from self.goto(tcp, through=True, careful=True, firm=True, timeout=20)
 
     def rise(self, height: float = SAFE_HEIGHT) -> Plan:
         """Straight up where the hand is lower."""
@@ -137,16 +156,29 @@ class Motions:
         ]
         return yaws or [FORWARD]
 
-    def grasp(self, block: str, *, tilt: float = 0.0, yaw: float | None = None, height: float = SAFE_HEIGHT) -> Plan:
-        """Take a block: open, above it, down, close. `yaw` overrules the choice of the nearest comfortable one."""
+    def grasp(
+        self,
+        block: str,
+        *,
+        tilt: float | None = None,
+        yaw: float | None = None,
+        offset: tuple[float, float, float] = (0.0, 0.0, 0.0),
+        height: float = SAFE_HEIGHT,
+    ) -> Plan:
+        """Take a block: open, above it, down, close with an `offset` from its centre.
+
+        `yaw` overrules the choice of the nearest comfortable one, `tilt` what keeps the hand off the slanted front.
+        """
         position, _ = self.state.block(block)
         if yaw is None:
             yaw = min((comfortable_yaw(y) for y in self.grasp_yaws(block)), key=lambda y: abs(y - FORWARD))
-        euler, back = hand(yaw, tilt), np.array([0, -np.sin(tilt), np.cos(tilt)])
-        ready = position + 0.10 * back
+        if tilt is None:
+            tilt = lean(position[1], yaw)
+        euler, back = hand(yaw, tilt), backwards(yaw, tilt)
+        ready = position + offset + 0.10 * back
         yield from self.above(ready[0], ready[1], euler, height=height)
         yield from self.goto(ready, euler, tolerance=0.02)
-        position, _ = self.state.block(block)
+        position = self.state.block(block)[0] + offset
         yield from self.goto(position, euler, speed=0.75, tolerance=0.006, careful=True)
         yield from self.wait(7, -1)
 

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from playtable.expert import DOOR_WIDTH
 from playtable.scene import Scene
 from playtable.sequences import DRAWER_OPEN, NEUTRAL_ROBOT_OBS, SWITCH_ON
 from playtable.state import PrivilegedState
 from playtable.tasks import check_tasks
 
-DOOR_WIDTH = 0.28
+BESIDE_WALL = 0.055  # m from a wall or door that a finger needs beside a block's middle
 NEEDS_BLOCK = ("place_in_slider", "place_in_drawer", "stack_block")
 REACH_X = 0.36  # m, how far from the middle a block on the table can be worked on
 GAP = 0.115  # m between the centres of two blocks that do not hinder the hand
@@ -40,10 +41,11 @@ def zone(state: PrivilegedState, block: str) -> str:
     return "lost"
 
 
-def uncovered(x: float, *, slide_x0: float, reading: float, limit: float) -> bool:
-    """Can a block at x in the cabinet be reached once the door stands at the nearer end of its way?"""
-    left = slide_x0 - (limit if reading > limit / 2 else 0.0)
-    return x < left - 0.035 or x > left + DOOR_WIDTH + 0.035
+def reachable_inside(x: float, door: float, plank: tuple[float, float]) -> bool:
+    """Can a block at x in the cabinet be gripped while the door's left edge stands at `door`?"""
+    if not plank[0] + BESIDE_WALL < x < plank[1] - BESIDE_WALL:
+        return False
+    return x < door - BESIDE_WALL or x > door + DOOR_WIDTH + BESIDE_WALL
 
 
 def corridor_free(at: np.ndarray, sign: int, obstacles: list[np.ndarray]) -> bool:
@@ -59,7 +61,9 @@ def _clear(at: np.ndarray, others: list[np.ndarray]) -> bool:
 
 
 def _block_tasks(state: PrivilegedState, zones: dict[str, str]) -> list[str]:
-    reading, limit = state.joint("base__slide"), state.limit("base__slide")
+    limit = state.limit("base__slide")
+    # The expert shoves a door that stands half way to its nearer end first.
+    door = state.fixtures.slide_x0 - (limit if state.joint("base__slide") > limit / 2 else 0.0)
     tasks = []
     for block, place in zones.items():
         colour, at = block.removeprefix("block_"), state.block(block)[0]
@@ -72,9 +76,7 @@ def _block_tasks(state: PrivilegedState, zones: dict[str, str]) -> list[str]:
                 for side, sign in (("left", -1), ("right", 1))
                 if corridor_free(at, sign, obstacles)
             ]
-        elif place == "cabinet" and uncovered(
-            float(at[0]), slide_x0=state.fixtures.slide_x0, reading=reading, limit=limit
-        ):
+        elif place == "cabinet" and reachable_inside(float(at[0]), door, state.fixtures.plank_x):
             tasks.append(f"lift_{colour}_block_slider")
         elif place == "drawer" and state.joint("base__drawer") > 0.19:
             tasks.append(f"lift_{colour}_block_drawer")
@@ -160,6 +162,10 @@ def _position(place: str, scene: Scene, rng: np.random.Generator) -> np.ndarray:
     low, high = scene.surfaces[place]
     position = rng.uniform(low, high)
     if place.startswith("slider"):
+        left, right = scene.plank_x
+        door = scene.slide_x0 - (0.0 if place == "slider_left" else scene.slide_travel)
+        low_x, high_x = (left, door) if place == "slider_left" else (door + DOOR_WIDTH, right)
+        position[0] = np.clip(position[0], low_x + BESIDE_WALL + 0.005, high_x - BESIDE_WALL - 0.005)
         position[1] = rng.uniform(0.075, 0.1)
     return position
 
