@@ -1,8 +1,8 @@
 """The play table as a benchmark with CALVIN's observation, action, info and protocol (DESIGN 7).
 
 robot_obs (15,): tool position 0-2 (m), Euler angles 3-5 (rad), opening 6 (m), arm joints 7-13 (rad), last gripper
-command 14. scene_obs (24,): slider, drawer, button, switch (m), lightbulb, led (0 or 1), then position and Euler angles of
-each block in the scene's order.
+command 14. scene_obs (24,): slider, drawer, button, switch (m), lightbulb, led (0 or 1), then position and Euler
+angles of each block in the scene's order.
 """
 from __future__ import annotations
 
@@ -122,10 +122,8 @@ class PlayTable:
         """Names of what a block touches: "robot", "floor", other blocks or links of the table."""
         links = {number: link for link, number in self.links.items()}
         bodies = {number: body for body, number in self.uids.items()}
-        touched = (contact for contact in self._contacts()[self.uids[name]])
-        return frozenset(
-            links[c.other_link] if c.other == self.uids["table"] else bodies[c.other] for c in touched
-        )
+        touched = self._contacts()[self.uids[name]]
+        return frozenset(links[c.other_link] if c.other == self.uids["table"] else bodies[c.other] for c in touched)
 
     def _contacts(self) -> dict[int, list[Contact]]:
         """Contacts of every body, seen from it. Like pybullet's, they include neighbours up to 2 mm apart."""
@@ -147,8 +145,8 @@ class PlayTable:
     ) -> dict:
         """Put the world into a symbolic state or into raw vectors; returns the observation without pictures.
 
-        Without arguments the robot takes its neutral pose, doors are shut and blocks lie on random surfaces of the scene.
-        One vector alone keeps the other's default. Raises ValueError for vectors of a wrong shape or with NaN.
+        Without arguments the robot takes its neutral pose, doors are shut and blocks lie on random surfaces of the
+        scene. One vector alone keeps the other's default. Raises ValueError for vectors of a wrong shape or with NaN.
         """
         if state is not None:
             if robot_obs is not None or scene_obs is not None:
@@ -195,8 +193,8 @@ class PlayTable:
     def step(self, action: np.ndarray, *, render: bool = True) -> tuple[dict, dict]:
         """One control step of 1/30 s -> (observation, info).
 
-        `action` (7,): shift and turn in world axes in units of 0.02 m and 0.05 rad, added to the commanded pose; then the
-        gripper, open where positive and closed otherwise. Raises ValueError for another shape or NaN.
+        `action` (7,): shift and turn in world axes in units of 0.02 m and 0.05 rad, added to the commanded pose; then
+        the gripper, open where positive and closed otherwise. Raises ValueError for another shape or NaN.
         """
         action = _vector("action", action, 7)
         self._target[0][:] += POSITION_SCALE * action[:3]
@@ -295,7 +293,7 @@ class PlayTable:
         quaternion = self._data.qpos[self._qpos[name] + 3 : self._qpos[name] + 7]
         return {
             "current_pos": position,
-            "current_orn": np.roll(quaternion, -1),
+            "current_orn": quaternion[[1, 2, 3, 0]],
             "current_lin_vel": velocity[:3].copy(),
             "current_ang_vel": rotation @ velocity[3:],
             "contacts": contacts[self.uids[name]],

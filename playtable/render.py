@@ -4,15 +4,20 @@ A GL context belongs to the thread that made it, so a renderer is made at the fi
 """
 from __future__ import annotations
 
+import ctypes
+import ctypes.util
 import importlib
 import logging
 import os
+import weakref
+from typing import Protocol
 
 import mujoco
 import numpy as np
 
 BACKENDS = ("egl", "osmesa")
-HELP = "install libegl1 and libgl1-mesa-dri (egl) or libosmesa6 (osmesa), or run without pictures"
+HELP = "install libegl1 with libgl1-mesa-dri (egl) or libosmesa6 (osmesa), or run without pictures"
+MAX_GEOMS = 200
 
 log = logging.getLogger(__name__)
 
@@ -21,41 +26,69 @@ class RenderError(RuntimeError):
     """No GL backend could be started."""
 
 
-def _open(backend: str, edge: int) -> mujoco.gl_context.GLContext:
-    context = importlib.import_module(f"mujoco.{backend}").GLContext(edge, edge)
-    context.make_current()
-    return context
+class _Context(Protocol):
+    def make_current(self) -> None: ...
+
+    def free(self) -> None: ...
 
 
-def _context(edge: int) -> tuple[object, str]:
-    """(GL context, backend): what MUJOCO_GL names, otherwise EGL, otherwise OSMesa."""
+def _egl_works() -> bool:
+    """Is there a device that EGL can render on? Asked without PyOpenGL, which stays with the first backend it met."""
+    name = ctypes.util.find_library("EGL")
+    if name is None:
+        return False
+    try:
+        look_up = ctypes.CDLL(name).eglGetProcAddress
+    except (OSError, AttributeError):
+        return False
+    look_up.restype, look_up.argtypes = ctypes.c_void_p, [ctypes.c_char_p]
+    address = look_up(b"eglQueryDevicesEXT")
+    if not address:
+        return False
+    query = ctypes.CFUNCTYPE(ctypes.c_uint, ctypes.c_int, ctypes.c_void_p, ctypes.POINTER(ctypes.c_int))(address)
+    count = ctypes.c_int(0)
+    return bool(query(0, None, ctypes.byref(count))) and count.value > 0
+
+
+def _choose() -> str:
+    """What MUJOCO_GL names; otherwise EGL where it works, and OSMesa elsewhere."""
     wish = os.environ.get("MUJOCO_GL", "").lower()
-    if wish and wish not in BACKENDS:
-        raise RenderError(f"MUJOCO_GL={wish}: pictures are rendered off screen, set it to egl or osmesa")
-    reasons = []
-    for backend in (wish,) if wish else BACKENDS:
-        # PyOpenGL keeps the first platform it was imported with; this is read at that import.
-        os.environ.setdefault("PYOPENGL_PLATFORM", backend)
-        try:
-            context = _open(backend, edge)
-        except (ImportError, RuntimeError, AttributeError, OSError) as error:
-            reasons.append(f"{backend}: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
-            if os.environ.get("PYOPENGL_PLATFORM") == backend:
-                del os.environ["PYOPENGL_PLATFORM"]
-            continue
-        if backend != BACKENDS[0] and not wish:
-            log.warning("EGL does not start here (%s): pictures come from OSMesa, which is slower", reasons[0])
-        return context, backend
-    raise RenderError(f"no GL for pictures ({'; '.join(reasons)}): {HELP}")
+    if wish:
+        if wish not in BACKENDS:
+            raise RenderError(f"MUJOCO_GL={wish}: pictures are rendered off screen, set it to egl or osmesa")
+        return wish
+    if _egl_works():
+        return "egl"
+    log.warning("no EGL device here: pictures come from OSMesa (set MUJOCO_GL to choose)")
+    return "osmesa"
+
+
+def _open(edge: int) -> tuple[_Context, str]:
+    backend = _choose()
+    try:
+        context = importlib.import_module(f"mujoco.{backend}").GLContext(edge, edge)
+        context.make_current()
+    except (ImportError, RuntimeError, AttributeError, OSError) as error:
+        raise RenderError(f"no pictures, {backend} does not start ({error}): {HELP}") from error
+    return context, backend
+
+
+def _free(gl: _Context, mjr: mujoco.MjrContext) -> None:
+    gl.make_current()
+    mjr.free()
+    gl.free()
 
 
 class Renderer:
-    """Pictures of a model's fixed cameras, up to `edge` pixels wide and high. Close it in the thread that made it."""
+    """Pictures of a model's fixed cameras, up to `edge` pixels wide and high.
+
+    Raises RenderError where no off-screen GL starts. Use and close it in the thread that made it.
+    """
 
     def __init__(self, model: mujoco.MjModel, edge: int) -> None:
         self._model = model
-        self._gl, self.backend = _context(edge)
-        self._scene = mujoco.MjvScene(model, maxgeom=200)
+        self._gl, self.backend = _open(edge)
+        self._scene = mujoco.MjvScene(model, maxgeom=MAX_GEOMS)
         for flag in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION, mujoco.mjtRndFlag.mjRND_HAZE):
             self._scene.flags[flag] = False
         self._option = mujoco.MjvOption()
@@ -63,14 +96,15 @@ class Renderer:
         self._camera.type = mujoco.mjtCamera.mjCAMERA_FIXED
         self._mjr = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_100)
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._mjr)
+        # Runs at exit too, before the modules that a context needs for its end are gone.
+        self._finalizer = weakref.finalize(self, _free, self._gl, self._mjr)
 
     def picture(self, data: mujoco.MjData, camera: str, size: int) -> np.ndarray:
         """The view of a camera of the model -> (size, size, 3) uint8 RGB, top row first."""
         self._gl.make_current()
         self._camera.fixedcamid = self._model.camera(camera).id
-        mujoco.mjv_updateScene(
-            self._model, data, self._option, None, self._camera, mujoco.mjtCatBit.mjCAT_ALL.value, self._scene
-        )
+        everything = mujoco.mjtCatBit.mjCAT_ALL.value
+        mujoco.mjv_updateScene(self._model, data, self._option, None, self._camera, everything, self._scene)
         window = mujoco.MjrRect(0, 0, size, size)
         mujoco.mjr_render(window, self._scene, self._mjr)
         upside_down = np.empty((size, size, 3), dtype=np.uint8)
@@ -79,8 +113,4 @@ class Renderer:
 
     def close(self) -> None:
         """Free the context; a second call does nothing."""
-        if self._gl is not None:
-            self._gl.make_current()
-            self._mjr.free()
-            self._gl.free()
-            self._gl = None
+        self._finalizer()

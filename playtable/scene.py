@@ -1,6 +1,6 @@
 """The four scenes: what stands where, how large it is, what it looks like (DESIGN 7; CALVIN's numbers).
 
-World frame in metres: x to the right seen from the robot's side, y towards the cabinet, z up. The table top is z = 0.44.
+World frame in metres: x to the right seen from the robot's side, y towards the cabinet, z up, table top at 0.44.
 """
 from __future__ import annotations
 

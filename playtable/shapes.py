@@ -1,0 +1,48 @@
+"""MJCF text for bodies and geoms, and who may touch whom (DESIGN 7).
+
+Table and fixtures meet robot and blocks, the robot meets both, blocks meet everything; robot parts never meet each
+other and fixtures never meet the table that carries them.
+"""
+from __future__ import annotations
+
+from typing import Final
+
+import numpy as np
+
+FIXED: Final = 'contype="1" conaffinity="0"'
+ROBOT: Final = 'contype="2" conaffinity="1"'
+BLOCK: Final = 'contype="4" conaffinity="7"'
+SEEN: Final = 'contype="0" conaffinity="0"'  # a picture of something, nothing collides with it
+
+Point = tuple[float, float, float]
+
+
+def numbers(values: object) -> str:
+    """Numbers of any nesting as an MJCF attribute."""
+    return " ".join(f"{float(value):.10g}" for value in np.ravel(np.asarray(values)))
+
+
+def geom(kind: str, position: object, size: object, look: str, group: str = FIXED) -> str:
+    """A geom; `look` and `group` are attribute text, sizes are MuJoCo's half lengths."""
+    return f'<geom type="{kind}" pos="{numbers(position)}" size="{numbers(size)}" {look} {group}/>'
+
+
+def box(low: Point, high: Point, look: str, group: str = FIXED) -> str:
+    """A box between two opposite corners."""
+    return geom("box", np.add(low, high) / 2, np.subtract(high, low) / 2, look, group)
+
+
+def rod(kind: str, ends: tuple[Point, Point], radius: float, look: str, group: str = FIXED) -> str:
+    """A capsule or cylinder between two points."""
+    return f'<geom type="{kind}" fromto="{numbers(ends)}" size="{radius}" {look} {group}/>'
+
+
+def body(name: str, position: object, content: list[str], frame: str = "") -> str:
+    """A body; `frame` is attribute text such as euler or gravcomp."""
+    inside = "\n".join(content)
+    return f'<body name="{name}" pos="{numbers(position)}" {frame}>\n{inside}\n</body>'
+
+
+def inertial(mass: float, inertia: float, position: Point = (0.0, 0.0, 0.0)) -> str:
+    """Mass in kg and the same moment of inertia in kg m^2 about every axis."""
+    return f'<inertial pos="{numbers(position)}" mass="{mass}" diaginertia="{numbers([inertia] * 3)}"/>'
