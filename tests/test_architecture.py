@@ -82,6 +82,9 @@ def cycles(files: Files) -> list[str]:
     return found
 
 
+PROMISED = {"common.rlds": "converting Bridge and Fractal (step 1) and finetuning on Fractal (step 3) read RLDS too"}
+
+
 def admission(files: Files) -> list[str]:
     """common holds what two steps need today, by import or by the configs of several steps; its own programs are exempt."""
     graph = edges(files)
@@ -96,7 +99,7 @@ def admission(files: Files) -> list[str]:
         return seen
 
     configured = named.union(*map(reach, named))
-    users = {m: {room(a) for a in graph if room(a) != "common" and m in reach(a)} for m in files if room(m) == "common" and m not in configured | {"common"}}
+    users = {m: {room(a) for a in graph if room(a) != "common" and m in reach(a)} for m in files if room(m) == "common" and m not in configured | PROMISED.keys() | {"common"}}
     return [f"{m}: used by {sorted(u) or 'nobody'}" for m, u in users.items() if len(u) < 2 and m.split(".")[-1] not in LEAVES]
 
 

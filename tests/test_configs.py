@@ -18,6 +18,9 @@ SCALES = ("tiny", "small", "full")
 
 CHANGES = {  # row -> the only subtrees it may touch, besides its name
     "gfdm/eq3_ddpm": {"gfdm.objective"},
+    "gfdm/eq3_ddpm_v": {"gfdm.objective"},
+    "gfdm/vpp": {"gfdm", "data", "loop"},
+    "gidm/official": {"gidm", "data", "loop"},
     "gfdm/t5_no_human": {"data.human_fraction"},
     "gidm/t5_no_human": {"data.human_fraction"},
     "gidm/t7_mlp": {"gidm"},
@@ -26,7 +29,7 @@ CHANGES = {  # row -> the only subtrees it may touch, besides its name
     "gidm/t8_binning": {"gidm.quantizer"},
     "gidm/t8_continuous": {"gidm.quantizer"},
     "defi/blind": {"policy.blind"},
-    "defi/t1_third_view": {"policy.views"},
+    "defi/t1_third_view": {"policy.views", "data.views"},
     "defi/t4_gfdm_no_pretrain": {"policy.gfdm"},
     "defi/t4_gidm_no_pretrain": {"policy.gidm"},
     "defi/t5_all_no_human": {"policy.gfdm.path", "policy.gidm.path"},

@@ -56,7 +56,7 @@ def test_table_10_in_the_full_configs():
 
 
 def test_table_11_and_12_in_the_full_mixtures():
-    weights = resolved("step1_gfdm")["data"]["weights"]
+    weights = {name: options["weight"] for name, options in resolved("step1_gfdm")["data"]["sets"].items()}
     assert {k: round(v / sum(weights.values()), 4) for k, v in weights.items()} == {
         "fractal": 0.3, "bridge": 0.1, "calvin_abc": 0.3, "something_something_v2": 0.15, "ego4d": 0.15}
     from step2_gidm import oxe
