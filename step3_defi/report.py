@@ -1,0 +1,246 @@
+"""One self-contained HTML page of what a run left behind: tables, films, forecasts, codes, loss curves.
+
+    python -m step3_defi.report run=outputs/quickstart
+
+Pictures and films are inline. A piece that is missing is named on the page, the rest is shown.
+"""
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+import logging
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import hydra
+import matplotlib
+import numpy as np
+from omegaconf import DictConfig, OmegaConf
+
+from step3_defi import film, journal, stats
+
+matplotlib.use("Agg")
+from matplotlib import pyplot  # noqa: E402  (the backend must be chosen first: no display)
+
+CONFIGS = str(Path(__file__).resolve().parents[1] / "configs")
+LOG = logging.getLogger(__name__)
+MISSING = (FileNotFoundError, KeyError, ValueError)  # what reading an absent or unfinished piece raises
+CURVES = ("loss", "mse", "action_loss", "bottleneck_loss", "alignment_loss", "perplexity", "usage")  # panels of a run, where it logs them
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #1c2430; background: #fff; }
+h1 { font-size: 1.7rem; } h2 { font-size: 1.25rem; margin-top: 2.5rem; border-bottom: 1px solid #d5dae1; } h3 { font-size: 1rem; margin-bottom: .3rem; }
+table { border-collapse: collapse; margin: .8rem 0; font-variant-numeric: tabular-nums; font-size: .9rem; }
+th, td { padding: .25rem .7rem; border-bottom: 1px solid #e4e8ed; text-align: right; } th:first-child, td:first-child { text-align: left; }
+figure { display: inline-block; margin: .4rem .8rem .4rem 0; vertical-align: top; } figcaption { font-size: .8rem; color: #5a6675; }
+img { max-width: 100%; } .missing { background: #fff4e0; border-left: 4px solid #e09b20; padding: .4rem .8rem; } .wide { overflow-x: auto; }
+"""
+
+
+def page(title: str, sections: Iterable[tuple[str, str]]) -> str:
+    """The whole document; sections are (heading, html)."""
+    body = "\n".join(f"<section><h2>{html.escape(heading)}</h2>\n{content}</section>" for heading, content in sections)
+    return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title><style>{STYLE}</style></head>\n'
+            f"<body><h1>{html.escape(title)}</h1>\n{body}\n</body></html>\n")
+
+
+def or_missing(make: Callable[[], str], what: str) -> str:
+    """What `make` returns, or a box that says what is not there."""
+    try:
+        return make()
+    except MISSING as error:
+        return missing(what, error)
+
+
+def missing(what: str, error: Exception) -> str:
+    LOG.warning("%s is missing: %s", what, error)
+    reason = f"no {error.args[0]!r} in it" if isinstance(error, KeyError) else str(error)
+    return f'<p class="missing">{html.escape(what)} is missing: {html.escape(reason)}</p>\n'
+
+
+def inline(path: Path, kind: str) -> str:
+    """A file as a data URI."""
+    return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
+
+
+def picture(source: str, caption: str) -> str:
+    return f'<figure><img src="{source}" alt="{html.escape(caption)}"><figcaption>{html.escape(caption)}</figcaption></figure>\n'
+
+
+def movie(path: Path, caption: str) -> str:
+    return (f'<figure><video controls loop muted playsinline width="300" src="{inline(path, "video/mp4")}"></video>'
+            f"<figcaption>{html.escape(caption)}</figcaption></figure>\n")
+
+
+def figure_png(figure: pyplot.Figure) -> str:
+    """Close a figure and return it as a data URI."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    pyplot.close(figure)
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def markdown_html(text: str) -> str:
+    """The Markdown that our tables use: pipes, **bold** and paragraphs."""
+    blocks = []
+    for block in re.split(r"\n\s*\n", text.strip()):
+        lines = [line for line in block.splitlines() if not re.fullmatch(r"[|\s:-]+", line)]
+        if lines and all(line.startswith("|") for line in lines):
+            rows = [[_bold(cell.strip()) for cell in line.strip().strip("|").split("|")] for line in lines]
+            head, *others = [[f"<{tag}>{cell}</{tag}>" for cell in row] for tag, row in zip(["th"] + ["td"] * len(rows), rows)]
+            cells = "\n".join(f"<tr>{''.join(row)}</tr>" for row in [head, *others])
+            blocks.append(f'<div class="wide"><table>{cells}</table></div>')
+        elif lines:
+            blocks.append(f"<p>{_bold(' '.join(lines))}</p>")
+    return "\n".join(blocks) + "\n"
+
+
+def rollout_table(folders: Mapping[str, Path]) -> str:
+    """One row a folder beside the paper's, and the first row compared with each of the others."""
+    found, notes = {}, ""
+    for label, folder in folders.items():
+        try:
+            found[label] = _json(folder / "results.json")
+        except MISSING as error:
+            notes += missing(f"The row {label!r}", error)
+    if not found:
+        raise FileNotFoundError(f"none of {', '.join(str(f) for f in folders.values())} holds results")
+    first = next(iter(found.values()))
+    shared = set.intersection(*(set(results["horizons"]) for results in found.values()))
+    if not shared:
+        raise ValueError(f"the rows of {', '.join(found)} share no horizon")
+    # CALVIN's horizon where there is one: the rest stands in each folder's table.md
+    horizon = "360" if "360" in shared else max(shared, key=int)
+    rows = {label: results["horizons"][horizon] for label, results in found.items()}
+    table = stats.chain_table(rows, length=first["length"], paper=stats.paper_label(first["world"]))
+    facts = f"{first['world']}, {first['sequences']} sequences of {first['length']}, {horizon} steps a sub-task; 95 % bootstrap intervals over sequences."
+    if not stats.is_calvin(first["world"]):
+        facts += " Another world than CALVIN: not comparable with the paper's numbers."
+    paired = [or_missing(lambda other=other: _paired(next(iter(found)), other, folders, int(horizon)), f"The comparison with {other!r}")
+              for other in list(found)[1:]]
+    tasks = _tasks(found)
+    return markdown_html(f"{table}\n\n{facts}") + "".join(paired) + notes + markdown_html(tasks)
+
+
+def _paired(a: str, b: str, folders: Mapping[str, Path], horizon: int) -> str:
+    records = [journal.read(folders[label] / journal.NAME) for label in (a, b)]
+    row = stats.compare(*records, horizon)
+    low, high = row["difference_ci95"]
+    return (f"<p>{html.escape(a)} − {html.escape(b)}: {row['difference']:+.2f} tasks [{low:+.2f}, {high:+.2f}], paired over "
+            f"{row['sequences']} sequences, p = {row['p_value']:.4f}</p>\n")
+
+
+def _tasks(found: Mapping[str, Mapping[str, Any]]) -> str:
+    """Markdown: success of every sub-task, a column a row of the table above."""
+    names = sorted({task for results in found.values() for task in results["tasks"]})
+    lines = ["| sub-task | " + " | ".join(found) + " |", "|---|" + "---|" * len(found)]
+    for task in names:
+        counts = [results["tasks"].get(task) for results in found.values()]
+        lines.append(f"| {task} | " + " | ".join(f"{c['success']}/{c['total']}" if c else "–" for c in counts) + " |")
+    return "\n".join(lines)
+
+
+def films(folder: Path, count: int) -> str:
+    """The first `count` successes and failures."""
+    found = film.find(folder / "videos")
+    chosen = [(kind, path) for kind, paths in found.items() for path in paths[:count]]
+    if not chosen:
+        raise FileNotFoundError(f"no films in {folder / 'videos'}; roll out with films.candidates above 0")
+    captions = ["sequence {}: {} of {} tasks".format(*map(int, film.NAME.fullmatch(path.name).groups())) for _, path in chosen]
+    return "".join(movie(path, f"{kind}, {caption}") for (kind, path), caption in zip(chosen, captions))
+
+
+def evaluation(folder: Path, pictures: str, count: int) -> str:
+    """table.md and the first pictures of an evaluation of step 1 or 2."""
+    shown = sorted((folder / pictures).glob("*.png"))[:count]
+    drawn = "".join(picture(inline(path, "image/png"), f"{pictures}/{path.name}") for path in shown)
+    nothing = FileNotFoundError(f"no pictures in {folder / pictures}; run the step's eval program")
+    return or_missing(lambda: markdown_html((folder / "table.md").read_text()), "The table") + (drawn or missing("A picture", nothing))
+
+
+def loss_curves(name: str, folder: Path) -> str:
+    """All curves of a training run that are known by name, one panel each; training and validation together."""
+    series = read_metrics(folder / "metrics.jsonl")
+    panels = {curve: [key for key in series if key.split("/")[-1] == curve] for curve in CURVES}
+    panels = {curve: keys for curve, keys in panels.items() if keys}
+    if not panels:
+        raise ValueError(f"{folder / 'metrics.jsonl'} has none of {', '.join(CURVES)}; it has {', '.join(series) or 'nothing'}")
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(4.2 * len(panels), 3), squeeze=False)
+    for axis, (curve, keys) in zip(axes[0], panels.items()):
+        for key in keys:
+            steps, values = series[key]
+            axis.plot(steps, values, alpha=0.35 if len(steps) > 30 else 1, label=None if len(steps) > 30 else key)
+            if len(steps) > 30:
+                axis.plot(steps, smooth(values), color=axis.lines[-1].get_color(), label=f"{key} (mean)")
+        if curve in ("loss", "mse") and all(min(series[key][1]) > 0 for key in keys):
+            axis.set_yscale("log")
+        axis.set(title=curve, xlabel="step")
+        axis.grid(alpha=0.25)
+        axis.legend(fontsize=7)
+    figure.tight_layout()
+    return picture(figure_png(figure), name)
+
+
+def read_metrics(path: Path) -> dict[str, tuple[list[float], list[float]]]:
+    """metrics.jsonl -> {key: (steps, values)}; a torn last line is left out."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; train the model first")
+    series: dict[str, tuple[list[float], list[float]]] = {}
+    for line in path.read_bytes().split(b"\n")[:-1]:
+        row = json.loads(line)
+        for key, value in row.items():
+            if key not in ("step", "time") and isinstance(value, (int, float)):
+                steps, values = series.setdefault(key, ([], []))
+                steps.append(row["step"])
+                values.append(value)
+    return series
+
+
+def smooth(values: list[float], share: float = 0.05) -> np.ndarray:
+    """Running mean over the last `share` of the run, shorter at the start."""
+    width = max(2, int(len(values) * share))
+    total = np.concatenate([[0.0], np.cumsum(values)])
+    ends = np.arange(1, len(values) + 1)
+    starts = np.maximum(0, ends - width)
+    return (total[ends] - total[starts]) / (ends - starts)
+
+
+def build(cfg: Mapping[str, Any]) -> str:
+    """The page of configs/step3_report.yaml's keys."""
+    sections = []
+    for title, rows in cfg["rollouts"].items():
+        folders = {label: Path(folder) for label, folder in rows.items()}
+        first = next(iter(folders.values()))
+        table = or_missing(lambda folders=folders: rollout_table(folders), title)
+        sections.append((title, table + "<h3>Films</h3>\n" + or_missing(lambda first=first: films(first, cfg["films"]), "A film")))
+    sections += [
+        ("What the forward model imagines", or_missing(lambda: evaluation(Path(cfg["forecast"]), "strips", cfg["pictures"]), "The forecast")),
+        ("What the latent actions carry", or_missing(lambda: evaluation(Path(cfg["codes"]), "attention", cfg["pictures"]), "The code usage")),
+        ("Training", "".join(f"<h3>{html.escape(name)}</h3>\n" + or_missing(lambda name=name, folder=folder: loss_curves(name, Path(folder)), name)
+                             for name, folder in cfg["training"].items())),
+    ]
+    return page(cfg["title"], sections)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist")
+    return json.loads(path.read_text())
+
+
+def _bold(cell: str) -> str:
+    return re.sub(r"\*\*(.+?)\*\*", r"<b>\1</b>", html.escape(cell))
+
+
+@hydra.main(version_base=None, config_path=CONFIGS, config_name="step3_report")
+def main(cfg: DictConfig) -> None:
+    settings = OmegaConf.to_container(cfg, resolve=True)
+    journal.write_atomic(Path(cfg.out), build(settings))
+    LOG.info("results in %s", cfg.out)
+
+
+if __name__ == "__main__":
+    main()
