@@ -196,7 +196,7 @@ def _crc_table() -> list[int]:
 _TABLE = _crc_table()
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _features(folder: str) -> tuple[Any, dict[str, Any]]:
     """The feature tree of a folder, and decoders that leave the images of a step alone."""
     features = tfds.features.FeaturesDict.from_config(folder)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
+from tensorflow_datasets.proto import tf_example_pb2
 
 from common.rlds import Rlds, RldsError, TFRecordFile, find, masked_crc32c, splits
 
@@ -29,21 +30,25 @@ def picture(value: int) -> bytes:
 
 
 def write_set(folder: Path, *, shards: tuple[int, ...] = (2, 1), steps: int = 4) -> Path:
-    """A little RLDS folder written through tensorflow-datasets' own feature codecs."""
+    """A little RLDS folder: features.json by tensorflow-datasets, examples in the wire format that it reads."""
     features = tfds.features.FeaturesDict({"steps": tfds.features.Dataset({
         "observation": {"image": tfds.features.Image(shape=(None, None, 3), encoding_format="png"), "wide": tfds.features.Text()},
         "action": tfds.features.Tensor(shape=(2,), dtype=np.float32),
         "instruction": tfds.features.Tensor(shape=(8,), dtype=np.int32)})})
     folder.mkdir(parents=True)
     features.save_config(str(folder))
-    codes = np.array([*map(ord, "päck"), 0, 0, 0, 0], np.int32)
+    codes = [*map(ord, "päck"), 0, 0, 0, 0]
     episode = 0
     for number, count in enumerate(shards):
         data = b""
         for _ in range(count):
-            example = {"steps": [{"observation": {"image": np.full((6, 8, 3), 10 * episode + t, np.uint8), "wide": b"ab\0c\0\0"},
-                                  "action": np.array([episode, t], np.float32), "instruction": codes} for t in range(steps)]}
-            data += record(features.serialize_example(example))
+            example = tf_example_pb2.Example()
+            feature = example.features.feature
+            feature["steps/observation/image"].bytes_list.value.extend(picture(10 * episode + t) for t in range(steps))
+            feature["steps/observation/wide"].bytes_list.value.extend([b"ab\0c\0\0"] * steps)
+            feature["steps/action"].float_list.value.extend(float(v) for t in range(steps) for v in (episode, t))
+            feature["steps/instruction"].int64_list.value.extend(codes * steps)
+            data += record(example.SerializeToString())
             episode += 1
         (folder / f"toy-train.tfrecord-{number:05d}-of-{len(shards):05d}").write_bytes(data)
     info = {"name": "toy", "version": "1.0.0", "fileFormat": "tfrecord",

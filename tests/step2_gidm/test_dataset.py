@@ -1,0 +1,227 @@
+"""Transitions: gaps by each set's own clock, never clamped; one clear line for each bad input; Table 12's mixture."""
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from common.mixture import Unreadable
+from common.video import write_mp4
+from step2_gidm import dataset
+from step2_gidm.dataset import RldsTransitions, Transitions, VideoTransitions, mixture, open_x, perturb
+from step2_gidm.oxe import HUMAN_SHARE, OXE
+
+PAIRS = {"image_size": 32}
+
+
+def video_set(folder: Path, count: int = 2, *, length: int = 20, fps: float = 10.0, split: str = "train", views: int = 1) -> Path:
+    """Clips whose brightness counts the frames: view v of frame t is 8 t + v."""
+    (folder / "annotation" / split).mkdir(parents=True, exist_ok=True)
+    for i in range(count):
+        paths = [f"videos/{split}/{i}/{view}.mp4" for view in range(views)]
+        for view, path in enumerate(paths):
+            frames = np.stack([np.full((32, 48, 3), (8 * t + view) % 256, np.uint8) for t in range(length)])
+            write_mp4(folder / path, frames, fps, crf=0)
+        record = {"texts": [f"Sentence {i}"], "videos": [{"video_path": path} for path in paths], "episode_id": str(i)}
+        (folder / "annotation" / split / f"{i}.json").write_text(json.dumps(record))
+    return folder
+
+
+@pytest.mark.parametrize("fps, gap_seconds, n", [(3, 1.0, 3), (5, 1.0, 5), (3.75, 1.0, 4), (30, 1.0, 30), (0.4, 1.0, 1), (30, 0.5, 15)])
+def test_gap_is_a_second_by_the_sets_own_clock(fps: float, gap_seconds: float, n: int) -> None:
+    pairs = Transitions(image_size=8, gap_seconds=gap_seconds)
+    rng = np.random.default_rng(0)
+    drawn = {pairs.draw("x", 40, fps, rng) for _ in range(2000)}
+    assert {end - start for start, end in drawn} == {n}
+    assert {start for start, _ in drawn} == set(range(40 - n)), "every start inside the episode is drawn, none is clamped"
+
+
+def test_short_episodes_give_their_longest_pair_or_are_reported() -> None:
+    rng = np.random.default_rng(0)
+    assert Transitions(image_size=8).draw("x", 7, 10, rng) == (0, 6)
+    with pytest.raises(Unreadable, match="x: 5 frames are too few for pairs 10 apart"):
+        Transitions(image_size=8).draw("x", 5, 10, rng)
+    with pytest.raises(Unreadable):
+        Transitions(image_size=8, min_gap=1.0).draw("x", 10, 10, rng)
+    with pytest.raises(Unreadable, match="1 frames"):
+        Transitions(image_size=8).draw("x", 1, 1, rng)
+
+
+def test_jitter_varies_the_gap_within_its_bounds() -> None:
+    rng = np.random.default_rng(0)
+    pairs = Transitions(image_size=8, jitter=0.2)
+    gaps = {end - start for start, end in (pairs.draw("x", 100, 30, rng) for _ in range(500))}
+    assert min(gaps) == 24 and max(gaps) == 36
+
+
+def test_video_pairs_are_the_frames_they_say(tmp_path: Path) -> None:
+    samples = VideoTransitions(video_set(tmp_path / "toy", 3, views=2), view=None, **PAIRS)
+    rng = np.random.default_rng(0)
+    views = set()
+    for _ in range(12):
+        sample = samples.sample(0, rng)
+        place, gap = sample["id"].split("@")[1].split("+")
+        view = int(sample["id"].split("@")[0].split("/")[-1])
+        views.add(view)
+        brightness = sample["frames"].mean((1, 2, 3)) * 255
+        assert gap == "10" and torch.allclose(brightness, torch.tensor([8.0 * int(place) + view, 8.0 * (int(place) + 10) + view]), atol=2)
+    assert views == {0, 1} and sample["frames"].shape == (2, 3, 32, 32) and sample["text"] == "Sentence 0"
+    assert samples.sample(1, np.random.default_rng(5))["id"] == samples.sample(1, np.random.default_rng(5))["id"]
+
+
+def test_fps_overrides_the_container(tmp_path: Path) -> None:
+    folder = video_set(tmp_path / "toy")
+    assert VideoTransitions(folder, fps=4, **PAIRS).sample(0, np.random.default_rng(0))["id"].endswith("+4")
+
+
+def test_splits(tmp_path: Path) -> None:
+    folder = video_set(tmp_path / "toy", 21, length=12)
+    train, val = (VideoTransitions(folder, split, **PAIRS) for split in ("train", "val"))
+    assert len(train) == 20 and len(val) == 1 and not set(train.files) & set(val.files)
+    video_set(folder, 2, split="val")
+    assert len(VideoTransitions(folder, "train", **PAIRS)) == 21 and len(VideoTransitions(folder, "val", **PAIRS)) == 2
+    with pytest.raises(ValueError, match="use train or val"):
+        VideoTransitions(video_set(tmp_path / "other"), "test", **PAIRS)
+    with pytest.raises(FileNotFoundError, match="no json here"):
+        VideoTransitions(tmp_path / "nowhere", **PAIRS)
+
+
+def test_fraction_keeps_the_same_clips(tmp_path: Path) -> None:
+    folder = video_set(tmp_path / "toy", 19, length=2)
+    some = VideoTransitions(folder, fraction=0.5, **PAIRS)
+    assert len(some) == 9 and some.files == VideoTransitions(folder, fraction=0.5, **PAIRS).files
+
+
+def test_bad_clips_are_one_line(tmp_path: Path) -> None:
+    folder = video_set(tmp_path / "toy", 6)
+    note = folder / "annotation" / "train"
+    (note / "0.json").write_text(json.dumps({"videos": [{"video_path": "x.mp4"}]}))
+    (note / "1.json").write_text("{not json")
+    (note / "2.json").write_text(json.dumps({"texts": ["a"]}))
+    (folder / "videos/train/3/0.mp4").unlink()
+    broken = folder / "videos/train/4/0.mp4"
+    broken.write_bytes(broken.read_bytes()[:300])
+    samples = VideoTransitions(folder, **PAIRS)
+    samples.files = sorted(note.glob("*.json"))
+    for index, message in enumerate(["has no 'texts'", "is not JSON", "has no 'videos'", "no such video", "toy/4: .*4/0.mp4"]):
+        with pytest.raises(Unreadable, match=message) as caught:
+            samples.sample(index, np.random.default_rng(0))
+        assert "\n" not in str(caught.value)
+    with pytest.raises(Unreadable, match="has 1 views, view 1 was asked for"):
+        VideoTransitions(folder, view=1, **PAIRS).sample(4, np.random.default_rng(0))
+
+
+def test_augmentation_is_the_same_for_both_frames() -> None:
+    image = torch.rand(1, 3, 32, 32).expand(2, -1, -1, -1)
+    for seed in range(5):
+        out = perturb(image, np.random.default_rng(seed))
+        assert out.shape == image.shape and torch.equal(out[0], out[1]) and out.min() >= 0 and out.max() <= 1
+        assert not torch.allclose(out[0], image[0])
+    assert not torch.equal(perturb(image, np.random.default_rng(0)), perturb(image, np.random.default_rng(1)))
+
+
+def test_only_training_augments(tmp_path: Path) -> None:
+    folder = video_set(tmp_path / "toy", 3)
+    sets = {"toy": {"video": folder}}
+    for split, expected in (("train", True), ("val", False)):
+        assert mixture(sets, split=split, augment=True, **PAIRS).sets[0].augment is expected
+
+
+def test_mixture_weights_and_human_fraction(tmp_path: Path) -> None:
+    robot, human = video_set(tmp_path / "robot", 10, length=3), video_set(tmp_path / "human", 10, length=3)
+    sets = {"robot": {"video": robot, "weight": 3}, "human": {"video": human, "weight": 1, "human": True}}
+    assert mixture(sets, **PAIRS).shares.tolist() == [0.75, 0.25]
+    half = mixture(sets, human_fraction=0.5, **PAIRS)
+    assert half.shares[1] == pytest.approx(0.5 / 3.5) and len(half.sets[1]) == 4 and len(half.sets[0]) == 9
+    shutil.rmtree(human)
+    assert mixture(sets, human_fraction=0.0, **PAIRS).names == ["robot"]
+    by_size = mixture({"a": {"video": robot}, "b": {"video": video_set(tmp_path / "b", 4, length=3)}}, **PAIRS)
+    assert by_size.shares.tolist() == [0.75, 0.25]
+    with pytest.raises(ValueError, match="a share between 0 and 1"):
+        mixture(sets, human_fraction=20, **PAIRS)
+    with pytest.raises(ValueError, match="needs one of video=<folder> and rlds=<folder>"):
+        mixture({"x": {"weight": 1}}, **PAIRS)
+
+
+def test_table_12() -> None:
+    assert len(OXE) == 26
+    assert sum(row.share for row in OXE.values()) + HUMAN_SHARE == pytest.approx(99.9)
+    sizes = {name: row.weight * row.transitions for name, row in OXE.items()}
+    total = sum(sizes.values()) + 406_000  # Ego4D, implied
+    off = {name: round(100 * size / total - OXE[name].share, 2) for name, size in sizes.items() if abs(100 * size / total - OXE[name].share) > 0.13}
+    assert not off, f"weight x transitions does not give the paper's share (difference): {off}"
+
+
+def test_open_x_finds_sets_by_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = {}
+
+    class Fake:
+        def __init__(self, folder: Path, split: str, **options: object) -> None:
+            made[folder.parent.name] = {"split": split, **options}
+
+        def __len__(self) -> int:
+            return 5
+
+    monkeypatch.setattr(dataset, "RldsTransitions", Fake)
+    for name in ("fractal20220817_data", "dobbe", "austin_buds_dataset_converted_externally_to_rlds"):
+        folder = tmp_path / "DOWNLOAD_DIR" / name / "0.1.0"
+        folder.mkdir(parents=True)
+        (folder / "dataset_info.json").write_text("{}")
+    human = video_set(tmp_path / "ego4d", 3)
+    mix = open_x(tmp_path, human_root=human, names=["fractal", "dobbe", "austin_buds"], image_size=32)
+    assert mix.names == ["fractal", "dobbe", "austin_buds", "ego4d"]
+    assert mix.shares == pytest.approx(np.array([16.3, 2.0, 0.4, 3.5]) / 22.2)
+    assert made["dobbe"]["fps"] == 3.75 and made["dobbe"]["image"] == "observation/wrist_image"
+    assert made["fractal20220817_data"]["text"] == "observation/natural_language_instruction"
+    assert open_x(tmp_path, human_root="nowhere", names=["dobbe"], human_fraction=0, image_size=32).names == ["dobbe"]
+    with pytest.raises(FileNotFoundError, match="kuka"):
+        open_x(tmp_path, human_root=human, names=["kuka"], image_size=32)
+    with pytest.raises(ValueError, match="unknown Open X-Embodiment sets \\['dob'\\]"):
+        open_x(tmp_path, human_root=human, names=["dob"], image_size=32)
+
+
+def bridge(shared_data: Path, **options: object) -> RldsTransitions:
+    return RldsTransitions(shared_data / "rlds_samples/bridge_dataset/1.0.0", **{"fps": 5, "image": "observation/image_0", **PAIRS, **options})
+
+
+def test_real_rlds_pairs(shared_data: Path) -> None:
+    train, val = bridge(shared_data), bridge(shared_data, split="val")
+    assert (len(train), len(val)) == (24, 1) and not set(train.kept) & set(val.kept)
+    rng = np.random.default_rng(0)
+    starts = set()
+    for i in range(24):
+        sample = train.sample(i, rng)
+        start, gap = map(int, sample["id"].split("@")[1].split("+"))
+        starts.add(start)
+        assert gap == 5 and start + gap < 10 and sample["text"] and (sample["frames"][0] != sample["frames"][1]).any()
+    assert starts == set(range(5))
+
+
+def test_corrupt_record_is_reported_by_id(shared_data: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "1.0.0"
+    folder.mkdir()
+    for file in (shared_data / "rlds_samples/bridge_dataset/1.0.0").iterdir():  # read-only there: copy contents only
+        (folder / file.name).write_bytes(file.read_bytes())
+    shard = next(folder.glob("*.tfrecord-*"))
+    data = bytearray(shard.read_bytes())
+    data[5000] ^= 0xFF
+    shard.write_bytes(bytes(data))
+    with pytest.raises(Unreadable, match=r"bridge_dataset/0: .*record 0 is corrupt \(crc differs\)"):
+        RldsTransitions(folder, fps=5, image="observation/image_0", check_crc=True, **PAIRS).sample(0, np.random.default_rng(0))
+    with pytest.raises(Unreadable, match="no feature 'observation/image'"):
+        RldsTransitions(folder, fps=5, **PAIRS).sample(1, np.random.default_rng(0))
+    with pytest.raises(Unreadable, match="10 frames are too few for pairs 30 apart"):
+        RldsTransitions(folder, fps=30, image="observation/image_0", **PAIRS).sample(1, np.random.default_rng(0))
+
+
+@pytest.mark.parametrize("name, fps, gap", [("bridge", 5, 5), ("rt1", 3, 3), ("sthv2", None, 12)])
+def test_real_video_pairs(shared_data: Path, name: str, fps: float | None, gap: int) -> None:
+    folder = shared_data / "video_samples" / name
+    samples = VideoTransitions(folder, "val", fps=fps, **PAIRS)
+    for i in range(len(samples)):
+        sample = samples.sample(i, np.random.default_rng(i))
+        assert sample["id"].endswith(f"+{gap}") and (sample["frames"][0] - sample["frames"][1]).abs().mean() > 0.001

@@ -1,0 +1,169 @@
+"""The inverse models of Tables 7 and 8: no leak, one protocol, the paper's and the release's sizes, and learning."""
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from common import artifact
+from common.frozen import dinov2, t5_text
+from step2_gidm.baselines import MLPInverse, TransformerInverse
+from step2_gidm.model import GIDM, clean
+from step2_gidm.quantizer import Binning, Continuous, GaussianMixture, VectorQuantizer
+from tests.step2_gidm.parts import Meta, make, moving
+
+KINDS = {"gidm": GIDM, "mlp": MLPInverse, "transformer": TransformerInverse}
+QUANTIZERS = {"vq": lambda: VectorQuantizer(8, 6), "mixture": lambda: GaussianMixture(8, 6), "binning": lambda: Binning(5, 3),
+              "continuous": lambda: Continuous(6)}
+
+
+@pytest.mark.parametrize("text_in", [["encoder"], ["encoder", "decoder"], []])
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_protocol(kind: str, quantizer: str, text_in: list[str]) -> None:
+    model = make(KINDS[kind], QUANTIZERS[quantizer](), text_in=text_in)
+    batch = moving(5)
+    now, future = model.embed(batch["frames"][:, 0]), model.embed(batch["frames"][:, 1])
+    assert now.shape == (5, model.num_tokens, model.embed_dim)
+    action = model.infer(now, future, batch["text"])
+    assert action.continuous.shape == action.quantized.shape == (5, model.num_actions, model.latent_dim)
+    assert model.lift(action.quantized).shape == (5, model.num_actions, model.embed_dim)
+    assert model.decode(now, action.quantized, batch["text"]).shape == future.shape
+    out = model.train()(batch)
+    assert {"loss", "mse", "copy_mse", "codebook", "commitment"} <= set(out)
+    assert ("usage" in out) == ("perplexity" in out) == (quantizer != "continuous")
+    out["loss"].backward()
+    silent = [name for name, p in model.named_parameters() if p.grad is None]
+    assert not silent, f"no gradient reaches {silent}: DDP would stop"
+    model.drop_decoder()
+    assert not any(name.startswith(("decoder", "patch_up")) for name in model.state_dict())
+    assert torch.equal(model.eval().infer(now, future, batch["text"]).continuous, action.continuous)
+    with pytest.raises(ValueError, match="dropped its decoder"):
+        model.decode(now, action.quantized, batch["text"])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("text_in", [["encoder"], ["encoder", "decoder"]])
+def test_the_decoder_sees_the_future_through_the_latent_action_only(kind: str, text_in: list[str]) -> None:
+    model = make(KINDS[kind], text_in=text_in).eval()
+    batch = moving(4)
+    seen = {}
+    model.decoder.register_forward_hook(lambda _, args, out: seen.update(inputs=args, out=out.detach()))
+    latent = torch.randn(4, model.num_actions, model.latent_dim)
+    replaced = model.quantizer.register_forward_hook(lambda _, args, out: out._replace(quantized=latent))
+    model.train()(batch)
+    first = seen["out"]
+    batch["frames"][:, 1] = torch.rand(4, 3, 16, 16)
+    model(batch)
+    assert torch.equal(first, seen["out"]), "with the latent action held fixed, the prediction moved with the future frame"
+    batch["frames"][:, 0] = torch.rand(4, 3, 16, 16)
+    model(batch)
+    assert not torch.allclose(first, seen["out"])
+    replaced.remove()
+    text = [i for i in seen["inputs"][1:] if i is not None]
+    assert bool(text) == ("decoder" in text_in)
+
+
+def test_the_encoder_is_causal() -> None:
+    model = make().eval()
+    batch = moving(3)
+    now, future = model.embed(batch["frames"][:, 0]), model.embed(batch["frames"][:, 1])
+    words = model._read(batch["text"])
+    one, two = (model.encode_frames(now, f, *words) for f in (future, torch.randn_like(future)))
+    assert torch.equal(one[:, 0], two[:, 0])
+    assert not torch.allclose(one[:, 1, :model.num_actions], two[:, 1, :model.num_actions])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_sample_is_the_same_alone_and_in_a_batch(kind: str) -> None:
+    model = make(KINDS[kind], text_in=["encoder", "decoder"]).eval()
+    batch = moving(3)
+    text = ["go", "push the square to the far left side now", "move it"]
+    now, future = model.embed(batch["frames"][:, 0]), model.embed(batch["frames"][:, 1])
+    together = model.infer(now, future, text)
+    predicted = model.decode(now, together.quantized, text)
+    for i in range(3):
+        alone = model.infer(now[i:i + 1], future[i:i + 1], text[i:i + 1])
+        assert torch.allclose(alone.continuous[0], together.continuous[i], atol=1e-5)
+        assert torch.allclose(model.decode(now[i:i + 1], together.quantized[i:i + 1], text[i:i + 1])[0], predicted[i], atol=1e-5)
+
+
+def test_instruction_reaches_the_latent_action_where_it_should() -> None:
+    batch = moving(2)
+    for text_in, matters in ((["encoder"], True), ([], False)):
+        model = make(text_in=text_in).eval()
+        now, future = model.embed(batch["frames"][:, 0]), model.embed(batch["frames"][:, 1])
+        one, two = (model.infer(now, future, [text] * 2).continuous for text in ("open the drawer", "close the slider"))
+        assert torch.allclose(one, two, atol=1e-6) != matters
+
+
+def test_sentences_are_cleaned_in_one_place() -> None:
+    assert clean("  Put the Cup, (carefully) down! ") == "put the cup carefully down"
+    model = make().eval()
+    now, future = torch.randn(2, 1, model.num_tokens, model.embed_dim)
+    one, two = (model.infer(now, future, [text]).continuous for text in ("Open, the drawer.", "open the drawer"))
+    assert torch.equal(one, two)
+
+
+def test_bad_inputs() -> None:
+    with pytest.raises(ValueError, match="text_in names \\['middle'\\]"):
+        make(text_in=["middle"])
+    model = make(text_in=["encoder", "decoder"])
+    tokens = torch.randn(2, model.num_tokens, model.embed_dim)
+    with pytest.raises(ValueError, match=r"visual tokens must be \(B, 16, 16\)"):
+        model.infer(tokens[:, :4], tokens[:, :4], ["a", "b"])
+    with pytest.raises(ValueError, match="pass text"):
+        model.decode(tokens, torch.zeros(2, model.num_actions, model.latent_dim))
+
+
+@pytest.mark.parametrize("layers, codes, text_in, total", [
+    (12, 16, ["encoder", "decoder"], 201_554_560),  # UniVLA's first stage and the release (facts/univla_lapa.md 1.4)
+    (16, 16, ["encoder", "decoder"], 267_685_504),
+    (16, 128, ["encoder"], 267_699_840),  # the paper's reading of Table 10
+])
+def test_sizes(layers: int, codes: int, text_in: list[str], total: int) -> None:
+    with torch.device("meta"):
+        model = GIDM(vision=Meta(), text=Meta(), quantizer=VectorQuantizer(codes, 128), encoder_layers=layers, decoder_layers=layers, text_in=text_in)
+    count = lambda module: sum(p.numel() for p in module.parameters())
+    assert count(model) == total
+    assert count(model.encoder) == 593_664 + layers * 9_447_168
+    assert count(model.decoder) == 593_664 + 590_592 + layers * 7_085_568
+    assert model.queries.numel() == 3_072 and model.quantizer.codebook.numel() == codes * 128
+
+
+def train(model: GIDM, steps: int) -> dict[str, float]:
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+    for step in range(steps):
+        optimizer.zero_grad()
+        model.train()(moving(32, seed=step))["loss"].backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        model.on_step(step + 1)
+    with torch.no_grad():
+        return {k: v.item() for k, v in model.eval()(moving(64, seed=10_000)).items()}
+
+
+def test_it_learns_what_moves() -> None:
+    held_out = train(make(), 150)
+    assert held_out["mse"] < 0.5 * held_out["copy_mse"], held_out
+    assert held_out["gap"] > 0.2 * held_out["copy_mse"], "another pair's action must hurt"
+    assert held_out["perplexity"] > 2, "four directions need more than two codes"
+
+
+def test_artifact_round_trip_with_the_real_loaders(hub: Path, tmp_path: Path) -> None:
+    config = {"_target_": "step2_gidm.model.GIDM", "dim": 64, "heads": 4, "encoder_layers": 1, "decoder_layers": 1,
+              "vision": {"_target_": "common.frozen.dinov2", "path": str(hub / "dinov2"), "image_size": 64},
+              "text": {"_target_": "common.frozen.t5_text", "path": str(hub / "t5")},
+              "quantizer": {"_target_": "step2_gidm.quantizer.VectorQuantizer", "codes": 8, "dim": 16}}
+    model = GIDM(vision=dinov2(hub / "dinov2", 64), text=t5_text(hub / "t5"), quantizer=VectorQuantizer(8, 16), dim=64, heads=4,
+                 encoder_layers=1, decoder_layers=1)
+    assert not [name for name in model.state_dict() if name.startswith(("vision", "text."))], "frozen encoders are named, not copied"
+    batch = {"id": ["a", "b"], "frames": torch.rand(2, 2, 3, 64, 64), "text": ["open the drawer", "push"]}
+    model.train()(batch)["loss"].backward()
+    artifact.save(model, tmp_path / "gidm", kind="gidm", config=config)
+    loaded = artifact.load(tmp_path / "gidm", "gidm")
+    for key, value in model.eval()(batch).items():
+        assert torch.equal(value, loaded(batch)[key]), key
+    maps = loaded.attention(loaded.embed(batch["frames"][:, 0]), loaded.embed(batch["frames"][:, 1]), batch["text"])
+    assert maps.shape == (2, 4, 64) and torch.allclose(maps.sum(-1), torch.ones(2, 4), atol=1e-5)

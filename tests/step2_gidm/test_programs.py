@@ -1,0 +1,164 @@
+"""The programs end to end at toy size: configurations compose, training resumes exactly, evaluation writes its table."""
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+from common import artifact
+from common.loop import Loop
+from step2_gidm import eval as evaluate
+from step2_gidm import train
+from step2_gidm.dataset import mixture
+from step2_gidm.eval import draw_pairs, measure, summarize, table
+from step2_gidm.model import GIDM
+from tests.step2_gidm.parts import make, moving
+from tests.step2_gidm.test_dataset import video_set
+
+ROOT = Path(__file__).resolve().parents[2]
+ROWS = sorted(path.stem for path in (ROOT / "configs/experiment/gidm").glob("*.yaml"))
+LOOP = {"batch_size": 8, "optimizer": {"lr": 1e-3, "weight_decay": 0.01}, "log_every": 1}
+
+
+def composed(*overrides: str, config: str = "step2_gidm") -> dict:
+    with initialize_config_dir(str(ROOT / "configs"), version_base=None):
+        return OmegaConf.to_container(compose(config, list(overrides)), resolve=True)
+
+
+class Squares:
+    """Moving squares as a sample set."""
+
+    def __len__(self) -> int:
+        return 64
+
+    def sample(self, index: int, rng: np.random.Generator) -> dict:
+        batch = moving(1, seed=index)
+        return {"id": f"squares/{index}", "frames": batch["frames"][0], "text": batch["text"][0]}
+
+
+def test_paper_preset() -> None:
+    cfg = composed()
+    gidm = cfg["gidm"]
+    assert gidm["dim"] == 768 and gidm["encoder_layers"] == 16 and gidm["quantizer"]["codes"] == 128 and gidm["text_in"] == ["encoder"]
+    assert cfg["loop"]["optimizer"] == {"lr": 1e-4, "weight_decay": 1e-2} and cfg["loop"]["epochs"] == 20 and cfg["loop"]["batch_size"] == 32
+    assert cfg["data"]["gap_seconds"] == 1.0 and cfg["data"]["human_fraction"] == 1.0 and cfg["data"]["image_size"] == 224
+
+
+def test_official_preset() -> None:
+    cfg = composed("experiment=gidm/official")
+    gidm = cfg["gidm"]
+    assert (gidm["encoder_layers"], gidm["decoder_layers"], gidm["queries"], gidm["text_in"]) == (12, 12, 4, ["encoder", "decoder"])
+    assert (gidm["quantizer"]["codes"], gidm["quantizer"]["dim"], gidm["quantizer"]["beta"]) == (16, 128, 0.25)
+    assert cfg["loop"]["max_grad_norm"] == 0.1 and cfg["loop"]["batch_size"] == 64
+
+
+@pytest.mark.parametrize("scale", ["tiny", "small", "full"])
+@pytest.mark.parametrize("row", [None, *ROWS])
+def test_every_row_composes_and_changes_what_it_claims(row: str | None, scale: str) -> None:
+    plain = composed(f"scale={scale}")
+    if row is None:
+        assert plain["output_dir"] == f"ckpts/gidm/{scale}"
+        return
+    cfg = composed(f"scale={scale}", f"experiment=gidm/{row}")
+    assert cfg["name"] == row
+    changed = {key for key in plain if plain[key] != cfg[key]} - {"name", "output_dir"}
+    allowed = {"official": {"gidm", "loop", "data"}, "t": {"gidm"}, "f": {"data"}}
+    assert changed <= ({"data"} if row == "t5_no_human" else allowed.get(row, allowed.get(row[0])))
+
+
+@pytest.mark.parametrize("row", ["t7_mlp", "t7_transformer", "t8_binning", "t8_continuous", "t8_gaussian_mixture"])
+def test_rows_build(row: str, hub: Path) -> None:
+    gidm = composed("scale=tiny", f"experiment=gidm/{row}")["gidm"]
+    gidm["vision"]["path"], gidm["text"]["path"] = str(hub / "dinov2"), str(hub / "t5")
+    model = instantiate(gidm)
+    out = model({"id": ["a"], "frames": torch.rand(1, 2, 3, 64, 64), "text": ["open"]})
+    assert torch.isfinite(out["loss"])
+
+
+def test_real_data_trains(shared_data: Path, hub: Path, tmp_path: Path) -> None:
+    sets = {"bridge": {"rlds": shared_data / "rlds_samples/bridge_dataset/1.0.0", "fps": 5, "image": "observation/image_0"},
+            **{name: {"video": folder, "fps": fps} for name, folder, fps in _as_train(shared_data, tmp_path)}}
+    gidm = composed("scale=tiny")["gidm"]
+    gidm["vision"]["path"], gidm["text"]["path"] = str(hub / "dinov2"), str(hub / "t5")
+    data = {"image_size": 64, "length": 64}
+    loop = Loop(output_dir=str(tmp_path / "run"), max_steps=12, eval_every=12, eval_batches=1, **LOOP)
+    loop.fit(instantiate(gidm), mixture(sets, augment=True, **data), mixture(sets, split="val", **data))
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    errors = [row["train/mse"] for row in rows if "train/mse" in row]
+    assert errors[-1] < 0.8 * errors[0] and all(row["data/skipped"] == 0 for row in rows if "train/mse" in row)
+    assert {"val/mse", "val/copy_mse", "val/gap", "val/usage", "val/perplexity"} <= set().union(*rows)
+
+
+def _as_train(shared_data: Path, tmp_path: Path) -> list[tuple[str, Path, float | None]]:
+    """The real video samples come as `val` only: the same files under annotation/train."""
+    out = []
+    for name, fps in (("bridge", 5.0), ("rt1", 3.0), ("sthv2", None)):
+        folder = tmp_path / name
+        (folder / "annotation").mkdir(parents=True)
+        (folder / "annotation/train").symlink_to(shared_data / "video_samples" / name / "annotation/val")
+        (folder / "videos").symlink_to(shared_data / "video_samples" / name / "videos")
+        out.append((f"{name}_video", folder, fps))
+    return out
+
+
+def test_resume_equals_unbroken(tmp_path: Path) -> None:
+    def run(folder: str, steps: int, total: int) -> GIDM:
+        torch.manual_seed(0)
+        loop = Loop(output_dir=str(tmp_path / folder), max_steps=total, save_every=3, schedule="constant", **LOOP)
+        if steps < total:  # stop as SIGTERM does
+            loop._everyone_stops = lambda: loop.progress.step == steps
+        return loop.fit(make(dim=16, encoder_layers=1, decoder_layers=1), Squares())
+
+    whole = run("whole", 14, 14)
+    with pytest.raises(SystemExit):
+        run("broken", 7, 14)
+    resumed = run("broken", 14, 14)
+    for key, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[key]), key
+
+
+def test_measure_knows_a_perfect_and_a_blind_model() -> None:
+    model = make().eval()
+    pairs = [Squares().sample(i, np.random.default_rng(0)) for i in range(10)]
+    model.decode = lambda now, latent, text=None: now
+    errors, codes = measure(model, pairs, batch_size=4)
+    assert np.allclose(errors["mse"], errors["copy_mse"]) and np.allclose(errors["gap"], 0) and codes.shape == (10, 2)
+    summary = summarize(errors, codes, 8)
+    assert summary["codes"]["used"] == len(np.unique(codes)) and len(summary["codes"]["perplexity_by_query"]) == 2
+    text = table(summary, 10)
+    assert "no change" in text and f"Codes in use: {summary['codes']['used']} of 8" in text
+
+
+def test_pairs_need_data() -> None:
+    pairs, skipped = draw_pairs(Squares(), 5, 0)
+    again, _ = draw_pairs(Squares(), 5, 0)
+    assert [p["id"] for p in pairs] == [p["id"] for p in again] and not skipped
+    with pytest.raises(ValueError, match="2 are needed"):
+        draw_pairs(Squares(), 1, 0)
+
+
+def test_train_then_eval_from_the_command_line(hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(program: ModuleType, *overrides: str) -> None:
+        monkeypatch.setattr(sys, "argv", [program.__name__, *overrides])
+        program.main()
+
+    video_set(tmp_path / "data/video/playtable", 6, length=40, fps=30, views=2)
+    where = [f"paths.data={tmp_path / 'data'}", f"paths.ckpts={tmp_path / 'ckpts'}"]
+    build = [f"gidm.vision.path={hub / 'dinov2'}", f"gidm.text.path={hub / 't5'}", "gidm.encoder_layers=1"]
+    short = ["scale=tiny", "loop.max_steps=3", "loop.batch_size=4", "loop.eval_every=3", "loop.eval_batches=1", "name=toy"]
+    run(train, *where, *build, *short)
+    folder = tmp_path / "ckpts/gidm/toy"
+    assert artifact.meta(folder, "gidm")["step"] == 3
+    run(evaluate, *where, "scale=tiny", f"path={folder}", "pairs=6", "pictures=1")
+    results = json.loads((folder / "eval/results.json").read_text())
+    assert results["pairs"] == 6 and len(results["samples"]) == 6 and results["gidm_sha256"] == artifact.sha256(folder)
+    assert (folder / "eval/table.md").read_text().startswith("Mean squared error") and (folder / "eval/attention/000.png").stat().st_size > 1000
+

@@ -1,0 +1,173 @@
+"""The four bottlenecks: gradients, losses, and dead codes that restart equally everywhere."""
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from step2_gidm.quantizer import Binning, Continuous, GaussianMixture, VectorQuantizer, perplexity
+
+MAKERS = {"vq": lambda: VectorQuantizer(12, 5), "mixture": lambda: GaussianMixture(12, 5),
+          "binning": lambda: Binning(5, 3), "continuous": lambda: Continuous(5)}
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_protocol(name: str) -> None:
+    quantizer = MAKERS[name]()
+    z = torch.randn(7, 4, quantizer.dim, requires_grad=True)
+    out = quantizer(z)
+    assert out.quantized.shape == z.shape and out.loss.shape == ()
+    assert (out.codes is None) == (quantizer.size is None)
+    if out.codes is not None:
+        assert out.codes.shape == (7, 4) and out.codes.min() >= 0 and out.codes.max() < quantizer.size
+        assert out.stats["usage"] == len(out.codes.unique()) / quantizer.size
+        again = quantizer(z[:, [2]]).codes
+        assert torch.equal(again[:, 0], out.codes[:, 2]), "a token's code depends on its neighbours"
+    assert set(out.stats) >= {"codebook", "commitment"}
+    (out.quantized.sum() + out.loss).backward()
+    assert torch.isfinite(z.grad).all() and (z.grad != 0).all()
+    assert isinstance(quantizer.on_step(1), dict)
+
+
+def test_vq_takes_the_nearest_code_and_passes_gradients_straight_through() -> None:
+    quantizer = VectorQuantizer(16, 4)
+    torch.nn.init.normal_(quantizer.codebook)
+    z = torch.randn(5, 3, 4, requires_grad=True)
+    out = quantizer(z)
+    brute = (z[:, :, None] - quantizer.codebook).square().sum(-1).argmin(-1)
+    assert torch.equal(out.codes, brute)
+    assert torch.allclose(out.quantized, quantizer.codebook[brute], atol=1e-6)
+    upstream = torch.randn_like(z)
+    (gradient,) = torch.autograd.grad(out.quantized, z, upstream, retain_graph=True)
+    assert torch.equal(gradient, upstream)
+    assert torch.autograd.grad(out.quantized.sum(), quantizer.codebook, allow_unused=True)[0] is None
+
+
+def test_vq_loss_moves_the_codebook_towards_the_encoder_four_times_as_hard_as_back() -> None:
+    quantizer = VectorQuantizer(4, 3, beta=0.25)
+    z = torch.full((1, 1, 3), 2.0, requires_grad=True)
+    out = quantizer(z)
+    out.loss.backward()
+    code = quantizer.codebook.detach()[out.codes[0, 0]]
+    pull = quantizer.codebook.grad[out.codes[0, 0]]
+    assert torch.allclose(pull, 2 / 3 * (code - 2.0)) and (pull < 0).all()
+    assert torch.allclose(z.grad[0, 0], -0.25 * pull)
+    assert out.loss.item() == pytest.approx(1.25 * (code - 2.0).square().mean().item(), rel=1e-5)
+    assert (quantizer.codebook.grad.abs().sum(1) > 0).sum() == 1
+
+
+def test_dead_codes_restart_on_the_schedule_onto_the_batch() -> None:
+    quantizer = VectorQuantizer(8, 4, restart_every=3).train()
+    z = torch.randn(16, 2, 4) + 10
+    used = quantizer(z).codes.unique()
+    before = quantizer.codebook.detach().clone()
+    assert quantizer.on_step(1) == {} and quantizer.on_step(2) == {}
+    quantizer(z)
+    assert quantizer.on_step(3) == {"restarted": float(8 - len(used))}
+    after = quantizer.codebook.detach()
+    assert torch.equal(after[used], before[used])
+    fresh = torch.ones(8, dtype=torch.bool)
+    fresh[used] = False
+    assert torch.cdist(after[fresh], z.flatten(0, 1)).min(1).values.max() < 0.2
+    assert len(quantizer(z).codes.unique()) > len(used)
+
+
+def test_no_restart_in_eval_or_after_the_end() -> None:
+    quantizer = VectorQuantizer(8, 4, restart_every=1, restart_until=5).train()
+    quantizer(torch.randn(4, 2, 4) + 10)
+    assert quantizer.on_step(6) == {}
+    quantizer.eval()(torch.randn(4, 2, 4))
+    assert quantizer.on_step(1) == {}
+
+
+def test_usage_survives_a_resume() -> None:
+    one, two = (VectorQuantizer(8, 4, restart_every=4).train() for _ in range(2))
+    two.load_state_dict(one.state_dict())
+    early, late = torch.randn(4, 2, 4) + 3, torch.randn(4, 2, 4) - 3
+    one(early)
+    one.on_step(1)
+    two.load_state_dict(one.state_dict())
+    for quantizer in (one, two):
+        quantizer(late)
+        quantizer.on_step(4)
+    assert torch.equal(one.codebook, two.codebook)
+
+
+RESTART = """
+import importlib.util, sys, torch, torch.distributed as dist
+rank, file, folder = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+spec = importlib.util.spec_from_file_location("quantizer", file)  # alone: the room's front door loads much more
+module = importlib.util.module_from_spec(spec)
+sys.modules["quantizer"] = module
+spec.loader.exec_module(module)
+dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+quantizer = module.VectorQuantizer(6, 3, restart_every=2).train()
+with torch.no_grad():
+    quantizer.codebook.copy_(torch.cat([torch.eye(3), -torch.eye(3)]) * 5)
+torch.manual_seed(rank)
+seen = quantizer.codebook.detach()[[rank, rank + 1]]  # each rank uses two codes, one of them shared
+for step in (1, 2):
+    quantizer(seen[None] + 0.01 * torch.randn(4, 2, 3))
+    report = quantizer.on_step(step)
+torch.save({"codebook": quantizer.codebook.detach(), "report": report}, f"{folder}/{rank}.pt")
+dist.destroy_process_group()
+"""
+
+
+def test_restart_is_equal_on_all_ranks(tmp_path: Path) -> None:
+    file = sys.modules[VectorQuantizer.__module__].__file__
+    ranks = [subprocess.Popen([sys.executable, "-c", RESTART, str(rank), file, str(tmp_path)]) for rank in (0, 1)]
+    assert [process.wait(120) for process in ranks] == [0, 0]
+    one, two = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert torch.equal(one["codebook"], two["codebook"])
+    assert one["report"] == two["report"] == {"restarted": 3.0}, "a code that another rank uses is not dead"
+
+
+def test_mixture_learns_where_the_data_is() -> None:
+    torch.manual_seed(0)
+    quantizer = GaussianMixture(12, 2)  # more components than clusters: likelihood has poor local optima at equal numbers
+    centres = torch.tensor([[3.0, 3.0], [-3.0, 3.0], [3.0, -3.0], [-3.0, -3.0]])
+    z = (centres.repeat(64, 1) + 0.2 * torch.randn(256, 2))[:, None]
+    optimizer = torch.optim.Adam(quantizer.parameters(), 0.05)
+    for _ in range(300):
+        optimizer.zero_grad()
+        quantizer(z).loss.backward()
+        optimizer.step()
+    out = quantizer(z)
+    assert (out.quantized - z).norm(dim=-1).mean() < 0.5
+    assert out.stats["perplexity"] > 3.5
+
+
+def test_mixture_density_is_right() -> None:
+    quantizer = GaussianMixture(3, 2)
+    torch.nn.init.normal_(quantizer.log_scales, std=0.3)
+    z = torch.randn(5, 2)
+    normal = torch.distributions.Normal(quantizer.means, quantizer.log_scales.exp())
+    truth = normal.log_prob(z[:, None]).sum(-1) + quantizer.logits.log_softmax(0)
+    difference = quantizer._log_joint(z) - truth
+    assert torch.allclose(difference, difference[0, 0].expand_as(difference), atol=1e-5)
+
+
+def test_binning_levels_and_joint_index() -> None:
+    quantizer = Binning(5, 2)
+    z = torch.atanh(torch.tensor([[[-0.79, 0.01], [0.99, -0.99]]]))
+    out = quantizer(z)
+    assert torch.allclose(out.quantized, torch.tensor([[[-0.8, 0.0], [0.8, -0.8]]]), atol=1e-6)
+    assert out.codes.tolist() == [[0 + 5 * 2, 4 + 5 * 0]]
+    with pytest.raises(ValueError, match="no joint index"):
+        Binning(16, 128)
+
+
+def test_quantizer_computes_in_fp32_under_autocast() -> None:
+    quantizer = VectorQuantizer(8, 4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = quantizer(torch.randn(2, 3, 4).bfloat16())
+    assert out.loss.dtype == out.quantized.dtype == torch.float32
+
+
+def test_perplexity() -> None:
+    assert perplexity(torch.tensor([5, 5, 0, 5, 5])).item() == pytest.approx(4.0)
+    assert perplexity(torch.tensor([9, 0])).item() == pytest.approx(1.0)

@@ -1,0 +1,48 @@
+"""Blocks: causality over frames, masks that follow their sample, attention weights that are SDPA's."""
+from __future__ import annotations
+
+import torch
+
+from common.attention import Attention
+from step2_gidm.transformer import SpatialTransformer, SpatioTemporalTransformer, attention_weights
+
+
+def test_first_frame_never_sees_the_second_and_the_second_sees_the_first() -> None:
+    model = SpatioTemporalTransformer(6, 8, tokens=5, layers=3, heads=2)
+    x = torch.randn(2, 2, 5, 6)
+    changed = x.clone()
+    changed[:, 1] += torch.randn(2, 5, 6)
+    assert torch.equal(model(x)[:, 0], model(changed)[:, 0])
+    changed = x.clone()
+    changed[:, 0, 3] += torch.randn(2, 6)
+    assert (model(x)[:, 1] - model(changed)[:, 1]).abs().max() > 1e-4
+
+
+def test_a_sample_is_the_same_alone_and_beside_longer_sentences() -> None:
+    lengths = [1, 4, 2]
+    text = torch.randn(3, 4, 8)
+    mask = torch.arange(4)[None] < torch.tensor(lengths)[:, None]
+    for model, x in ((SpatioTemporalTransformer(6, 8, tokens=5, layers=2, heads=2), torch.randn(3, 2, 5, 6)),
+                     (SpatialTransformer(6, 8, out_dim=6, tokens=5, layers=2, heads=2), torch.randn(3, 5, 6))):
+        together = model(x, text, mask)
+        for i, length in enumerate(lengths):
+            alone = model(x[i:i + 1], text[i:i + 1, :length], mask[i:i + 1, :length])
+            assert torch.allclose(together[i], alone[0], atol=1e-5)
+        other = text.clone()
+        other[1] += torch.randn(4, 8)  # a full sentence: only its own sample moves
+        moved = (model(x, other, mask) - together).abs().flatten(1).amax(1)
+        assert moved[1] > 1e-4 and moved[0] == 0 and moved[2] == 0
+
+
+def test_positions_tell_tokens_apart() -> None:
+    model = SpatialTransformer(6, 8, out_dim=6, tokens=4, layers=1, heads=2)
+    out = model(torch.ones(1, 4, 6))
+    assert (out[0, 0] - out[0, 1]).abs().max() > 1e-4
+
+
+def test_attention_weights_are_what_sdpa_uses() -> None:
+    attention = Attention(8, 2)
+    x, mask = torch.randn(2, 5, 8), torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
+    values = attention.to_v(x).unflatten(-1, (2, -1)).transpose(1, 2)
+    out = attention.to_out((attention_weights(attention, x, mask) @ values).transpose(1, 2).flatten(2))
+    assert torch.allclose(out, attention(x, key_mask=mask), atol=1e-6)
