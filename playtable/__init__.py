@@ -7,9 +7,8 @@ try:
     import mujoco  # noqa: F401  its import already loads the GL library that MUJOCO_GL names
 except (AttributeError, ImportError, RuntimeError) as error:
     wish = os.environ.get("MUJOCO_GL")
-    if not wish:
-        raise ImportError(f"playtable needs mujoco ({error}): pip install mujoco") from error
-    raise ImportError(f"MUJOCO_GL={wish} does not work here ({error}): unset it, or install its library (libegl1, libosmesa6)") from error
+    advice = f"MUJOCO_GL={wish}: unset it, or install libegl1 or libosmesa6" if wish else "pip install mujoco"
+    raise ImportError(f"playtable cannot load mujoco ({error}): {advice}") from error
 
 from playtable.env import PlayTable
 
