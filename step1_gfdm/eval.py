@@ -144,8 +144,8 @@ def main(cfg: DictConfig) -> None:
     scores, skipped = measure(model, clips, count=cfg.count, steps=cfg.steps, guidance=cfg.guidance, batch_size=cfg.batch_size, seed=cfg.seed,
                               strips=cfg.strips, draw=lambda i, text, videos: draw_strip(out / "strips" / f"{i:03d}.png", text, videos))
     summary, number = summarize(scores), len(scores[COPY]["psnr"])
-    results: dict[str, Any] = {"clips": number, "skipped": skipped, "guidance": cfg.guidance, "seed": cfg.seed, "data": str(cfg.videos), "split": cfg.split, "clip": clip,
-                               "gfdm_sha256": artifact.sha256(cfg.path), "summary": summary, "scores": scores}
+    results: dict[str, Any] = {"clips": number, "skipped": skipped, "guidance": cfg.guidance, "seed": cfg.seed, "data": str(cfg.videos),
+                               "split": cfg.split, "clip": clip, "gfdm_sha256": artifact.sha256(cfg.path), "summary": summary, "scores": scores}
     _write(out / "results.json", json.dumps(results, indent=2) + "\n")
     _write(out / "table.md", table(summary, number))
     log.info("\n%s", table(summary, number))

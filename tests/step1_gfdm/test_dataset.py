@@ -59,6 +59,12 @@ def test_long_videos_are_dropped_on_request(tmp_path):
     assert len(LatentVideos(tmp_path, num_frames=4, clip={"span": "episode"}, max_frames=20, latent_shape=SHAPE)) == 2
 
 
+def test_sets_without_a_val_folder_hold_videos_out(tmp_path):
+    write_set(tmp_path, 22, length=2, latent_shape=SHAPE, val_folder=False)
+    train, val = (LatentVideos(tmp_path, split, num_frames=2, clip=STRIDE, latent_shape=SHAPE) for split in ("train", "val"))
+    assert len(val.files) == 2 and not set(val.files) & set(train.files) and len(train.files) == 20
+
+
 def test_real_bridge_latents(shared_data):
     """Their annotations say latent_videos/, the files lie in latent_videos_svd/."""
     videos = LatentVideos(shared_data / "video_samples/bridge", "val", num_frames=16, clip={"span": "episode"}, max_frames=100)
@@ -75,7 +81,7 @@ def test_real_bridge_latents(shared_data):
 def test_real_videos(shared_data, name, frames):
     clips = VideoClips(shared_data / "video_samples" / name, "val", num_frames=8, clip=STRIDE, image_size=64)
     sample = clips.sample(0, rng())
-    assert sample["frames"].shape == (8, 3, 64, 64) and 0 <= sample["frames"].min() and sample["frames"].max() <= 1
+    assert sample["frames"].shape == (8, 3, 64, 64) and sample["frames"].min() >= 0 and sample["frames"].max() <= 1
     assert sample["frames"].std() > 0.05 and sample["text"]
     last = clips.sample(-(-frames // 2) - 1, rng())["frames"]  # the last clip of the first video is its padded tail
     assert torch.equal(last[-1], last[-2])

@@ -6,7 +6,6 @@ import torch.nn.functional as F
 from common.frozen import MissingWeights
 from step1_gfdm import unet as svd_unet
 
-
 # SVD's four levels, narrow
 SMALL = {**svd_unet.SVD_UNET, "block_out_channels": [32, 32, 64, 64], "num_attention_heads": [1, 1, 2, 2], "layers_per_block": 1,
          "cross_attention_dim": 64, "addition_time_embed_dim": 32, "projection_class_embeddings_input_dim": 96, "num_frames": 4}

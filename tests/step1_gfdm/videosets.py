@@ -7,8 +7,11 @@ import torch
 from common.video import write_mp4
 
 
-def write_set(root, episodes=3, *, length=20, cameras=1, latent_shape=None, split="train", size=64, stated=True):
-    """A video set of moving squares; with `latent_shape`, latents whose every value is the frame number."""
+def write_set(root, episodes=3, *, length=20, cameras=1, latent_shape=None, split="train", size=64, stated=True, val_folder=True):
+    """A video set of moving squares; with `latent_shape`, latents whose every value is the frame number. An empty val
+    folder keeps the loader from holding videos out."""
+    if val_folder:
+        (root / "annotation/val").mkdir(parents=True, exist_ok=True)
     for episode in range(episodes):
         record = {"texts": [f"move square {episode}"], "videos": [{"video_path": f"videos/{split}/{episode}/{c}.mp4"} for c in range(cameras)]}
         if stated:
