@@ -1,4 +1,4 @@
-"""How fast the play table runs on this machine: physics alone, and with both cameras.   python -m benchmarks.playtable_speed
+"""How fast the play table runs here: physics alone, and with both cameras. Run: python -m benchmarks.playtable_speed
 
 The hand wanders above the table and keeps closing on blocks, so that contacts are part of the figure.
 """
