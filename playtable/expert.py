@@ -174,7 +174,11 @@ class Expert(Motions):
         elif place == "drawer":
             yield from self._free_drawer()
         if place == "slider":
-            yield from self.grasp(block, tilt=REACHING_TILT[self._trial % 3], offset=(self._inwards(block), 0.0, 0.004))
+            yaw = min((comfortable_yaw(yaw) for yaw in self.grasp_yaws(block)), key=lambda yaw: abs(yaw - FORWARD))
+            # Nearly straight in, for the wide hand's sake: closing fingers turn the block the rest of the way.
+            yaw = FORWARD + 0.35 * float(np.clip(yaw - FORWARD, -0.8, 0.8))
+            tilt = REACHING_TILT[self._trial % len(REACHING_TILT)]
+            yield from self.grasp(block, tilt=tilt, yaw=yaw, offset=(self._inwards(block), 0.0, 0.004))
         else:
             yield from self.grasp(block, tilt=0.0 if place == "drawer" else None)
         start = self.state.target()[0]
@@ -267,13 +271,18 @@ class Expert(Motions):
         yield from self.goto(self.state.target()[0] + [0, 0.04, 0.04], speed=0.85)
 
     def _nearest_on_table(self, x: float, but: str | None = None) -> str | None:
-        """The block that lies on the table top with its centre nearest to a vertical plane x."""
+        """The block on the table top that is nearest to a vertical plane x and not close to the slanted front."""
         lying = [
             name
             for name in self.state.blocks
             if name != but and abs(self.state.block(name)[0][2] - 0.46) < 0.015 and self.state.block(name)[0][1] < 0.02
         ]
-        return min(lying, key=lambda name: abs(self.state.block(name)[0][0] - x), default=None)
+
+        def effort(name: str) -> float:
+            position = self.state.block(name)[0]
+            return float(abs(position[0] - x) + 3 * max(0.0, position[1] - NEAR_FRONT))
+
+        return min(lying, key=effort, default=None)
 
     def _take_again(self) -> Plan:
         """Make sure that a block is in the hand: what was lost on the way is picked up where it lies."""
@@ -311,7 +320,9 @@ class Expert(Motions):
         hangs = self.state.block(self._last_held)[0] - self.state.tcp()[0]
         now = float(self.state.target()[1][2])
         yaw = min((comfortable_yaw(y) for y in self.grasp_yaws(below)), key=lambda y: abs(y - now))
-        yield from self.put([position[0], position[1], position[2] + 0.043 - hangs[2]], yaw)
+        if position[1] > NEAR_FRONT:
+            yaw = FORWARD
+        yield from self.put([*position[:2], position[2] + 0.043 - hangs[2]], yaw, tilt=0.5 * lean(position[1]))
 
     def unstack_block(self) -> Plan:
         tops = [

@@ -10,14 +10,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from playtable.expert import DOOR_WIDTH
-from playtable.scene import Scene
+from playtable.scene import ROBOT_BASE, Scene
 from playtable.sequences import DRAWER_OPEN, NEUTRAL_ROBOT_OBS, SWITCH_ON
 from playtable.state import PrivilegedState
 from playtable.tasks import check_tasks
 
 BESIDE_WALL = 0.055  # m from a wall or door that a finger needs beside a block's middle
 NEEDS_BLOCK = ("place_in_slider", "place_in_drawer", "stack_block")
-REACH_X = 0.36  # m, how far from the middle a block on the table can be worked on
+REACH = 0.75  # m over the ground from the robot's base: as far as a hand goes that hovers over the table
 GAP = 0.115  # m between the centres of two blocks that do not hinder the hand
 
 
@@ -36,7 +36,7 @@ def zone(state: PrivilegedState, block: str) -> str:
         return "lost"
     if "plank_link" in touched and 0.05 < position[1] < 0.13:
         return "cabinet"
-    if touched == {"base_link"} and -0.165 < position[1] < -0.01 and abs(position[0]) < REACH_X:
+    if touched == {"base_link"} and -0.165 < position[1] < -0.01 and within_reach(position):
         return "table"
     return "lost"
 
@@ -48,9 +48,14 @@ def reachable_inside(x: float, door: float, plank: tuple[float, float]) -> bool:
     return x < door - BESIDE_WALL or x > door + DOOR_WIDTH + BESIDE_WALL
 
 
+def within_reach(at: np.ndarray) -> bool:
+    """Can the hand work at (x, y) of the table?"""
+    return bool(np.hypot(at[0] - ROBOT_BASE[0], at[1] - ROBOT_BASE[1]) < REACH)
+
+
 def corridor_free(at: np.ndarray, sign: int, obstacles: list[np.ndarray]) -> bool:
     """May a block at (x, y) be pushed along x: room on the table, nothing ahead, room for the hand behind?"""
-    if abs(at[0] + sign * 0.2) > 0.42:
+    if abs(at[0] + sign * 0.2) > 0.42 or not within_reach(at - [0.08 * sign, 0.0]):
         return False
     ahead = [(sign * (other[0] - at[0]), abs(other[1] - at[1])) for other in obstacles]
     return not any(-0.13 < along < 0.26 and aside < 0.085 for along, aside in ahead)
@@ -74,7 +79,7 @@ def _block_tasks(state: PrivilegedState, zones: dict[str, str]) -> list[str]:
             tasks += [
                 f"push_{colour}_block_{side}"
                 for side, sign in (("left", -1), ("right", 1))
-                if corridor_free(at, sign, obstacles)
+                if corridor_free(at[:2], sign, obstacles)
             ]
         elif place == "cabinet" and reachable_inside(float(at[0]), door, state.fixtures.plank_x):
             tasks.append(f"lift_{colour}_block_slider")
@@ -175,15 +180,17 @@ def _fits(task: str, block: str, positions: dict[str, np.ndarray], scene: Scene)
     at = positions[block]
     button = np.array(scene.fixtures.button)
     others = [position for name, position in positions.items() if name != block]
-    if not _clear(at, [*others, button]):
+    if not _clear(at, [*others, button]) or not (at[1] > 0 or within_reach(at)):
         return False
     words = task.split("_")
+    if task == "unstack_block":
+        return at[1] > 0 or at[1] < -0.09  # what lies across another block must not touch the handles
     if task == "push_into_drawer":
         return at[1] > 0 or abs(at[0] - scene.drawer_x) < 0.1
     target = f"block_{words[1]}"
     if words[0] == "push" and target in positions:
         rest = [position for name, position in positions.items() if name != target]
-        return corridor_free(positions[target], 1 if words[3] == "right" else -1, [*rest, button])
+        return corridor_free(positions[target][:2], 1 if words[3] == "right" else -1, [*rest, button])
     return True
 
 
