@@ -22,7 +22,7 @@ class DeFI(nn.Module):
     """The coupled policy. `projector`, `video_former` and `adapter` are constructors that get the widths of the parents.
 
     views: names of the cameras; pair_frames: imagined frames that are each paired with the present one (at stride 2 of
-    30 Hz, frame 15 is the second that the inverse model was pretrained on). trainable: names of the parts that learn
+    30 Hz, frame 15 is the second that the inverse model was pretrained on), in each of `pair_views` (all). trainable: names of the parts that learn
     (Table 9). fuse_grid: the projected frames reach the adapter averaged to so many tokens a side, 0 for none.
     noise_draws: noise levels per sample and step, sharing one context. alignment_weight: how much the projector is
     taught to hit DINOv2's tokens of the true future. blind: pictures are zero in training and in use (a baseline).
@@ -30,21 +30,23 @@ class DeFI(nn.Module):
 
     def __init__(self, gfdm: FutureDynamics, gidm: InverseDynamics, projector: Callable[..., nn.Module],
                  video_former: Callable[..., nn.Module], adapter: Callable[..., nn.Module], goal: ClipText, *, edm: EDM,
-                 views: Sequence[str], pair_frames: Sequence[int], trainable: Sequence[str], image_size: int = 256,
+                 views: Sequence[str], pair_frames: Sequence[int], trainable: Sequence[str], pair_views: Sequence[str] | None = None, image_size: int = 256,
                  fuse_grid: int = 4, noise_draws: int = 1, alignment_weight: float = 0.0, blind: bool = False,
                  imagine_seed: int = 0) -> None:
         super().__init__()
         wrong = [index for index in pair_frames if not 0 <= index < gfdm.num_frames]
-        if wrong or not pair_frames or not views:
-            raise ValueError(f"pair_frames {list(pair_frames)} and views {list(views)}: the forward model imagines frames 0..{gfdm.num_frames - 1}")
+        if wrong or not pair_frames or not views or set(pair_views or ()) - set(views):
+            raise ValueError(f"pair_frames {list(pair_frames)}, views {list(views)}, pair_views {list(pair_views or views)}: pairs are made of "
+                             f"views that are seen and of frames 0..{gfdm.num_frames - 1} that the forward model imagines")
         self.views, self.pair_frames, self.image_size = tuple(views), tuple(pair_frames), image_size
+        self.pairs_of = [self.views.index(name) for name in pair_views or self.views]
         self.fuse_grid, self.noise_draws, self.alignment_weight = fuse_grid, noise_draws, alignment_weight
         self.blind, self.imagine_seed, self.edm, self.goal = blind, imagine_seed, edm, goal
         gidm.drop_decoder()
         self.gfdm, self.gidm = gfdm, gidm
         self.projector = projector(gfdm.feature_dim, gidm.embed_dim)
         self.video_former = video_former(gfdm.feature_dim, gfdm.num_frames, len(self.views), tokens=gfdm.num_tokens)
-        pairs = len(self.views) * len(self.pair_frames)
+        pairs = len(self.pairs_of) * len(self.pair_frames)
         streams = {"video": (self.video_former.num_tokens, self.video_former.dim), "latent": (pairs * gidm.num_actions, gidm.embed_dim)}
         if fuse_grid:
             streams["future"] = (pairs * fuse_grid**2, gidm.embed_dim)
@@ -127,7 +129,7 @@ class DeFI(nn.Module):
         if self.alignment_weight:
             if futures is None:
                 raise ValueError("alignment_weight needs the true future frames; set data.future_offsets to the steps that pair_frames lie ahead")
-            target = torch.stack([futures[name] for name in self.views], dim=1)  # (B, V, P, 3, H, W)
+            target = torch.stack([futures[self.views[view]] for view in self.pairs_of], dim=1)  # (B, V, P, 3, H, W)
             seen["target"] = self.gidm.embed((target.flatten(0, 2) + 1) / 2).unflatten(0, target.shape[:3])
         return seen
 
@@ -141,7 +143,8 @@ class DeFI(nn.Module):
         """From what was seen to the adapter's streams, and the losses and metrics met on the way."""
         parameter = next(self.projector.parameters())
         now, features = (frozen[name].to(parameter.device, parameter.dtype) for name in ("now", "features"))
-        future = match_grid(self.projector(features[:, :, self.pair_frames]), now.shape[2])  # (B, V, P, N, E)
+        now = now[:, self.pairs_of]
+        future = match_grid(self.projector(features[:, self.pairs_of][:, :, self.pair_frames]), now.shape[2])  # (B, V, P, N, E)
         pairs = future.shape[:3]
         repeats = pairs[1] * pairs[2]
         texts = [sentence for sentence in text for _ in range(repeats)]

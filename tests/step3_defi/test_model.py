@@ -1,12 +1,18 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
-from parts import build, make_batch, wake
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+from parts import FakeGFDM, FakeGIDM, FakeGoal, build, make_batch, wake
 
 from step3_defi.edm import EDM
 from step3_defi.model import PARTS
 
+CONFIGS = str(Path(__file__).resolve().parents[2] / "configs")
 NEW = ["projector", "video_former", "adapter"]
 ROWS = {"adapter": NEW, "gfdm_adapter": ["gfdm", *NEW], "gidm_adapter": ["gidm", *NEW], "all": list(PARTS)}
 
@@ -159,3 +165,18 @@ def test_it_learns_what_pictures_tell() -> None:
         optimizer.step()
     actions = model.eval().sample(views, batch["text"])
     assert (actions.mean((1, 2)) - levels).abs().max() < 0.35
+
+
+def test_full_scale_builds_to_the_papers_sizes() -> None:
+    """Parents of full width, everything else from the configuration (Table 10); nothing is allocated."""
+    with initialize_config_dir(CONFIGS, version_base=None):
+        policy = OmegaConf.to_container(compose("step3_defi").policy, resolve=True)
+    gfdm, gidm, goal = FakeGFDM(), FakeGIDM(), FakeGoal()
+    gfdm.feature_dim, gfdm.num_frames, gfdm.num_tokens = 2560, 16, 256
+    gidm.embed_dim, gidm.num_actions, goal.pooled_dim = 768, 4, 512
+    with torch.device("meta"):
+        model = instantiate({**policy, "gfdm": None, "gidm": None, "goal": None, "_partial_": True})(gfdm=gfdm, gidm=gidm, goal=goal)
+    counts = {name: sum(p.numel() for p in getattr(model, name).parameters()) for name in ("projector", "video_former", "adapter")}
+    assert counts["projector"] == 2_557_440 + 2 * 768 and counts["video_former"] == 17_723_520
+    assert counts["adapter"] == pytest.approx(40.9e6, rel=0.02) and len(model.adapter.blocks) == 12 and model.adapter.order.shape == (10, 384)
+    assert model.edm.steps == 10 and model.pair_frames == (5, 10, 15)

@@ -1,0 +1,81 @@
+"""The program itself over the true tiny models: parents, cache, a few steps, artifact, policy."""
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from parts import write_calvin
+from safetensors.torch import load_file
+
+from common import artifact
+from step3_defi import DeFI, policy, train
+
+PARENT_CONFIGS = {"gfdm": "step1_gfdm", "gidm": "step2_gidm"}
+
+
+def configure(name: str, *overrides: str) -> DictConfig:
+    with initialize_config_dir(train.CONFIGS, version_base=None):
+        return compose(name, ["scale=tiny", *overrides])
+
+
+@pytest.fixture(scope="module")
+def tree(hub: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """ckpts/ with stand-ins and both parents untrained, data/ with a small dataset."""
+    root = tmp_path_factory.mktemp("tree")
+    (root / "ckpts/hub").mkdir(parents=True)
+    (root / "ckpts/hub/tiny").symlink_to(hub)
+    for kind, program in PARENT_CONFIGS.items():
+        config = OmegaConf.to_container(configure(program, f"paths.ckpts={root}/ckpts")[kind], resolve=True)
+        own = {"svd": artifact.HERE} if kind == "gfdm" else {}
+        artifact.save(instantiate(config), root / f"ckpts/{kind}/tiny", kind=kind, config={**config, **own})
+    write_calvin(root / "data/playtable/D")
+    return root
+
+
+def run(tree: Path, name: str, *overrides: str) -> Path:
+    cfg = configure("step3_defi", f"paths.ckpts={tree}/ckpts", f"paths.data={tree}/data", f"name={name}", "data.holdout=0.25", "data.frame_stride=8",
+                    "loop.max_steps=3", "loop.batch_size=2", "loop.eval_every=3", "loop.log_every=1", "loop.warmup_steps=1", *overrides)
+    train.main.__wrapped__(cfg)
+    return tree / "ckpts/defi" / name
+
+
+def test_trains_saves_and_acts(tree: Path) -> None:
+    folder = run(tree, "first")
+    meta = artifact.meta(folder, "defi")
+    assert meta["step"] == 3 and meta["parents"] == {kind: artifact.sha256(tree / f"ckpts/{kind}/tiny") for kind in PARENT_CONFIGS}
+    assert len(meta["stats"]["actions"]["std"]) == 7
+    keys = load_file(folder / "weights.safetensors").keys()
+    assert not [k for k in keys if k.startswith("gfdm") or "decoder" in k] and any(k.startswith("gidm") for k in keys)
+    robot = policy.load(folder, execute=5)
+    rng = np.random.default_rng(0)
+    seen = {"rgb_obs": {"rgb_static": rng.integers(0, 255, (200, 200, 3), np.uint8), "rgb_gripper": rng.integers(0, 255, (84, 84, 3), np.uint8)},
+            "robot_obs": np.zeros(15)}
+    both = robot.plan([seen, seen], ["open the drawer", "close the drawer"])
+    assert both.shape == (2, 10, 7) and np.allclose(both[:1], robot.plan([seen], ["open the drawer"]), atol=1e-3)
+
+
+def test_cache_changes_nothing_but_speed(tree: Path) -> None:
+    """The whole program with and without it, up to the fp16 of the cache."""
+    weights = [load_file(run(tree, f"cache_{cache}", f"cache={cache}") / "weights.safetensors") for cache in ("true", "false")]
+    for key, value in weights[0].items():
+        assert torch.allclose(value.float(), weights[1][key].float(), atol=5e-3), key
+
+
+@pytest.mark.parametrize("row", ["blind", "t1_third_view", "t4_gidm_no_pretrain", "t4_gfdm_no_pretrain", "t6_five_steps", "t9_all"])
+def test_rows_train_and_load(tree: Path, row: str) -> None:
+    model = policy.load(run(tree, row, f"experiment=defi/{row}")).model
+    assert isinstance(model, DeFI)
+    assert model.blind == (row == "blind") and model.views == (("static",) if row == "t1_third_view" else ("static", "gripper"))
+    gfdm = model.gfdm if row == "t9_all" else model.gfdm.module
+    assert gfdm.denoise_steps == (5 if row == "t6_five_steps" else 1)
+
+
+def test_weights_that_do_not_fit_are_refused(tree: Path) -> None:
+    folder = run(tree, "misfit")
+    with pytest.raises(artifact.ArtifactError, match="does not fit"):
+        policy.load(folder, overrides={"pair_frames": [1, 3]})
