@@ -56,9 +56,9 @@ def cached(windows: Windows, model: DeFI, folder: str | Path, *, parents: dict[s
     so it keeps one row for each.
     """
     firsts, rows = _distinct(windows, model.blind)
-    key = {"format": FORMAT, "parents": parents, "windows": windows.fingerprint(), "views": model.views, "pairs": [model.pairs_of, model.pair_frames] if model.alignment_weight else None,
-           "seed": model.imagine_seed,
-           "image_size": model.image_size, "blind": model.blind, "target": model.alignment_weight > 0}
+    target = [model.pairs_of, model.pair_frames] if model.alignment_weight else None
+    key = {"format": FORMAT, "parents": parents, "windows": windows.fingerprint(), "views": model.views, "seed": model.imagine_seed,
+           "image_size": model.image_size, "blind": model.blind, "target": target}
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     done = Path(folder) / name
     if not done.is_dir():

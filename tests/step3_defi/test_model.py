@@ -177,6 +177,6 @@ def test_full_scale_builds_to_the_papers_sizes() -> None:
     with torch.device("meta"):
         model = instantiate({**policy, "gfdm": None, "gidm": None, "goal": None, "_partial_": True})(gfdm=gfdm, gidm=gidm, goal=goal)
     counts = {name: sum(p.numel() for p in getattr(model, name).parameters()) for name in ("projector", "video_former", "adapter")}
-    assert counts["projector"] == 2_557_440 + 2 * 768 and counts["video_former"] == 17_723_520
+    assert counts["projector"] == 2_557_440 + 2 * 768 and counts["video_former"] == 17_713_536 + 2 * 384 + 6 * 2 * 384
     assert counts["adapter"] == pytest.approx(40.9e6, rel=0.02) and len(model.adapter.blocks) == 12 and model.adapter.order.shape == (10, 384)
     assert model.edm.steps == 10 and model.pair_frames == (5, 10, 15)
