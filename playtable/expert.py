@@ -21,6 +21,7 @@ from playtable.motions import (
     comfortable_yaw,
     hand,
     lean,
+    straightened,
 )
 from playtable.state import PrivilegedState
 from playtable.tasks import check_tasks
@@ -174,9 +175,8 @@ class Expert(Motions):
         elif place == "drawer":
             yield from self._free_drawer()
         if place == "slider":
-            yaw = min((comfortable_yaw(yaw) for yaw in self.grasp_yaws(block)), key=lambda yaw: abs(yaw - FORWARD))
-            # Nearly straight in, for the wide hand's sake: closing fingers turn the block the rest of the way.
-            yaw = FORWARD + 0.35 * float(np.clip(yaw - FORWARD, -0.8, 0.8))
+            # Straight in, for the wide hand's sake.
+            yaw = straightened(self.easy_yaw(block), 0.3)
             tilt = REACHING_TILT[self._trial % len(REACHING_TILT)]
             yield from self.grasp(block, tilt=tilt, yaw=yaw, offset=(self._inwards(block), 0.0, 0.004))
         else:
@@ -186,7 +186,8 @@ class Expert(Motions):
             yield from self.goto(start + [0, -0.04, 0.07], speed=0.7, through=True)
             yield from self.goto(start + [0, -0.16, 0.14], speed=0.8)
         else:
-            yield from self.goto(start + [0, 0, 0.14], speed=0.7)
+            away = -0.06 if place == "table" and start[1] > NEAR_FRONT else 0.0
+            yield from self.goto(start + [0, away, 0.14], speed=0.7)
 
     def _inwards(self, block: str) -> float:
         """Shift along x that keeps open fingers off the walls and the door beside a block in the cabinet."""
@@ -257,6 +258,9 @@ class Expert(Motions):
             return
         position = self.state.block(block)[0]
         behind = position[1] + self._extent(block, 1) + 0.035
+        if behind > -0.01:  # no room for the hand between the block and the slanted front
+            yield from self._drag_into_drawer(block)
+            return
         euler = hand(tilt=lean(behind))
         yield from self.above(position[0], behind, euler, height=0.58, grip=-1)
         yield from self.goto([position[0], behind, 0.466], euler, speed=0.85, careful=True)
@@ -269,6 +273,13 @@ class Expert(Motions):
             self._pace = min(self.cruise * 0.7, self._pace + 0.1)
             yield self.step([np.clip(position[0] - at[0], -0.004, 0.004), -self._pace * 0.02, 0])
         yield from self.goto(self.state.target()[0] + [0, 0.04, 0.04], speed=0.85)
+
+    def _drag_into_drawer(self, block: str) -> Plan:
+        yield from self.grasp(block)
+        at = self.state.target()[0]
+        yield from self.goto([at[0], -0.235, at[2] + 0.004], hand(self.state.target()[1][2]), speed=0.7, firm=True)
+        yield from self.wait(5, 1)
+        yield from self.goto(self.state.target()[0] + [0, 0.02, 0.06], speed=0.85)
 
     def _nearest_on_table(self, x: float, but: str | None = None) -> str | None:
         """The block on the table top that is nearest to a vertical plane x and not close to the slanted front."""

@@ -35,8 +35,14 @@ def turn_between(facing: np.ndarray, euler: np.ndarray) -> np.ndarray:
 
 
 def lean(y: float, yaw: float = FORWARD) -> float:
-    """Tilt that keeps an open hand over the table off the handles of the slanted front."""
-    return float(np.clip((y - NEAR_FRONT) * 6, 0, 0.5) * max(0.0, np.sin(yaw)))
+    """Tilt that keeps an open hand over the table off the handles of the slanted front: more for one that is askew."""
+    return float(np.clip((y - NEAR_FRONT) * 6 + max(0.0, (y + 0.1) * 20) * abs(np.cos(yaw)), 0, 0.8))
+
+
+def straightened(yaw: float, slack: float) -> float:
+    """A yaw nearer to FORWARD by up to `slack`: fingers that close askew turn a block the rest of the way."""
+    askew = yaw - FORWARD
+    return FORWARD + float(np.sign(askew)) * max(0.0, abs(askew) - slack)
 
 
 def hand(yaw: float = FORWARD, tilt: float = 0.0) -> np.ndarray:
@@ -156,6 +162,10 @@ class Motions:
         ]
         return yaws or [FORWARD]
 
+    def easy_yaw(self, block: str) -> float:
+        """The yaw nearest to FORWARD at which the fingers fit around a block."""
+        return min((comfortable_yaw(yaw) for yaw in self.grasp_yaws(block)), key=lambda yaw: abs(yaw - FORWARD))
+
     def grasp(
         self,
         block: str,
@@ -171,7 +181,9 @@ class Motions:
         """
         position, _ = self.state.block(block)
         if yaw is None:
-            yaw = min((comfortable_yaw(y) for y in self.grasp_yaws(block)), key=lambda y: abs(y - FORWARD))
+            yaw = self.easy_yaw(block)
+            if position[1] > NEAR_FRONT + 0.02:
+                yaw = straightened(yaw, 0.25)
         if tilt is None:
             tilt = lean(position[1], yaw)
         euler, back = hand(yaw, tilt), backwards(yaw, tilt)
