@@ -111,6 +111,8 @@ class LatentVideos(VideoSet):
         file, clip = self.locate(index)
         record = read_annotation(file)
         view = int(rng.choice(self.views, p=self.view_shares))
+        if isinstance(record.get("videos"), list) and view >= len(record["videos"]):
+            raise Unreadable(str(file), f"has {len(record['videos'])} cameras, camera {view} is asked for; set this set's views in the data config")
         latents = self._latents(file, record, view)
         frames = self.rule.frames(len(latents), clip, self.num_frames)
         return {"id": f"{file}#{view}:{clip}", "latents": latents[frames].float(), "text": record["texts"][0]}

@@ -18,6 +18,7 @@ import hydra
 import matplotlib
 import numpy as np
 import torch
+from accelerate import PartialState
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from tqdm import tqdm
@@ -134,6 +135,8 @@ def _write(path: Path, text: str) -> None:
 
 @hydra.main(version_base=None, config_path=CONFIGS, config_name="step1_eval")
 def main(cfg: DictConfig) -> None:
+    if not PartialState().is_main_process:  # the launcher starts one process a GPU; a few clips need one
+        return
     device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = artifact.load(cfg.path, "gfdm").to(device)
     clip = OmegaConf.to_container(cfg.clip) if cfg.clip else trained_clip(cfg.path, Path(cfg.videos).name)

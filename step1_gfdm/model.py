@@ -40,7 +40,7 @@ class GFDM(nn.Module):
                  schedule_steps: int = 20, denoise_steps: int = 1, gradient_checkpointing: bool = False,
                  unet: Mapping[str, Any] | None = None) -> None:
         super().__init__()
-        self.svd, self.objective = svd, objective
+        self.svd, self.objective, self._untrained = svd, objective, bool(unet)
         self.unet = svd_unet.load(svd, unet)
         self.latent_space = svd_vae.load(svd)
         self.text = frozen.clip_text(clip, max_length=text_tokens)
@@ -122,8 +122,9 @@ class GFDM(nn.Module):
                 shutil.copy(source / part, folder / part)
 
     def load_weights(self, folder: Path) -> None:
-        """Read the UNet of a pipeline folder, keys strict."""
-        self.unet.load_state_dict(svd_unet.load(folder).state_dict())
+        """Read the UNet of a pipeline folder, keys strict; nothing to do where it was built from that very folder."""
+        if self._untrained or Path(self.svd) != Path(folder):
+            self.unet.load_state_dict(svd_unet.load(folder).state_dict())
 
     def _net(self, first: Tensor, text: Tensor) -> Net:
         """The UNet with its conditions filled in."""

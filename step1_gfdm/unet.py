@@ -35,14 +35,18 @@ SVD_UNET: dict[str, Any] = {
 
 
 def load(svd: str | Path, changes: Mapping[str, Any] | None = None) -> UNetSpatioTemporalConditionModel:
-    """The UNet of a diffusers SVD pipeline folder or hub id, in fp32 and trainable.
+    """The UNet of a diffusers SVD pipeline folder or hub id, in fp32 and trainable, keys strict.
 
     With `changes` to its config it is built anew and untrained.
     """
     path = require(svd, "Stable Video Diffusion")
     if changes:
         return build({**UNetSpatioTemporalConditionModel.load_config(path, subfolder="unet"), **changes})
-    return UNetSpatioTemporalConditionModel.from_pretrained(path, subfolder="unet", torch_dtype=torch.float32)
+    unet, keys = UNetSpatioTemporalConditionModel.from_pretrained(path, subfolder="unet", torch_dtype=torch.float32, output_loading_info=True)
+    missing, unexpected = sorted(keys["missing_keys"]), sorted(keys["unexpected_keys"])
+    if missing or unexpected:  # diffusers only warns, and starts what is missing at random
+        raise ValueError(f"{path}/unet does not fit its config: missing {missing[:10]}, unexpected {unexpected[:10]}")
+    return unet
 
 
 def build(config: Mapping[str, Any] | None = None, *, device: str | torch.device = "cpu") -> UNetSpatioTemporalConditionModel:

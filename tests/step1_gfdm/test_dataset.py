@@ -134,6 +134,12 @@ def test_bad_samples_are_named(tmp_path, change, says):
     assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_a_camera_too_many_is_named(tmp_path):
+    write_set(tmp_path, 1, latent_shape=SHAPE)
+    with pytest.raises(Unreadable, match="has 1 cameras, camera 1 is asked for; set this set's views"):
+        LatentVideos(tmp_path, num_frames=4, clip=STRIDE, latent_shape=SHAPE, views={1: 1.0}).sample(0, rng())
+
+
 def test_missing_video_is_named(tmp_path):
     write_set(tmp_path, 1)
     (tmp_path / "videos/train/0/0.mp4").unlink()

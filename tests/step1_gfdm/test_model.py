@@ -2,7 +2,7 @@
 import pytest
 import torch
 from diffusers import StableVideoDiffusionPipeline
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from common import artifact
 from step1_gfdm import GFDM
@@ -157,6 +157,25 @@ def test_artifact_is_a_pipeline_folder_and_comes_back_bit_exact(gfdm, hub, tmp_p
     # an artifact made from an artifact still carries every part
     artifact.save(artifact.load(tmp_path / "a", "gfdm"), tmp_path / "c", kind="gfdm", config=config(hub))
     assert load_file(tmp_path / "c/vae/diffusion_pytorch_model.safetensors").keys() == load_file(hub / "svd/vae/diffusion_pytorch_model.safetensors").keys()
+
+
+@torch.no_grad()
+def test_an_untrained_unet_of_another_shape_comes_back_too(hub, tmp_path):
+    changes = {"block_out_channels": [64, 64, 96]}
+    model = make(hub, unet=changes).eval()
+    artifact.save(model, tmp_path, kind="gfdm", config={**config(hub), "unet": changes})
+    assert torch.equal(artifact.load(tmp_path, "gfdm").imagine(IMAGES, TEXT), model.imagine(IMAGES, TEXT))
+
+
+@pytest.mark.parametrize("damage", [lambda state: state.pop("conv_in.bias"), lambda state: state.update(extra=torch.zeros(1))])
+def test_keys_are_strict(gfdm, hub, tmp_path, damage):
+    artifact.save(gfdm, tmp_path, kind="gfdm", config=config(hub))
+    file = tmp_path / "unet/diffusion_pytorch_model.safetensors"
+    state = load_file(file)
+    damage(state)
+    save_file(state, file, metadata={"format": "pt"})
+    with pytest.raises(artifact.ArtifactError, match="conv_in.bias|extra"):
+        artifact.load(tmp_path, "gfdm")
 
 
 def test_refusals(gfdm, hub, tmp_path):
