@@ -26,9 +26,9 @@ class MLPInverse(InverseModel):
 
     def __init__(self, *, vision: DinoV2, text: T5Text, quantizer: Quantizer, dim: int = 768, heads: int = 12,
                  encoder_layers: int = 2, decoder_layers: int = 16, queries: int = 4,
-                 text_in: Collection[str] = ("encoder",), clean_text: bool = True) -> None:
+                 text_in: Collection[str] = ("encoder",), clean_text: bool = True, residual: bool = True) -> None:
         super().__init__(vision=vision, text=text, quantizer=quantizer, dim=dim, heads=heads, decoder_layers=decoder_layers,
-                         queries=queries, text_in=text_in, clean_text=clean_text, read_dim=dim)
+                         queries=queries, text_in=text_in, clean_text=clean_text, residual=residual, read_dim=dim)
         self.stem = nn.Sequential(nn.LayerNorm(2 * self.embed_dim), nn.Linear(2 * self.embed_dim, dim))
         self.blocks = nn.ModuleList(nn.Sequential(nn.LayerNorm(dim), Mlp(dim)) for _ in range(encoder_layers))
         self.head = nn.Sequential(nn.LayerNorm(dim), Mlp(dim, out_dim=queries * dim))
@@ -50,9 +50,9 @@ class TransformerInverse(InverseModel):
 
     def __init__(self, *, vision: DinoV2, text: T5Text, quantizer: Quantizer, dim: int = 768, heads: int = 12,
                  encoder_layers: int = 16, decoder_layers: int = 16, queries: int = 4,
-                 text_in: Collection[str] = ("encoder",), clean_text: bool = True) -> None:
+                 text_in: Collection[str] = ("encoder",), clean_text: bool = True, residual: bool = True) -> None:
         super().__init__(vision=vision, text=text, quantizer=quantizer, dim=dim, heads=heads, decoder_layers=decoder_layers,
-                         queries=queries, text_in=text_in, clean_text=clean_text, read_dim=dim)
+                         queries=queries, text_in=text_in, clean_text=clean_text, residual=residual, read_dim=dim)
         self.queries = nn.Parameter(torch.empty(queries, self.embed_dim).uniform_(-1, 1))
         self.encoder = SpatialTransformer(self.embed_dim, dim, out_dim=dim, tokens=queries + 2 * self.num_tokens,
                                           layers=encoder_layers, heads=heads)

@@ -29,11 +29,13 @@ class InverseModel(nn.Module):
 
     A subclass says in `encode` how two moments become K vectors of width `read_dim`. `text_in` names the parts that read
     the instruction: the paper's encoder only, or encoder and decoder as in the release. With `clean_text` sentences
-    are lower-cased and lose their punctuation here, so that pretraining and policies cannot differ.
+    are lower-cased and lose their punctuation here, so that pretraining and policies cannot differ. With `residual` the
+    decoder predicts what changes and starts from no change; the release predicts the future tokens outright, and
+    spends its first thousands of steps on copying the background.
     """
 
     def __init__(self, *, vision: DinoV2, text: T5Text, quantizer: Quantizer, dim: int, heads: int, decoder_layers: int,
-                 queries: int, text_in: Collection[str], clean_text: bool, read_dim: int) -> None:
+                 queries: int, text_in: Collection[str], clean_text: bool, residual: bool, read_dim: int) -> None:
         super().__init__()
         unknown = set(text_in) - {"encoder", "decoder"}
         if unknown:
@@ -41,7 +43,7 @@ class InverseModel(nn.Module):
         self.vision, self.text, self.quantizer = vision, text, quantizer
         self.embed_dim, self.num_tokens = vision.dim, vision.num_tokens
         self.num_actions, self.latent_dim = queries, quantizer.dim
-        self.text_in, self.clean_text = frozenset(text_in), clean_text
+        self.text_in, self.clean_text, self.residual = frozenset(text_in), clean_text, residual
         if text_in:
             self.text_proj = nn.Linear(text.dim, dim)
         self.to_latent = nn.Linear(read_dim, quantizer.dim)
@@ -49,6 +51,9 @@ class InverseModel(nn.Module):
         self.patch_up = nn.Linear(self.embed_dim, self.embed_dim)
         self.decoder = SpatialTransformer(self.embed_dim, dim, out_dim=self.embed_dim, tokens=queries + self.num_tokens,
                                           layers=decoder_layers, heads=heads)
+        if residual:
+            nn.init.zeros_(self.decoder.out.weight)
+            nn.init.zeros_(self.decoder.out.bias)
 
     def encode(self, now: Tensor, future: Tensor, text: Tensor | None, text_mask: Tensor | None) -> Tensor:
         """(B, N, E) twice, text (B, L, D) with mask (B, L) -> (B, K, read_dim)."""
@@ -78,7 +83,8 @@ class InverseModel(nn.Module):
             raise ValueError("this model's decoder reads the instruction (text_in); pass text")
         words = self._read(text) if "decoder" in self.text_in else (None, None)
         tokens = torch.cat([self.lift(quantized), self.patch_up(now)], dim=1)
-        return self.decoder(tokens, *words)[:, quantized.shape[1]:]
+        predicted = self.decoder(tokens, *words)[:, quantized.shape[1]:]
+        return now + predicted if self.residual else predicted
 
     def drop_decoder(self) -> None:
         """Drop what only pretraining needs; a policy keeps `embed`, `infer` and `lift` (A.3)."""
@@ -125,9 +131,9 @@ class GIDM(InverseModel):
 
     def __init__(self, *, vision: DinoV2, text: T5Text, quantizer: Quantizer, dim: int = 768, heads: int = 12,
                  encoder_layers: int = 16, decoder_layers: int = 16, queries: int = 4,
-                 text_in: Collection[str] = ("encoder",), clean_text: bool = True) -> None:
+                 text_in: Collection[str] = ("encoder",), clean_text: bool = True, residual: bool = True) -> None:
         super().__init__(vision=vision, text=text, quantizer=quantizer, dim=dim, heads=heads, decoder_layers=decoder_layers,
-                         queries=queries, text_in=text_in, clean_text=clean_text, read_dim=dim)
+                         queries=queries, text_in=text_in, clean_text=clean_text, residual=residual, read_dim=dim)
         self.queries = nn.Parameter(torch.empty(queries, self.embed_dim).uniform_(-1, 1))
         self.encoder = SpatioTemporalTransformer(self.embed_dim, dim, tokens=queries + self.num_tokens,
                                                  layers=encoder_layers, heads=heads)

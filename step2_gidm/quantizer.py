@@ -42,7 +42,7 @@ class VectorQuantizer(nn.Module):
     Codes that nobody used for `restart_every` steps move onto vectors of the latest batch; 0 never restarts.
     """
 
-    def __init__(self, codes: int, dim: int, *, beta: float = 0.25, restart_every: int = 100,
+    def __init__(self, codes: int, dim: int, *, beta: float = 0.25, restart_every: int = 20,
                  restart_until: int | None = None) -> None:
         super().__init__()
         self.dim, self.size, self.beta = dim, codes, beta
