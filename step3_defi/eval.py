@@ -65,7 +65,7 @@ def evaluate(*, env_config: dict[str, Any], agent: str, planner: DictConfig, tas
         done = journal.read(out / journal.NAME)
         chains = [
             Chain(index, initial_state, list(chain), "policy" if sha256 else agent, horizon, seed,
-                  film_every=films["every"] if index < films["candidates"] else 0)
+                  slot=index // state.num_processes % workers, film_every=films["every"] if index < films["candidates"] else 0)
             for index, (initial_state, chain) in enumerate(world["sequences"])
             if index not in done and index % state.num_processes == state.process_index
         ]

@@ -1,8 +1,9 @@
 """Many simulators, one policy: workers hold environments, the parent plans for all of them in one batch (DESIGN 6).
 
-The policy is always called with `workers` observations: all chains in progress wait for each other, and a short batch
-is filled up with copies. Then neither a restart nor the end of the run changes the arithmetic of a plan, whose noise
-depends on obs["rollout_key"] = (seed, sequence, sub-task, plan) alone.
+What a row of a batch comes to depends on the batch's size and on the row's place in it, in the last bits. So the policy
+is always called with `workers` observations, a chain's plans are always made in the same row (its slot), rows that
+nobody needs are filled with copies, and all chains in progress wait for each other. With noise that depends on
+obs["rollout_key"] = (seed, sequence, sub-task, plan) alone, a run that was killed and goes on equals an unbroken one.
 """
 from __future__ import annotations
 
@@ -126,11 +127,11 @@ class Simulators:
 
         Chains of the agent "policy" need `policy`. Raises RolloutError naming the sequence that a worker failed in.
         """
-        waiting = deque(chains)
-        busy = {worker.connection: worker for worker in self.workers[:len(waiting)]}
+        waiting = Waiting(chains)
+        busy = {worker.connection: worker for worker in self.workers[:len(chains)]}
         asking: dict[Connection, tuple[dict, str]] = {}
-        for worker in busy.values():
-            worker.give(waiting.popleft())
+        for slot, worker in enumerate(busy.values()):
+            worker.give(waiting.pop(slot))
         while busy:
             for connection in wait([c for c in busy if c not in asking]):
                 kind, content = busy[connection].receive()
@@ -139,22 +140,49 @@ class Simulators:
                     continue
                 yield content
                 if waiting:
-                    busy[connection].give(waiting.popleft())
+                    busy[connection].give(waiting.pop(busy[connection].task.slot))
                 else:
                     del busy[connection]
             if asking and len(asking) == len(busy):
-                # in the workers' order, whoever asked first: a batch must not depend on timing
-                ordered = [connection for connection in busy if connection in asking]
-                plans = plan(policy, [asking[c] for c in ordered], size=len(self.workers))
-                for connection, actions in zip(ordered, plans):
-                    busy[connection].steer(actions)
+                for group in in_slots({connection: busy[connection].task.slot for connection in asking}):
+                    plans = plan(policy, {slot: asking[c] for slot, c in group.items()}, size=len(self.workers))
+                    for slot, connection in group.items():
+                        busy[connection].steer(plans[slot])
                 asking.clear()
 
 
-def plan(policy: ChunkPolicy, requests: list[tuple[dict, str]], *, size: int) -> np.ndarray:
-    """Plan for all requests in one batch of `size` -> (len(requests), policy.execute, 7). Raises RolloutError."""
-    filled = requests + [requests[0]] * (size - len(requests))
-    observations, instructions = map(list, zip(*filled))
+class Waiting:
+    """Chains that nobody works on yet, by slot."""
+
+    def __init__(self, chains: list[Chain]):
+        self.queues: dict[int, deque[Chain]] = {}
+        for chain in chains:
+            self.queues.setdefault(chain.slot, deque()).append(chain)
+
+    def __bool__(self) -> bool:
+        return any(self.queues.values())
+
+    def pop(self, slot: int) -> Chain:
+        """The next chain of this slot, or where there is none of the slot with the most."""
+        queue = self.queues.get(slot) or max(self.queues.values(), key=len)
+        return queue.popleft()
+
+
+def in_slots(slots: dict[Connection, int]) -> list[dict[int, Connection]]:
+    """Who asks, and their slots -> groups in which every slot is taken once; towards the end, chains of a slot may meet."""
+    groups: list[dict[int, Connection]] = []
+    for connection, slot in slots.items():
+        free = next((group for group in groups if slot not in group), None)
+        if free is None:
+            groups.append(free := {})
+        free[slot] = connection
+    return groups
+
+
+def plan(policy: ChunkPolicy, requests: dict[int, tuple[dict, str]], *, size: int) -> dict[int, np.ndarray]:
+    """Plan for requests by slot in one batch of `size` -> slot: (policy.execute, 7). Raises RolloutError."""
+    filler = next(iter(requests.values()))
+    observations, instructions = map(list, zip(*(requests.get(slot, filler) for slot in range(size))))
     actions = np.asarray(policy.plan(observations, instructions), dtype=np.float64)
     fits = actions.ndim == 3 and len(actions) == size and actions.shape[1] >= policy.execute and actions.shape[2] == ACTION_DIM
     if not fits:
@@ -163,4 +191,4 @@ def plan(policy: ChunkPolicy, requests: list[tuple[dict, str]], *, size: int) ->
     if not np.isfinite(actions).all():
         bad = int(np.argwhere(~np.isfinite(actions).all((1, 2)))[0, 0])
         raise RolloutError(f"the policy planned actions that are not finite, for {instructions[bad]!r}: check its weights")
-    return actions[:len(requests), :policy.execute]
+    return {slot: actions[slot, :policy.execute] for slot in requests}

@@ -48,6 +48,7 @@ class Chain:
     agent: str
     horizon: int
     seed: int
+    slot: int = 0  # row of the batch that its plans are made in
     film_every: int = 0  # control steps between two frames of the film, 0 for none
 
 

@@ -1,13 +1,16 @@
 """Rollouts in processes: protocol, batching, pictures only where they are looked at, and what happens when things break."""
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from parts import SENTENCES, build, wake
 from rollout_fakes import NoisyPolicy, SteadyPolicy, make_tasks
 
+from step3_defi.policy import DeFIPolicy
 from step3_defi.rollout import RolloutError, Simulators, plan
 from step3_defi.worker import Chain, Survey
 
@@ -18,8 +21,8 @@ def config(**arguments: Any) -> dict[str, Any]:
     return {"_target_": "rollout_fakes.FakeEnv", "chains": CHAINS, **arguments}
 
 
-def chains(agent: str = "policy", horizon: int = 720, count: int = 3, **more: Any) -> list[Chain]:
-    return [Chain(i, {"index": i}, make_tasks(CHAINS[i % 3]), agent, horizon, seed=5, **more) for i in range(count)]
+def chains(agent: str = "policy", horizon: int = 720, count: int = 3, slots: int = 1, **more: Any) -> list[Chain]:
+    return [Chain(i, {"index": i}, make_tasks(CHAINS[i % 3]), agent, horizon, seed=5, slot=i % slots, **more) for i in range(count)]
 
 
 def run(work: list[Chain], policy: Any = None, *, workers: int = 1, **arguments: Any) -> dict[int, Any]:
@@ -64,16 +67,29 @@ def test_expert_and_random_need_no_pictures(tmp_path: Path) -> None:
 
 
 def test_two_workers_get_what_one_gets() -> None:
-    one, two = (run(chains(count=5), NoisyPolicy(), workers=n) for n in (1, 2))
+    one, two = (run(chains(count=5, slots=n), NoisyPolicy(), workers=n) for n in (1, 2))
     assert one == two
     assert len({tuple(r["steps_to_success"]) for r in one.values()}) > 3  # the noise does something
 
 
 def test_all_batches_have_one_size() -> None:
     policy = SteadyPolicy()
-    run(chains(count=4), policy, workers=3)
+    run(chains(count=4, slots=3), policy, workers=3)
     assert {len(batch) for batch in policy.batches} == {3}
     assert any(len(set(batch)) == 3 for batch in policy.batches)
+
+
+def test_a_chain_is_always_planned_in_its_slot() -> None:
+    policy = SteadyPolicy()
+    # slot 1 holds all the work but for one chain, so that chains of one slot meet
+    work = [dataclasses.replace(chain, slot=int(chain.index > 0)) for chain in chains(count=5)]
+    results = run(work, policy, workers=2)
+    assert sorted(results) == list(range(5)) and {len(batch) for batch in policy.batches} == {2}
+    asked = [(row, key[1]) for batch in policy.batches for row, key in enumerate(batch) if len(set(batch)) == 2]
+    assert asked and all(row == int(index > 0) for row, index in asked)
+    keys = [key for batch in policy.batches for key in batch]
+    plans = {index: sum(-(-(s or 720) // 10) for s in results[index]["steps_to_success"]) for index in results}
+    assert {i: len({key for key in keys if key[1] == i}) for i in plans} == plans
 
 
 def test_films_hold_every_second_frame_with_a_caption() -> None:
@@ -117,11 +133,27 @@ def test_wrong_action_shapes_are_refused(shape: tuple[int, ...]) -> None:
     policy = SteadyPolicy(execute=10)
     policy.plan = lambda observations, instructions: np.zeros(shape)
     with pytest.raises(RolloutError, match=r"shape .* needed are \(2, at least 10, 7\)"):
-        plan(policy, [({}, "go")], size=2)
+        plan(policy, {0: ({}, "go")}, size=2)
 
 
 def test_actions_that_are_not_finite_are_refused() -> None:
     policy = SteadyPolicy()
     policy.plan = lambda observations, instructions: np.full((1, 10, 7), np.nan)
     with pytest.raises(RolloutError, match="not finite, for 'go'"):
-        plan(policy, [({}, "go")], size=1)
+        plan(policy, {0: ({}, "go")}, size=1)
+
+
+def test_a_plan_of_the_real_policy_depends_on_its_key_and_not_on_its_neighbours() -> None:
+    model = build()
+    wake(model)
+    policy = DeFIPolicy(model)
+
+    def request(picture: int, number: int) -> tuple[dict, str]:
+        rng = np.random.default_rng(picture)
+        pictures = {"rgb_static": rng.integers(0, 255, (200, 200, 3), np.uint8), "rgb_gripper": rng.integers(0, 255, (84, 84, 3), np.uint8)}
+        return {"rgb_obs": pictures, "robot_obs": np.zeros(15), "rollout_key": (0, 7, 0, number)}, SENTENCES[0]
+
+    alone = plan(policy, {2: request(0, 3)}, size=3)[2]
+    together = plan(policy, {0: request(1, 5), 1: request(2, 3), 2: request(0, 3)}, size=3)[2]
+    assert np.array_equal(alone, together)  # bit for bit: what a resumed run rests on
+    assert not np.allclose(alone, plan(policy, {2: request(0, 4)}, size=3)[2])
