@@ -333,6 +333,7 @@ class Expert(Motions):
         yaw = min((comfortable_yaw(y) for y in self.grasp_yaws(below)), key=lambda y: abs(y - now))
         if position[1] > NEAR_FRONT:
             yaw = FORWARD
+            position[1] -= 0.01  # what stands above the other block must not touch a handle
         yield from self.put([*position[:2], position[2] + 0.043 - hangs[2]], yaw, tilt=0.5 * lean(position[1]))
 
     def unstack_block(self) -> Plan:

@@ -35,8 +35,12 @@ def turn_between(facing: np.ndarray, euler: np.ndarray) -> np.ndarray:
 
 
 def lean(y: float, yaw: float = FORWARD) -> float:
-    """Tilt that keeps an open hand over the table off the handles of the slanted front: more for one that is askew."""
-    return float(np.clip((y - NEAR_FRONT) * 6 + max(0.0, (y + 0.1) * 20) * abs(np.cos(yaw)), 0, 0.8))
+    """Tilt that keeps an open hand over the table off the handles of the slanted front.
+
+    More for a hand that is askew, as long as leaning back still takes it away from the front.
+    """
+    along, across = max(0.0, np.sin(yaw)), abs(np.cos(yaw))
+    return float(along * np.clip((y - NEAR_FRONT) * 6 + max(0.0, (y + 0.1) * 20) * across * along, 0, 0.8))
 
 
 def straightened(yaw: float, slack: float) -> float:

@@ -10,11 +10,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from playtable.expert import DOOR_WIDTH
+from playtable.motions import GRASPABLE
 from playtable.scene import ROBOT_BASE, Scene
 from playtable.sequences import DRAWER_OPEN, NEUTRAL_ROBOT_OBS, SWITCH_ON
 from playtable.state import PrivilegedState
 from playtable.tasks import check_tasks
 
+ACROSS_FROM = -0.085  # m, y up to which the hand may stand across the front
 BESIDE_WALL = 0.055  # m from a wall or door that a finger needs beside a block's middle
 NEEDS_BLOCK = ("place_in_slider", "place_in_drawer", "stack_block")
 REACH = 0.75  # m over the ground from the robot's base: as far as a hand goes that hovers over the table
@@ -61,6 +63,14 @@ def corridor_free(at: np.ndarray, sign: int, obstacles: list[np.ndarray]) -> boo
     return not any(-0.13 < along < 0.26 and aside < 0.085 for along, aside in ahead)
 
 
+def graspable(at: np.ndarray, axes: np.ndarray, edges: np.ndarray) -> bool:
+    """Near the slanted front the wide hand must stand along it: is there a pair of faces that it can close on there?"""
+    if at[1] < ACROSS_FROM:
+        return True
+    closing = [axis for axis, edge in zip(axes.T, edges) if abs(axis[2]) < 0.5 and edge < GRASPABLE]
+    return any(abs(axis[0]) > 0.62 for axis in closing)
+
+
 def _clear(at: np.ndarray, others: list[np.ndarray]) -> bool:
     return all(np.linalg.norm(at[:2] - other[:2]) > GAP for other in others)
 
@@ -74,7 +84,8 @@ def _block_tasks(state: PrivilegedState, zones: dict[str, str]) -> list[str]:
         colour, at = block.removeprefix("block_"), state.block(block)[0]
         others = [state.block(other)[0] for other in zones if other != block]
         if place == "table" and _clear(at, others):
-            tasks += [f"lift_{colour}_block_table", f"rotate_{colour}_block_left", f"rotate_{colour}_block_right"]
+            if graspable(at, state.block(block)[1], state.size(block)):
+                tasks += [f"lift_{colour}_block_table", f"rotate_{colour}_block_left", f"rotate_{colour}_block_right"]
             obstacles = [*others, np.array(state.fixtures.button)]
             tasks += [
                 f"push_{colour}_block_{side}"
@@ -175,22 +186,29 @@ def _position(place: str, scene: Scene, rng: np.random.Generator) -> np.ndarray:
     return position
 
 
-def _fits(task: str, block: str, positions: dict[str, np.ndarray], scene: Scene) -> bool:
-    """Does the last block placed keep clear of the others, of the button and of what the task needs?"""
-    at = positions[block]
+def _fits(task: str, block: str, poses: dict[str, np.ndarray], scene: Scene, slide: float) -> bool:
+    """Does the last block placed keep clear of all others, of the fixtures and of what the task needs?"""
+    at, yaw = poses[block][:3], poses[block][3]
     button = np.array(scene.fixtures.button)
-    others = [position for name, position in positions.items() if name != block]
-    if not _clear(at, [*others, button]) or not (at[1] > 0 or within_reach(at)):
+    others = [pose for name, pose in poses.items() if name != block]
+    if not _clear(at, [*others, button]):
         return False
+    if at[1] < 0:
+        axes = np.array([[np.cos(yaw), -np.sin(yaw), 0], [np.sin(yaw), np.cos(yaw), 0], [0, 0, 1.0]])
+        edges = np.array(scene.sizes[block])
+        beside_handle = abs(at[0] - (scene.slide_x0 + 0.14 - slide)) < 0.07
+        front = at[1] + np.abs(axes[1]) @ edges / 2
+        if front > (-0.04 if beside_handle else -0.005) or not within_reach(at) or not graspable(at, axes, edges):
+            return False
     words = task.split("_")
     if task == "unstack_block":
         return at[1] > 0 or at[1] < -0.09  # what lies across another block must not touch the handles
     if task == "push_into_drawer":
         return at[1] > 0 or abs(at[0] - scene.drawer_x) < 0.1
     target = f"block_{words[1]}"
-    if words[0] == "push" and target in positions:
-        rest = [position for name, position in positions.items() if name != target]
-        return corridor_free(positions[target][:2], 1 if words[3] == "right" else -1, [*rest, button])
+    if words[0] == "push" and target in poses:
+        rest = [pose for name, pose in poses.items() if name != target]
+        return corridor_free(poses[target][:2], 1 if words[3] == "right" else -1, [*rest, button])
     return True
 
 
@@ -204,37 +222,37 @@ def random_start(task: str, scene: Scene, rng: np.random.Generator) -> Start:
         fixtures = _fixtures(task, scene, rng)
         open_side = "slider_left" if fixtures[0] == 0 else "slider_right"
         zones = _zones(task, scene, open_side, rng)
-        positions: dict[str, np.ndarray] = {}
+        poses: dict[str, np.ndarray] = {}
         for name, place in zones.items():
             for _ in range(60):
-                positions[name] = _position(place, scene, rng)
-                if _fits(task, name, positions, scene):
+                poses[name] = np.append(_position(place, scene, rng), _yaw(place, rng))
+                if _fits(task, name, poses, scene, fixtures[0]):
                     break
             else:
                 break
         else:
-            return _assemble(task, scene, fixtures, zones, positions, rng)
+            return _assemble(task, scene, fixtures, zones=zones, poses=poses, rng=rng)
     raise RuntimeError(f"no start for {task} found in scene {scene.name}: its surfaces leave no room")
+
+
+def _yaw(place: str, rng: np.random.Generator) -> float:
+    return rng.uniform(-np.pi, np.pi) if place in ("table", "drawer") else np.pi / 2 + rng.uniform(-0.4, 0.4)
 
 
 def _assemble(
     task: str,
     scene: Scene,
     fixtures: np.ndarray,
+    *,
     zones: dict[str, str],
-    positions: dict[str, np.ndarray],
+    poses: dict[str, np.ndarray],
     rng: np.random.Generator,
 ) -> Start:
     on_table = [name for name, place in zones.items() if place == "table"]
-    yaws = {
-        name: rng.uniform(-np.pi, np.pi) if place in ("table", "drawer") else np.pi / 2 + rng.uniform(-0.4, 0.4)
-        for name, place in zones.items()
-    }
     if task == "unstack_block":
         low, top = on_table[:2]
-        positions[top] = positions[low] + [0, 0, 0.04]
-        yaws[top] = yaws[low] + rng.uniform(-0.2, 0.2)
-    blocks = [[*positions[name], 0.0, 0.0, yaws[name]] for name in scene.block_names]
+        poses[top] = poses[low] + [0, 0, 0.04, rng.uniform(-0.2, 0.2)]
+    blocks = [[*poses[name][:3], 0.0, 0.0, poses[name][3]] for name in scene.block_names]
     before = None
     if task in NEEDS_BLOCK:
         before = f"lift_{rng.choice(on_table).removeprefix('block_')}_block_table"
