@@ -228,7 +228,11 @@ class Expert(Motions):
                     holds.append((float(yaw), float(np.clip(yaw + angle, *YAW_RANGE) - yaw)))
         whole = [hold for hold in holds if abs(hold[1]) > abs(angle) - 0.10]
         if whole:
-            return min(whole, key=lambda hold: max(abs(hold[0] - FORWARD), abs(sum(hold) - FORWARD)))
+            # Near the front the first half must be easy: the block is drawn away while it turns.
+            near = self.state.block(block)[0][1] > NEAR_FRONT + 0.02
+            return min(
+                whole, key=lambda hold: max(abs(hold[0] - FORWARD), 0.0 if near else abs(sum(hold) - FORWARD))
+            )
         return max(holds, key=lambda hold: abs(hold[1]), default=(FORWARD, angle))
 
     def _extent(self, block: str, axis: int) -> float:
@@ -238,7 +242,7 @@ class Expert(Motions):
     def push(self, block: str, sign: int) -> Plan:
         start = self.state.block(block)[0]
         behind = start[0] - sign * (self._extent(block, 0) + 0.04)
-        euler = hand(tilt=lean(start[1]))
+        euler = hand(tilt=min(0.8, lean(start[1]) + 0.2 * self._trial))
         yield from self.above(behind, start[1], euler, height=0.58, grip=-1)
         yield from self.goto([behind, start[1], 0.464], euler, speed=0.85, careful=True)
         for _ in range(90):
