@@ -100,9 +100,19 @@ def _svd(folder: Path, vae: AutoencoderKLTemporalDecoder | None) -> None:
 
 
 def blank_vae() -> AutoencoderKLTemporalDecoder:
-    """SVD's VAE, small: factor 8 as the original, but 12 channels, because an 8 x 8 latent of 4 would lose a block of 4 cm."""
-    return AutoencoderKLTemporalDecoder(block_out_channels=(32,) * 4, down_block_types=("DownEncoderBlock2D",) * 4, layers_per_block=1,
-                                        latent_channels=12, sample_size=IMAGE, scaling_factor=0.18215)
+    """SVD's VAE, small: factor 8 as the original, but 12 channels, because an 8 x 8 latent of 4 would lose a block of 4 cm.
+
+    Its decoder starts, and stays, blind to neighbouring frames: it is fitted on single pictures and decodes whole clips.
+    """
+    vae = AutoencoderKLTemporalDecoder(block_out_channels=(32,) * 4, down_block_types=("DownEncoderBlock2D",) * 4, layers_per_block=1,
+                                       latent_channels=12, sample_size=IMAGE, scaling_factor=0.18215)
+    with torch.no_grad():
+        for name, weight in vae.decoder.named_parameters():
+            if name.endswith("mix_factor"):
+                weight.fill_(-20.0)  # a share of 2e-9 for the branch that mixes frames, and no gradient
+            elif name == "time_conv_out.weight":
+                weight[:, :, [0, 2]] = 0  # the taps on the frames before and after; one frame gives them no gradient
+    return vae
 
 
 def _spread(model: CLIPTextModelWithProjection) -> None:
