@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from parts import write_calvin
+
+from tests.step3_defi.parts import write_calvin
 
 
 @pytest.fixture

@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
-from parts import wake
 from torch import nn
 
 from step3_defi.adapter import ActionAdapter
 from step3_defi.edm import EDM, seeded_noise
+from tests.step3_defi.parts import wake
 
 
 class Holder(nn.Module):

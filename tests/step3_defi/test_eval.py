@@ -22,8 +22,8 @@ from step3_defi.eval import CONFIGS, evaluate, plain_keys
 from step3_defi.journal import Journal, JournalError
 
 CHAINS = [[30, 250, 300, 500, 30], [30, 999, 30, 30, 30], [300, 300, 300, 300, 300]]
+FAKES = "tests.step3_defi.rollout_fakes"
 ROOT = Path(__file__).resolve().parents[2]
-HERE = Path(__file__).resolve().parent
 
 
 @pytest.fixture
@@ -37,20 +37,20 @@ def policy(tmp_path: Path) -> str:
 
 
 def run(out: Path, agent: str = "expert", **changes: Any) -> dict[str, Any]:
-    env = {"_target_": "rollout_fakes.FakeEnv", "chains": CHAINS, **changes.pop("env", {})}
-    arguments = {"planner": OmegaConf.create({"_target_": "rollout_fakes.NoisyPolicy", "execute": 10}), "tasks": None, "sequences": 6,
+    env = {"_target_": f"{FAKES}.FakeEnv", "chains": CHAINS, **changes.pop("env", {})}
+    arguments = {"planner": OmegaConf.create({"_target_": f"{FAKES}.NoisyPolicy", "execute": 10}), "tasks": None, "sequences": 6,
                  "length": 5, "horizon": 720, "workers": 2, "seed": 0, "films": {"candidates": 0, "keep": 1, "every": 40}}
     return evaluate(env_config=env, agent=agent, out=out, **{**arguments, **changes})
 
 
 def command(out: Path, policy: str, *more: str) -> list[str]:
-    settings = [f"policy={policy}", f"out={out}", "sequences=6", "workers=2", "films.candidates=0", "tasks.tasks=null", "env._target_=rollout_fakes.FakeEnv",
-                f"+env.chains={json.dumps(CHAINS)}", "planner._target_=rollout_fakes.NoisyPolicy", f"hydra.run.dir={out}", *more]
+    settings = [f"policy={policy}", f"out={out}", "sequences=6", "workers=2", "films.candidates=0", "tasks.tasks=null", f"env._target_={FAKES}.FakeEnv",
+                f"+env.chains={json.dumps(CHAINS)}", f"planner._target_={FAKES}.NoisyPolicy", f"hydra.run.dir={out}", *more]
     return ["-m", "step3_defi.eval", *settings]
 
 
 def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(HERE)]), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
 
 
 def files(out: Path) -> dict[str, bytes]:

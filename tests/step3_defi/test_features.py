@@ -5,11 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from parts import build
 
 from common.mixture import collate
 from step3_defi import features
 from step3_defi.dataset import CalvinWindows
+from tests.step3_defi.parts import build
 
 RNG = np.random.default_rng(0)
 PARENTS = {"gfdm": "a", "gidm": "b"}

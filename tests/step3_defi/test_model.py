@@ -7,10 +7,10 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
-from parts import FakeGFDM, FakeGIDM, FakeGoal, build, make_batch, wake
 
 from step3_defi.edm import EDM
 from step3_defi.model import PARTS
+from tests.step3_defi.parts import FakeGFDM, FakeGIDM, FakeGoal, build, make_batch, wake
 
 CONFIGS = str(Path(__file__).resolve().parents[2] / "configs")
 NEW = ["projector", "video_former", "adapter"]

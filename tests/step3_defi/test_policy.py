@@ -5,12 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from parts import SENTENCES, build, wake
 from torch import nn
 
 from common import artifact
 from step3_defi import policy
 from step3_defi.policy import DeFIPolicy
+from tests.step3_defi.parts import SENTENCES, build, wake
 
 
 def observe(seed: int, **shapes) -> dict:

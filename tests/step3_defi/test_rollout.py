@@ -7,18 +7,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-from parts import SENTENCES, build, wake
-from rollout_fakes import NoisyPolicy, SteadyPolicy, make_tasks
 
 from step3_defi.policy import DeFIPolicy
 from step3_defi.rollout import RolloutError, Simulators, plan
 from step3_defi.worker import Chain, Survey
+from tests.step3_defi.parts import SENTENCES, build, wake
+from tests.step3_defi.rollout_fakes import NoisyPolicy, SteadyPolicy, make_tasks
 
 CHAINS = [[30, 250, 300, 500, 30], [30, 999, 30, 30, 30], [300, 300, 300, 300, 300]]
 
 
 def config(**arguments: Any) -> dict[str, Any]:
-    return {"_target_": "rollout_fakes.FakeEnv", "chains": CHAINS, **arguments}
+    return {"_target_": "tests.step3_defi.rollout_fakes.FakeEnv", "chains": CHAINS, **arguments}
 
 
 def chains(agent: str = "policy", horizon: int = 720, count: int = 3, slots: int = 1, **more: Any) -> list[Chain]:

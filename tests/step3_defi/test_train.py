@@ -9,11 +9,11 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from parts import write_calvin
 from safetensors.torch import load_file
 
 from common import artifact
 from step3_defi import DeFI, policy, train
+from tests.step3_defi.parts import write_calvin
 
 PARENT_CONFIGS = {"gfdm": "step1_gfdm", "gidm": "step2_gidm"}
 
