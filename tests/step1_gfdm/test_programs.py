@@ -95,20 +95,20 @@ def trained(hub, run, tmp_path_factory):
     work = tmp_path_factory.mktemp("work")
     (work / "ckpts/hub").mkdir(parents=True)
     (work / "ckpts/hub/tiny").symlink_to(hub)
-    write_set(work / "data/video/playtable", 4, length=40, cameras=2, val_folder=False)
-    said = {"encode": run("step1_gfdm.encode", "scale=tiny", "data=data/video/playtable", cwd=work)}
+    write_set(work / "data/playtable/A/videos_set", 4, length=40, cameras=2, val_folder=False)
+    said = {"encode": run("step1_gfdm.encode", "scale=tiny", "data=data/playtable/A/videos_set", cwd=work)}
     steps = ("loop.max_steps=6", "loop.batch_size=4", "loop.warmup_steps=2", "loop.save_every=3", "loop.log_every=1", "loop.eval_every=3")
     said["train"] = run("step1_gfdm.train", "scale=tiny", "name=squares", *steps, cwd=work)
-    said["eval"] = run("step1_gfdm.eval", "path=ckpts/gfdm/squares", "data=data/video/playtable", "count=3", "strips=2", "steps=[1,2]", cwd=work)
+    said["eval"] = run("step1_gfdm.eval", "path=ckpts/gfdm/squares", "data=data/playtable/A/videos_set", "count=3", "strips=2", "steps=[1,2]", cwd=work)
     return work, said
 
 
 def test_a_model_comes_out_of_three_commands(trained):
     work, said = trained
-    assert "8 encoded" in said["encode"] and "latents in data/video/playtable" in said["encode"]
+    assert "8 encoded" in said["encode"] and "latents in data/playtable/A/videos_set" in said["encode"]
     rows = [json.loads(line) for line in (work / "ckpts/gfdm/squares/metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "train/loss" in row] == [1, 2, 3, 4, 5, 6] and any("val/loss" in row for row in rows)
-    assert artifact.meta(work / "ckpts/gfdm/squares", "gfdm")["stats"]["clips"] == {"playtable": {"stride": 10, "start_every": 2}}
+    assert artifact.meta(work / "ckpts/gfdm/squares", "gfdm")["stats"]["clips"] == {"videos_set": {"stride": 10, "start_every": 2}}
 
 
 def test_eval_writes_table_results_and_strips(trained):
@@ -126,11 +126,11 @@ def test_eval_writes_table_results_and_strips(trained):
 def test_one_line_for_what_is_missing(trained, run):
     work, _ = trained
     with pytest.raises(artifact.ArtifactError, match="meta.json is missing.*step1_train_svd.sh name=none"):
-        run("step1_gfdm.eval", "path=ckpts/gfdm/none", "data=data/video/playtable", cwd=work)
+        run("step1_gfdm.eval", "path=ckpts/gfdm/none", "data=data/playtable/A/videos_set", cwd=work)
     with pytest.raises(InstantiationException, match="no annotations here"):
         run("step1_gfdm.train", "scale=tiny", "paths.data=nowhere", cwd=work)
     with pytest.raises(ValueError, match="precision=fp8; use one of"):
-        run("step1_gfdm.encode", "scale=tiny", "data=data/video/playtable", "precision=fp8", cwd=work)
+        run("step1_gfdm.encode", "scale=tiny", "data=data/playtable/A/videos_set", "precision=fp8", cwd=work)
 
 
 def test_a_broken_run_goes_on_to_the_weights_of_an_unbroken_one(trained, run, monkeypatch):
