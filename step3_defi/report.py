@@ -158,7 +158,7 @@ def evaluation(folder: Path, pictures: str, count: int) -> str:
     shown = sorted((folder / pictures).glob("*.png"))[:count]
     drawn = "".join(picture(inline(path, "image/png"), f"{pictures}/{path.name}") for path in shown)
     nothing = FileNotFoundError(f"no pictures in {folder / pictures}; run the step's eval program")
-    return or_missing(lambda: markdown_html((folder / "table.md").read_text()), "The table") + (drawn or missing("A picture", nothing))
+    return or_missing(lambda: markdown_html(_text(folder / "table.md")), "The table") + (drawn or missing("A picture", nothing))
 
 
 def loss_curves(name: str, folder: Path) -> str:
@@ -172,8 +172,9 @@ def loss_curves(name: str, folder: Path) -> str:
     for axis, (curve, keys) in zip(axes[0], panels.items()):
         for key in keys:
             steps, values = series[key]
-            axis.plot(steps, values, alpha=0.35 if len(steps) > 30 else 1, label=None if len(steps) > 30 else key)
-            if len(steps) > 30:
+            noisy = len(steps) > 30
+            axis.plot(steps, values, alpha=0.35 if noisy else 1, marker=None if noisy else "o", markersize=3, label=None if noisy else key)
+            if noisy:
                 axis.plot(steps, smooth(values), color=axis.lines[-1].get_color(), label=f"{key} (mean)")
         if curve in ("loss", "mse") and all(min(series[key][1]) > 0 for key in keys):
             axis.set_yscale("log")
@@ -226,9 +227,13 @@ def build(cfg: Mapping[str, Any]) -> str:
 
 
 def _json(path: Path) -> dict[str, Any]:
+    return json.loads(_text(path))
+
+
+def _text(path: Path) -> str:
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist")
-    return json.loads(path.read_text())
+        raise FileNotFoundError(f"{path} does not exist; run the eval program that writes it")
+    return path.read_text()
 
 
 def _bold(cell: str) -> str:
