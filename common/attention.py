@@ -70,7 +70,10 @@ class Attention(nn.Module):
         mask = None if key_mask is None else key_mask[:, None, None]
         if causal and mask is not None:
             mask = mask & torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=x.device).tril()
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal and mask is None)
+        if q.device.type == "cpu":  # the CPU's fused kernel is several times slower in bf16 than in fp32
+            q, k, v = q.float(), k.float(), v.float()
+        with torch.autocast(q.device.type, enabled=q.device.type != "cpu" and torch.is_autocast_enabled(q.device.type)):
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal and mask is None)
         return self.to_out(out.transpose(1, 2).flatten(2))
 
     def _split(self, x: Tensor) -> Tensor:

@@ -205,7 +205,8 @@ class Loop:
                           world=self.accelerator.num_processes, start=start, stop=stop)
         # its own generator: an iterator's base seed would otherwise advance the model's noise at every resume
         return DataLoader(Draws(samples, self.seed), batch_sampler=sampler, collate_fn=collate, num_workers=self.num_workers,
-                          generator=torch.Generator().manual_seed(self.seed), pin_memory=self.accelerator.device.type == "cuda", prefetch_factor=4 if self.num_workers else None)
+                          generator=torch.Generator().manual_seed(self.seed),
+                          pin_memory=self.accelerator.device.type == "cuda", prefetch_factor=4 if self.num_workers else None)
 
     @torch.no_grad()
     def _validate(self, wrapped: nn.Module, val_set: SampleSet) -> dict[str, float]:

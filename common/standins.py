@@ -14,24 +14,30 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import hydra
 import numpy as np
 import timm
 import torch
-from diffusers import (AutoencoderKLTemporalDecoder, EulerDiscreteScheduler, StableVideoDiffusionPipeline,
-                       UNetSpatioTemporalConditionModel)
+from diffusers import AutoencoderKLTemporalDecoder, EulerDiscreteScheduler, StableVideoDiffusionPipeline, UNetSpatioTemporalConditionModel
 from omegaconf import DictConfig
 from timm.models import save_for_hf
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
-from transformers import (CLIPImageProcessor, CLIPTextConfig, CLIPTextModelWithProjection, CLIPVisionConfig,
-                          CLIPVisionModelWithProjection, PreTrainedTokenizerFast, T5Config, T5EncoderModel)
+from transformers import (
+    CLIPImageProcessor,
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5EncoderModel,
+)
 
 from common.loop import Loop
+from common.program import program
 from common.video import read_frames, resize
 
 log = logging.getLogger(__name__)
-CONFIGS = str(Path(__file__).resolve().parents[1] / "configs")
 # Words that get a token of their own; everything else is spelled in bytes, so any sentence can be encoded.
 WORDS = """take grasp store place put slide push pull press move lift pick go turn use rotate stack collapse open close sweep toggle
  the a an of from in into on onto off up down to left right front back side top bottom under with and then it
@@ -184,7 +190,7 @@ def fit_vae(frames: Path, output_dir: Path, *, steps: int, seed: int = 0) -> Aut
     return vae
 
 
-@hydra.main(version_base=None, config_path=CONFIGS, config_name="standins")
+@program("standins")
 def main(cfg: DictConfig) -> None:
     out = Path(cfg.out)
     vae = fit_vae(Path(cfg.frames), out / "vae_run", steps=cfg.vae_steps, seed=cfg.seed) if cfg.frames else None

@@ -93,7 +93,7 @@ def _wanted(path: Path, indices: Sequence[int] | None, count: int) -> list[int]:
     if not count:
         raise VideoError(f"{path}: no frames")
     wanted = list(range(count)) if indices is None else [int(i) for i in indices]
-    if wanted and not (0 <= min(wanted) and max(wanted) < count):
+    if wanted and not (min(wanted) >= 0 and max(wanted) < count):
         raise VideoError(f"{path}: frames {min(wanted)}..{max(wanted)} asked of a video of {count}")
     return wanted
 

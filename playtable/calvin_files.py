@@ -21,20 +21,23 @@ from playtable.demonstrate import Segment
 
 FPS = 30
 PIXELS = ("rgb_static", "rgb_gripper")
-VECTORS = ("actions", "rel_actions", "robot_obs", "scene_obs")
 
 
 def write_frames(folder: Path, segment: Segment) -> None:
-    """One npz a frame, 00000.npz onwards. The fastest level of deflate: these pictures shrink to a tenth with it already."""
-    columns = {**{key: getattr(segment, key) for key in PIXELS}, "actions": segment.absolute_actions(),
-               "rel_actions": segment.rel_actions, "robot_obs": segment.robot_obs, "scene_obs": segment.scene_obs}
+    """One npz a frame, 00000.npz onwards, and the vectors of all of them in vectors.npz."""
+    vectors = {"actions": segment.absolute_actions(), "rel_actions": np.array(segment.rel_actions),
+               "robot_obs": np.array(segment.robot_obs), "scene_obs": np.array(segment.scene_obs)}
+    columns = {**{key: getattr(segment, key) for key in PIXELS}, **vectors}
     folder.mkdir(parents=True)
+    np.savez(folder / "vectors.npz", **vectors)
     for frame in range(len(segment)):
-        with zipfile.ZipFile(folder / f"{frame:05d}.npz", "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        with zipfile.ZipFile(folder / f"{frame:05d}.npz", "w") as archive:
             for key, values in columns.items():
                 buffer = io.BytesIO()
                 np.lib.format.write_array(buffer, np.asarray(values[frame]), allow_pickle=False)
-                archive.writestr(f"{key}.npy", buffer.getvalue())
+                # A fixed date keeps recordings of one seed equal; the fastest level of deflate does most already.
+                member = zipfile.ZipInfo(f"{key}.npy", date_time=(1980, 1, 1, 0, 0, 0))
+                archive.writestr(member, buffer.getvalue(), zipfile.ZIP_DEFLATED, compresslevel=1)
 
 
 def write_films(folder: Path, segment: Segment) -> None:
@@ -51,16 +54,20 @@ def write_films(folder: Path, segment: Segment) -> None:
 
 
 def write_split(folder: Path, episodes: list[dict[str, Any]], scenes: dict[str, list[int]]) -> None:
-    """The index files of training/ or validation/. `episodes`: {"start", "end", "sentence", "task"}, inclusive frame ids."""
+    """The index files of training/ or validation/, ids inclusive; ep_start_end_ids.npy comes last and marks it whole.
+
+    `episodes` holds {"start", "end", "sentence", "task"}, `scenes` the first and last frame of each scene.
+    """
     spans = np.array([(e["start"], e["end"]) for e in episodes], dtype=np.int64).reshape(-1, 2)
-    save_npy(folder / "ep_start_end_ids.npy", spans)
     save_npy(folder / "ep_lens.npy", spans[:, 1] - spans[:, 0] + 1)
     save_npy(folder / "scene_info.npy", scenes)
     annotations = {"language": {"ann": [e["sentence"] for e in episodes], "task": [e["task"] for e in episodes],
-                                "emb": np.zeros((len(episodes), 1, 1), np.float32)},  # CALVIN's slot for a language model's embedding
+                                # CALVIN's slot for a language model's embedding of the sentence
+                                "emb": np.zeros((len(episodes), 1, 1), np.float32)},
                    "info": {"episodes": [], "indx": [(int(a), int(b)) for a, b in spans]}}
     (folder / "lang_annotations").mkdir(exist_ok=True)
     save_npy(folder / "lang_annotations" / "auto_lang_ann.npy", annotations)
+    save_npy(folder / "ep_start_end_ids.npy", spans)
 
 
 def write_statistics(folder: Path, vectors: dict[str, np.ndarray]) -> None:
@@ -68,16 +75,31 @@ def write_statistics(folder: Path, vectors: dict[str, np.ndarray]) -> None:
     record: dict[str, Any] = {}
     for key in ("robot_obs", "scene_obs"):
         values = vectors[key]
-        record[key] = [{"_target_": "calvin_agent.utils.transforms.NormalizeVector", "mean": values.mean(0).tolist(), "std": values.std(0).tolist()}]
-    record["act_min_bound"], record["act_max_bound"] = (getattr(vectors["actions"], bound)(0).tolist() for bound in ("min", "max"))
+        moments = {"mean": values.mean(0).tolist(), "std": values.std(0).tolist()}
+        record[key] = [{"_target_": "calvin_agent.utils.transforms.NormalizeVector", **moments}]
+    record["act_min_bound"] = vectors["actions"].min(0).tolist()
+    record["act_max_bound"] = vectors["actions"].max(0).tolist()
     write_text(folder / "statistics.yaml", yaml.safe_dump(record, sort_keys=False))
+
+
+def write_world(folder: Path, scenes: list[str], versions: dict[str, str]) -> None:
+    """`.hydra/merged_config.yaml`: which world these frames come from, in the keys of CALVIN's own file."""
+    config = {
+        "world": "playtable", "versions": versions,
+        "scene": {"name": [f"calvin_scene_{scene}" for scene in scenes]},
+        "cameras": {"static": {"name": "static", "width": 200, "height": 200, "fov": 10},
+                    "gripper": {"name": "gripper", "width": 84, "height": 84, "fov": 75}},
+        "env": {"control_freq": FPS}, "robot": {"max_rel_pos": 0.02, "max_rel_orn": 0.05, "euler_obs": True},
+    }
+    write_text(folder / ".hydra" / "merged_config.yaml", yaml.safe_dump(config, sort_keys=False))
 
 
 def write_annotation(root: Path, split: str, name: str, sentence: str, length: int) -> None:
     """The json of one video, as VPP and the official release lay it out."""
     record = {"task": "robot_trajectory_prediction", "texts": [sentence], "episode_id": name, "video_length": length,
               "videos": [{"video_path": f"videos/{split}/{name}/{camera}.mp4"} for camera in (0, 1)],
-              "latent_videos": [{"latent_video_path": f"latent_videos/{split}/{name}/{camera}.pt"} for camera in (0, 1)]}
+              "latent_videos": [{"latent_video_path": f"latent_videos/{split}/{name}/{camera}.pt"}
+                                for camera in (0, 1)]}
     write_text(root / "annotation" / split / f"{name}.json", json.dumps(record, indent=2) + "\n")
 
 

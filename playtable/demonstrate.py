@@ -1,6 +1,7 @@
-"""One chain of scripted demonstrations: several tasks in a row without a reset, so that they start where chains arrive (DESIGN 7).
+"""One chain of scripted demonstrations: tasks in a row without a reset, so that they start where chains arrive (DESIGN 7).
 
 A *segment* is what one sentence describes. Labels are the expert's clean commands; what is executed carries noise.
+The shares follow a first policy's lessons (starting anywhere in a chain matters most; lifts are what needs eyes).
 """
 from __future__ import annotations
 
@@ -11,16 +12,20 @@ import numpy as np
 
 from playtable.env import PlayTable
 from playtable.expert import Expert, disturbed
-from playtable.sequences import INITIAL_STATES, initial_state
-from playtable.starts import possible
+from playtable.sequences import CATEGORIES, INITIAL_STATES, initial_state
+from playtable.starts import NEEDS_BLOCK, possible, random_start
 from playtable.state import PlayTableState
 
 SIGMAS = (0.0, 0.1, 0.25)
-BURST_SHARE = 0.3  # of segments are pushed away from their course once
-BURST_STEPS = (4, 10)
+LENGTHS = (0.30, 0.15, 0.15, 0.15, 0.25)  # of chains with 1..5 segments: 35 % of all segments start from neutral
+LIFT_LAST_SHARE = 0.4  # of chains are fixtures and then a lift, where no task takes a lifted block further
+LIFT_SHARE = 0.3  # of the other choices where a lift is possible; a third of all with the one above
+USE_BLOCK_SHARE = 0.75  # of the choices that have a block in the hand and a task for it
+BURST_SHARE = 0.3  # of segments begin behind an unrecorded push off their course
+BURST_AFTER, BURST_STEPS = (0, 25), (4, 11)
 OVERRUN_SHARE = 0.35  # of segments run on past success
-OVERRUN_STEPS = (4, 9)
-SCATTERED_SHARE = 0.3  # of chains start from blocks anywhere on the scene's surfaces
+OVERRUN_STEPS = (5, 11)
+SCATTERED_SHARE = 0.5  # of chains start from blocks anywhere on the scene's surfaces
 JITTER = 0.025  # m, of blocks on the table in the others
 LIMIT = 240  # steps in which a demonstration must succeed
 SHORTEST = 12  # frames; less holds no chunk of actions
@@ -42,24 +47,35 @@ class Segment:
     def __len__(self) -> int:
         return len(self.rel_actions)
 
+    def add(self, observation: dict, action: np.ndarray) -> None:
+        """One frame: what is seen and the clean command given there."""
+        self.rgb_static.append(observation["rgb_obs"]["rgb_static"])
+        self.rgb_gripper.append(observation["rgb_obs"]["rgb_gripper"])
+        self.robot_obs.append(observation["robot_obs"])
+        self.scene_obs.append(observation["scene_obs"])
+        self.rel_actions.append(action)
+
     def absolute_actions(self) -> np.ndarray:
         """(T, 7): the hand's pose of the following frame and the gripper command, CALVIN's "actions"."""
         poses = np.array([*self.robot_obs[1:], self.after])[:, :6]
         return np.concatenate([poses, np.array(self.rel_actions)[:, 6:]], axis=1)
 
 
-def chain(env: PlayTable, tasks: Sequence[str], length: int, rng: np.random.Generator) -> tuple[list[Segment], int]:
-    """Up to `length` demonstrated segments and the number of attempts that failed. `env` is reset first."""
-    _start(env, rng)
+def chain(env: PlayTable, tasks: Sequence[str], longest: int, rng: np.random.Generator) -> tuple[list[Segment], int]:
+    """Demonstrated segments, at most `longest`, and the number of attempts that failed. `env` is reset first."""
+    shares = np.array(LENGTHS[:longest]) / sum(LENGTHS[:longest])
+    length = 1 + int(rng.choice(len(shares), p=shares))
+    lift_last = rng.random() < LIFT_LAST_SHARE and not set(tasks) & set(NEEDS_BLOCK)
+    _start(env, tasks, rng)
     state, failed, segments = PlayTableState(env), 0, []
     expert = env.expert(seed=int(rng.integers(2**31)))
-    last = None
-    for _ in range(length):
-        task = _choose([t for t in possible(state) if t in tasks and t != last], rng)
+    task = None
+    for place in range(length):
+        lift = place == length - 1 if lift_last else None
+        task = _choose([name for name in possible(state) if name in tasks and name != task], rng, lift=lift)
         if task is None:
             break
         segment = _demonstrate(env, expert, task, rng)
-        last = task
         if segment is None:
             failed += 1
         elif len(segment) >= SHORTEST:
@@ -67,12 +83,11 @@ def chain(env: PlayTable, tasks: Sequence[str], length: int, rng: np.random.Gene
     return segments, failed
 
 
-def _start(env: PlayTable, rng: np.random.Generator) -> None:
+def _start(env: PlayTable, tasks: Sequence[str], rng: np.random.Generator) -> None:
+    """The neutral pose, with blocks and fixtures as an evaluation has them (a little shifted) or anywhere."""
     if rng.random() < SCATTERED_SHARE:
-        condition = INITIAL_STATES[rng.integers(len(INITIAL_STATES))]
-        _, fixtures = initial_state(condition, env.scene)
-        blocks = env.reset()["scene_obs"]
-        env.reset(scene_obs=np.concatenate([fixtures[:6], blocks[6:]]))
+        start = random_start(str(rng.choice(tasks)), env.scene, rng)
+        env.reset(robot_obs=start.robot_obs, scene_obs=start.scene_obs)
         return
     robot_obs, scene_obs = initial_state(INITIAL_STATES[rng.integers(len(INITIAL_STATES))], env.scene)
     blocks = scene_obs[6:].reshape(3, 6)
@@ -82,47 +97,59 @@ def _start(env: PlayTable, rng: np.random.Generator) -> None:
     env.reset(robot_obs=robot_obs, scene_obs=np.concatenate([scene_obs[:6], blocks.ravel()]))
 
 
-def _choose(tasks: list[str], rng: np.random.Generator) -> str | None:
-    """A third of what a chain does is lifting where that is possible: it is what needs eyes."""
+def _group(task: str) -> str:
+    words = task.split("_")
+    if words[0] in ("rotate", "turn"):
+        return words[0] + words[2]
+    return CATEGORIES[task]
+
+
+def _choose(tasks: list[str], rng: np.random.Generator, *, lift: bool | None = None) -> str | None:
+    """One of the possible tasks: kinds of tasks are equally likely, lifts and what uses a held block more so.
+
+    `lift` asks for a lift (True) or for anything else (False) where there is a choice.
+    """
     lifts = [task for task in tasks if task.startswith("lift")]
-    rest = [task for task in tasks if not task.startswith("lift")]
-    pool = lifts if lifts and (not rest or rng.random() < 1 / 3) else rest
-    return str(pool[rng.integers(len(pool))]) if pool else None
+    rest = [task for task in tasks if task not in lifts]
+    uses = [task for task in rest if task in NEEDS_BLOCK]
+    if uses and rng.random() < USE_BLOCK_SHARE:
+        rest, lifts = uses, []
+    if lift is None:
+        lift = rng.random() < LIFT_SHARE
+    pool = (lifts or rest) if lift else (rest or lifts)
+    if not pool:
+        return None
+    kind = rng.choice(sorted({_group(task) for task in pool}))
+    return str(rng.choice([task for task in pool if _group(task) == kind]))
 
 
 def _demonstrate(env: PlayTable, expert: Expert, task: str, rng: np.random.Generator) -> Segment | None:
     """The segment that the oracle accepted, or None."""
     sigma = float(rng.choice(SIGMAS))
-    burst_at = int(rng.integers(0, 25)) if rng.random() < BURST_SHARE else -1
     overrun = int(rng.integers(*OVERRUN_STEPS)) if rng.random() < OVERRUN_SHARE else 0
-    segment, start = Segment(task, env.instruction(task)), env.get_info()
     expert.reset(task)
-    left = None
+    if rng.random() < BURST_SHARE:
+        _burst(env, expert, rng)
+        expert.reset(task)
+    segment, start = Segment(task, env.instruction(task)), env.get_info()
+    succeeded_at = None
     for step in range(LIMIT):
-        if step == burst_at:
-            _burst(env, rng)
-            segment = Segment(task, env.instruction(task))  # what came before does not lead to what follows
-            expert.reset(task)
         observation = env.observe()
         action = expert.act()
-        segment.rgb_static.append(observation["rgb_obs"]["rgb_static"])
-        segment.rgb_gripper.append(observation["rgb_obs"]["rgb_gripper"])
-        segment.robot_obs.append(observation["robot_obs"])
-        segment.scene_obs.append(observation["scene_obs"])
-        segment.rel_actions.append(action)
+        segment.add(observation, action)
         now, info = env.step(disturbed(action, rng, sigma, fast=expert.fast), render=False)
         segment.after = now["robot_obs"]
-        if left is None and env.succeeded(task, start, info):
-            left = overrun
-        if left is not None:
-            if left == 0:
-                return segment
-            left -= 1
+        if succeeded_at is None and env.succeeded(task, start, info):
+            succeeded_at = step
+        if succeeded_at is not None and step >= succeeded_at + overrun:
+            return segment
     return None
 
 
-def _burst(env: PlayTable, rng: np.random.Generator) -> None:
-    """A few steps into a random direction, unseen by the recording; the gripper keeps what it does."""
+def _burst(env: PlayTable, expert: Expert, rng: np.random.Generator) -> None:
+    """Some steps of the way, then a few into a random direction, unseen by the recording; the gripper keeps still."""
+    for _ in range(int(rng.integers(*BURST_AFTER))):
+        env.step(expert.act(), render=False)
     push = np.append(rng.uniform(-0.8, 0.8, 6) * [1, 1, 1, 0.3, 0.3, 0.3], env.gripper_command)
     for _ in range(int(rng.integers(*BURST_STEPS))):
         env.step(push, render=False)

@@ -2,7 +2,8 @@
 
     python -m playtable.record scene=A tasks=eleven episodes=600 out=data/playtable/A workers=2
 
-Chain i depends on (seed, scene, i) alone, whatever the number of workers. A killed recording goes on with the same command.
+Chain i of a scene depends on (seed, scene, i) alone, whatever the number of workers. A killed recording goes on with the
+same command.
 """
 from __future__ import annotations
 
@@ -13,6 +14,10 @@ import os
 import re
 import shutil
 import sys
+from collections import Counter, deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +29,18 @@ from tqdm import tqdm
 from playtable import calvin_files as files
 from playtable.demonstrate import chain
 from playtable.env import PlayTable
+from playtable.scene import SCENES
 from playtable.tasks import check_tasks
 
 CONFIGS = str(Path(__file__).resolve().parents[1] / "configs")
+BARREN = 60  # chains without a single segment after which a scene is given up
 log = logging.getLogger(__name__)
 _worlds: dict[str, PlayTable] = {}  # one simulator a scene in each worker
+
+
+def _prepare_worker() -> None:
+    # Several workers share the cores: the software renderer must not start threads of its own in each.
+    os.environ.setdefault("LP_NUM_THREADS", "1")
 
 
 def record_chain(job: dict[str, Any]) -> dict[str, Any]:
@@ -48,7 +60,8 @@ def record_chain(job: dict[str, Any]) -> dict[str, Any]:
         files.write_frames(beside / str(index), segment)
         if job["videos"]:
             files.write_films(beside / str(index), segment)
-    summary = {"folder": str(done), "scene": job["scene"], "number": job["number"], "failed": failed,
+    summary = {"folder": done.name, "scene": job["scene"], "number": job["number"], "failed": failed,
+               "versions": env.versions(),
                "segments": [{"task": s.task, "sentence": s.sentence, "length": len(s)} for s in segments]}
     (beside / "summary.json").write_text(json.dumps(summary))
     shutil.rmtree(done, ignore_errors=True)
@@ -56,92 +69,157 @@ def record_chain(job: dict[str, Any]) -> dict[str, Any]:
     return summary
 
 
-def record(*, scenes: list[str], tasks: list[str], episodes: int, out: Path, length: int, workers: int, seed: int,
-           validation_share: float, videos: bool) -> dict[str, Any]:
-    """Record `episodes` segments, equally over `scenes`, and return the counts. Raises ValueError for bad arguments."""
-    check_tasks(tasks)
-    if not scenes or set(scenes) - set("ABCD"):
-        raise ValueError(f"scene={scenes}: scenes are A, B, C and D")
-    if (out / "training" / "ep_start_end_ids.npy").is_file():
-        raise ValueError(f"{out} already holds a recording; choose another out= or delete it")
+def record(
+    *,
+    scenes: list[str],
+    tasks: list[str],
+    episodes: int,
+    out: Path,
+    length: int = 5,
+    workers: int = 2,
+    seed: int = 0,
+    validation_share: float = 0.05,
+    videos: bool = False,
+) -> dict[str, Any]:
+    """Record `episodes` segments, equally over `scenes`, and return the counts.
+
+    Raises ValueError for bad arguments and for an `out` that holds another recording, RuntimeError where a scene gives
+    none of the tasks.
+    """
+    _check(scenes, tasks, {"episodes": episodes, "workers": workers}, length, validation_share)
     parts = out / ".parts"
-    settings = {"scenes": scenes, "tasks": list(tasks), "length": length, "seed": seed, "videos": videos}
+    if (out / "training" / "ep_start_end_ids.npy").is_file() and not parts.is_dir():
+        raise ValueError(f"{out} already holds a recording: choose another out= or delete it")
+    settings = {"scenes": scenes, "tasks": list(tasks), "episodes": episodes, "length": length, "seed": seed,
+                "videos": videos, "validation_share": validation_share}
     known = parts / "settings.json"
     if known.is_file() and json.loads(known.read_text()) != settings:
-        raise ValueError(f"{out} holds an unfinished recording with other settings ({known}); choose another out= or delete it")
+        raise ValueError(f"{out} holds an unfinished recording with other settings ({known}): repeat those, "
+                         f"choose another out= or delete it")
     files.write_text(known, json.dumps(settings))
     chains = []
-    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_prepare_worker) as pool:
         for order, scene in enumerate(scenes):
             share = episodes // len(scenes) + (order < episodes % len(scenes))
-            chains += _record_scene(pool, scene, share, settings, parts)
-    return _assemble(chains, out, validation_share, videos)
-
-
-def _record_scene(pool: Any, scene: str, share: int, settings: dict[str, Any], parts: Path) -> list[dict[str, Any]]:
-    """Chains in the order of their numbers until `share` segments are there; the last is cut to fit."""
-    jobs = ({**settings, "scene": scene, "parts": str(parts), "number": number} for number in range(20 * share + 20))
-    chains, have = [], 0
-    with tqdm(total=share, desc=f"scene {scene}", unit="episode", mininterval=1) as bar:
-        for summary in pool.imap(record_chain, jobs):
-            summary["segments"] = summary["segments"][:share - have]
-            have += len(summary["segments"])
-            bar.update(len(summary["segments"]))
-            chains.append(summary)
-            if have >= share:
-                return chains
-    raise RuntimeError(f"scene {scene}: {len(chains)} chains gave only {have} of {share} segments; are these tasks possible there?")
-
-
-def _assemble(chains: list[dict[str, Any]], out: Path, validation_share: float, videos: bool) -> dict[str, Any]:
-    """Move the frames of all chains under consecutive ids. Whole chains are held out for validation."""
-    every = max(2, round(1 / validation_share)) if validation_share else None
-    counts: dict[str, Any] = {"episodes": 0, "frames": 0, "failed": sum(c["failed"] for c in chains), "tasks": {}}
-    frame = 0
-    for split, folder in (("train", "training"), ("val", "validation")):
-        target, episodes, scenes, vectors = out / folder, [], {}, {key: [] for key in files.VECTORS}
-        target.mkdir(parents=True, exist_ok=True)
-        for summary in [c for c in chains if (bool(every) and c["number"] % every == every - 1) == (split == "val")]:
-            for index, segment in enumerate(summary["segments"]):
-                name = f"{summary['scene']}{summary['number']:06d}_{index}"
-                start, source = frame, Path(summary["folder"]) / str(index)
-                for offset in range(segment["length"]):
-                    _move(source / f"{offset:05d}.npz", target / f"episode_{frame:07d}.npz")
-                    with np.load(target / f"episode_{frame:07d}.npz") as archive:
-                        for key, rows in vectors.items():
-                            rows.append(archive[key])
-                    frame += 1
-                if videos:
-                    for camera in (0, 1):
-                        _move(source / f"{camera}.mp4", out / "videos_set" / "videos" / split / name / f"{camera}.mp4")
-                    files.write_annotation(out / "videos_set", split, name, segment["sentence"], segment["length"])
-                episodes.append({"start": start, "end": frame - 1, **segment})
-                span = scenes.setdefault(f"calvin_scene_{summary['scene']}", [start, frame - 1])
-                span[1] = frame - 1
-                counts["tasks"][segment["task"]] = counts["tasks"].get(segment["task"], 0) + 1
-        if episodes:
-            files.write_statistics(target, {key: np.array(rows) for key, rows in vectors.items()})
-        files.write_split(target, episodes, scenes)
-        counts["episodes"] += len(episodes)
-    counts["frames"] = frame
-    shutil.rmtree(out / ".parts")
+            job = {**settings, "scene": scene, "parts": str(parts)}
+            chains += _record_scene(_in_order(pool, job, ahead=2 * workers), scene, share)
+    counts = _assemble(chains, out, validation_share, videos=videos)
+    finished = parts.with_name(".parts.done")
+    os.replace(parts, finished)
+    shutil.rmtree(finished)
     return counts
 
 
-def _move(source: Path, target: Path) -> None:
-    """Rename; a move that an earlier, killed assembly already made is left alone."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if source.is_file() or not target.is_file():
-        os.replace(source, target)
+def _check(scenes: list[str], tasks: list[str], sizes: dict[str, int], length: int, validation_share: float) -> None:
+    check_tasks(tasks)
+    if not tasks:
+        raise ValueError("tasks is empty: name a set (all, eleven) or a list of tasks")
+    if not scenes or set(scenes) - set(SCENES) or len(set(scenes)) < len(scenes):
+        raise ValueError(f"scene={scenes}: choose among {', '.join(SCENES)}, each once")
+    for name, value in sizes.items():
+        if value < 1:
+            raise ValueError(f"{name}={value}: give 1 or more")
+    if not 1 <= length <= 5:
+        raise ValueError(f"length={length}: a chain holds 1 to 5 segments")
+    if not 0 <= validation_share < 1:
+        raise ValueError(f"validation_share={validation_share}: give a share of 0 up to, not including, 1")
+
+
+def _in_order(pool: ProcessPoolExecutor, job: dict[str, Any], *, ahead: int) -> Iterator[dict[str, Any]]:
+    """Summaries of chains 0, 1, 2, ... of a scene; no more than `ahead` are under way, unneeded ones are called off."""
+    waiting: deque[Future] = deque()
+    try:
+        for number in count():
+            waiting.append(pool.submit(record_chain, {**job, "number": number}))
+            if len(waiting) == ahead:
+                yield waiting.popleft().result()
+    finally:
+        for future in waiting:
+            future.cancel()
+
+
+def _record_scene(summaries: Iterator[dict[str, Any]], scene: str, share: int) -> list[dict[str, Any]]:
+    """Chains in the order of their numbers until `share` segments are there; the last is cut to fit."""
+    chains: list[dict[str, Any]] = []
+    have = 0
+    with tqdm(total=share, desc=f"scene {scene}", unit="episode", mininterval=1) as bar:
+        while have < share:
+            summary = next(summaries)
+            summary["segments"] = summary["segments"][: share - have]
+            have += len(summary["segments"])
+            bar.update(len(summary["segments"]))
+            chains.append(summary)
+            if have == 0 and len(chains) == BARREN:
+                raise RuntimeError(f"scene {scene}: {BARREN} chains gave no segment; are these tasks possible there?")
+    summaries.close()
+    return chains
+
+
+def _held_out(chains: list[dict[str, Any]], share: float) -> set[str]:
+    """Folders of the chains for validation: evenly spread, at least one where there are two chains and a share."""
+    number = max(1, round(share * len(chains))) if share and len(chains) > 1 else 0
+    return {chains[int((k + 0.5) * len(chains) / number)]["folder"] for k in range(number)}
+
+
+def _assemble(chains: list[dict[str, Any]], out: Path, share: float, *, videos: bool) -> dict[str, Any]:
+    """Move the frames of all chains under consecutive ids, training first. Safe to repeat after a kill."""
+    held_out = _held_out(chains, share)
+    tasks, first = Counter[str](), 0
+    for split, folder in (("train", "training"), ("val", "validation")):
+        chosen = [summary for summary in chains if (summary["folder"] in held_out) == (split == "val")]
+        target, episodes, vectors = out / folder, [], []
+        scenes: dict[str, list[int]] = {}
+        target.mkdir(parents=True, exist_ok=True)
+        for summary in chosen:
+            for index, segment in enumerate(summary["segments"]):
+                source, last = out / ".parts" / summary["folder"] / str(index), first + segment["length"] - 1
+                vectors.append(_move_frames(source, target, first, segment["length"]))
+                if videos:
+                    name = f"{len(episodes):06d}"
+                    _move_films(source, out / "videos_set", f"{split}/{name}")
+                    files.write_annotation(out / "videos_set", split, name, segment["sentence"], segment["length"])
+                episodes.append({"start": first, "end": last, **segment})
+                scenes.setdefault(f"calvin_scene_{summary['scene']}", [first, last])[1] = last
+                first = last + 1
+        tasks.update(episode["task"] for episode in episodes)
+        if episodes:
+            files.write_statistics(target, {key: np.concatenate([v[key] for v in vectors]) for key in vectors[0]})
+        files.write_world(target, sorted({summary["scene"] for summary in chosen}), chains[0]["versions"])
+        files.write_split(target, episodes, scenes)
+    failed = sum(summary["failed"] for summary in chains)
+    return {"episodes": sum(tasks.values()), "frames": first, "failed": failed, "tasks": dict(sorted(tasks.items()))}
+
+
+def _move_frames(source: Path, target: Path, first: int, length: int) -> dict[str, np.ndarray]:
+    """Rename a segment's frames and return its vectors; what an earlier, killed assembly moved is left alone."""
+    for offset in range(length):
+        frame = source / f"{offset:05d}.npz"
+        if frame.is_file():
+            os.replace(frame, target / f"episode_{first + offset:07d}.npz")
+    with np.load(source / "vectors.npz") as archive:
+        return dict(archive)
+
+
+def _move_films(source: Path, root: Path, name: str) -> None:
+    target = root / "videos" / name
+    target.mkdir(parents=True, exist_ok=True)
+    for camera in (0, 1):
+        if (source / f"{camera}.mp4").is_file():
+            os.replace(source / f"{camera}.mp4", target / f"{camera}.mp4")
 
 
 @hydra.main(version_base=None, config_path=CONFIGS, config_name="playtable_record")
 def main(cfg: DictConfig) -> None:
     scenes = [cfg.scene] if isinstance(cfg.scene, str) else list(cfg.scene)
-    counts = record(scenes=scenes, tasks=list(cfg.tasks.tasks), episodes=cfg.episodes, out=Path(cfg.out), length=cfg.length, workers=cfg.workers,
-                    seed=cfg.seed, validation_share=cfg.validation_share, videos=cfg.videos)
-    (Path(cfg.out) / "recording.json").write_text(json.dumps({**counts, "config": OmegaConf.to_container(cfg)}, indent=2) + "\n")
-    log.info("%d episodes, %d frames, %d failed attempts dropped, in %s", counts["episodes"], counts["frames"], counts["failed"], cfg.out)
+    out = Path(cfg.out)
+    counts = record(
+        scenes=scenes, tasks=list(cfg.tasks.tasks), episodes=cfg.episodes, out=out, length=cfg.length,
+        workers=cfg.workers, seed=cfg.seed, validation_share=cfg.validation_share, videos=cfg.videos,
+    )
+    summary = {**counts, "config": OmegaConf.to_container(cfg)}
+    files.write_text(out / "recording.json", json.dumps(summary, indent=2) + "\n")
+    log.info("%d episodes, %d frames, %d failed attempts dropped; results in %s",
+             counts["episodes"], counts["frames"], counts["failed"], out)
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ def _euler_of_turn(start: Iterable[float], now: Iterable[float]) -> np.ndarray:
     """Fixed-axis xyz Euler angles in degrees (3,) of the turn between two quaternions xyzw."""
     x0, y0, z0, w0 = start
     x1, y1, z1, w1 = now
-    # now * conjugate(start)
+    # product of the later one and the conjugate of the earlier one
     x = -w1 * x0 + x1 * w0 - y1 * z0 + z1 * y0
     y = -w1 * y0 + y1 * w0 - z1 * x0 + x1 * z0
     z = -w1 * z0 + z1 * w0 - x1 * y0 + y1 * x0

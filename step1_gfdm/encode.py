@@ -15,7 +15,6 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import hydra
 import torch
 from accelerate import PartialState
 from omegaconf import DictConfig
@@ -24,10 +23,10 @@ from tqdm import tqdm
 
 from common import video
 from common.mixture import Unreadable
+from common.program import program
 from step1_gfdm import vae
 from step1_gfdm.dataset import known_length, latent_target, read_annotation, video_path
 
-CONFIGS = str(Path(__file__).resolve().parents[1] / "configs")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 log = logging.getLogger(__name__)
 
@@ -121,7 +120,7 @@ def _write_annotation(out: Path, file: Path, record: dict[str, Any], lengths: di
     os.replace(beside, file)
 
 
-@hydra.main(version_base=None, config_path=CONFIGS, config_name="step1_encode")
+@program("step1_encode")
 def main(cfg: DictConfig) -> None:
     if cfg.precision not in PRECISIONS:
         raise ValueError(f"precision={cfg.precision}; use one of {', '.join(PRECISIONS)}")

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import hydra
 import matplotlib
 import numpy as np
 import torch
@@ -26,13 +25,13 @@ from tqdm import tqdm
 from common import artifact
 from common.metrics import bootstrap_ci, psnr, ssim
 from common.mixture import Unreadable
+from common.program import program
 from step1_gfdm.dataset import VideoClips
 from step1_gfdm.model import GFDM
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402  (the backend must be chosen first: no display)
 
-CONFIGS = str(Path(__file__).resolve().parents[1] / "configs")
 COPY, LIMIT = "copy the first frame", "VAE there and back"
 log = logging.getLogger(__name__)
 
@@ -133,7 +132,7 @@ def _write(path: Path, text: str) -> None:
     os.replace(beside, path)
 
 
-@hydra.main(version_base=None, config_path=CONFIGS, config_name="step1_eval")
+@program("step1_eval")
 def main(cfg: DictConfig) -> None:
     if not PartialState().is_main_process:  # the launcher starts one process a GPU; a few clips need one
         return

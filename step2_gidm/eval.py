@@ -11,7 +11,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import hydra
 import matplotlib
 import numpy as np
 import torch
@@ -23,13 +22,13 @@ from tqdm import tqdm
 from common import artifact
 from common.metrics import bootstrap_ci
 from common.mixture import SampleSet, Unreadable, collate
+from common.program import program
 from step2_gidm.model import GIDM, InverseModel
 from step2_gidm.quantizer import perplexity
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402  (the backend must be chosen first: no display)
 
-CONFIGS = str(Path(__file__).resolve().parents[1] / "configs")
 ROWS = {"mse": "with its own latent action", "shuffled_mse": "with another pair's latent action", "copy_mse": "no change (the current frame)",
         "gain": "gain over no change", "gap": "gap: what the right latent action is worth"}
 log = logging.getLogger(__name__)
@@ -128,7 +127,7 @@ def _write(path: Path, text: str) -> None:
     os.replace(beside, path)
 
 
-@hydra.main(version_base=None, config_path=CONFIGS, config_name="step2_eval")
+@program("step2_eval")
 def main(cfg: DictConfig) -> None:
     model = artifact.load(cfg.path, "gidm").to(cfg.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     cfg.gidm = OmegaConf.load(Path(cfg.path) / "config.yaml")

@@ -2,20 +2,18 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 
-import hydra
 from accelerate.utils import set_seed
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from common import artifact
+from common.program import program
 
-CONFIGS = str(Path(__file__).resolve().parents[1] / "configs")
 log = logging.getLogger(__name__)
 
 
-@hydra.main(version_base=None, config_path=CONFIGS, config_name="step2_gidm")
+@program("step2_gidm")
 def main(cfg: DictConfig) -> None:
     set_seed(cfg.seed)
     train_set = instantiate(cfg.data, split="train")

@@ -11,12 +11,11 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import hydra
 from omegaconf import DictConfig
 
+from common.program import program
 from step3_defi import journal, stats
 
-CONFIGS = str(Path(__file__).resolve().parents[1] / "configs")
 LOG = logging.getLogger(__name__)
 
 
@@ -44,7 +43,7 @@ def write(out: Path, result: dict[str, Any], table: str) -> None:
     journal.write_atomic(out / "table.md", table + "\n")
 
 
-@hydra.main(version_base=None, config_path=CONFIGS, config_name="step3_compare")
+@program("step3_compare")
 def main(cfg: DictConfig) -> None:
     out = Path(cfg.out)
     result, table = compare_folders(Path(cfg.a), Path(cfg.b), seed=cfg.seed)

@@ -16,7 +16,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import hydra
 import numpy as np
 from accelerate import PartialState
 from hydra.utils import instantiate
@@ -25,13 +24,13 @@ from tqdm import tqdm
 
 from common import artifact
 from common.contracts import ChunkPolicy
+from common.program import program
 from common.video import write_mp4
 from step3_defi import film, journal, stats
 from step3_defi.journal import Journal, Record
-from step3_defi.rollout import Simulators
+from step3_defi.rollout import RolloutError, Simulators
 from step3_defi.worker import Chain, Survey
 
-CONFIGS = str(Path(__file__).resolve().parents[1] / "configs")
 LOG = logging.getLogger(__name__)
 WITHOUT_MODEL = ("random", "expert")
 FILM_FPS = 15
@@ -142,7 +141,7 @@ def plain_keys(arguments: list[str]) -> list[str]:
     return arguments
 
 
-@hydra.main(version_base=None, config_path=CONFIGS, config_name="step3_eval")
+@program("step3_eval", RolloutError)
 def main(cfg: DictConfig) -> None:
     env_config = OmegaConf.to_container(cfg.env, resolve=True)
     if cfg.scene is not None:

@@ -58,7 +58,8 @@ def cached(windows: Windows, model: DeFI, folder: str | Path, *, parents: dict[s
     firsts, rows = _distinct(windows, model.blind)
     target = [model.pairs_of, model.pair_frames] if model.alignment_weight else None
     key = {"format": FORMAT, "parents": parents, "windows": windows.fingerprint(), "views": model.views, "seed": model.imagine_seed,
-           "image_size": model.image_size, "blind": model.blind, "target": target}
+           "image_size": model.image_size, "blind": model.blind, "target": target,
+           "precision": model.frozen_precision}
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     done = Path(folder) / name
     if not done.is_dir():

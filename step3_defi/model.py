@@ -25,19 +25,23 @@ class DeFI(nn.Module):
     30 Hz, frame 15 is the second that the inverse model was pretrained on), in each of `pair_views` (all). trainable: names of the parts that learn
     (Table 9). fuse_grid: the projected frames reach the adapter averaged to so many tokens a side, 0 for none.
     noise_draws: noise levels per sample and step, sharing one context. alignment_weight: how much the projector is
-    taught to hit DINOv2's tokens of the true future. blind: pictures are zero in training and in use (a baseline).
+    taught to hit DINOv2's tokens of the true future. blind: pictures are zero in training and in use (a baseline). frozen_precision: "bf16" or
+    "fp32" of the parts that see pictures; "auto" is bf16 on a GPU.
     """
 
     def __init__(self, gfdm: FutureDynamics, gidm: InverseDynamics, projector: Callable[..., nn.Module],
                  video_former: Callable[..., nn.Module], adapter: Callable[..., nn.Module], goal: ClipText, *, edm: EDM,
                  views: Sequence[str], pair_frames: Sequence[int], trainable: Sequence[str], pair_views: Sequence[str] | None = None, image_size: int = 256,
                  fuse_grid: int = 4, noise_draws: int = 1, alignment_weight: float = 0.0, blind: bool = False,
-                 imagine_seed: int = 0) -> None:
+                 imagine_seed: int = 0, frozen_precision: str = "auto") -> None:
         super().__init__()
         wrong = [index for index in pair_frames if not 0 <= index < gfdm.num_frames]
         if wrong or not pair_frames or not views or set(pair_views or ()) - set(views):
             raise ValueError(f"pair_frames {list(pair_frames)}, views {list(views)}, pair_views {list(pair_views or views)}: pairs are made of "
                              f"views that are seen and of frames 0..{gfdm.num_frames - 1} that the forward model imagines")
+        if frozen_precision not in ("auto", "bf16", "fp32"):
+            raise ValueError(f"frozen_precision={frozen_precision!r}: choose auto, bf16 or fp32")
+        self.frozen_precision = frozen_precision
         self.views, self.pair_frames, self.image_size = tuple(views), tuple(pair_frames), image_size
         self.pairs_of = [self.views.index(name) for name in pair_views or self.views]
         self.fuse_grid, self.noise_draws, self.alignment_weight = fuse_grid, noise_draws, alignment_weight
@@ -122,7 +126,8 @@ class DeFI(nn.Module):
         count = len(self.views)
         if self.blind:
             images = torch.zeros_like(images)
-        with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=images.device.type == "cuda"):
+        low = self.frozen_precision == "bf16" or self.frozen_precision == "auto" and images.device.type == "cuda"
+        with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=low):
             features = self._imagine(images, list(text) * count)
             now = self.gidm.embed((images + 1) / 2)
         seen = {"now": _by_view(now, count), "features": _by_view(features, count)}
@@ -142,7 +147,9 @@ class DeFI(nn.Module):
     def _infer(self, frozen: dict[str, Tensor], text: list[str]) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
         """From what was seen to the adapter's streams, and the losses and metrics met on the way."""
         parameter = next(self.projector.parameters())
-        now, features = (frozen[name].to(parameter.device, parameter.dtype) for name in ("now", "features"))
+        device = parameter.device
+        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else parameter.dtype
+        now, features = (frozen[name].to(device, dtype) for name in ("now", "features"))
         now = now[:, self.pairs_of]
         future = match_grid(self.projector(features[:, self.pairs_of][:, :, self.pair_frames]), now.shape[2])  # (B, V, P, N, E)
         pairs = future.shape[:3]
@@ -156,7 +163,7 @@ class DeFI(nn.Module):
         extra = {"bottleneck_loss": latent.loss} | _code_use(latent.codes)
         if self.alignment_weight:
             extra["alignment_loss"] = (future.float() - frozen["target"].to(future.device).float()).square().mean()
-        return self.goal.pooled(text).to(parameter.device), streams, extra
+        return self.goal.pooled(text).to(device), streams, extra
 
 
 def _by_view(stacked: Tensor, views: int) -> Tensor:

@@ -16,17 +16,16 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import hydra
 import matplotlib
 import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
+from common.program import program
 from step3_defi import film, journal, stats
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402  (the backend must be chosen first: no display)
 
-CONFIGS = str(Path(__file__).resolve().parents[1] / "configs")
 LOG = logging.getLogger(__name__)
 MISSING = (FileNotFoundError, KeyError, ValueError)  # what reading an absent or unfinished piece raises
 CURVES = ("loss", "mse", "action_loss", "bottleneck_loss", "alignment_loss", "perplexity", "usage")  # panels of a run, where it logs them
@@ -240,7 +239,7 @@ def _bold(cell: str) -> str:
     return re.sub(r"\*\*(.+?)\*\*", r"<b>\1</b>", html.escape(cell))
 
 
-@hydra.main(version_base=None, config_path=CONFIGS, config_name="step3_report")
+@program("step3_report")
 def main(cfg: DictConfig) -> None:
     settings = OmegaConf.to_container(cfg, resolve=True)
     journal.write_atomic(Path(cfg.out), build(settings))

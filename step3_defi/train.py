@@ -8,21 +8,20 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import hydra
 import torch
 from accelerate import PartialState
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from common import artifact
+from common.program import program
 from step3_defi import features
 from step3_defi.model import DeFI
 
-CONFIGS = str(Path(__file__).resolve().parents[1] / "configs")
 log = logging.getLogger(__name__)
 
 
-@hydra.main(version_base=None, config_path=CONFIGS, config_name="step3_defi")
+@program("step3_defi")
 def main(cfg: DictConfig) -> None:
     config = OmegaConf.to_container(cfg.policy, resolve=True)
     sets = {split: instantiate(cfg.data, split=split) for split in ("train", "val")}

@@ -88,7 +88,8 @@ PROMISED = {"common.rlds": "converting Bridge and Fractal (step 1) and finetunin
 def admission(files: Files) -> list[str]:
     """common holds what two steps need today, by import or by the configs of several steps; its own programs are exempt."""
     graph = edges(files)
-    named = {target.rsplit(".", 1)[0] for config in (ROOT / "configs").rglob("*.yaml") for target in re.findall(r"_target_: (common\.[\w.]+)", config.read_text())}
+    texts = [config.read_text() for config in (ROOT / "configs").rglob("*.yaml")]
+    named = {target.rsplit(".", 1)[0] for text in texts for target in re.findall(r"_target_: (common\.[\w.]+)", text)}
 
     def reach(module: str) -> set[str]:
         seen, waiting = set(), [module]
@@ -99,7 +100,8 @@ def admission(files: Files) -> list[str]:
         return seen
 
     configured = named.union(*map(reach, named))
-    users = {m: {room(a) for a in graph if room(a) != "common" and m in reach(a)} for m in files if room(m) == "common" and m not in configured | PROMISED.keys() | {"common"}}
+    judged = [m for m in files if room(m) == "common" and m not in configured | PROMISED.keys() | {"common"}]
+    users = {m: {room(a) for a in graph if room(a) != "common" and m in reach(a)} for m in judged}
     return [f"{m}: used by {sorted(u) or 'nobody'}" for m, u in users.items() if len(u) < 2 and m.split(".")[-1] not in LEAVES]
 
 

@@ -63,4 +63,4 @@ def test_table_11_and_12_in_the_full_mixtures():
 
     shares = [16.3, 7.4, 8.0, 4.1, 0.7, 0.4, 3.3, 1.3, 1.6, 2.8, 6.1, 6.2, 0.4, 1.2, 3.4, 0.1, 3.0, 2.3, 0.1, 1.3, 3.0, 1.1, 0.2, 10.3, 9.8, 2.0]
     assert round(sum(shares) + 3.5, 1) == 99.9  # as printed, Ego4D's 3.5 included
-    assert len(oxe.SETS) == len(shares) == 26
+    assert len(oxe.OXE) == len(shares) == 26
