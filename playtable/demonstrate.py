@@ -10,11 +10,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from playtable.env import PlayTable
+from playtable.env import PlayTable, PlayTableState
 from playtable.expert import Expert, disturbed
 from playtable.sequences import CATEGORIES, INITIAL_STATES, initial_state
 from playtable.starts import NEEDS_BLOCK, possible, random_start
-from playtable.state import PlayTableState
 
 SIGMAS = (0.0, 0.1, 0.25)
 LENGTHS = (0.30, 0.15, 0.15, 0.15, 0.25)  # of chains with 1..5 segments: 35 % of all segments start from neutral

@@ -16,7 +16,7 @@ from playtable import expert, model, sequences, tasks
 from playtable.kinematics import Arm, euler_from_matrix, matrix_from_euler, quaternion_from_matrix
 from playtable.render import Renderer
 from playtable.scene import GRIPPER_MAX, NEUTRAL_JOINTS, ROBOT_BASE, get_scene
-from playtable.state import PlayTableState
+from playtable.state import Fixtures
 
 CONTROL_HZ = 30
 SUBSTEPS = round(1 / (CONTROL_HZ * model.TIMESTEP))
@@ -26,9 +26,7 @@ DOORS, BUTTON, SWITCH = ("base__slide", "base__drawer"), "base__button", "base__
 LIGHTS = {"lightbulb": (1.0, 0.95, 0.1), "led": (0.05, 0.95, 0.15)}
 UNLIT = (0.93, 0.93, 0.9)
 SAMPLING_TRIES = 1000
-NEUTRAL_ROBOT_OBS = np.array(
-    [0.02586889, -0.2313129, 0.5712808, 3.09045411, -0.02908596, 1.50013585, 0.07999963, *NEUTRAL_JOINTS, 1.0]
-)
+NEUTRAL_ROBOT_OBS = np.array(sequences.NEUTRAL_ROBOT_OBS)
 
 
 class Contact(NamedTuple):
@@ -330,6 +328,51 @@ class PlayTable:
         if self._renderer is not None:
             self._renderer.close()
             self._renderer = None
+
+
+class PlayTableState:
+    """`PrivilegedState` of a `PlayTable`; it holds no copy and always reads the present moment."""
+
+    def __init__(self, env: PlayTable) -> None:
+        self._env = env
+
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        return self._env.scene.block_names
+
+    @property
+    def fixtures(self) -> Fixtures:
+        return self._env.scene.fixtures
+
+    def tcp(self) -> tuple[np.ndarray, np.ndarray]:
+        return self._env.tcp_pose()
+
+    def target(self) -> tuple[np.ndarray, np.ndarray]:
+        return self._env.target_pose()
+
+    def gripper(self) -> int:
+        return self._env.gripper_command
+
+    def opening(self) -> float:
+        return self._env.gripper_opening()
+
+    def joint(self, name: str) -> float:
+        return self._env.joint_reading(name)
+
+    def limit(self, name: str) -> float:
+        return self._env.scene.limits[name]
+
+    def light(self, name: str) -> int:
+        return self._env.lights[name]
+
+    def block(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        return self._env.block_pose(name)
+
+    def size(self, name: str) -> np.ndarray:
+        return np.array(self._env.scene.sizes[name])
+
+    def touching(self, name: str) -> frozenset[str]:
+        return self._env.touching(name)
 
 
 def _vector(name: str, values: object, length: int) -> np.ndarray:

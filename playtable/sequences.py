@@ -8,14 +8,12 @@ from __future__ import annotations
 
 from functools import lru_cache
 from itertools import permutations, product
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from playtable.scene import NEUTRAL_JOINTS, Scene
 from playtable.tasks import COLOURS, TASKS, check_tasks
-
-if TYPE_CHECKING:
-    from playtable.scene import Scene
 
 State = dict[str, Any]
 Rule = tuple[dict[str, Any], dict[str, Any]]  # condition (a tuple lists the admitted values), effect
@@ -25,7 +23,8 @@ BATCH = 512  # permutations drawn before they are judged; what is left over is t
 # CALVIN's numbers in scene D; x of the cabinet is from the sliding door's joint frame, the same in A to D.
 NEUTRAL_ROBOT_OBS = (
     *(0.02586889, -0.2313129, 0.5712808, 3.09045411, -0.02908596, 1.50013585, 0.07999963),
-    *(-1.21779124, 1.03987629, 2.11978254, -2.34205014, -0.87015899, 1.64119093, 0.55344928, 1.0),
+    *NEUTRAL_JOINTS,
+    1.0,
 )
 IN_CABINET = {
     "slider_left": (-0.140851662, 0.0924044687, 0.460990009),

@@ -1,17 +1,14 @@
 """What a scripted expert may know: the small privileged-state interface (DESIGN 7).
 
-`PlayTableState` reads it from this package's simulator; an adapter to the real `calvin_env` can offer the same names.
-World frame, metres, radians; Euler angles are fixed-axis xyz (roll, pitch, yaw), CALVIN's convention.
+`playtable.env.PlayTableState` reads it from this package's simulator; an adapter to the real `calvin_env` can offer the
+same names. World frame, metres, radians; Euler angles are fixed-axis xyz (roll, pitch, yaw), CALVIN's convention.
 """
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
-
-if TYPE_CHECKING:
-    from playtable.env import PlayTable
 
 
 @dataclass(frozen=True)
@@ -61,48 +58,3 @@ class PrivilegedState(Protocol):
     def touching(self, name: str) -> frozenset[str]:
         """What a block touches now: "robot", other blocks' names, or the table's links, for instance
         "base_link", "plank_link", "drawer_link", "slide_link"."""
-
-
-class PlayTableState:
-    """`PrivilegedState` of a `PlayTable`; it holds no copy and always reads the present moment."""
-
-    def __init__(self, env: PlayTable) -> None:
-        self._env = env
-
-    @property
-    def blocks(self) -> tuple[str, ...]:
-        return self._env.scene.block_names
-
-    @property
-    def fixtures(self) -> Fixtures:
-        return self._env.scene.fixtures
-
-    def tcp(self) -> tuple[np.ndarray, np.ndarray]:
-        return self._env.tcp_pose()
-
-    def target(self) -> tuple[np.ndarray, np.ndarray]:
-        return self._env.target_pose()
-
-    def gripper(self) -> int:
-        return self._env.gripper_command
-
-    def opening(self) -> float:
-        return self._env.gripper_opening()
-
-    def joint(self, name: str) -> float:
-        return self._env.joint_reading(name)
-
-    def limit(self, name: str) -> float:
-        return self._env.scene.limits[name]
-
-    def light(self, name: str) -> int:
-        return self._env.lights[name]
-
-    def block(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        return self._env.block_pose(name)
-
-    def size(self, name: str) -> np.ndarray:
-        return np.array(self._env.scene.sizes[name])
-
-    def touching(self, name: str) -> frozenset[str]:
-        return self._env.touching(name)

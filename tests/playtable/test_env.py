@@ -5,10 +5,9 @@ import numpy as np
 import pytest
 
 from playtable import PlayTable
-from playtable.env import NEUTRAL_ROBOT_OBS
+from playtable.env import NEUTRAL_ROBOT_OBS, PlayTableState
 from playtable.model import LOOK_AT, LOOK_FROM, LOOK_UP
 from playtable.render import RenderError
-from playtable.state import PlayTableState
 from tests.playtable.hand import OUT_OF_FRONT, UP_FRONT, Hand, pointing
 
 STILL = np.array([0, 0, 0, 0, 0, 0, 1.0])

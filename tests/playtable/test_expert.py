@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 
 from playtable import PlayTable
+from playtable.env import PlayTableState
 from playtable.expert import Expert, disturbed
 from playtable.motions import comfortable_yaw, hand, straightened, turn_between
 from playtable.scene import SCENES
 from playtable.starts import possible, random_start
-from playtable.state import PlayTableState
 from playtable.tasks import TASKS
 
 LIMIT = 360

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import yaml
 
-from playtable import PlayTable, record as program
+from playtable import PlayTable
+from playtable import record as program
 from playtable.demonstrate import chain
 from playtable.record import record
 from playtable.tasks import ELEVEN, INSTRUCTIONS
