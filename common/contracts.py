@@ -56,6 +56,9 @@ class FutureDynamics(Protocol):
     def imagine(self, image: Tensor, text: list[str], *, seed: int = 0) -> Tensor:
         """(B, 3, H, W) in [-1, 1], B strings -> (B, F, L, feature_dim): features of the next frames, one denoising step."""
 
+    def freeze_untapped(self) -> None:
+        """Take the gradient from what `imagine` never computes."""
+
 
 class InverseDynamics(Protocol):
     """What step 2 promises to step 3 (Sec. 3.2)."""

@@ -86,6 +86,11 @@ class GFDM(nn.Module):
             return svd_unet.features(self.unet, self._with_condition(x, first), timestep, text=tokens,
                                      time_ids=self._ids(len(first)), taps=self.taps)
 
+    def freeze_untapped(self) -> None:
+        """For training through `imagine`: blocks behind the last tap never run, and DDP must not wait for their gradients."""
+        for module in (*self.unet.up_blocks[max(self.taps) + 1:], self.unet.conv_norm_out, self.unet.conv_out):
+            module.requires_grad_(False)
+
     @torch.no_grad()
     def generate(self, image: Tensor, text: list[str], *, steps: int = 20, guidance: float = 1.0, seed: int = 0) -> Tensor:
         """(B, 3, H, W) in [-1, 1], B strings -> video (B, F, 3, H, W) in [0, 1], frame 0 being the present.

@@ -67,6 +67,8 @@ class DeFI(nn.Module):
         self.gfdm = gfdm if "gfdm" in names else Frozen(gfdm)
         for name in PARTS:
             getattr(self, name).requires_grad_(name in names)
+        if "gfdm" in names:
+            gfdm.freeze_untapped()
         self.train(self.training)
 
     def train(self, mode: bool = True) -> DeFI:

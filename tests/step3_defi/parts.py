@@ -56,6 +56,9 @@ class FakeGFDM(nn.Module):
         self.dropout = nn.Dropout(0.5)  # eval mode shows
         self.calls = 0
 
+    def freeze_untapped(self) -> None:
+        """Everything is tapped."""
+
     def imagine(self, image: Tensor, text: list[str], *, seed: int = 0) -> Tensor:
         self.calls += 1
         patches = nn.functional.adaptive_avg_pool2d(image, 4).flatten(2).transpose(1, 2)  # (B, 16, 3)

@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file
 
 from common import artifact
+from common.program import CONFIGS
 from step3_defi import DeFI, policy, train
 from tests.step3_defi.parts import write_calvin
 
@@ -19,7 +20,7 @@ PARENT_CONFIGS = {"gfdm": "step1_gfdm", "gidm": "step2_gidm"}
 
 
 def configure(name: str, *overrides: str) -> DictConfig:
-    with initialize_config_dir(train.CONFIGS, version_base=None):
+    with initialize_config_dir(CONFIGS, version_base=None):
         return compose(name, ["scale=tiny", *overrides])
 
 
@@ -33,12 +34,12 @@ def tree(hub: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         config = OmegaConf.to_container(configure(program, f"paths.ckpts={root}/ckpts")[kind], resolve=True)
         own = {"svd": artifact.HERE} if kind == "gfdm" else {}
         artifact.save(instantiate(config), root / f"ckpts/{kind}/tiny", kind=kind, config={**config, **own})
-    write_calvin(root / "data/playtable/D")
+    write_calvin(root / "data/demonstrations")
     return root
 
 
 def run(tree: Path, name: str, *overrides: str) -> Path:
-    cfg = configure("step3_defi", f"paths.ckpts={tree}/ckpts", f"paths.data={tree}/data", f"name={name}", "data.holdout=0.25", "data.frame_stride=8",
+    cfg = configure("step3_defi", f"paths.ckpts={tree}/ckpts", f"paths.data={tree}/data", f"name={name}", f"data.root={tree}/data/demonstrations", "data.holdout=0.25", "data.frame_stride=8",
                     "loop.max_steps=3", "loop.batch_size=2", "loop.eval_every=3", "loop.log_every=1", "loop.warmup_steps=1", *overrides)
     train.main.__wrapped__(cfg)
     return tree / "ckpts/defi" / name
@@ -73,6 +74,16 @@ def test_rows_train_and_load(tree: Path, row: str) -> None:
     assert model.blind == (row == "blind") and model.views == (("static",) if row == "t1_third_view" else ("static", "gripper"))
     gfdm = model.gfdm if row == "t9_all" else model.gfdm.module
     assert gfdm.denoise_steps == (5 if row == "t6_five_steps" else 1)
+
+
+def test_every_trained_parameter_gets_a_gradient(tree: Path) -> None:
+    """DDP waits for all of them; with the true models, also where the forward model learns."""
+    for trainable in ("gidm_adapter", "all"):
+        cfg = configure("step3_defi", f"paths.ckpts={tree}/ckpts", f"policy/trainable={trainable}")
+        model = instantiate(OmegaConf.to_container(cfg.policy, resolve=True)).train()
+        pictures = {view: torch.rand(2, 3, 64, 64) * 2 - 1 for view in model.views}
+        model({"id": ["a", "b"], "views": pictures, "text": ["open the drawer", "go"], "actions": torch.rand(2, 10, 7)})["loss"].backward()
+        assert not [name for name, parameter in model.named_parameters() if parameter.requires_grad and parameter.grad is None]
 
 
 def test_weights_that_do_not_fit_are_refused(tree: Path) -> None:
