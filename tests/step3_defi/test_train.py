@@ -39,7 +39,8 @@ def tree(hub: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(tree: Path, name: str, *overrides: str) -> Path:
-    cfg = configure("step3_defi", f"paths.ckpts={tree}/ckpts", f"paths.data={tree}/data", f"name={name}", f"data.root={tree}/data/demonstrations", "data.holdout=0.25", "data.frame_stride=8",
+    cfg = configure("step3_defi", f"paths.ckpts={tree}/ckpts", f"paths.data={tree}/data", f"name={name}",
+                    f"data.root={tree}/data/demonstrations", "data.holdout=0.25", "data.frame_stride=8",
                     "loop.max_steps=3", "loop.batch_size=2", "loop.eval_every=3", "loop.log_every=1", "loop.warmup_steps=1", *overrides)
     train.main.__wrapped__(cfg)
     return tree / "ckpts/defi" / name
