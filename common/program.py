@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import hydra
+from hydra.errors import InstantiationException
 from omegaconf import DictConfig
 
 from common.loop import NonFiniteLoss
@@ -29,6 +30,10 @@ def program(config_name: str, *also: type[Exception]) -> Callable[[Callable[[Dic
                 if os.environ.get("HYDRA_FULL_ERROR") == "1":
                     raise
                 sys.exit(f"error: {error}")
+            except InstantiationException as error:
+                if os.environ.get("HYDRA_FULL_ERROR") == "1" or not isinstance(error.__cause__, EXPECTED):
+                    raise
+                sys.exit(f"error: {error.__cause__}")
 
         return run
 

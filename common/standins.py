@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +111,7 @@ def blank_vae() -> AutoencoderKLTemporalDecoder:
 
     Its decoder starts, and stays, blind to neighbouring frames: it is fitted on single pictures and decodes whole clips.
     """
-    vae = AutoencoderKLTemporalDecoder(block_out_channels=(32,) * 4, down_block_types=("DownEncoderBlock2D",) * 4, layers_per_block=1,
+    vae = AutoencoderKLTemporalDecoder(block_out_channels=(32, 32, 64, 64), down_block_types=("DownEncoderBlock2D",) * 4, layers_per_block=1,
                                        latent_channels=12, sample_size=IMAGE, scaling_factor=0.18215)
     with torch.no_grad():
         for name, weight in vae.decoder.named_parameters():
@@ -146,12 +147,13 @@ def _tokenizer(*, eos: str, pad: str, bos: str | None = None) -> PreTrainedToken
 class Frames:
     """Random square cut-outs of random frames of a video set: a VAE is convolutional, small cut-outs teach it four times faster."""
 
-    def __init__(self, root: Path, cutout: int, limit: int = 3000) -> None:
-        files = sorted((root / "videos").rglob("*.mp4"))
-        if not files:
-            raise FileNotFoundError(f"{root}: no videos/**/*.mp4 to fit the VAE to; record some with scripts/playtable_record.sh")
-        rng = np.random.default_rng(0)
-        picked = [files[i] for i in rng.permutation(len(files))[:limit // 10]]
+    def __init__(self, roots: Sequence[str | Path], cutout: int, limit: int = 3000) -> None:
+        rng, picked = np.random.default_rng(0), []
+        for root in roots:
+            files = sorted((Path(root) / "videos").rglob("*.mp4"))
+            if not files:
+                raise FileNotFoundError(f"{root}: no videos/**/*.mp4 to fit the VAE to; record some with scripts/playtable_record.sh")
+            picked += [files[i] for i in rng.permutation(len(files))[:limit // 10]]
         self.images = torch.cat([(resize(f[:: max(1, len(f) // 10)], IMAGE) * 255).byte() for f in map(read_frames, picked)])
         self.cutout = cutout
 
@@ -164,25 +166,30 @@ class Frames:
 
 
 class Reconstruct(nn.Module):
-    """A VAE's training objective: absolute error and a slight pull of the latents towards a unit Gaussian."""
+    """A VAE's training objective: reconstruction and a slight pull of the latents towards a unit Gaussian.
 
-    def __init__(self, vae: AutoencoderKLTemporalDecoder, kl_weight: float = 1e-5) -> None:
+    A block covers 20 of 4096 pixels and is what a policy must see, so a pixel weighs the more the more saturated it is.
+    """
+
+    def __init__(self, vae: AutoencoderKLTemporalDecoder, kl_weight: float = 1e-5, colour_weight: float = 6.0) -> None:
         super().__init__()
-        self.vae, self.kl_weight = vae, kl_weight
+        self.vae, self.kl_weight, self.colour_weight = vae, kl_weight, colour_weight
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         posterior = self.vae.encode(batch["image"]).latent_dist
         decoded = self.vae.decode(posterior.sample(), num_frames=1).sample
-        error, kl = (decoded - batch["image"]).abs().mean(), posterior.kl().mean()
-        return {"loss": error + self.kl_weight * kl, "error": error, "kl": kl}
+        image, kl = batch["image"], posterior.kl().mean()
+        weight = 1 + self.colour_weight * (image.amax(1, keepdim=True) - image.amin(1, keepdim=True))
+        error = (decoded - image).abs() + 2 * (decoded - image).square()
+        return {"loss": (weight * error).mean() + self.kl_weight * kl, "mse": (decoded - image).square().mean(), "kl": kl}
 
 
-def fit_vae(frames: Path, output_dir: Path, *, steps: int, seed: int = 0) -> AutoencoderKLTemporalDecoder:
-    """Fit a blank VAE to a video set and set its scaling factor so that scaled latents have unit variance."""
+def fit_vae(frames: Sequence[str | Path], output_dir: Path, *, steps: int, seed: int = 0) -> AutoencoderKLTemporalDecoder:
+    """Fit a blank VAE to video sets and set its scaling factor so that scaled latents have unit variance."""
     torch.manual_seed(seed)
     samples = Frames(frames, cutout=32)
-    loop = Loop(output_dir=str(output_dir), seed=seed, max_steps=steps, batch_size=32, schedule="cosine", warmup_steps=20, log_every=20,
-                optimizer={"lr": 2e-3, "weight_decay": 0.0}, wandb={"mode": "disabled"})
+    loop = Loop(output_dir=str(output_dir), seed=seed, max_steps=steps, batch_size=8, schedule="cosine", warmup_steps=50, log_every=50, save_every=500,
+                optimizer={"lr": 1.5e-3, "weight_decay": 0.0, "betas": (0.9, 0.99)}, wandb={"mode": "disabled"})
     vae = loop.fit(Reconstruct(blank_vae()), samples).vae
     with torch.no_grad():
         latents = torch.cat([vae.encode(chunk.float() / 127.5 - 1).latent_dist.mode() for chunk in samples.images[::8].split(32)])
@@ -193,7 +200,7 @@ def fit_vae(frames: Path, output_dir: Path, *, steps: int, seed: int = 0) -> Aut
 @program("standins")
 def main(cfg: DictConfig) -> None:
     out = Path(cfg.out)
-    vae = fit_vae(Path(cfg.frames), out / "vae_run", steps=cfg.vae_steps, seed=cfg.seed) if cfg.frames else None
+    vae = fit_vae(cfg.frames, out / "vae_run", steps=cfg.vae_steps, seed=cfg.seed) if cfg.frames else None
     make_all(out, seed=cfg.seed, vae=vae)
     log.info("stand-ins in %s", out)
 

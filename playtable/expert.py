@@ -13,6 +13,7 @@ from playtable.motions import (
     FAR_BEHIND,
     FORWARD,
     NEAR_FRONT,
+    POSITION_SCALE,
     YAW_RANGE,
     Motions,
     Plan,
@@ -77,6 +78,7 @@ class Expert(Motions):
     def _trials(self, task: str) -> Iterator[np.ndarray]:
         if task not in KEEPS_BLOCK and self.held() is not None:
             yield from self.release()
+        yield from self.withdraw()
         while True:
             try:
                 yield from self._method(task)()
@@ -211,6 +213,9 @@ class Expert(Motions):
             at = self.state.target()[0]
             # Towards the robot, where the wide hand has room to turn; the oracle allows 0.1 m.
             at[1] -= np.clip(at[1] - NEAR_FRONT - 0.02, 0.0, 0.08)
+            # Off the table, so that the turn counts when the block is let go: a touched block cannot be lifted next.
+            at[2] += 0.01
+            yield from self.goto(self.state.target()[0] + [0, 0, 0.01], careful=True)
             yield from self.goto(at, hand(yaw + turn), careful=True, firm=True)
             yield from self.wait(3)
             yield from self.wait(6, 1)
@@ -245,15 +250,33 @@ class Expert(Motions):
         euler = hand(tilt=min(0.8, lean(start[1]) + 0.2 * self._trial))
         yield from self.above(behind, start[1], euler, height=0.58, grip=-1)
         yield from self.goto([behind, start[1], 0.464], euler, speed=0.85, careful=True)
+        tapped = False
         for _ in range(90):
             position, at = self.state.block(block)[0], self.state.target()[0]
-            if sign * (position[0] - start[0]) > PUSH:
+            moved = sign * (position[0] - start[0])
+            if moved > PUSH:
                 break
             if abs(at[0] - self.state.tcp()[0][0]) > 2 * FAR_BEHIND:
                 raise Stuck
-            self._pace = min(self.cruise * 0.7, self._pace + 0.1)
-            aside = np.clip(position[1] - at[1], -0.004, 0.004)
-            yield self.step([sign * self._pace * 0.02, aside, 0.464 - at[2]])
+            self._pace = min(self.cruise, self._pace + 0.1)
+            if not tapped and moved > 0.05:
+                # Stop short: the block slides on, and is free when the push counts.
+                short = 0.1 - 12 * (self._pace * POSITION_SCALE) ** 2 - moved
+                steps = max(1, round(short / (self._pace * POSITION_SCALE)))
+                self._pace = min(1.0, short / (steps * POSITION_SCALE))
+                for _ in range(steps):
+                    yield self._push_step(block, sign, self._pace)
+                yield self._push_step(block, sign, max(-1.0, -1.6 * self._pace))
+                yield from self.wait(4)
+                tapped = True
+                continue
+            yield self._push_step(block, sign, self._pace)
+
+    def _push_step(self, block: str, sign: int, pace: float) -> np.ndarray:
+        """One step along x at a pace, keeping behind the middle of the block and just above the table."""
+        position, at = self.state.block(block)[0], self.state.target()[0]
+        aside = np.clip(position[1] - at[1], -0.004, 0.004)
+        return self.step([sign * pace * POSITION_SCALE, aside, 0.464 - at[2]])
 
     def push_into_drawer(self) -> Plan:
         yield from self._free_drawer()

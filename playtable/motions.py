@@ -20,6 +20,7 @@ FORWARD = np.pi / 2
 FAR_BEHIND = 0.035  # m between command and hand that free motion never shows
 NEAR_FRONT = -0.09  # m, beyond this y an upright hand meets the handles of the slanted front
 SAFE_HEIGHT = 0.6  # above everything that stands on the table
+EMPTY = 0.012  # m, a closed hand that opens less holds nothing
 GRASPABLE = 0.065  # m, the widest edge that fits between the fingers with room to spare
 
 
@@ -212,9 +213,19 @@ class Motions:
         yield from self.wait(5, 1)
         yield from self.goto(self.state.target()[0] + [0, 0, 0.07], through=True)
 
+    def withdraw(self) -> Plan:
+        """Draw open fingers back from a block between them, which would be carried off otherwise."""
+        tcp, _ = self.state.tcp()
+        if self.state.gripper() < 0 or not any(
+            np.linalg.norm(self.state.block(name)[0] - tcp) < 0.05 for name in self.state.blocks
+        ):
+            return
+        at, facing = self.state.target()
+        yield from self.goto(at + 0.09 * backwards(facing[2], -facing[1]), through=True, firm=True, timeout=20)
+
     def held(self) -> str | None:
         """The block in the closed hand."""
-        if self.state.gripper() > 0:
+        if self.state.gripper() > 0 or self.state.opening() < EMPTY:
             return None
         near = [name for name in self.state.blocks if "robot" in self.state.touching(name)]
         tcp, _ = self.state.tcp()

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from playtable.expert import DOOR_WIDTH
-from playtable.motions import GRASPABLE
+from playtable.motions import EMPTY, GRASPABLE
 from playtable.scene import ROBOT_BASE, Scene
 from playtable.sequences import DRAWER_OPEN, NEUTRAL_ROBOT_OBS, SWITCH_ON
 from playtable.state import PrivilegedState
@@ -27,8 +27,9 @@ def zone(state: PrivilegedState, block: str) -> str:
     """Where a block is: hand, stacked, drawer, cabinet, table or lost (leaning, fallen, on a fixture)."""
     position, axes = state.block(block)
     touched = state.touching(block)
-    if "robot" in touched and state.gripper() < 0:
+    if "robot" in touched and state.gripper() < 0 and state.opening() > EMPTY:
         return "hand"
+    touched -= {"robot"}
     upright = np.abs(axes[2]).max() > 0.97
     if touched & set(state.blocks):
         return "stacked" if position[2] > 0.49 and touched <= set(state.blocks) and upright else "lost"

@@ -32,9 +32,12 @@ log = logging.getLogger(__name__)
 
 
 def encode_set(data: Path, out: Path, latent_space: vae.LatentSpace, *, image_size: int, annotation: str = "annotation", aspect: str = "squeeze",
-               sample: bool = True, chunk: int = 64, seed: int = 0, rank: int = 0, world: int = 1) -> Counter:
-    """Encode every camera of every video of a set; returns how many videos ended how. Bad ones are counted and named."""
-    files = sorted((data / annotation).glob("*/*.json"))
+               sample: bool = True, chunk: int = 64, seed: int = 0, limit: int | None = None, rank: int = 0, world: int = 1) -> Counter:
+    """Encode every camera of every video of a set, or of the first `limit` of each split; returns how many videos ended how.
+
+    Bad ones are counted and named.
+    """
+    files = [file for split in sorted((data / annotation).glob("*/")) for file in sorted(split.glob("*.json"))[:limit]]
     if not files:
         raise FileNotFoundError(f"{data / annotation}: no annotations of a video set here (data/README.md shows the layout)")
     counts: Counter = Counter()
@@ -129,7 +132,7 @@ def main(cfg: DictConfig) -> None:
     data = Path(cfg.videos)
     out = Path(cfg.out or data)
     counts = encode_set(data, out, latent_space, image_size=cfg.image_size, annotation=cfg.annotation, aspect=cfg.aspect, sample=cfg.sample,
-                        chunk=cfg.chunk, seed=cfg.seed, rank=state.process_index, world=state.num_processes)
+                        chunk=cfg.chunk, limit=cfg.limit, seed=cfg.seed, rank=state.process_index, world=state.num_processes)
     log.info("process %d: %s", state.process_index, ", ".join(f"{n} {ending}" for ending, n in sorted(counts.items())))
     log.info("latents in %s", out)
 
