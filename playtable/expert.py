@@ -30,6 +30,7 @@ from playtable.tasks import check_tasks
 KEEPS_BLOCK = ("place_in_slider", "place_in_drawer", "stack_block")
 PATIENCE = 12  # steps to stand still after a plan before it is tried again
 TURN = np.radians(76)  # a rotation counts from 60 degrees
+ENOUGH = np.radians(64)  # of it in one hold
 PUSH = 0.135  # m, a push counts from 0.1
 HALF_OPEN = 0.066  # m from the middle of an open hand to the outside of a finger
 DOOR_WIDTH = 0.28
@@ -231,7 +232,7 @@ class Expert(Motions):
             for yaw in (base + period * np.pi for base in self.grasp_yaws(block)):
                 if YAW_RANGE[0] < yaw < YAW_RANGE[1]:
                     holds.append((float(yaw), float(np.clip(yaw + angle, *YAW_RANGE) - yaw)))
-        whole = [hold for hold in holds if abs(hold[1]) > abs(angle) - 0.10]
+        whole = [hold for hold in holds if abs(hold[1]) > min(abs(angle) - 0.03, ENOUGH)]
         if whole:
             # Near the front the first half must be easy: the block is drawn away while it turns.
             near = self.state.block(block)[0][1] > NEAR_FRONT + 0.02
@@ -285,7 +286,7 @@ class Expert(Motions):
             return
         position = self.state.block(block)[0]
         behind = position[1] + self._extent(block, 1) + 0.035
-        if behind > -0.01:  # no room for the hand between the block and the slanted front
+        if behind > -0.05 or self._trial % 2:  # no room for the hand between the block and the slanted front
             yield from self._drag_into_drawer(block)
             return
         euler = hand(tilt=lean(behind))

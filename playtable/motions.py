@@ -20,6 +20,7 @@ FORWARD = np.pi / 2
 FAR_BEHIND = 0.035  # m between command and hand that free motion never shows
 NEAR_FRONT = -0.09  # m, beyond this y an upright hand meets the handles of the slanted front
 SAFE_HEIGHT = 0.6  # above everything that stands on the table
+FINGER_AT, FINGER_ROOM = 0.051, 0.014  # m, an open finger's distance from the hand's middle, and half its thickness
 EMPTY = 0.012  # m, a closed hand that opens less holds nothing
 GRASPABLE = 0.065  # m, the widest edge that fits between the fingers with room to spare
 
@@ -168,8 +169,20 @@ class Motions:
         return yaws or [FORWARD]
 
     def easy_yaw(self, block: str) -> float:
-        """The yaw nearest to FORWARD at which the fingers fit around a block."""
-        return min((comfortable_yaw(yaw) for yaw in self.grasp_yaws(block)), key=lambda yaw: abs(yaw - FORWARD))
+        """The yaw nearest to FORWARD at which the fingers fit around a block and, if possible, beside its neighbours."""
+        yaws = [comfortable_yaw(yaw) for yaw in self.grasp_yaws(block)]
+        return min(yaws, key=lambda yaw: abs(yaw - FORWARD) + 3.0 * self._crowded(block, yaw))
+
+    def _crowded(self, block: str, yaw: float) -> bool:
+        """Would an open finger come down on another block?"""
+        centre, across = self.state.block(block)[0], np.array([np.sin(yaw), -np.cos(yaw), 0.0])
+        for other in set(self.state.blocks) - {block}:
+            position, axes = self.state.block(other)
+            for finger in (centre + FINGER_AT * across, centre - FINGER_AT * across):
+                outside = np.abs((finger - position) @ axes) - self.state.size(other) / 2
+                if np.linalg.norm(np.maximum(outside, 0.0)) < FINGER_ROOM:
+                    return True
+        return False
 
     def grasp(
         self,
