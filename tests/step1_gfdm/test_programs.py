@@ -96,7 +96,7 @@ def trained(hub, run, tmp_path_factory):
     (work / "ckpts/hub").mkdir(parents=True)
     (work / "ckpts/hub/tiny").symlink_to(hub)
     write_set(work / "data/playtable/A/videos_set", 4, length=40, cameras=2, val_folder=False)
-    said = {"encode": run("step1_gfdm.encode", "scale=tiny", "data=data/playtable/A/videos_set", cwd=work)}
+    said = {"encode": run("step1_gfdm.encode", "scale=tiny", "data=data/playtable/A/videos_set", "out=data/playtable/A/latents_set", cwd=work)}
     steps = ("loop.max_steps=6", "loop.batch_size=4", "loop.warmup_steps=2", "loop.save_every=3", "loop.log_every=1", "loop.eval_every=3")
     said["train"] = run("step1_gfdm.train", "scale=tiny", "name=squares", *steps, cwd=work)
     said["eval"] = run("step1_gfdm.eval", "path=ckpts/gfdm/squares", "data=data/playtable/A/videos_set", "count=3", "strips=2", "steps=[1,2]", cwd=work)
@@ -105,10 +105,10 @@ def trained(hub, run, tmp_path_factory):
 
 def test_a_model_comes_out_of_three_commands(trained):
     work, said = trained
-    assert "8 encoded" in said["encode"] and "latents in data/playtable/A/videos_set" in said["encode"]
+    assert "8 encoded" in said["encode"] and "latents in data/playtable/A/latents_set" in said["encode"]
     rows = [json.loads(line) for line in (work / "ckpts/gfdm/squares/metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "train/loss" in row] == [1, 2, 3, 4, 5, 6] and any("val/loss" in row for row in rows)
-    assert artifact.meta(work / "ckpts/gfdm/squares", "gfdm")["stats"]["clips"] == {"videos_set": {"stride": 10, "start_every": 2}}
+    assert artifact.meta(work / "ckpts/gfdm/squares", "gfdm")["stats"]["clips"] == {"latents_set": {"stride": 10, "start_every": 2}}
 
 
 def test_eval_writes_table_results_and_strips(trained):
