@@ -132,7 +132,7 @@ def fitted_vae() -> AutoencoderKLTemporalDecoder:
     """The tiny VAE with the weights that come with this repository."""
     vae = blank_vae()
     with safe_open(FITTED, framework="pt") as file:
-        vae.load_state_dict({key: file.get_tensor(key).float() for key in file.keys()})
+        vae.load_state_dict({key: file.get_tensor(key).float() for key in list(file.keys())})
         vae.register_to_config(scaling_factor=float(file.metadata()["scaling_factor"]))
     return vae
 
