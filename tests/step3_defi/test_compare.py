@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 
-from step3_defi.compare import CONFIGS, compare_folders, write
+from common.program import CONFIGS
+from step3_defi.compare import compare_folders, write
 from step3_defi.journal import SETTINGS, JournalError
 
 

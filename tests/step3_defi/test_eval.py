@@ -17,8 +17,9 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from common import artifact
+from common.program import CONFIGS
 from step3_defi import journal, stats
-from step3_defi.eval import CONFIGS, evaluate, plain_keys
+from step3_defi.eval import evaluate, plain_keys
 from step3_defi.journal import Journal, JournalError
 
 CHAINS = [[30, 250, 300, 500, 30], [30, 999, 30, 30, 30], [300, 300, 300, 300, 300]]
