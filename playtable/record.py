@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import re
 import shutil
+import signal
 import sys
 from collections import Counter, deque
 from collections.abc import Iterator
@@ -210,12 +211,17 @@ def _move_films(source: Path, root: Path, name: str) -> None:
 
 @hydra.main(version_base=None, config_path=CONFIGS, config_name="playtable_record")
 def main(cfg: DictConfig) -> None:
+    # An end by SIGTERM must take the workers along, like one by Ctrl-C.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     scenes = [cfg.scene] if isinstance(cfg.scene, str) else list(cfg.scene)
     out = Path(cfg.out)
-    counts = record(
-        scenes=scenes, tasks=list(cfg.tasks.tasks), episodes=cfg.episodes, out=out, length=cfg.length,
-        workers=cfg.workers, seed=cfg.seed, validation_share=cfg.validation_share, videos=cfg.videos,
-    )
+    try:
+        counts = record(
+            scenes=scenes, tasks=list(cfg.tasks.tasks), episodes=cfg.episodes, out=out, length=cfg.length,
+            workers=cfg.workers, seed=cfg.seed, validation_share=cfg.validation_share, videos=cfg.videos,
+        )
+    except (ValueError, RuntimeError) as error:
+        sys.exit(f"error: {error}")
     summary = {**counts, "config": OmegaConf.to_container(cfg)}
     files.write_text(out / "recording.json", json.dumps(summary, indent=2) + "\n")
     log.info("%d episodes, %d frames, %d failed attempts dropped; results in %s",

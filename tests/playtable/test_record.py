@@ -2,6 +2,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import av
@@ -156,3 +158,10 @@ def test_bad_requests_say_what_to_do(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=words):
             record(**{**good, **change})
     assert not (tmp_path / "x").exists()
+
+
+def test_the_program_ends_with_one_line_on_bad_input(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "playtable.record", "tasks=[sing]", f"out={tmp_path}/x", "episodes=1"]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], check=False)
+    assert ended.returncode == 1 and ended.stderr.startswith("error: unknown task 'sing'")
+    assert "Traceback" not in ended.stderr
