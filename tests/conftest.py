@@ -2,10 +2,12 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the project is run from its root, not installed
@@ -31,5 +33,8 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _seeded() -> None:
+def _fresh() -> Iterator[None]:
+    """The same seed for every test, and no precision left over from a loop that ran before in this process."""
     torch.manual_seed(0)
+    yield
+    AcceleratorState._reset_state()

@@ -151,7 +151,7 @@ def test_train_then_eval_from_the_command_line(hub: Path, tmp_path: Path, monkey
         monkeypatch.setattr(sys, "argv", [program.__name__, *overrides])
         program.main()
 
-    video_set(tmp_path / "data/video/playtable", 6, length=40, fps=30, views=2)
+    video_set(tmp_path / "data/playtable/A/videos_set", 6, length=40, fps=30, views=2)
     where = [f"paths.data={tmp_path / 'data'}", f"paths.ckpts={tmp_path / 'ckpts'}"]
     build = [f"gidm.vision.path={hub / 'dinov2'}", f"gidm.text.path={hub / 't5'}", "gidm.encoder_layers=1"]
     short = ["scale=tiny", "loop.max_steps=3", "loop.batch_size=4", "loop.eval_every=3", "loop.eval_batches=1", "name=toy"]

@@ -14,6 +14,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from PIL import Image
 
+from common.program import CONFIGS
 from common.video import write_mp4
 from step3_defi import journal, report, stats
 
@@ -36,7 +37,7 @@ def metrics(folder: Path, count: int = 50) -> None:
 @pytest.fixture
 def cfg(tmp_path: Path) -> dict[str, Any]:
     """A fabricated run with everything in its place, under the keys of the real configuration."""
-    with initialize_config_dir(report.CONFIGS, version_base=None):
+    with initialize_config_dir(CONFIGS, version_base=None):
         composed = compose("step3_report", [f"run={tmp_path}", f"paths.ckpts={tmp_path}/ckpts"])
     settings = OmegaConf.to_container(composed, resolve=True)
     for folder in settings["training"].values():
@@ -96,16 +97,16 @@ def test_page_is_whole_and_self_contained(cfg: dict[str, Any]) -> None:
 
 
 def test_an_empty_run_still_makes_a_page(tmp_path: Path) -> None:
-    with initialize_config_dir(report.CONFIGS, version_base=None):
+    with initialize_config_dir(CONFIGS, version_base=None):
         composed = compose("step3_report", [f"run={tmp_path}", f"paths.ckpts={tmp_path}/none"])
     page = report.build(OmegaConf.to_container(composed, resolve=True))
     parse(page)
-    assert f"{tmp_path}/none/gfdm/quickstart/metrics.jsonl does not exist; train the model first" in page
+    assert f"{tmp_path}/none/gfdm/tiny/metrics.jsonl does not exist; train the model first" in page
     assert page.count('class="missing"') >= 10
 
 
 @pytest.mark.parametrize("broken,said", [
-    ("blind/results.json", "blind"), ("ckpts/gidm/quickstart/metrics.jsonl", "Inverse model"), ("ckpts/gfdm/quickstart/eval/table.md", "The table"),
+    ("blind/results.json", "blind"), ("ckpts/gidm/tiny/metrics.jsonl", "Inverse model"), ("ckpts/gfdm/tiny/eval/table.md", "The table"),
 ])
 def test_one_broken_piece_leaves_the_rest(cfg: dict[str, Any], tmp_path: Path, broken: str, said: str) -> None:
     whole = report.build(cfg)
