@@ -32,6 +32,7 @@ PATIENCE = 12  # steps to stand still after a plan before it is tried again
 TURN = np.radians(76)  # a rotation counts from 60 degrees
 ENOUGH = np.radians(64)  # of it in one hold
 PUSH = 0.135  # m, a push counts from 0.1
+DRAWER_REACH = 0.13  # m to both sides of the drawer's middle from where a block falls into it
 HALF_OPEN = 0.066  # m from the middle of an open hand to the outside of a finger
 DOOR_WIDTH = 0.28
 UP_SLOPE = np.array([0.0, 0.5, 0.866])  # the way of the switch, up the slanted front
@@ -286,7 +287,9 @@ class Expert(Motions):
             return
         position = self.state.block(block)[0]
         behind = position[1] + self._extent(block, 1) + 0.035
-        if behind > -0.05 or self._trial % 2:  # no room for the hand between the block and the slanted front
+        aside = abs(position[0] - self.state.fixtures.drawer_x) > DRAWER_REACH
+        # No room for the hand between the block and the slanted front, or nothing to fall into straight ahead.
+        if aside or behind > -0.05 or self._trial % 2:
             yield from self._drag_into_drawer(block)
             return
         euler = hand(tilt=lean(behind))
@@ -304,8 +307,12 @@ class Expert(Motions):
 
     def _drag_into_drawer(self, block: str) -> Plan:
         yield from self.grasp(block)
-        at = self.state.target()[0]
-        yield from self.goto([at[0], -0.235, at[2] + 0.004], hand(self.state.target()[1][2]), speed=0.7, firm=True)
+        at, facing = self.state.target()
+        x = float(np.clip(at[0], *(self.state.fixtures.drawer_x + np.array([-0.08, 0.08]))))
+        if abs(x - at[0]) > 0.01:  # over whatever stands in between
+            yield from self.goto(at + [0, 0, 0.07], speed=0.7, through=True)
+            yield from self.goto([x, -0.13, at[2] + 0.07], hand(facing[2]), through=True)
+        yield from self.goto([x, -0.235, at[2] + 0.004], hand(facing[2]), speed=0.7, firm=True)
         yield from self.wait(5, 1)
         yield from self.goto(self.state.target()[0] + [0, 0.02, 0.06], speed=0.85)
 
