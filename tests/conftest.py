@@ -7,10 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from absl import logging as absl_logging
 from accelerate.state import AcceleratorState
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the project is run from its root, not installed
+# absl (below tensorflow-datasets) closes the stream it met at import whenever Hydra sets logging up; here that is pytest's capture file
+absl_logging.get_absl_handler().python_handler.stream = sys.__stderr__
 
 
 @pytest.fixture(scope="session")
