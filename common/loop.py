@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import send_to_device, set_seed
 from diffusers.training_utils import EMAModel
 from torch import nn
@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 
 from common import optim
 from common.mixture import Draws, SampleSet, collate
+from common.precision import bf16_pays
 from common.tracking import Tracker
 
 log = logging.getLogger(__name__)
@@ -82,8 +83,8 @@ class Loop:
     """Trains a model whose forward returns {"loss": scalar, **metrics} on a sample set.
 
     `batch_size` is per process. `max_steps` counts optimizer steps and wins over `epochs`. `precision` is accelerate's
-    ("no", "bf16", "fp16"). `ema_decay` keeps an exponential moving average of what trains; validation and the returned
-    model use it. A run that was stopped goes on from `output_dir/resume` with the same result as an unbroken one.
+    ("no", "bf16", "fp16"), or "auto": bf16 where the machine has it. `ema_decay` keeps an exponential moving average of what
+    trains; validation and the returned model use it. A run that was stopped goes on from `output_dir/resume` with the same result as an unbroken one.
     """
 
     def __init__(self, *, output_dir: str, seed: int = 0, epochs: int | None = None, max_steps: int | None = None,
@@ -105,7 +106,8 @@ class Loop:
 
     def fit(self, model: nn.Module, train_set: SampleSet, val_set: SampleSet | None = None) -> nn.Module:
         """Train to the end and return the unwrapped model, with EMA weights where EMA is on."""
-        self.accelerator = Accelerator(mixed_precision=self.precision, gradient_accumulation_steps=1)
+        precision = self.precision if self.precision != "auto" else "bf16" if bf16_pays(PartialState().device) else "no"
+        self.accelerator = Accelerator(mixed_precision=precision, gradient_accumulation_steps=1)
         set_seed(self.seed, device_specific=self.accelerator.num_processes > 1)
         world, per_epoch = self.accelerator.num_processes, Batches.per_epoch(len(train_set), self.batch_size, self.accelerator.num_processes)
         total = self.max_steps or max(1, math.ceil(self.epochs * per_epoch / self.accumulate))

@@ -16,15 +16,15 @@ from playtable.sequences import CATEGORIES, INITIAL_STATES, initial_state
 from playtable.starts import NEEDS_BLOCK, possible, random_start
 
 SIGMAS = (0.0, 0.1, 0.25)
-LENGTHS = (0.30, 0.15, 0.15, 0.15, 0.25)  # of chains with 1..5 segments: 35 % of all segments start from neutral
-LIFT_LAST_SHARE = 0.4  # of chains are fixtures and then a lift, where no task takes a lifted block further
+LENGTHS = (0.40, 0.20, 0.10, 0.10, 0.20)  # of chains with 1..5 segments: 40 % of all segments start from neutral
+LIFT_LAST_SHARE = 0.5  # of chains are fixtures and then a lift, where no task takes a lifted block further
 LIFT_SHARE = 0.3  # of the other choices where a lift is possible; a third of all with the one above
 USE_BLOCK_SHARE = 0.75  # of the choices that have a block in the hand and a task for it
 BURST_SHARE = 0.3  # of segments begin behind an unrecorded push off their course
 BURST_AFTER, BURST_STEPS = (0, 25), (4, 11)
 OVERRUN_SHARE = 0.35  # of segments run on past success
 OVERRUN_STEPS = (5, 11)
-SCATTERED_SHARE = 0.5  # of chains start from blocks anywhere on the scene's surfaces
+SCATTERED_SHARE = 0.3  # of chains start from blocks anywhere on the scene's surfaces
 JITTER = 0.025  # m, of blocks on the table in the others
 LIMIT = 240  # steps in which a demonstration must succeed
 SHORTEST = 12  # frames; less holds no chunk of actions

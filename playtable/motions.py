@@ -210,7 +210,19 @@ class Motions:
         yield from self.goto(ready, euler, tolerance=0.02)
         position = self.state.block(block)[0] + offset
         yield from self.goto(position, euler, speed=0.75, tolerance=0.006, careful=True)
-        yield from self.wait(7, -1)
+        yield from self.close()
+
+    def close(self) -> Plan:
+        """Close until the fingers stop. A fixed pause would look the same at its beginning and its end, and a policy that
+        sees single pictures would learn to stay in it."""
+        before = np.inf
+        self.grip = -1
+        for _ in range(7):
+            yield from self.wait(1)
+            now = self.state.opening()
+            if abs(before - now) < 5e-4:
+                return
+            before = now
 
     def release(self) -> Plan:
         """Let go of what is in the hand, near whatever lies below, and move off it."""

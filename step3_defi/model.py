@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from common.contracts import FutureDynamics, InverseDynamics, PolicyBatch
 from common.frozen import ClipText, Frozen
+from common.precision import bf16_pays
 from step3_defi.edm import EDM, seeded_noise
-from step3_defi.projector import match_grid, pool_grid
+from step3_defi.projector import Standardize, match_grid, pool_grid
 
 PARTS = ("gfdm", "gidm", "projector", "video_former", "adapter")
 
@@ -22,17 +23,19 @@ class DeFI(nn.Module):
     """The coupled policy. `projector`, `video_former` and `adapter` are constructors that get the widths of the parents.
 
     views: names of the cameras; pair_frames: imagined frames that are each paired with the present one (at stride 2 of
-    30 Hz, frame 15 is the second that the inverse model was pretrained on), in each of `pair_views` (all). trainable: names of the parts that learn
-    (Table 9). fuse_grid: the projected frames reach the adapter averaged to so many tokens a side, 0 for none.
-    noise_draws: noise levels per sample and step, sharing one context. alignment_weight: how much the projector is
-    taught to hit DINOv2's tokens of the true future. blind: pictures are zero in training and in use (a baseline). frozen_precision: "bf16" or
-    "fp32" of the parts that see pictures; "auto" is bf16 on a GPU.
+    30 Hz, frame 15 is the second that the inverse model was pretrained on), in each of `pair_views` (all). trainable: names
+    of the parts that learn (Table 9). fuse_grid: the projected frames of all views reach the adapter averaged to so many
+    tokens a side, 0 for none; with fuse_now the present's tokens do, too. standardize: bring every channel of the features to
+    mean 0 and deviation 1 over the training data (running statistics). noise_draws: noise levels per sample and step, sharing
+    one context. alignment_weight: how much the projector is taught to hit DINOv2's tokens of the true future. blind:
+    pictures are zero in training and in use (a baseline). frozen_precision: "bf16" or "fp32" of the parts that see pictures;
+    "auto" is bf16 where the machine has it.
     """
 
     def __init__(self, gfdm: FutureDynamics, gidm: InverseDynamics, projector: Callable[..., nn.Module],
                  video_former: Callable[..., nn.Module], adapter: Callable[..., nn.Module], goal: ClipText, *, edm: EDM,
                  views: Sequence[str], pair_frames: Sequence[int], trainable: Sequence[str], pair_views: Sequence[str] | None = None, image_size: int = 256,
-                 fuse_grid: int = 4, noise_draws: int = 1, alignment_weight: float = 0.0, blind: bool = False,
+                 fuse_grid: int = 4, fuse_now: bool = False, standardize: bool = True, noise_draws: int = 1, alignment_weight: float = 0.0, blind: bool = False,
                  imagine_seed: int = 0, frozen_precision: str = "auto") -> None:
         super().__init__()
         wrong = [index for index in pair_frames if not 0 <= index < gfdm.num_frames]
@@ -44,16 +47,19 @@ class DeFI(nn.Module):
         self.frozen_precision = frozen_precision
         self.views, self.pair_frames, self.image_size = tuple(views), tuple(pair_frames), image_size
         self.pairs_of = [self.views.index(name) for name in pair_views or self.views]
-        self.fuse_grid, self.noise_draws, self.alignment_weight = fuse_grid, noise_draws, alignment_weight
+        self.fuse_grid, self.fuse_now, self.noise_draws, self.alignment_weight = fuse_grid, fuse_now, noise_draws, alignment_weight
         self.blind, self.imagine_seed, self.edm, self.goal = blind, imagine_seed, edm, goal
         gidm.drop_decoder()
         self.gfdm, self.gidm = gfdm, gidm
+        self.feature_norm = Standardize(gfdm.feature_dim) if standardize else nn.Identity()
         self.projector = projector(gfdm.feature_dim, gidm.embed_dim)
         self.video_former = video_former(gfdm.feature_dim, gfdm.num_frames, len(self.views), tokens=gfdm.num_tokens)
         pairs = len(self.pairs_of) * len(self.pair_frames)
         streams = {"video": (self.video_former.num_tokens, self.video_former.dim), "latent": (pairs * gidm.num_actions, gidm.embed_dim)}
         if fuse_grid:
-            streams["future"] = (pairs * fuse_grid**2, gidm.embed_dim)
+            streams["future"] = (len(self.views) * len(self.pair_frames) * fuse_grid**2, gidm.embed_dim)
+        if fuse_grid and fuse_now:
+            streams["now"] = (len(self.views) * fuse_grid**2, gidm.embed_dim)
         self.adapter = adapter(streams, goal.pooled_dim)
         self.set_trainable(trainable)
 
@@ -128,7 +134,7 @@ class DeFI(nn.Module):
         count = len(self.views)
         if self.blind:
             images = torch.zeros_like(images)
-        low = self.frozen_precision == "bf16" or self.frozen_precision == "auto" and images.device.type == "cuda"
+        low = self.frozen_precision == "bf16" or self.frozen_precision == "auto" and bf16_pays(images.device)
         with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=low):
             features = self._imagine(images, list(text) * count)
             now = self.gidm.embed((images + 1) / 2)
@@ -152,16 +158,19 @@ class DeFI(nn.Module):
         device = parameter.device
         dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else parameter.dtype
         now, features = (frozen[name].to(device, dtype) for name in ("now", "features"))
-        now = now[:, self.pairs_of]
-        future = match_grid(self.projector(features[:, self.pairs_of][:, :, self.pair_frames]), now.shape[2])  # (B, V, P, N, E)
+        features = self.feature_norm(features)
+        seen = match_grid(self.projector(features[:, :, self.pair_frames]), now.shape[2])  # (B, V, P, N, E)
+        future, present = seen[:, self.pairs_of], now[:, self.pairs_of, None]
         pairs = future.shape[:3]
         repeats = pairs[1] * pairs[2]
         texts = [sentence for sentence in text for _ in range(repeats)]
-        latent = self.gidm.infer(now[:, :, None].expand_as(future).flatten(0, 2), future.flatten(0, 2), texts)
+        latent = self.gidm.infer(present.expand_as(future).flatten(0, 2), future.flatten(0, 2), texts)
         tokens = self.gidm.lift(latent.quantized)  # (B*V*P, K, E)
         streams = {"video": self.video_former(features), "latent": tokens.unflatten(0, (len(text), repeats)).flatten(1, 2)}
         if self.fuse_grid:
-            streams["future"] = pool_grid(future, self.fuse_grid).flatten(1, 3)
+            streams["future"] = pool_grid(seen, self.fuse_grid).flatten(1, 3)
+        if self.fuse_grid and self.fuse_now:
+            streams["now"] = pool_grid(now, self.fuse_grid).flatten(1, 2)
         extra = {"bottleneck_loss": latent.loss} | _code_use(latent.codes)
         if self.alignment_weight:
             extra["alignment_loss"] = (future.float() - frozen["target"].to(future.device).float()).square().mean()

@@ -1,8 +1,42 @@
-"""Projector: features of imagined frames onto the input manifold of the inverse model (Sec. 3.3)."""
+"""Projector: features of imagined frames, put on one scale, onto the input manifold of the inverse model (Sec. 3.3)."""
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+class Standardize(nn.Module):
+    """Every channel at mean 0 and deviation 1 over the training data, by running statistics that training gathers.
+
+    Channels of a UNet differ in offset and scale by far more than pictures make them differ. Statistics of the batch would
+    let samples see each other, and would not exist in use. Every `sparing`-th token is measured: no divisor of a grid, so
+    that all places have their turn.
+    """
+
+    mean: Tensor
+    square: Tensor
+    batches: Tensor
+
+    def __init__(self, channels: int, momentum: float = 0.01, sparing: int = 7) -> None:
+        super().__init__()
+        self.momentum, self.sparing = momentum, sparing
+        self.register_buffer("mean", torch.zeros(channels))
+        self.register_buffer("square", torch.ones(channels))
+        self.register_buffer("batches", torch.zeros((), dtype=torch.long))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., channels) -> (..., channels)."""
+        rows = x.flatten(0, -2).float()
+        if self.training:
+            with torch.no_grad():
+                seen = rows[::self.sparing]
+                self.batches += 1
+                share = (1 / self.batches).clamp(min=self.momentum)  # a plain mean at first
+                self.mean += share * (seen.mean(0) - self.mean)
+                self.square += share * (seen.square().mean(0) - self.square)
+        variance = (self.square - self.mean.square()).clamp(min=0)
+        return F.batch_norm(rows, self.mean, variance, training=False, eps=1e-6).view_as(x).to(x.dtype)
 
 
 class Projector(nn.Module):

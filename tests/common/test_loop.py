@@ -147,3 +147,11 @@ def test_mixture_follows_weights_and_refuses_unknown_names():
     assert 0.68 < share < 0.85
     with pytest.raises(ValueError, match="not there"):
         Mixture({"a": Line()}, {"c": 1})
+
+
+@pytest.mark.parametrize("pays, expected", [(True, "bf16"), (False, "no")])
+def test_precision_auto_asks_the_machine(tmp_path, monkeypatch, pays: bool, expected: str) -> None:
+    monkeypatch.setattr("common.loop.bf16_pays", lambda device: pays)
+    loop = make(tmp_path, precision="auto", max_steps=2)
+    loop.fit(Net(), Line())
+    assert loop.accelerator.mixed_precision == expected

@@ -160,3 +160,13 @@ def test_yaws_stay_in_front_of_the_robot() -> None:
     assert turn[2] == pytest.approx(3.6) and abs(turn[0]) < 1e-9
     assert straightened(np.pi / 2 + 0.2, 0.3) == pytest.approx(np.pi / 2)
     assert straightened(np.pi / 2 - 0.5, 0.3) == pytest.approx(np.pi / 2 - 0.2)
+
+
+def test_it_lifts_as_soon_as_the_fingers_have_closed(worlds: dict[str, PlayTable]) -> None:
+    """Pictures of a pause look alike from beginning to end, so that a policy without memory would stay in it."""
+    env = world(worlds, "A")
+    start = random_start("lift_red_block_table", env.scene, np.random.default_rng(3))
+    env.reset(robot_obs=start.robot_obs, scene_obs=start.scene_obs)
+    closed = [action for action in carry_out(env, env.expert(0), "lift_red_block_table") if action[6] < 0]
+    still = [not action[:6].any() for action in closed]
+    assert 2 <= sum(still) <= 4 and not any(still[sum(still):]) and all(action[2] > 0 for action in closed[sum(still):])

@@ -77,6 +77,21 @@ def test_all_views_in_one_pass_of_the_forward_model() -> None:
     assert model.gfdm.module.calls == 1
 
 
+def test_pairs_of_one_view_leave_the_future_of_all_views_to_the_adapter() -> None:
+    one, all_views = build(pair_views=["static"]), build()
+    shape = {name: table.shape[0] for name, table in one.adapter.places.items()}
+    everywhere = {name: table.shape[0] for name, table in all_views.adapter.places.items()}
+    assert shape["future"] == everywhere["future"] == 2 * 2 * 4 and 2 * shape["latent"] == everywhere["latent"]
+    wake(one)
+    batch = make_batch()
+    seen = one.precompute(batch["views"], batch["text"])
+    _, before, _ = one._infer(seen, batch["text"])
+    seen["features"][:, 1] += 1  # the gripper's
+    _, after, _ = one.eval()._infer(seen, batch["text"])
+    assert not torch.allclose(before["future"], after["future"])
+    assert one(batch)["loss"].isfinite()
+
+
 def test_cache_equals_no_cache() -> None:
     model, batch = build(alignment_weight=0.5), make_batch(futures=2)
     wake(model)
