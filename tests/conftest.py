@@ -1,9 +1,12 @@
 """Shared fixtures: the data that lies beside the checkout, and tiny stand-ins for third-party weights."""
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads that spin for a core taken by others made one test 50 times slower
 
 import pytest
 import torch

@@ -145,7 +145,7 @@ def train(model: GIDM, steps: int) -> dict[str, float]:
 
 
 def test_it_learns_what_moves() -> None:
-    held_out = train(make(), 150)
+    held_out = train(make(), 300)
     assert held_out["mse"] < 0.5 * held_out["copy_mse"], held_out
     assert held_out["gap"] > 0.05 * held_out["copy_mse"], "another pair's action must hurt"
     assert held_out["perplexity"] > 2, "four directions need more than two codes"
