@@ -17,14 +17,15 @@ from playtable.starts import NEEDS_BLOCK, possible, random_start
 
 SIGMAS = (0.0, 0.1, 0.25)
 LENGTHS = (0.40, 0.20, 0.10, 0.10, 0.20)  # of chains with 1..5 segments: 40 % of all segments start from neutral
-LIFT_LAST_SHARE = 0.5  # of chains are fixtures and then a lift, where no task takes a lifted block further
+LIFT_LAST_SHARE = 0.6  # of chains are fixtures and then a lift, where no task takes a lifted block further
 LIFT_SHARE = 0.3  # of the other choices where a lift is possible; a third of all with the one above
 USE_BLOCK_SHARE = 0.75  # of the choices that have a block in the hand and a task for it
-BURST_SHARE = 0.3  # of segments begin behind an unrecorded push off their course
-BURST_AFTER, BURST_STEPS = (0, 25), (4, 11)
+BURST_SHARE = 0.45  # of segments begin behind an unrecorded push off their course
+BURST_AFTER, BURST_STEPS = (0, 45), (3, 11)
+BURST_CLOSED_SHARE = 0.3  # of pushes shut an open hand: a grasp that missed
 OVERRUN_SHARE = 0.35  # of segments run on past success
 OVERRUN_STEPS = (5, 11)
-SCATTERED_SHARE = 0.3  # of chains start from blocks anywhere on the scene's surfaces
+SCATTERED_SHARE = 0.2  # of chains start from blocks anywhere on the scene's surfaces
 JITTER = 0.025  # m, of blocks on the table in the others
 LIMIT = 240  # steps in which a demonstration must succeed
 SHORTEST = 12  # frames; less holds no chunk of actions
@@ -128,7 +129,7 @@ def _demonstrate(env: PlayTable, expert: Expert, task: str, rng: np.random.Gener
     overrun = int(rng.integers(*OVERRUN_STEPS)) if rng.random() < OVERRUN_SHARE else 0
     expert.reset(task)
     if rng.random() < BURST_SHARE:
-        _burst(env, expert, rng)
+        _burst(env, expert, rng, lift=task.startswith("lift"))
         expert.reset(task)
     segment, start = Segment(task, env.instruction(task)), env.get_info()
     succeeded_at = None
@@ -145,10 +146,17 @@ def _demonstrate(env: PlayTable, expert: Expert, task: str, rng: np.random.Gener
     return None
 
 
-def _burst(env: PlayTable, expert: Expert, rng: np.random.Generator) -> None:
-    """Some steps of the way, then a few into a random direction, unseen by the recording; the gripper keeps still."""
+def _burst(env: PlayTable, expert: Expert, rng: np.random.Generator, *, lift: bool) -> None:
+    """Some steps of the way, then a few into a random direction, unseen by the recording.
+
+    The way ends where a fixture might begin to move, or at a block, before the hand closes: there it may miss.
+    """
     for _ in range(int(rng.integers(*BURST_AFTER))):
-        env.step(expert.act(), render=False)
-    push = np.append(rng.uniform(-0.8, 0.8, 6) * [1, 1, 1, 0.3, 0.3, 0.3], env.gripper_command)
+        action = expert.act()
+        if action[6] < env.gripper_command or not (expert.fast or lift):
+            break
+        env.step(action, render=False)
+    gripper = -1.0 if rng.random() < BURST_CLOSED_SHARE else env.gripper_command
+    push = np.append(rng.uniform(-0.8, 0.8, 6) * [1, 1, 1, 0.3, 0.3, 0.3], gripper)
     for _ in range(int(rng.integers(*BURST_STEPS))):
         env.step(push, render=False)

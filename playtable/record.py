@@ -1,6 +1,6 @@
 """Program: record scripted demonstrations in CALVIN's format, and as a video set (DESIGN 7, 10).
 
-    python -m playtable.record scene=A tasks=eleven episodes=600 out=data/playtable/A workers=2
+    python -m playtable.record scene=A tasks=eleven episodes=1200 out=data/playtable/A workers=2
 
 Chain i of a scene depends on (seed, scene, i) alone, whatever the number of workers. A killed recording goes on with the
 same command.

@@ -23,21 +23,25 @@ class Context(NamedTuple):
 
 
 class Summary(nn.Module):
-    """All context in one vector: every token narrowed to `width`, all of them side by side, and an MLP that also reads the sentence.
+    """All context in one vector: every token narrowed to `width` numbers, which the sentence scales and shifts, and an MLP.
 
     Attention must first find out where to look; here each place has weights of its own, from which a small policy learns
-    where things are in a tenth of the samples.
+    where things are in a tenth of the samples. What of a token counts, say its colour, is the sentence's to say.
     """
 
-    def __init__(self, streams: Mapping[str, tuple[int, int]], goal_dim: int, *, width: int, dim: int) -> None:
+    def __init__(self, streams: Mapping[str, tuple[int, int]], goal_dim: int, *, width: int, dim: int, dropout: float) -> None:
         super().__init__()
         self.narrow = nn.ModuleDict({name: nn.Linear(token_dim, width) for name, (_, token_dim) in streams.items()})
+        self.tell = nn.ModuleDict({name: nn.Linear(goal_dim, 2 * width) for name in streams})
         self.mlp = nn.Sequential(nn.Linear(goal_dim + width * sum(count for count, _ in streams.values()), 4 * dim), nn.GELU(),
-                                 nn.Linear(4 * dim, dim))
+                                 nn.Dropout(dropout), nn.Linear(4 * dim, dim))
 
     def forward(self, goal: Tensor, streams: Mapping[str, Tensor]) -> Tensor:
         """Sentence feature (B, goal_dim) and name -> (B, tokens, width) -> (B, dim)."""
-        tokens = [F.gelu(narrow(streams[name])).flatten(1) for name, narrow in self.narrow.items()]
+        tokens = []
+        for name, narrow in self.narrow.items():
+            shift, scale = self.tell[name](goal).chunk(2, dim=1)
+            tokens.append(F.gelu(modulate(narrow(streams[name]), shift, scale)).flatten(1))
         return self.mlp(torch.cat([goal, *tokens], dim=1))
 
 
@@ -95,7 +99,7 @@ class ActionAdapter(nn.Module):
         super().__init__()
         self.horizon, self.action_dim = horizon, action_dim
         self.goal = nn.Sequential(nn.Linear(goal_dim, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim))
-        self.summary = Summary(streams, goal_dim, width=summary, dim=dim) if summary else None
+        self.summary = Summary(streams, goal_dim, width=summary, dim=dim, dropout=dropout) if summary else None
         self.streams = nn.ModuleDict({name: nn.Sequential(nn.Linear(width, dim), nn.LayerNorm(dim)) for name, (_, width) in streams.items()})
         self.places = nn.ParameterDict({name: nn.Parameter(torch.randn(count, dim) * 0.02) for name, (count, _) in streams.items()})
         self.embed = nn.Linear(action_dim, dim)

@@ -25,8 +25,8 @@ class DeFI(nn.Module):
     views: names of the cameras; pair_frames: imagined frames that are each paired with the present one (at stride 2 of
     30 Hz, frame 15 is the second that the inverse model was pretrained on), in each of `pair_views` (all). trainable: names
     of the parts that learn (Table 9). fuse_grid: the projected frames of all views reach the adapter averaged to so many
-    tokens a side, 0 for none; with fuse_now the present's tokens do, too. standardize: bring every channel of the features to
-    mean 0 and deviation 1 over the training data (running statistics). noise_draws: noise levels per sample and step, sharing
+    tokens a side, 0 for none; with fuse_now the present's tokens do, too. standardize: bring every channel of the features and of
+    the sentence to mean 0 and deviation 1 over the training data (running statistics). noise_draws: noise levels per sample and step, sharing
     one context. alignment_weight: how much the projector is taught to hit DINOv2's tokens of the true future. blind:
     pictures are zero in training and in use (a baseline). frozen_precision: "bf16" or "fp32" of the parts that see pictures;
     "auto" is bf16 where the machine has it.
@@ -52,6 +52,7 @@ class DeFI(nn.Module):
         gidm.drop_decoder()
         self.gfdm, self.gidm = gfdm, gidm
         self.feature_norm = Standardize(gfdm.feature_dim) if standardize else nn.Identity()
+        self.goal_norm = Standardize(goal.pooled_dim, sparing=1) if standardize else nn.Identity()
         self.projector = projector(gfdm.feature_dim, gidm.embed_dim)
         self.video_former = video_former(gfdm.feature_dim, gfdm.num_frames, len(self.views), tokens=gfdm.num_tokens)
         pairs = len(self.pairs_of) * len(self.pair_frames)
@@ -174,7 +175,7 @@ class DeFI(nn.Module):
         extra = {"bottleneck_loss": latent.loss} | _code_use(latent.codes)
         if self.alignment_weight:
             extra["alignment_loss"] = (future.float() - frozen["target"].to(future.device).float()).square().mean()
-        return self.goal.pooled(text).to(device), streams, extra
+        return self.goal_norm(self.goal.pooled(text).to(device)), streams, extra
 
 
 def _by_view(stacked: Tensor, views: int) -> Tensor:
