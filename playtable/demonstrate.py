@@ -23,6 +23,7 @@ USE_BLOCK_SHARE = 0.75  # of the choices that have a block in the hand and a tas
 BURST_SHARE = 0.45  # of segments begin behind an unrecorded push off their course
 BURST_AFTER, BURST_STEPS = (0, 45), (3, 11)
 BURST_CLOSED_SHARE = 0.3  # of pushes shut an open hand: a grasp that missed
+LET_GO_STEPS = 10
 OVERRUN_SHARE = 0.35  # of segments run on past success
 OVERRUN_STEPS = (5, 11)
 SCATTERED_SHARE = 0.2  # of chains start from blocks anywhere on the scene's surfaces
@@ -156,7 +157,10 @@ def _burst(env: PlayTable, expert: Expert, rng: np.random.Generator, *, lift: bo
         if action[6] < env.gripper_command or not (expert.fast or lift):
             break
         env.step(action, render=False)
-    gripper = -1.0 if rng.random() < BURST_CLOSED_SHARE else env.gripper_command
-    push = np.append(rng.uniform(-0.8, 0.8, 6) * [1, 1, 1, 0.3, 0.3, 0.3], gripper)
+    shut = env.gripper_command > 0 and rng.random() < BURST_CLOSED_SHARE
+    push = np.append(rng.uniform(-0.8, 0.8, 6) * [1, 1, 1, 0.3, 0.3, 0.3], -1.0 if shut else env.gripper_command)
     for _ in range(int(rng.integers(*BURST_STEPS))):
         env.step(push, render=False)
+    if shut and expert.held() is not None:  # no miss after all
+        for _ in range(LET_GO_STEPS):
+            env.step(np.append(np.zeros(6), 1.0), render=False)

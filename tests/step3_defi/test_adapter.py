@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from step3_defi.adapter import ActionAdapter
+from step3_defi.adapter import ActionAdapter, Summary
 from step3_defi.edm import EDM, seeded_noise
 from tests.step3_defi.parts import wake
 
@@ -69,6 +69,15 @@ def test_summary_reads_every_token_at_its_place_and_joins_the_goal() -> None:
     assert not torch.allclose(adapter(torch.ones(1, 10, 7), torch.ones(1), context._replace(goal=context.goal - 1)),
                               adapter(torch.ones(1, 10, 7), torch.ones(1), context), atol=1e-4)
     assert awake().summary is None
+
+
+def test_the_sentence_chooses_what_the_summary_reads_of_a_token() -> None:
+    summary = Summary({"now": (3, 6)}, 7, width=4, dim=16, dropout=0.0)
+    summary.mlp[0].weight.data[:, :7] = 0  # the other way of the sentence
+    (red, tokens), (blue, other) = inputs(1), inputs(1)
+    tokens, other = tokens["latent"], other["latent"]
+    seen = {name: summary(goal, {"now": tokens}) - summary(goal, {"now": other}) for name, goal in (("red", red), ("blue", blue))}
+    assert not torch.allclose(seen["red"], seen["blue"], atol=1e-3)
 
 
 def test_draws_share_a_context_but_nothing_else() -> None:

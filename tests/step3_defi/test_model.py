@@ -143,6 +143,19 @@ def test_actions_depend_on_picture_future_and_sentence(part: str) -> None:
     assert not torch.allclose(before, after, atol=1e-3)
 
 
+def test_sentences_that_hardly_differ_are_told_apart() -> None:
+    model, batch = build(), {**make_batch(2), "text": ["red", "pink"]}
+    common = torch.randn(model.goal.pooled_dim)
+    near = {"red": common + 0.01 * torch.randn_like(common), "pink": common + 0.01 * torch.randn_like(common)}
+    model.goal.pooled = lambda texts: torch.stack([near[text] for text in texts])
+    for _ in range(3):
+        model(batch)
+    seen = {}
+    model.eval().adapter.goal.register_forward_hook(lambda _, args, out: seen.update(goal=args[0]))
+    model(batch)
+    assert (seen["goal"][0] - seen["goal"][1]).abs().mean() > 1
+
+
 def test_blind_ignores_pictures_in_training_and_use() -> None:
     seeing, model, batch = build(), build(blind=True), make_batch()
     wake(model), wake(seeing)
