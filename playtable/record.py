@@ -15,10 +15,12 @@ import re
 import shutil
 import signal
 import sys
+import threading
 from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from itertools import count
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,13 @@ _worlds: dict[str, PlayTable] = {}  # one simulator a scene in each worker
 def _prepare_worker() -> None:
     # Several workers share the cores: the software renderer must not start threads of its own in each.
     os.environ.setdefault("LP_NUM_THREADS", "1")
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """After a kill -9 of the program nobody tells a worker that it is over."""
+    wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
 
 
 def record_chain(job: dict[str, Any]) -> dict[str, Any]:
