@@ -79,6 +79,15 @@ class Episode:
     def __len__(self) -> int:
         return len(self._steps)
 
+    def has(self, key: str) -> bool:
+        """Is there such a feature?"""
+        value = self._steps[0]
+        for part in key.split("/"):
+            if not isinstance(value, dict) or part not in value:
+                return False
+            value = value[part]
+        return True
+
     def image(self, key: str, index: int) -> np.ndarray:
         """(H, W, 3) uint8 of one step; nothing else is decoded."""
         value = self._value(key, index)

@@ -27,8 +27,7 @@ def read_frames(path: str | Path, indices: Sequence[int] | None = None) -> np.nd
         wanted = _wanted(path, indices, count)
         return reader.get_batch(wanted).asnumpy()
     except (decord.DECORDError, RuntimeError):
-        frames = _decode_with_av(path)
-        return frames[_wanted(path, indices, len(frames))]
+        return _decode_with_av(path, indices)
 
 
 def probe(path: str | Path) -> tuple[int, float, tuple[int, int]]:
@@ -38,10 +37,7 @@ def probe(path: str | Path) -> tuple[int, float, tuple[int, int]]:
         reader = decord.VideoReader(str(path), num_threads=1)
         return len(reader), float(reader.get_avg_fps()), tuple(reader[0].shape[:2])
     except (decord.DECORDError, RuntimeError):
-        frames = _decode_with_av(path)
-        with av.open(str(path)) as container:
-            rate = container.streams.video[0].average_rate
-        return len(frames), float(rate or 0), frames.shape[1:3]
+        return _probe_with_av(path)
 
 
 def write_mp4(path: str | Path, frames: np.ndarray, fps: float, *, gop: int = 8, crf: int = 18) -> None:
@@ -98,12 +94,26 @@ def _wanted(path: Path, indices: Sequence[int] | None, count: int) -> list[int]:
     return wanted
 
 
-def _decode_with_av(path: Path) -> np.ndarray:
+def _decode_with_av(path: Path, indices: Sequence[int] | None) -> np.ndarray:
+    """All frames are decoded, those asked for are kept."""
+    keep, found, count = None if indices is None else set(map(int, indices)), {}, 0
     try:
         with av.open(str(path)) as container:
-            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+            for count, frame in enumerate(container.decode(video=0), start=1):
+                if keep is None or count - 1 in keep:
+                    found[count - 1] = frame.to_ndarray(format="rgb24")
     except (av.FFmpegError, IndexError) as error:
         raise VideoError(f"{path}: cannot be decoded ({error})") from error
-    if not frames:
-        raise VideoError(f"{path}: no frames")
-    return np.stack(frames)
+    return np.stack([found[index] for index in _wanted(path, indices, count)])
+
+
+def _probe_with_av(path: Path) -> tuple[int, float, tuple[int, int]]:
+    try:
+        with av.open(str(path)) as container:
+            stream = container.streams.video[0]
+            count = sum(1 for _ in container.decode(video=0))
+            rate, size = float(stream.average_rate or 0), (stream.height, stream.width)
+    except (av.FFmpegError, IndexError) as error:
+        raise VideoError(f"{path}: cannot be decoded ({error})") from error
+    _wanted(path, None, count)
+    return count, rate, size

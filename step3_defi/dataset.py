@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from common.calvin_format import KEYS, Annotation, CalvinFormatError, read_annotations, read_frame, read_recordings
 from common.mixture import Unreadable
 from common.video import resize
-from step3_defi.calvin_format import KEYS, Annotation, CalvinFormatError, read_annotations, read_frame, read_recordings
 
 # The authors' environment D validation set is the benchmark's test world, so held-out recordings of `folder` validate instead.
 SPLITS = ("train", "val", "all")

@@ -12,8 +12,8 @@ import torch
 import yaml
 
 from common import artifact
+from common.calvin_format import KEYS
 from common.video import resize
-from step3_defi.calvin_format import KEYS
 from step3_defi.model import DeFI
 
 log = logging.getLogger(__name__)

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from common.calvin_format import CalvinFormatError, load_npy
 from common.mixture import Unreadable
 from step3_defi import dataset
-from step3_defi.calvin_format import CalvinFormatError, load_npy
 from step3_defi.dataset import CalvinWindows, choose_recordings
 from tests.step3_defi.parts import write_annotations, write_calvin
 
