@@ -4,6 +4,8 @@ Several processes (accelerate launch) share the files. What is there and whole i
 """
 from __future__ import annotations
 
+import errno
+import io
 import json
 import logging
 import os
@@ -12,6 +14,7 @@ import re
 import sys
 import zlib
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ import torch
 from accelerate import PartialState
 from omegaconf import DictConfig
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from common import video
@@ -28,71 +32,150 @@ from step1_gfdm import vae
 from step1_gfdm.dataset import known_length, latent_target, read_annotation, video_path
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PATIENCE = 20  # videos before a share of bad ones says anything
 log = logging.getLogger(__name__)
 
 
-def encode_set(data: Path, out: Path, latent_space: vae.LatentSpace, *, image_size: int, annotation: str = "annotation", aspect: str = "squeeze",
-               sample: bool = True, chunk: int = 64, seed: int = 0, limit: int | None = None, rank: int = 0, world: int = 1) -> Counter:
-    """Encode every camera of every video of a set, or of the first `limit` of each split; returns how many videos ended how.
+@dataclass
+class _View:
+    """One camera of one video: how many frames are there already or now, or its pictures, or why there are none."""
 
-    Bad ones are counted and named.
-    """
-    files = [file for split in sorted((data / annotation).glob("*/")) for file in sorted(split.glob("*.json"))[:limit]]
-    if not files:
-        raise FileNotFoundError(f"{data / annotation}: no annotations of a video set here (data/README.md shows the layout)")
-    counts: Counter = Counter()
-    for file in tqdm(files[rank::world], desc=f"encode {data.name}", unit="video", disable=rank != 0):
+    target: Path
+    there: int = 0
+    new: bool = False
+    images: Tensor | None = None
+    problem: str = ""
+
+
+@dataclass
+class _Video:
+    file: Path
+    record: dict[str, Any]
+    views: list[_View]
+    problem: str = ""
+
+
+class _Groups(Dataset):
+    """Annotations in groups of a fixed make: the VAE's numbers may depend on what shares a batch, so a resumed run repeats its groups."""
+
+    def __init__(self, data: Path, out: Path, files: list[Path], group: int, shape: tuple[int, int, int], image_size: int, aspect: str) -> None:
+        self.data, self.out, self.shape, self.image_size, self.aspect = data, out, shape, image_size, aspect
+        self.groups = [files[start:start + group] for start in range(0, len(files), group)]
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def __getitem__(self, index: int) -> list[_Video]:
+        videos = [self._named(file) for file in self.groups[index]]
+        if any(not view.there for each in videos for view in each.views):
+            for each in videos:
+                for number, view in enumerate(each.views):
+                    self._decode(each, number, view)
+        return videos
+
+    def _named(self, file: Path) -> _Video:
         try:
             record = read_annotation(file)
             cameras = len(record["videos"]) if isinstance(record.get("videos"), list) else 0
             if not cameras:
                 raise Unreadable(str(file), "names no videos")
+            targets = [latent_target(self.out, self.out / file.relative_to(self.data), record, number) for number in range(cameras)]
         except Unreadable as error:
-            counts["unreadable annotation"] += 1
-            tqdm.write(f"skipped: {error}")
-            continue
-        lengths = {}
-        for view in range(cameras):
-            try:
-                target = latent_target(out, out / file.relative_to(data), record, view)
-                lengths[view], ending = _encode_view(video_path(data, file, record, view), target, latent_space, record,
-                                                     image_size=image_size, aspect=aspect, sample=sample, chunk=chunk,
-                                                     seed=zlib.crc32(f"{file.stem}/{view}".encode()) + seed)
-                counts[ending] += 1
-            except (Unreadable, video.VideoError) as error:
-                counts["unreadable video"] += 1
-                tqdm.write(f"skipped: {error}")
-        _write_annotation(out, out / file.relative_to(data), record, lengths)
+            return _Video(file, {}, [], str(error))
+        return _Video(file, record, [_View(target, _whole(target, self.shape)) for target in targets])
+
+    def _decode(self, each: _Video, number: int, view: _View) -> None:
+        try:
+            source = video_path(self.data, each.file, each.record, number)
+            frames = video.read_frames(source)
+            stated = known_length(each.record)
+            if stated is not None and stated != len(frames):
+                raise Unreadable(str(source), f"has {len(frames)} frames, its annotation says {stated}; is the file truncated?")
+            view.images = video.resize(frames, self.image_size, self.aspect)
+        except (Unreadable, video.VideoError) as error:
+            view.problem = str(error)
+
+
+def encode_set(data: Path, out: Path, latent_space: vae.LatentSpace, *, image_size: int, annotation: str = "annotation", aspect: str = "squeeze",
+               sample: bool = True, chunk: int = 64, group: int = 4, store: torch.dtype = torch.float32, seed: int = 0, limit: int | None = None,
+               workers: int = 0, max_bad_share: float = 1.0, rank: int = 0, world: int = 1) -> Counter:
+    """Encode every camera of every video of a set, or of the first `limit` of each split; returns how many videos ended how.
+
+    group: videos whose frames share the VAE's batches of `chunk`; workers: processes that decode ahead. Bad videos are counted and
+    named; past `max_bad_share` of them the run stops.
+    """
+    files = [file for split in sorted((data / annotation).glob("*/")) for file in sorted(split.glob("*.json"))[:limit]]
+    if not files:
+        raise FileNotFoundError(f"{data / annotation}: no annotations of a video set here (data/README.md shows the layout)")
+    side = image_size // latent_space.factor
+    groups = _Groups(data, out, files[rank::world], group, (latent_space.channels, side, side), image_size, aspect)
+    counts: Counter = Counter()
+    with tqdm(total=len(files[rank::world]), desc=f"encode {data.name}", unit="video", disable=rank != 0) as bar:
+        for videos in DataLoader(groups, batch_size=None, num_workers=workers):
+            _encode_group(videos, latent_space, sample=sample, chunk=chunk, store=store, seed=seed)
+            for each in videos:
+                _count(each, counts)
+                lengths = {number: view.there for number, view in enumerate(each.views) if view.there}
+                _write_annotation(out, out / each.file.relative_to(data), each.record, lengths)
+            bar.update(len(videos))
+            _stop_if_bad(counts, max_bad_share, out)
     return counts
 
 
-def _encode_view(source: Path, target: Path, latent_space: vae.LatentSpace, record: dict[str, Any], *, image_size: int, aspect: str, sample: bool,
-                 chunk: int, seed: int) -> tuple[int, str]:
-    """One video to one .pt; returns its number of frames and how it ended."""
-    side = image_size // latent_space.factor
-    there = _whole(target, (latent_space.channels, side, side))
-    if there:
-        return there, "already there"
-    frames = video.read_frames(source)
-    stated = known_length(record)
-    if stated is not None and stated != len(frames):
-        raise Unreadable(str(source), f"has {len(frames)} frames, its annotation says {stated}; is the file truncated?")
-    generator = torch.Generator(latent_space.device).manual_seed(seed)
-    parts = []
-    for start in range(0, len(frames), chunk):
-        images = video.resize(frames[start:start + chunk], image_size, aspect) * 2 - 1
-        parts.append(latent_space.encode(images, sample=sample, generator=generator, chunk=chunk).cpu())
-    latents = torch.cat(parts)
-    if not torch.isfinite(latents).all():
-        raise Unreadable(str(source), "the VAE gave NaN or infinity; use precision=fp32 or bf16")
+def _encode_group(videos: list[_Video], latent_space: vae.LatentSpace, *, sample: bool, chunk: int, store: torch.dtype, seed: int) -> None:
+    """All decoded views in common batches; each to its own file, unless a whole one is there."""
+    decoded = [(each, number, view) for each in videos for number, view in enumerate(each.views) if view.images is not None]
+    if not decoded:
+        return
+    mean, deviation = latent_space.moments(torch.cat([view.images for _, _, view in decoded]) * 2 - 1, chunk=chunk)
+    lengths = [len(view.images) for _, _, view in decoded]
+    for (each, number, view), latents, spread in zip(decoded, mean.cpu().split(lengths), deviation.cpu().split(lengths)):
+        view.images = None
+        if view.there:
+            continue
+        if sample:
+            generator = torch.Generator().manual_seed(zlib.crc32(f"{each.file.stem}/{number}".encode()) + seed)
+            latents = latents + spread * torch.randn(latents.shape, generator=generator)
+        if not torch.isfinite(latents).all():
+            view.problem = f"{each.file}: camera {number}: the VAE gave NaN or infinity; use precision=fp32 or bf16"
+            continue
+        _save(latents.to(store), view.target)
+        view.there, view.new = len(latents), True
+
+
+def _save(latents: Tensor, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     beside = target.with_name(f".{target.name}.{os.getpid()}.part")
+    buffer = io.BytesIO()  # torch itself does not say that a disk is full
+    torch.save(latents.clone(), buffer)
     try:
-        torch.save(latents, beside)
+        beside.write_bytes(buffer.getvalue())
         os.replace(beside, target)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise ValueError(f"{target}: the disk is full; free space and run the same command, finished latents are kept") from error
+        raise
     finally:
         beside.unlink(missing_ok=True)
-    return len(latents), "encoded"
+
+
+def _count(each: _Video, counts: Counter) -> None:
+    if each.problem:
+        counts["unreadable annotation"] += 1
+        tqdm.write(f"skipped: {each.problem}")
+    for view in each.views:
+        if view.there:
+            counts["encoded" if view.new else "already there"] += 1
+        else:
+            counts["unreadable video"] += 1
+            tqdm.write(f"skipped: {view.problem}")
+
+
+def _stop_if_bad(counts: Counter, limit: float, out: Path) -> None:
+    bad, total = counts["unreadable video"] + counts["unreadable annotation"], sum(counts.values())
+    if total >= PATIENCE and bad / total > limit:
+        raise ValueError(f"{bad} of {total} videos are unreadable, more than max_bad_share={limit}: see the reasons above, or raise it; "
+                         f"what was encoded stays in {out}")
 
 
 def _whole(path: Path, shape: tuple[int, int, int]) -> int:
@@ -127,12 +210,15 @@ def _write_annotation(out: Path, file: Path, record: dict[str, Any], lengths: di
 def main(cfg: DictConfig) -> None:
     if cfg.precision not in PRECISIONS:
         raise ValueError(f"precision={cfg.precision}; use one of {', '.join(PRECISIONS)}")
+    if cfg.store not in ("fp32", "bf16"):
+        raise ValueError(f"store={cfg.store}; use fp32 (VPP) or bf16 (half the disk)")
     state = PartialState()
     latent_space = vae.load(cfg.svd).to(state.device, PRECISIONS[cfg.precision])
     data = Path(cfg.videos)
     out = Path(cfg.out or data)
     counts = encode_set(data, out, latent_space, image_size=cfg.image_size, annotation=cfg.annotation, aspect=cfg.aspect, sample=cfg.sample,
-                        chunk=cfg.chunk, limit=cfg.limit, seed=cfg.seed, rank=state.process_index, world=state.num_processes)
+                        chunk=cfg.chunk, group=cfg.group, store=PRECISIONS[cfg.store], workers=cfg.workers,
+                        max_bad_share=cfg.max_bad_share, limit=cfg.limit, seed=cfg.seed, rank=state.process_index, world=state.num_processes)
     log.info("process %d: %s", state.process_index, ", ".join(f"{n} {ending}" for ending, n in sorted(counts.items())))
     log.info("latents in %s", out)
 

@@ -23,13 +23,18 @@ class LatentSpace(Frozen):
         self.channels: int = vae.config.latent_channels
 
     @torch.no_grad()
+    def moments(self, images: Tensor, *, chunk: int = 64) -> tuple[Tensor, Tensor]:
+        """(N, 3, H, W) in [-1, 1] -> mean and deviation of the latents, each (N, c, H/factor, W/factor) in fp32, scaled."""
+        found = [self.module.encode(part.to(self.device, self.dtype)).latent_dist for part in images.split(chunk)]
+        return tuple(torch.cat([getattr(each, name) for each in found]).float() * self.scale for name in ("mean", "std"))
+
     def encode(self, images: Tensor, *, sample: bool = False, generator: torch.Generator | None = None, chunk: int = 64) -> Tensor:
-        """(N, 3, H, W) in [-1, 1] -> (N, c, H/factor, W/factor) in fp32; the distribution's mode, or a sample of it."""
-        parts = []
-        for part in images.split(chunk):
-            distribution = self.module.encode(part.to(self.device, self.dtype)).latent_dist
-            parts.append(distribution.sample(generator) if sample else distribution.mode())
-        return torch.cat(parts).float() * self.scale
+        """(N, 3, H, W) in [-1, 1] -> (N, c, H/factor, W/factor) in fp32; the distribution's mode, or a sample of it.
+
+        The noise of a sample is drawn on the CPU, so that it is the same on every machine.
+        """
+        mean, deviation = self.moments(images, chunk=chunk)
+        return mean + deviation * torch.randn(mean.shape, generator=generator).to(mean.device) if sample else mean
 
     @torch.no_grad()
     def decode(self, latents: Tensor, *, chunk: int = 7) -> Tensor:

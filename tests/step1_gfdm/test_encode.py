@@ -76,14 +76,44 @@ def test_bad_videos_are_counted_named_and_leave_nothing(tmp_path, space, capsys)
 def test_a_failing_write_leaves_nothing(tmp_path, space, monkeypatch):
     root = write_set(tmp_path, 1)
 
-    def full(value, path):
-        path.write_bytes(b"half")
+    def full(path, content):
+        path.touch()
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(encode.torch, "save", full)
-    with pytest.raises(OSError, match="No space"):
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="the disk is full"):
+        patch.setattr(encode.Path, "write_bytes", full)
         encode.encode_set(root, root, space, **OPTIONS)
     assert not list((root / "latent_videos").rglob("*.*"))
+    assert encode.encode_set(root, root, space, **OPTIONS) == {"encoded": 1}
+
+
+def test_groups_and_workers_change_nothing_but_the_batches(tmp_path, space):
+    roots = [write_set(tmp_path / name, 5) for name in ("alone", "together", "ahead")]
+    for root, options in zip(roots, ({"group": 1}, {"group": 3}, {"group": 3, "workers": 2})):
+        assert encode.encode_set(root, root, space, **options, **OPTIONS) == {"encoded": 5}
+    alone, together, ahead = ([torch.load(path, weights_only=True) for path in latents(root).values()] for root in roots)
+    assert all(torch.allclose(one, other, atol=1e-4) for one, other in zip(alone, together))
+    assert all(torch.equal(one, other) for one, other in zip(together, ahead))
+
+
+def test_compact_latents_are_read_like_any(tmp_path, space):
+    exact, compact = write_set(tmp_path / "a", 1), write_set(tmp_path / "b", 1)
+    encode.encode_set(exact, exact, space, **OPTIONS)
+    encode.encode_set(compact, compact, space, store=torch.bfloat16, **OPTIONS)
+    stored, = latents(compact).values()
+    assert torch.load(stored, weights_only=True).dtype == torch.bfloat16
+    read = [LatentVideos(root, num_frames=4, clip={"span": "episode"}, latent_shape=(space.channels, 8, 8)).sample(0, np.random.default_rng(0))["latents"]
+            for root in (exact, compact)]
+    assert read[1].dtype == torch.float32 and not torch.equal(*read) and torch.allclose(*read, rtol=2**-8, atol=1e-6)
+
+
+def test_a_run_stops_where_too_much_is_bad(tmp_path, space):
+    root = write_set(tmp_path, 24)
+    for number in range(6):
+        (root / f"videos/train/{number}/0.mp4").unlink()
+    with pytest.raises(ValueError, match=r"6 of 2\d videos are unreadable"):
+        encode.encode_set(root, root, space, max_bad_share=0.1, **OPTIONS)
+    assert len(latents(root)) >= 14
 
 
 def test_another_folder_and_ranks(tmp_path, space):
