@@ -18,6 +18,14 @@ class VideoBatch(TypedDict):
     text: list[str]
 
 
+class FrameBatch(TypedDict):
+    """Step 1, for a forward model of features. A short clip as it is, and the sentence that belongs to it."""
+
+    id: list[str]
+    frames: Tensor  # (B, F, 3, H, W) in [0, 1]
+    text: list[str]
+
+
 class TransitionBatch(TypedDict):
     """Step 2. Two frames about one second apart (Sec. 3.2) and the instruction."""
 

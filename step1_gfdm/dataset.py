@@ -53,13 +53,18 @@ class VideoSet:
     """The annotations of one split of one set, and the clips that a rule cuts from them.
 
     root: the set's folder; annotation: its annotation folder ("annotation_abc_13" for VPP's CALVIN); max_frames drops longer
-    videos (VPP: 100). A set without a val folder keeps every 20th of its training videos for it.
+    videos (VPP: 100); views: camera number -> probability. A set without a val folder keeps every 20th of its training videos for it.
     An annotation that cannot be read stays in the count and raises Unreadable when it is drawn.
     """
 
     def __init__(self, root: str | Path, split: str = "train", *, num_frames: int, clip: Mapping[str, Any],
-                 annotation: str = "annotation", max_frames: int | None = None) -> None:
+                 annotation: str = "annotation", max_frames: int | None = None, views: Mapping[int, float] | None = None) -> None:
         self.root, self.num_frames, self.rule = Path(root), num_frames, ClipRule(**clip)
+        views = dict(views or {0: 1.0})
+        total = sum(views.values())
+        if total <= 0 or min(views.values()) < 0:
+            raise ValueError(f"{root}: view probabilities must be positive, got {views}")
+        self.views, self.view_shares = [int(v) for v in views], np.array([p / total for p in views.values()])
         folder = self.root / annotation / split
         files = annotations(self.root / annotation, split)
         if not files:
@@ -87,21 +92,20 @@ class VideoSet:
         episode = int(np.searchsorted(self._ends, index, side="right"))
         return self.files[episode], index - (int(self._ends[episode - 1]) if episode else 0)
 
+    def draw_view(self, file: Path, record: Mapping[str, Any], rng: np.random.Generator) -> int:
+        """One of the cameras, which the episode must have."""
+        view = int(rng.choice(self.views, p=self.view_shares))
+        if isinstance(record.get("videos"), list) and view >= len(record["videos"]):
+            raise Unreadable(str(file), f"has {len(record['videos'])} cameras, camera {view} is asked for; set this set's views in the data config")
+        return view
+
 
 class LatentVideos(VideoSet):
-    """Training clips: latents (F, 4, h, w) and the sentence.
-
-    views: camera number -> probability; latent_shape: (4, h, w) that every file must have.
-    """
+    """Training clips: latents (F, 4, h, w) and the sentence. latent_shape: (4, h, w) that every file must have."""
 
     def __init__(self, root: str | Path, split: str = "train", *, num_frames: int, clip: Mapping[str, Any], annotation: str = "annotation",
                  max_frames: int | None = None, views: Mapping[int, float] | None = None, latent_shape: tuple[int, int, int] = (4, 32, 32)) -> None:
-        super().__init__(root, split, num_frames=num_frames, clip=clip, annotation=annotation, max_frames=max_frames)
-        views = dict(views or {0: 1.0})
-        total = sum(views.values())
-        if total <= 0 or min(views.values()) < 0:
-            raise ValueError(f"{root}: view probabilities must be positive, got {views}")
-        self.views, self.view_shares = [int(v) for v in views], np.array([p / total for p in views.values()])
+        super().__init__(root, split, num_frames=num_frames, clip=clip, annotation=annotation, max_frames=max_frames, views=views)
         self.latent_shape = tuple(latent_shape)
         if not any((self.root / name).is_dir() for name in LATENT_FOLDERS):
             raise FileNotFoundError(f"{self.root}: no latents (latent_videos/); make them with scripts/step1_prepare_data_latent.sh data={self.root}")
@@ -110,9 +114,7 @@ class LatentVideos(VideoSet):
         """One clip as a VideoBatch item; the camera is drawn."""
         file, clip = self.locate(index)
         record = read_annotation(file)
-        view = int(rng.choice(self.views, p=self.view_shares))
-        if isinstance(record.get("videos"), list) and view >= len(record["videos"]):
-            raise Unreadable(str(file), f"has {len(record['videos'])} cameras, camera {view} is asked for; set this set's views in the data config")
+        view = self.draw_view(file, record, rng)
         latents = self._latents(file, record, view)
         frames = self.rule.frames(len(latents), clip, self.num_frames)
         return {"id": f"{file}#{view}:{clip}", "latents": latents[frames].float(), "text": record["texts"][0]}
@@ -135,18 +137,19 @@ class LatentVideos(VideoSet):
 
 
 class VideoClips(VideoSet):
-    """Clips of the videos themselves, for eval: frames (F, 3, size, size) in [0, 1] and the sentence, one fixed camera."""
+    """Clips of the videos themselves: frames (F, 3, size, size) in [0, 1] and the sentence."""
 
-    def __init__(self, root: str | Path, split: str = "val", *, num_frames: int, clip: Mapping[str, Any], image_size: int, view: int = 0,
-                 annotation: str = "annotation", max_frames: int | None = None, aspect: str = "squeeze") -> None:
-        super().__init__(root, split, num_frames=num_frames, clip=clip, annotation=annotation, max_frames=max_frames)
-        self.image_size, self.view, self.aspect = image_size, view, aspect
+    def __init__(self, root: str | Path, split: str = "val", *, num_frames: int, clip: Mapping[str, Any], image_size: int,
+                 annotation: str = "annotation", max_frames: int | None = None, views: Mapping[int, float] | None = None, aspect: str = "squeeze") -> None:
+        super().__init__(root, split, num_frames=num_frames, clip=clip, annotation=annotation, max_frames=max_frames, views=views)
+        self.image_size, self.aspect = image_size, aspect
 
     def sample(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
-        """One clip; nothing about it is random."""
+        """One clip as a FrameBatch item; the camera is drawn."""
         file, clip = self.locate(index)
         record = read_annotation(file)
-        path = video_path(self.root, file, record, self.view)
+        view = self.draw_view(file, record, rng)
+        path = video_path(self.root, file, record, view)
         try:
             length, _, _ = video.probe(path)
             wanted = self.rule.frames(length, clip, self.num_frames)
@@ -154,15 +157,16 @@ class VideoClips(VideoSet):
             frames = video.read_frames(path, unique)[back]
         except video.VideoError as error:
             raise Unreadable(str(path), str(error)) from error
-        return {"id": f"{file}#{self.view}:{clip}", "frames": video.resize(frames, self.image_size, self.aspect), "text": record["texts"][0]}
+        return {"id": f"{file}#{view}:{clip}", "frames": video.resize(frames, self.image_size, self.aspect), "text": record["texts"][0]}
 
 
 def mixture(root: str | Path, sets: Mapping[str, Mapping[str, Any]], *, split: str = "train", num_frames: int,
-            latent_shape: tuple[int, int, int] = (4, 32, 32), human_fraction: float = 1.0, length: int | None = None) -> Mixture:
+            latent_shape: tuple[int, int, int] = (4, 32, 32), image_size: int | None = None, human_fraction: float = 1.0,
+            length: int | None = None) -> Mixture:
     """Table 11 as data. Each set: {weight, clip, and optionally folder, annotation, views, max_frames, human}.
 
-    `human_fraction` scales the weights of the sets marked `human` (Fig. 8); at 0 they need not be on disk. `length` is how many
-    draws count as an epoch.
+    Clips are latents, or the videos themselves where an `image_size` is given. `human_fraction` scales the weights of the sets
+    marked `human` (Fig. 8); at 0 they need not be on disk. `length` is how many draws count as an epoch.
     """
     if not 0 <= human_fraction <= 1:
         raise ValueError(f"human_fraction is a share between 0 and 1, got {human_fraction}")
@@ -172,7 +176,8 @@ def mixture(root: str | Path, sets: Mapping[str, Mapping[str, Any]], *, split: s
         weight = options.pop("weight") * (human_fraction if options.pop("human", False) else 1)
         folder = Path(root) / options.pop("folder", name)
         if weight > 0:
-            members[name] = LatentVideos(folder, split, num_frames=num_frames, latent_shape=latent_shape, **options)
+            members[name] = (LatentVideos(folder, split, num_frames=num_frames, latent_shape=latent_shape, **options) if image_size is None
+                             else VideoClips(folder, split, num_frames=num_frames, image_size=image_size, **options))
             weights[name] = weight
     return Mixture(members, weights, length)
 

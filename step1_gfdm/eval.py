@@ -138,8 +138,10 @@ def main(cfg: DictConfig) -> None:
         return
     device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = artifact.load(cfg.path, "gfdm").to(device)
+    if not isinstance(model, GFDM):
+        raise ValueError(f"{cfg.path} holds a {type(model).__name__}, which makes no pictures; its error stands in metrics.jsonl (val/mse, val/copy_mse)")
     clip = OmegaConf.to_container(cfg.clip) if cfg.clip else trained_clip(cfg.path, Path(cfg.videos).name)
-    clips = VideoClips(cfg.videos, cfg.split, num_frames=model.num_frames, clip=clip, image_size=model.image_size, view=cfg.view,
+    clips = VideoClips(cfg.videos, cfg.split, num_frames=model.num_frames, clip=clip, image_size=model.image_size, views={cfg.view: 1.0},
                        annotation=cfg.annotation)
     out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)

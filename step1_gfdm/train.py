@@ -22,8 +22,8 @@ def main(cfg: DictConfig) -> None:
     loop = instantiate(cfg.loop, output_dir=cfg.output_dir, seed=cfg.seed)
     model = loop.fit(model, train_set, val_set)
     if loop.accelerator.is_main_process:
-        # the artifact is itself the SVD folder that its config builds from
-        config = {**OmegaConf.to_container(cfg.gfdm, resolve=True), "svd": artifact.HERE}
+        # where a model is built from an SVD folder, the artifact is itself one
+        config = {key: artifact.HERE if key == "svd" else value for key, value in OmegaConf.to_container(cfg.gfdm, resolve=True).items()}
         clips = {name: options["clip"] for name, options in OmegaConf.to_container(cfg.data.sets, resolve=True).items()}
         artifact.save(model, cfg.output_dir, kind="gfdm", config=config, step=loop.step, stats={"clips": clips})
         log.info("GFDM in %s", cfg.output_dir)

@@ -20,6 +20,8 @@ CHANGES = {  # row -> the only subtrees it may touch, besides its name
     "gfdm/eq3_ddpm": {"gfdm.objective"},
     "gfdm/eq3_ddpm_v": {"gfdm.objective"},
     "gfdm/vpp": {"gfdm", "data", "loop"},
+    "gfdm/t6_dino": {"gfdm", "data.image_size", "data.num_frames"},
+    "defi/t6_dino": {"policy.gfdm.path"},
     "gidm/official": {"gidm", "data", "loop"},
     "gfdm/t5_no_human": {"data.human_fraction"},
     "gidm/t5_no_human": {"data.human_fraction"},
