@@ -26,8 +26,8 @@ BURST_CLOSED_SHARE = 0.3  # of pushes shut an open hand: a grasp that missed
 LET_GO_STEPS = 10
 OVERRUN_SHARE = 0.35  # of segments run on past success
 OVERRUN_STEPS = (5, 11)
-SCATTERED_SHARE = 0.2  # of chains start from blocks anywhere on the scene's surfaces
-JITTER = 0.025  # m, of blocks on the table in the others
+SCATTERED_SHARE = 0.1  # of chains start from blocks anywhere on the scene's surfaces
+JITTER, TURN = 0.01, 0.15  # m and rad, of blocks on the table in the others
 LIMIT = 240  # steps in which a demonstration must succeed
 SHORTEST = 12  # frames; less holds no chunk of actions
 
@@ -94,7 +94,7 @@ def _start(env: PlayTable, tasks: Sequence[str], rng: np.random.Generator) -> No
     blocks = scene_obs[6:].reshape(3, 6)
     on_table = blocks[:, 1] < 0
     blocks[on_table, :2] += rng.uniform(-JITTER, JITTER, (int(on_table.sum()), 2))
-    blocks[on_table, 5] += rng.uniform(-0.4, 0.4, int(on_table.sum()))
+    blocks[on_table, 5] += rng.uniform(-TURN, TURN, int(on_table.sum()))
     env.reset(robot_obs=robot_obs, scene_obs=np.concatenate([scene_obs[:6], blocks.ravel()]))
 
 

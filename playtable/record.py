@@ -1,6 +1,6 @@
 """Program: record scripted demonstrations in CALVIN's format, and as a video set (DESIGN 7, 10).
 
-    python -m playtable.record scene=A tasks=eleven episodes=1200 out=data/playtable/A workers=2
+    python -m playtable.record scene=A tasks=eleven episodes=1100 out=data/playtable/A workers=2
 
 Chain i of a scene depends on (seed, scene, i) alone, whatever the number of workers. A killed recording goes on with the
 same command.
@@ -187,7 +187,7 @@ def _assemble(chains: list[dict[str, Any]], out: Path, share: float, *, videos: 
                 if videos:
                     name = f"{len(episodes):06d}"
                     _move_films(source, out / "videos_set", f"{split}/{name}")
-                    files.write_annotation(out / "videos_set", split, name, segment["sentence"], segment["length"])
+                    files.write_annotation(out / "videos_set", split, name, segment["sentence"], vectors[-1]["robot_obs"])
                 episodes.append({"start": first, "end": last, **segment})
                 scenes.setdefault(f"calvin_scene_{summary['scene']}", [first, last])[1] = last
                 first = last + 1

@@ -131,6 +131,8 @@ def _one(source: Source, out: Path, entry: Listed, options: dict[str, Any]) -> t
         raise
     record = {"texts": episode.texts, "videos": [{"video_path": str(folder / f"{number}.mp4")} for number in range(len(lengths))],
               "episode_id": entry.id, "video_length": lengths[0], "fps": episode.cameras[0].fps}
+    if episode.state is not None:
+        record["state"] = np.asarray(episode.state, np.float64).round(5).tolist()
     _write_json(annotation, record)
     return "converted", lengths[0], ""
 
@@ -190,7 +192,7 @@ def _remember(out: Path, options: dict[str, Any]) -> None:
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    beside.write_text(json.dumps(content, indent=2) + "\n")
+    beside.write_text(json.dumps(content) + "\n")
     os.replace(beside, path)
 
 

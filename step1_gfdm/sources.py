@@ -52,10 +52,11 @@ class Camera(NamedTuple):
 
 
 class Episode(NamedTuple):
-    """Sentences and cameras."""
+    """Sentences, cameras and, where the set has them, the robot's readings (T, D), the hand's position first."""
 
     texts: list[str]
     cameras: list[Camera]
+    state: np.ndarray | None = None
 
 
 class Source(Protocol):
@@ -147,14 +148,15 @@ class Folder:
 class Rlds:
     """Robot episodes in an RLDS folder (Bridge, Fractal): every split that is there; `val` and `test` become val.
 
-    names: registry names, the first that lies under `root` counts; images: feature of each camera; text: feature of the sentence,
-    each as a list of names of which the first that is there counts (releases of one set differ).
+    names: registry names, the first that lies under `root` counts; images: feature of each camera; text, state: of the sentence and
+    the readings; each as a list of names of which the first that is there counts (releases of one set differ).
     """
 
-    def __init__(self, root: str | Path, names: Sequence[str], *, images: Sequence[Sequence[str]], text: Sequence[str], fps: float) -> None:
+    def __init__(self, root: str | Path, names: Sequence[str], *, images: Sequence[Sequence[str]], text: Sequence[str], fps: float,
+                 state: Sequence[str] = ()) -> None:
         root = Path(root)
         self.folder = root if (root / "dataset_info.json").is_file() else rlds.find(root, names)
-        self.images, self.text, self.fps = images, text, fps
+        self.images, self.text, self.state, self.fps = images, text, state, fps
         self.sets = {split: rlds.Rlds(self.folder, split) for split in rlds.splits(self.folder)}
 
     def episodes(self) -> list[Listed]:
@@ -169,7 +171,8 @@ class Rlds:
         text = episode.text(_first(episode, self.text)).strip()
         if not text:
             raise Unreadable(episode.id, NO_CAPTION)
-        return Episode([text], [self._camera(episode, _first(episode, image)) for image in self.images])
+        state = next((episode.values(name) for name in self.state if episode.has(name)), None)
+        return Episode([text], [self._camera(episode, _first(episode, image)) for image in self.images], state)
 
     def _camera(self, episode: rlds.Episode, image: str) -> Camera:
         return Camera(len(episode), self.fps, lambda places: np.stack([episode.image(image, place) for place in places]))
@@ -206,7 +209,8 @@ class Calvin:
             return Camera(end - start + 1, self.FPS,
                           lambda places: np.stack([calvin.read_frame(self.root / split, start + place, [key])[key] for place in places]))
 
-        return Episode([text], [camera(key) for key in calvin.KEYS.values()])
+        state = np.stack([calvin.read_frame(self.root / split, frame, ["robot_obs"])["robot_obs"] for frame in range(start, end + 1)])
+        return Episode([text], [camera(key) for key in calvin.KEYS.values()], state)
 
 
 class Ego4d:

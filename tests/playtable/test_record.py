@@ -93,6 +93,7 @@ def test_the_video_set_has_its_layout(recording: tuple[Path, dict]) -> None:
             annotation = json.loads(path.read_text())
             assert annotation["texts"][0] in INSTRUCTIONS.values() and annotation["episode_id"] == path.stem
             assert annotation["latent_videos"][1]["latent_video_path"] == f"latent_videos/{split}/{path.stem}/1.pt"
+            assert np.shape(annotation["state"]) == (annotation["video_length"], 15)
             for entry, edge in zip(annotation["videos"], (200, 84)):
                 with av.open(str(root / entry["video_path"])) as film:
                     pictures = [frame.to_ndarray(format="rgb24") for frame in film.decode(video=0)]
@@ -141,8 +142,8 @@ def test_lifts_are_shown_from_misses_too(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(env, "observe", lambda: {"rgb_obs": {"rgb_static": None, "rgb_gripper": None}, **env._state()})
     monkeypatch.setattr("playtable.demonstrate.BURST_SHARE", 1.0)
     lifts = ["lift_red_block_table", "lift_blue_block_table", "lift_pink_block_table"]
-    chains = [chain(env, lifts, 1, np.random.default_rng(seed)) for seed in range(24)]
-    assert sum(failed for _, failed in chains) <= 4, "pushed off its course, the expert still lifts"
+    chains = [chain(env, lifts, 1, np.random.default_rng(seed)) for seed in range(60)]
+    assert sum(failed for _, failed in chains) <= 8, "pushed off its course, the expert still lifts"
     first = np.array([segment.robot_obs[0] for segments, _ in chains for segment in segments])
     assert (first[:, 2] < 0.5).sum() >= 3, "the hand stands at the table"
     assert (first[:, 14] < 0).sum() >= 2, "the hand is shut"

@@ -55,7 +55,7 @@ def test_real_bridge_rlds(shared_data: Path, tmp_path: Path) -> None:
     assert counts["converted"] + counts["no caption"] == 6 and counts["converted"] >= 3
     file = annotations(tmp_path / "annotation", "train")[0]
     record = read_annotation(file)
-    assert record["video_length"] == 10 and record["fps"] == 5 and len(record["texts"][0]) > 5
+    assert record["video_length"] == 10 and record["fps"] == 5 and len(record["texts"][0]) > 5 and np.shape(record["state"]) == (10, 7)
     clips = VideoClips(tmp_path, "train", num_frames=4, clip={"span": "episode"}, image_size=64)
     frames = clips.sample(0, np.random.default_rng(0))["frames"]
     assert frames.shape == (4, 3, 64, 64) and frames.std() > 0.05
@@ -108,7 +108,7 @@ def test_calvin_leaves_scene_d_out(tmp_path: Path) -> None:
     counts = convert(Calvin(root), tmp_path / "out", image_size=16)
     assert counts["converted"] == 2 and counts["scene D"] == 2 and counts["frames"] == 66
     record = read_annotation(tmp_path / "out/annotation/train/train_000000.json")
-    assert len(record["videos"]) == 2 and record["video_length"] == 33 and record["fps"] == 30
+    assert len(record["videos"]) == 2 and record["video_length"] == 33 and record["fps"] == 30 and record["state"] == [[0.0] * 15] * 33
     os.symlink(root / "training", root / "validation")
     asked = Calvin(root, scene_d=True).episodes()
     assert Counter(entry.split for entry in asked) == {"train": 4, "val": 4} and not any(entry.reason for entry in asked)
