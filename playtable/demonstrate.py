@@ -23,7 +23,7 @@ USE_BLOCK_SHARE = 0.75  # of the choices that have a block in the hand and a tas
 BURST_SHARE = 0.45  # of segments begin behind an unrecorded push off their course
 BURST_AFTER, BURST_STEPS = (0, 45), (3, 11)
 BURST_CLOSED_SHARE = 0.3  # of pushes shut an open hand: a grasp that missed
-LET_GO_STEPS = 10
+BACK_OFF_STEPS = 15
 OVERRUN_SHARE = 0.35  # of segments run on past success
 OVERRUN_STEPS = (5, 11)
 SCATTERED_SHARE = 0.1  # of chains start from blocks anywhere on the scene's surfaces
@@ -130,7 +130,7 @@ def _demonstrate(env: PlayTable, expert: Expert, task: str, rng: np.random.Gener
     overrun = int(rng.integers(*OVERRUN_STEPS)) if rng.random() < OVERRUN_SHARE else 0
     expert.reset(task)
     if rng.random() < BURST_SHARE:
-        _burst(env, expert, rng, lift=task.startswith("lift"))
+        _burst(env, expert, rng, task)
         expert.reset(task)
     segment, start = Segment(task, env.instruction(task)), env.get_info()
     succeeded_at = None
@@ -147,11 +147,12 @@ def _demonstrate(env: PlayTable, expert: Expert, task: str, rng: np.random.Gener
     return None
 
 
-def _burst(env: PlayTable, expert: Expert, rng: np.random.Generator, *, lift: bool) -> None:
+def _burst(env: PlayTable, expert: Expert, rng: np.random.Generator, task: str) -> None:
     """Some steps of the way, then a few into a random direction, unseen by the recording.
 
     The way ends where a fixture might begin to move, or at a block, before the hand closes: there it may miss.
     """
+    lift = task.startswith("lift")
     for _ in range(int(rng.integers(*BURST_AFTER))):
         action = expert.act()
         if action[6] < env.gripper_command or not (expert.fast or lift):
@@ -161,6 +162,10 @@ def _burst(env: PlayTable, expert: Expert, rng: np.random.Generator, *, lift: bo
     push = np.append(rng.uniform(-0.8, 0.8, 6) * [1, 1, 1, 0.3, 0.3, 0.3], -1.0 if shut else env.gripper_command)
     for _ in range(int(rng.integers(*BURST_STEPS))):
         env.step(push, render=False)
-    if shut and expert.held() is not None:  # no miss after all
-        for _ in range(LET_GO_STEPS):
-            env.step(np.append(np.zeros(6), 1.0), render=False)
+    # a block that is held, or touched or falling before its lift begins, makes the task another one
+    touched = f"block_{task.split('_')[1]}" if lift else expert.held() if shut else None
+    for _ in range(BACK_OFF_STEPS):
+        contacts = expert.state.touching(touched) if touched else frozenset({"nothing"})
+        if contacts and "robot" not in contacts:
+            break
+        env.step(np.array([0, 0, 0.5, 0, 0, 0, 1.0]), render=False)

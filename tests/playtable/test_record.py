@@ -143,7 +143,7 @@ def test_lifts_are_shown_from_misses_too(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr("playtable.demonstrate.BURST_SHARE", 1.0)
     lifts = ["lift_red_block_table", "lift_blue_block_table", "lift_pink_block_table"]
     chains = [chain(env, lifts, 1, np.random.default_rng(seed)) for seed in range(60)]
-    assert sum(failed for _, failed in chains) <= 8, "pushed off its course, the expert still lifts"
+    assert sum(failed for _, failed in chains) <= 4, "pushed off its course, the expert still lifts"
     first = np.array([segment.robot_obs[0] for segments, _ in chains for segment in segments])
     assert (first[:, 2] < 0.5).sum() >= 3, "the hand stands at the table"
     assert (first[:, 14] < 0).sum() >= 2, "the hand is shut"
