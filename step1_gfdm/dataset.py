@@ -159,6 +159,14 @@ class VideoClips(VideoSet):
             raise Unreadable(str(path), str(error)) from error
         return {"id": f"{file}#{view}:{clip}", "frames": video.resize(frames, self.image_size, self.aspect), "text": record["texts"][0]}
 
+    def states(self, index: int) -> np.ndarray | None:
+        """The robot's readings (F, D) at a clip's frames, None where the annotation has none."""
+        file, clip = self.locate(index)
+        states = read_annotation(file).get("state")
+        if not isinstance(states, list) or not states:
+            return None
+        return np.asarray(states, np.float64)[self.rule.frames(len(states), clip, self.num_frames)]
+
 
 def mixture(root: str | Path, sets: Mapping[str, Mapping[str, Any]], *, split: str = "train", num_frames: int,
             latent_shape: tuple[int, int, int] = (4, 32, 32), image_size: int | None = None, human_fraction: float = 1.0,

@@ -1,7 +1,7 @@
 """Program: how good is the forecast (Fig. 9, Q3, Q8)?   python -m step1_gfdm.eval path=ckpts/gfdm/<name> data=<video set>
 
-Truth against prediction at several numbers of denoising steps, beside copying the first frame and the VAE's own limit.
-F frames of a clip, of which frame 0 is given and not scored.
+Truth against prediction by denoising steps, guidance and frame, beside copying the first frame and the VAE's own limit; and what
+of the robot's coming motion can be read out of one-step features. F frames of a clip, of which frame 0 is given and not scored.
 """
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,11 @@ from common import artifact
 from common.metrics import bootstrap_ci, psnr, ssim
 from common.mixture import Unreadable
 from common.program import program
+from common.video import write_mp4
 from step1_gfdm.dataset import VideoClips
 from step1_gfdm.model import GFDM
+from step1_gfdm.perception import Missing, VideoEye, frechet_ci, lpips
+from step1_gfdm.probe import gather, read_out
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402  (the backend must be chosen first: no display)
@@ -36,9 +39,53 @@ COPY, LIMIT = "copy the first frame", "VAE there and back"
 log = logging.getLogger(__name__)
 
 
-def measure(model: GFDM, clips: VideoClips, *, count: int, steps: Iterable[int], guidance: float, batch_size: int, seed: int, strips: int,
-            draw: Callable[[int, str, dict[str, Tensor]], None]) -> tuple[dict[str, dict[str, list[float]]], list[str]]:
-    """Scores of every clip by method and metric, and what could not be read; the first `strips` clips are handed to `draw`."""
+class Scores:
+    """Per clip and future frame, by forecast and metric; and one vector a clip where an eye looks at whole videos."""
+
+    def __init__(self, metrics: Mapping[str, Callable[[Tensor, Tensor], Tensor]], eye: VideoEye | None) -> None:
+        self.metrics, self.eye = metrics, eye
+        self.frames: dict[str, dict[str, list[list[float]]]] = {}
+        self.seen: dict[str, list[Tensor]] = {}
+
+    def add(self, videos: Mapping[str, Tensor]) -> None:
+        """A batch: "truth" and forecasts, each (B, F, 3, H, W) in [0, 1]."""
+        truth = videos["truth"]
+        for name, video in videos.items():
+            if self.eye:
+                self.seen.setdefault(name, []).append(self.eye(video))
+            for metric, function in self.metrics.items() if name != "truth" else ():
+                value = function(video[:, 1:].flatten(0, 1), truth[:, 1:].flatten(0, 1)).view(len(truth), -1)
+                self.frames.setdefault(name, {}).setdefault(metric, []).extend(value.tolist())
+
+    def clips(self, name: str, metric: str) -> np.ndarray:
+        """(N,) means over the future frames."""
+        return np.array(self.frames[name][metric]).mean(1)
+
+    def summarize(self) -> dict[str, dict[str, dict[str, float]]]:
+        """Mean and 95 % interval over clips of every metric, and of its paired difference to copying the first frame."""
+        summary: dict[str, dict[str, dict[str, float]]] = {}
+        for name, metrics in self.frames.items():
+            row = summary.setdefault(name, {})
+            for metric in metrics:
+                values = self.clips(name, metric)
+                for key, numbers in ((metric, values), (f"{metric}_gain", values - self.clips(COPY, metric))):
+                    row[key] = _interval(bootstrap_ci(numbers))
+            if self.eye:
+                row["frechet"] = _interval(frechet_ci(torch.cat(self.seen[name]), torch.cat(self.seen["truth"])))
+        return summary
+
+    def by_frame(self) -> dict[str, dict[str, list[float]]]:
+        """Forecast -> metric -> mean at every future frame."""
+        return {name: {metric: np.array(values).mean(0).tolist() for metric, values in metrics.items()} for name, metrics in self.frames.items()}
+
+
+def _interval(values: tuple[float, float, float]) -> dict[str, float]:
+    return dict(zip(("mean", "low", "high"), values))
+
+
+def measure(model: GFDM, clips: VideoClips, scores: Scores, *, count: int, steps: Iterable[int], guidance: Iterable[float], batch_size: int, seed: int,
+            strips: int, draw: Callable[[int, str, dict[str, Tensor]], None]) -> list[str]:
+    """Fill `scores`; returns what could not be read. The first `strips` clips are handed to `draw`."""
     readable, skipped = [], []
     rng = np.random.default_rng(seed)
     for index in np.unique(np.linspace(0, len(clips) - 1, min(count, len(clips))).astype(int)):
@@ -50,7 +97,7 @@ def measure(model: GFDM, clips: VideoClips, *, count: int, steps: Iterable[int],
     if not readable:
         raise ValueError(f"{clips.root}: none of {len(skipped)} clips could be read; the last: {skipped[-1]}")
     device = next(model.unet.parameters()).device
-    scores: dict[str, dict[str, list[float]]] = {}
+    settings = [(number, strength) for strength in guidance for number in steps]
     for start in tqdm(range(0, len(readable), batch_size), desc="forecast", unit="batch"):
         batch = readable[start:start + batch_size]
         truth = torch.stack([item["frames"] for item in batch]).to(device)
@@ -58,38 +105,68 @@ def measure(model: GFDM, clips: VideoClips, *, count: int, steps: Iterable[int],
         first = truth[:, 0] * 2 - 1
         coded = torch.stack([model.latent_space.encode(video * 2 - 1) for video in truth])
         videos = {"truth": truth, COPY: truth[:, :1].expand_as(truth), LIMIT: model.latent_space.decode(coded)}
-        for number in steps:
-            videos[_name(number)] = model.generate(first, text, steps=number, guidance=guidance, seed=seed)
-        for name, video in videos.items():
-            if name != "truth":
-                for metric, function in (("psnr", psnr), ("ssim", ssim)):
-                    value = function(video[:, 1:].flatten(0, 1), truth[:, 1:].flatten(0, 1)).view(len(batch), -1).mean(1)
-                    scores.setdefault(name, {}).setdefault(metric, []).extend(value.tolist())
+        for number, strength in settings:
+            videos[_name(number, strength)] = model.generate(first, text, steps=number, guidance=strength, seed=seed)
+        scores.add(videos)
         for i in range(max(0, min(len(batch), strips - start))):
             draw(start + i, text[i], {name: video[i] for name, video in videos.items() if name != COPY})
-    return scores, skipped
+    return skipped
 
 
-def summarize(scores: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, dict[str, float]]]:
-    """Mean and 95 % interval over clips of every metric, and of its paired difference to copying the first frame."""
-    summary: dict[str, dict[str, dict[str, float]]] = {}
-    for name, metrics in scores.items():
-        for metric, values in metrics.items():
-            for key, numbers in ((metric, np.array(values)), (f"{metric}_gain", np.array(values) - np.array(scores[COPY][metric]))):
-                mean, low, high = bootstrap_ci(numbers)
-                summary.setdefault(name, {})[key] = {"mean": mean, "low": low, "high": high}
-    return summary
-
-
-def table(summary: dict[str, dict[str, dict[str, float]]], clips: int) -> str:
+def table(summary: dict[str, dict[str, dict[str, float]]], clips: int, notes: Iterable[str] = ()) -> str:
     """The summary as Markdown."""
-    lines = [f"Future frames of {clips} clips; mean [95 % interval over clips]. Gain: paired difference to copying the first frame.", "",
-             "| forecast | PSNR (dB) | gain | SSIM | gain |", "|---|---|---|---|---|"]
+    names = {"psnr": ("PSNR (dB)", 2), "psnr_gain": ("gain", 2), "ssim": ("SSIM", 3), "ssim_gain": ("gain", 3), "lpips": ("LPIPS", 3),
+             "lpips_gain": ("difference", 3), "frechet": ("Fréchet", 2)}
+    shown = [key for key in names if key in summary[COPY]]
+    lines = [f"Future frames of {clips} clips; mean [95 % interval over clips]. Gain: paired difference to copying the first frame.",
+             *notes, "", f"| forecast | {' | '.join(names[key][0] for key in shown)} |", "|" + "---|" * (len(shown) + 1)]
     for name, row in summary.items():
-        cells = [f"{row[k]['mean']:.{d}f} [{row[k]['low']:.{d}f}, {row[k]['high']:.{d}f}]"
-                 for k, d in (("psnr", 2), ("psnr_gain", 2), ("ssim", 3), ("ssim_gain", 3))]
+        cells = [f"{row[k]['mean']:.{names[k][1]}f} [{row[k]['low']:.{names[k][1]}f}, {row[k]['high']:.{names[k][1]}f}]" for k in shown]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def probe_table(results: dict[str, dict[str, tuple[float, float, float]]], clips: int) -> str:
+    """The read-outs as Markdown."""
+    names = {"features": "one-step features", "present": "present picture", "difference": "features' share of the spread above the picture's"}
+    lines = ["", f"Read-out of the hand's displacement over the clip: R² on held-out clips of {clips} [95 % interval].", "",
+             "| read from | linear | MLP |", "|---|---|---|"]
+    for name, row in results.items():
+        cells = [f"{row[kind][0]:.2f} [{row[kind][1]:.2f}, {row[kind][2]:.2f}]" for kind in ("linear", "mlp")]
+        lines.append(f"| {names[name]} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def draw_horizon(path: Path, by_frame: dict[str, dict[str, list[float]]]) -> None:
+    """One PNG: every metric against the frame, a line a forecast."""
+    metrics = list(by_frame[COPY])
+    figure, axes = pyplot.subplots(1, len(metrics), figsize=(4.5 * len(metrics), 3.4), squeeze=False)
+    for axis, metric in zip(axes[0], metrics):
+        for name, values in by_frame.items():
+            style = {COPY: {"color": "0.4", "linestyle": "--"}, LIMIT: {"color": "0.4", "linestyle": ":"}}.get(name, {})
+            axis.plot(range(1, len(values[metric]) + 1), values[metric], marker=".", label=name, **style)
+        axis.set(xlabel="frame", ylabel=metric)
+    axes[0, 0].legend(fontsize=7)
+    _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> None:
+    figure.tight_layout()
+    beside = path.with_name(f".{path.stem}.{os.getpid()}.part.png")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        figure.savefig(beside, dpi=100)
+        os.replace(beside, path)
+    finally:
+        pyplot.close(figure)
+        beside.unlink(missing_ok=True)
+
+
+def film(clips: list[dict[str, Tensor]]) -> np.ndarray:
+    """Clips below each other, forecasts side by side, each (F, 3, H, W) in [0, 1] -> (F, rows H, columns W, 3) uint8, both sides even."""
+    rows = [torch.cat([video.float().cpu() for video in clip.values()], dim=3) for clip in clips]
+    frames = (torch.cat(rows, dim=2).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1)
+    return frames[:, :frames.shape[1] // 2 * 2, :frames.shape[2] // 2 * 2].numpy()
 
 
 def draw_strip(path: Path, text: str, videos: dict[str, Tensor], *, columns: int = 8) -> None:
@@ -103,15 +180,7 @@ def draw_strip(path: Path, text: str, videos: dict[str, Tensor], *, columns: int
             axis.set(xticks=[], yticks=[], xlabel=f"frame {frame}" if row is axes[-1] else "")
         row[0].set_ylabel(name, fontsize=8)
     figure.suptitle(text, fontsize=10)
-    figure.tight_layout()
-    beside = path.with_name(f".{path.stem}.{os.getpid()}.part.png")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        figure.savefig(beside, dpi=100)
-        os.replace(beside, path)
-    finally:
-        pyplot.close(figure)
-        beside.unlink(missing_ok=True)
+    _save(figure, path)
 
 
 def trained_clip(path: str, name: str) -> dict[str, Any]:
@@ -122,8 +191,27 @@ def trained_clip(path: str, name: str) -> dict[str, Any]:
     return rules.get(name) or next(iter(rules.values()))
 
 
-def _name(steps: int) -> str:
-    return f"{steps} step" + "s" * (steps != 1)
+def _name(steps: int, guidance: float = 1.0) -> str:
+    return f"{steps} step" + "s" * (steps != 1) + (f", guidance {guidance:g}" if guidance != 1 else "")
+
+
+def _eyes(cfg: DictConfig, device: str) -> tuple[dict[str, Callable[[Tensor, Tensor], Tensor]], VideoEye | None, list[str]]:
+    """The metrics that this machine can make, and a line on each that it cannot."""
+    metrics: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"psnr": psnr, "ssim": ssim}
+    eye, notes = None, []
+    try:
+        if cfg.lpips:
+            metrics["lpips"] = lpips(cfg.lpips)
+            notes.append(f"LPIPS by torchmetrics with torchvision's {cfg.lpips}.")
+    except Missing as error:
+        notes.append(f"{error}.")
+    try:
+        if cfg.eye:
+            eye = VideoEye(cfg.eye, cfg.eye_size, torch.device(device))
+            notes.append(f"Fréchet distance of videos by {eye.name}; the interval is over resampled clips.")
+    except Missing as error:
+        notes.append(f"{error}.")
+    return metrics, eye, notes
 
 
 def _write(path: Path, text: str) -> None:
@@ -145,14 +233,32 @@ def main(cfg: DictConfig) -> None:
                        annotation=cfg.annotation)
     out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
-    scores, skipped = measure(model, clips, count=cfg.count, steps=cfg.steps, guidance=cfg.guidance, batch_size=cfg.batch_size, seed=cfg.seed,
-                              strips=cfg.strips, draw=lambda i, text, videos: draw_strip(out / "strips" / f"{i:03d}.png", text, videos))
-    summary, number = summarize(scores), len(scores[COPY]["psnr"])
-    results: dict[str, Any] = {"clips": number, "skipped": skipped, "guidance": cfg.guidance, "seed": cfg.seed, "data": str(cfg.videos),
-                               "split": cfg.split, "clip": clip, "gfdm_sha256": artifact.sha256(cfg.path), "summary": summary, "scores": scores}
+    metrics, eye, notes = _eyes(cfg, device)
+    scores, filmed = Scores(metrics, eye), []
+
+    def draw(number: int, text: str, videos: dict[str, Tensor]) -> None:
+        draw_strip(out / "strips" / f"{number:03d}.png", text, videos)
+        filmed.append(videos)
+
+    skipped = measure(model, clips, scores, count=cfg.count, steps=cfg.steps, guidance=cfg.guidance, batch_size=cfg.batch_size, seed=cfg.seed,
+                      strips=cfg.strips, draw=draw)
+    summary, by_frame, number = scores.summarize(), scores.by_frame(), len(scores.clips(COPY, "psnr"))
+    said = table(summary, number, notes)
+    results: dict[str, Any] = {"clips": number, "skipped": skipped, "guidance": list(cfg.guidance), "seed": cfg.seed, "data": str(cfg.videos),
+                               "split": cfg.split, "clip": clip, "gfdm_sha256": artifact.sha256(cfg.path), "notes": notes, "summary": summary,
+                               "by_frame": by_frame, "scores": scores.frames}
+    read = gather(model, clips, count=cfg.probe, batch_size=cfg.batch_size, seed=cfg.seed) if cfg.probe else None
+    if read is not None:
+        results["probe"] = read_out(read, seed=cfg.seed)
+        said += probe_table(results["probe"], len(read.displacement))
+    elif cfg.probe:
+        log.warning("no probe: the annotations of %s hold no readings of the robot ('state')", cfg.videos)
+    draw_horizon(out / "horizon.png", by_frame)
+    if filmed:
+        write_mp4(out / "films.mp4", film(filmed), cfg.fps)
     _write(out / "results.json", json.dumps(results, indent=2) + "\n")
-    _write(out / "table.md", table(summary, number))
-    log.info("\n%s", table(summary, number))
+    _write(out / "table.md", said)
+    log.info("\n%s", said)
     log.info("results in %s", out)
 
 

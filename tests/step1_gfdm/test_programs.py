@@ -71,7 +71,8 @@ def test_vpps_numbers():
 
 @pytest.mark.parametrize("row", sorted(p.stem for p in (ROOT / "configs/experiment/gfdm").glob("*.yaml")))
 def test_rows_change_only_what_they_claim(row):
-    claims = {"eq3_ddpm": ["gfdm.objective"], "eq3_ddpm_v": ["gfdm.objective"], "t5_no_human": ["data.human_fraction"], "vpp": ["data.sets", "loop"]}
+    claims = {"eq3_ddpm": ["gfdm.objective"], "eq3_ddpm_v": ["gfdm.objective"], "t5_no_human": ["data.human_fraction"], "vpp": ["data.sets", "loop"],
+              "t6_dino": ["gfdm", "data.image_size"]}
     allowed = ["name", "output_dir"] + claims.get(row, ["data.human_fraction"] if row.startswith("f8") else [])
     base, changed = (OmegaConf.to_container(c, resolve=True) for c in (composed(), composed(f"experiment=gfdm/{row}")))
     different = [path for path in paths(base) ^ paths(changed) if not any(path[0] == a or path[0].startswith(a + ".") for a in allowed)]
@@ -99,7 +100,8 @@ def trained(hub, run, tmp_path_factory):
     said = {"encode": run("step1_gfdm.encode", "scale=tiny", "data=data/playtable/A/videos_set", "out=data/playtable/A/latents_set", cwd=work)}
     steps = ("loop.max_steps=6", "loop.batch_size=4", "loop.warmup_steps=2", "loop.save_every=3", "loop.log_every=1", "loop.eval_every=3")
     said["train"] = run("step1_gfdm.train", "scale=tiny", "name=squares", *steps, cwd=work)
-    said["eval"] = run("step1_gfdm.eval", "path=ckpts/gfdm/squares", "data=data/playtable/A/videos_set", "count=3", "strips=2", "steps=[1,2]", cwd=work)
+    said["eval"] = run("step1_gfdm.eval", "path=ckpts/gfdm/squares", "data=data/playtable/A/videos_set", "count=3", "strips=2", "steps=[1,2]",
+                       "guidance=[1,2]", "lpips=null", "eye=ckpts/hub/tiny/dinov2", "eye_size=64", "probe=8", cwd=work)
     return work, said
 
 
@@ -115,12 +117,30 @@ def test_eval_writes_table_results_and_strips(trained):
     work, said = trained
     out = work / "ckpts/gfdm/squares/eval"
     results = json.loads((out / "results.json").read_text())
-    assert results["clips"] == 3 and set(results["summary"]) == {"copy the first frame", "VAE there and back", "1 step", "2 steps"}
+    assert results["clips"] == 3 and set(results["summary"]) == {
+        "copy the first frame", "VAE there and back", "1 step", "2 steps", "1 step, guidance 2", "2 steps, guidance 2"}
+    assert len(results["by_frame"]["1 step"]["psnr"]) == 3 and results["summary"]["1 step"]["frechet"]["mean"] > 0
+    assert "hold no readings of the robot" in said["eval"] and "DINOv2 from ckpts/hub/tiny/dinov2" in said["eval"]
+    assert (out / "horizon.png").is_file() and (out / "films.mp4").is_file()
     for row in results["summary"].values():
         assert row["psnr"]["low"] <= row["psnr"]["mean"] <= row["psnr"]["high"]
     assert results["summary"]["copy the first frame"]["psnr_gain"]["mean"] == 0
     assert len(list((out / "strips").glob("*.png"))) == 2 and not list(out.rglob("*part*"))
     assert "| copy the first frame |" in (out / "table.md").read_text() and f"results in {Path('ckpts/gfdm/squares/eval')}" in said["eval"]
+
+
+def test_the_dino_row_is_trained_by_the_same_program(trained, run):
+    work, _ = trained
+    steps = ("loop.max_steps=4", "loop.batch_size=4", "loop.warmup_steps=1", "loop.save_every=2", "loop.log_every=1", "loop.eval_every=2")
+    run("step1_gfdm.train", "scale=tiny", "experiment=gfdm/t6_dino", *steps, cwd=work)
+    rows = [json.loads(line) for line in (work / "ckpts/gfdm/t6_dino/metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "train/copy_mse" in row] == [1, 2, 3, 4] and any("val/mse" in row for row in rows)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(work)
+        model = artifact.load(work / "ckpts/gfdm/t6_dino", "gfdm")
+    assert model.imagine(torch.zeros(1, 3, 64, 64), ["go"]).shape == (1, 4, model.num_tokens, model.feature_dim)
+    with pytest.raises(ValueError, match="holds a DinoFuture, which makes no pictures"):
+        run("step1_gfdm.eval", "path=ckpts/gfdm/t6_dino", "data=data/playtable/A/videos_set", "clip={stride: 10}", cwd=work)
 
 
 def test_one_line_for_what_is_missing(trained, run):

@@ -1,0 +1,128 @@
+"""How much of the coming motion stands in one-step features? Read-outs of the hand's displacement over the clip (Sec. 3.1).
+
+The forward model is worth its cost to a policy as far as its features say more than the present picture does. Both read-outs are
+given the sentence. N clips, D numbers of a clip.
+"""
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from common.contracts import FutureDynamics
+from common.metrics import bootstrap_ci
+from step1_gfdm.dataset import VideoClips
+from step1_gfdm.model import GFDM
+
+GRID = 4  # tokens a side after pooling
+STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # of the ridge, times the number of clips
+SPLIT = (0.6, 0.2)  # fit, choose; the rest is measured
+
+
+class Read(NamedTuple):
+    """Inputs and target of the read-outs."""
+
+    inputs: dict[str, Tensor]  # name -> (N, D)
+    displacement: Tensor  # (N, 3) m
+
+
+@torch.no_grad()
+def gather(model: GFDM, clips: VideoClips, *, count: int, batch_size: int, seed: int) -> Read | None:
+    """Inputs of `count` clips of different videos as far as they go; None where annotations hold no readings of the robot."""
+    rng = np.random.default_rng(seed)
+    device = next(model.unet.parameters()).device
+    chosen = rng.permutation(len(clips))[:count]
+    moved = {int(index): states for index in chosen if (states := clips.states(int(index))) is not None}
+    if not moved:
+        return None
+    inputs: dict[str, list[Tensor]] = {"features": [], "present": []}
+    indices = list(moved)
+    for start in tqdm(range(0, len(indices), batch_size), desc="probe", unit="batch"):
+        items = [clips.sample(index, rng) for index in indices[start:start + batch_size]]
+        first = torch.stack([item["frames"][0] for item in items]).to(device) * 2 - 1
+        text = [item["text"] for item in items]
+        told = model.text.pooled(text).cpu()
+        inputs["features"].append(torch.cat([_pooled(model, model.imagine(first, text)), told], dim=1))
+        inputs["present"].append(torch.cat([model.encode_image(first).flatten(1).cpu(), told], dim=1))
+    displacement = torch.stack([torch.from_numpy(states[-1, :3] - states[0, :3]).float() for states in moved.values()])
+    return Read({name: torch.cat(parts) for name, parts in inputs.items()}, displacement)
+
+
+def _pooled(model: FutureDynamics, features: Tensor) -> Tensor:
+    """(B, F, L, C) -> first, middle and last frame on a coarse grid, (B, D) on the CPU."""
+    frames = features[:, [0, model.num_frames // 2, model.num_frames - 1]].float()
+    side = round(frames.shape[2] ** 0.5)
+    grid = frames.flatten(0, 1).transpose(1, 2).unflatten(2, (side, side))
+    return F.adaptive_avg_pool2d(grid, min(GRID, side)).flatten(1).unflatten(0, (len(features), -1)).flatten(1).cpu()
+
+
+def read_out(read: Read, *, seed: int = 0) -> dict[str, dict[str, tuple[float, float, float]]]:
+    """R^2 with 95 % interval over clips, by input and kind of read-out, on clips that neither fitting nor choosing saw.
+
+    The columns of all inputs are brought to deviation 1; "difference" is that of the paired errors, features against present.
+    """
+    count = len(read.displacement)
+    if count < 20:
+        raise ValueError(f"a probe of {count} clips says nothing; give probe= at least 20 readable ones")
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    fit, choose, test = order.tensor_split([int(SPLIT[0] * count), int(sum(SPLIT) * count)])
+    truth = read.displacement
+    spread = (truth[test] - truth[fit].mean(0)).square().sum(1)
+    results: dict[str, dict[str, tuple[float, float, float]]] = {}
+    for kind, function in (("linear", _ridge), ("mlp", _mlp)):
+        errors = {}
+        for name, x in read.inputs.items():
+            mean, deviation = x[fit].mean(0), x[fit].std(0).clamp_min(1e-6)
+            guess = function((x - mean) / deviation, truth, fit, choose, seed)
+            errors[name] = (guess[test] - truth[test]).square().sum(1)
+            results.setdefault(name, {})[kind] = _r2_ci(errors[name], spread)
+        gain = (errors["present"] - errors["features"]) / spread.mean()
+        results.setdefault("difference", {})[kind] = bootstrap_ci(gain.numpy())
+    return results
+
+
+def _r2_ci(errors: Tensor, spread: Tensor, resamples: int = 2000) -> tuple[float, float, float]:
+    draws = np.random.default_rng(0).integers(len(errors), size=(resamples, len(errors)))
+    sampled = 1 - errors.numpy()[draws].mean(1) / spread.numpy()[draws].mean(1)
+    low, high = np.quantile(sampled, [0.025, 0.975])
+    return float(1 - errors.mean() / spread.mean()), float(low), float(high)
+
+
+def _ridge(x: Tensor, y: Tensor, fit: Tensor, choose: Tensor, seed: int) -> Tensor:
+    """Ridge regression in its dual form: there are more numbers than clips."""
+    kernel = x @ x[fit].T / x.shape[1]
+    centre = y[fit].mean(0)
+
+    def guess(strength: float) -> Tensor:
+        weights = torch.linalg.solve(kernel[fit] + strength * torch.eye(len(fit)), y[fit] - centre)
+        return kernel @ weights + centre
+
+    return min((guess(strength) for strength in STRENGTHS), key=lambda g: (g[choose] - y[choose]).square().mean())
+
+
+def _mlp(x: Tensor, y: Tensor, fit: Tensor, choose: Tensor, seed: int) -> Tensor:
+    """One hidden layer on the principal components, kept where the choosing clips are read best."""
+    _, _, axes = torch.pca_lowrank(x[fit], q=min(64, len(fit), x.shape[1]), center=False)
+    z, scale = x @ axes, y[fit].std().clamp_min(1e-9)
+    z = z / z[fit].std(0).clamp_min(1e-6)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        net = nn.Sequential(nn.Linear(z.shape[1], 128), nn.GELU(), nn.Dropout(0.2), nn.Linear(128, y.shape[1]))
+        optimizer = torch.optim.AdamW(net.parameters(), 1e-3, weight_decay=1e-1)
+        best, kept = float("inf"), torch.zeros_like(y)
+        for step in range(600):
+            with torch.enable_grad():
+                loss = (net.train()(z[fit]) - y[fit] / scale).square().mean()
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+            if step % 20 == 19:
+                guess = net.eval()(z).detach() * scale
+                error = float((guess[choose] - y[choose]).square().mean())
+                if error < best:
+                    best, kept = error, guess
+    return kept

@@ -1,0 +1,97 @@
+"""What eval reports: frames, eyes that are there or not, and a probe that finds motion where it is and nowhere else."""
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from videosets import write_set
+
+from common.metrics import psnr
+from step1_gfdm import perception
+from step1_gfdm.dataset import VideoClips
+from step1_gfdm.eval import COPY, LIMIT, Scores, film, table
+from step1_gfdm.perception import Missing, VideoEye, frechet, frechet_ci
+from step1_gfdm.probe import Read, read_out
+
+
+def videos(count: int = 12) -> dict[str, torch.Tensor]:
+    """A square that moves; a forecast that is right, and the copy of the first frame."""
+    truth = torch.full((count, 4, 3, 32, 32), 0.2)
+    for clip in range(count):
+        for frame in range(4):
+            truth[clip, frame, :, 4 + clip:12 + clip, 2 + 6 * frame:10 + 6 * frame] = 0.9
+    return {"truth": truth, COPY: truth[:, :1].expand_as(truth), LIMIT: truth + 0.01, "good": truth + 0.02 * torch.randn_like(truth)}
+
+
+def test_scores_by_clip_and_by_frame() -> None:
+    scores = Scores({"psnr": psnr}, None)
+    shown = videos()
+    for part in (slice(0, 5), slice(5, 12)):
+        scores.add({name: video[part] for name, video in shown.items()})
+    assert np.allclose(scores.clips("good", "psnr"), psnr(shown["good"][:, 1:].flatten(0, 1), shown["truth"][:, 1:].flatten(0, 1)).view(12, 3).mean(1))
+    by_frame = scores.by_frame()
+    assert len(by_frame[COPY]["psnr"]) == 3 and by_frame[COPY]["psnr"][0] > by_frame[COPY]["psnr"][2], "a copy gets worse with time"
+    summary = scores.summarize()
+    assert summary[COPY]["psnr_gain"]["mean"] == 0 and summary["good"]["psnr_gain"]["low"] > 5
+    said = table(summary, 12, ["A note."])
+    assert "A note." in said and "| good |" in said and "Fréchet" not in said and "LPIPS" not in said
+
+
+def test_the_eye_ranks_forecasts_and_is_named(hub: Path) -> None:
+    eye = VideoEye(hub / "dinov2", 32, torch.device("cpu"))
+    assert str(hub) in eye.name
+    scores = Scores({"psnr": psnr}, eye)
+    scores.add(videos(16))
+    summary = scores.summarize()
+    assert summary["good"]["frechet"]["mean"] < summary[COPY]["frechet"]["mean"] and "Fréchet" in table(summary, 16)
+
+
+def test_frechet_is_that_of_gaussians() -> None:
+    torch.manual_seed(0)
+    one, other = torch.randn(4000, 3), torch.randn(4000, 3) * 2 + torch.tensor([1.0, 0.0, 0.0])
+    assert frechet(one, one) == pytest.approx(0, abs=1e-3)
+    assert frechet(other, one) == pytest.approx(1 + 3 * (2 - 1) ** 2, rel=0.1)
+    value, low, high = frechet_ci(other[:200], one[:200], resamples=20)
+    assert low < high and value > 2
+
+
+def test_weights_that_are_missing_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(Missing, match="Fréchet distance is left out.*none"):
+        VideoEye(tmp_path / "none", 32, torch.device("cpu"))
+
+    def offline(*_: object, **__: object) -> None:
+        raise OSError("no net")
+
+    monkeypatch.setattr(perception, "learned_perceptual_image_patch_similarity", offline)
+    with pytest.raises(Missing, match="torchvision's alex weights .*no net"):
+        perception.lpips("alex")
+
+
+def test_film_is_a_grid() -> None:
+    clips = [{"truth": torch.rand(4, 3, 15, 16), "guess": torch.rand(4, 3, 15, 16)} for _ in range(3)]
+    assert film(clips).shape == (4, 44, 32, 3) and film(clips).dtype == np.uint8
+
+
+def test_clips_hand_out_readings(tmp_path: Path) -> None:
+    root = write_set(tmp_path, 2)
+    file = root / "annotation/train/1.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "state": [[float(frame), 0.0, 0.0] for frame in range(20)]}))
+    clips = VideoClips(root, "train", num_frames=3, clip={"span": "episode"}, image_size=32)
+    assert clips.states(0) is None and clips.states(1)[:, 0].tolist() == [0, 9, 19]
+
+
+def test_the_probe_finds_motion_where_it_is() -> None:
+    generator = torch.Generator().manual_seed(0)
+    displacement = torch.randn(300, 3, generator=generator) * 0.05
+    noise = torch.randn(300, 200, generator=generator)
+    telling = noise + displacement @ torch.randn(3, 200, generator=generator) * 20
+    results = read_out(Read({"features": telling, "present": noise}, displacement))
+    for kind in ("linear", "mlp"):
+        assert results["features"][kind][1] > 0.5 and results["present"][kind][0] < 0.15 and results["difference"][kind][1] > 0.3
+    curved = torch.cat([displacement.sign() * (displacement.abs() * 20) ** 3, noise[:, :10]], dim=1)
+    assert read_out(Read({"features": curved, "present": noise}, displacement))["features"]["mlp"][0] > 0.3
+    with pytest.raises(ValueError, match="a probe of 10 clips"):
+        read_out(Read({"features": telling[:10], "present": noise[:10]}, displacement[:10]))
