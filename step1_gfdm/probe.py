@@ -10,7 +10,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from sklearn.decomposition import PCA
+from sklearn.linear_model import Ridge
+from sklearn.neural_network import MLPRegressor
+from sklearn.preprocessing import StandardScaler
+from torch import Tensor
 from tqdm import tqdm
 
 from common.contracts import FutureDynamics
@@ -19,7 +23,7 @@ from step1_gfdm.dataset import VideoClips
 from step1_gfdm.model import GFDM
 
 GRID = 4  # tokens a side after pooling
-STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # of the ridge, times the number of clips
+STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # of the ridge, times the number of columns
 SPLIT = (0.6, 0.2)  # fit, choose; the rest is measured
 
 
@@ -68,61 +72,41 @@ def read_out(read: Read, *, seed: int = 0) -> dict[str, dict[str, tuple[float, f
     count = len(read.displacement)
     if count < 20:
         raise ValueError(f"a probe of {count} clips says nothing; give probe= at least 20 readable ones")
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-    fit, choose, test = order.tensor_split([int(SPLIT[0] * count), int(sum(SPLIT) * count)])
-    truth = read.displacement
-    spread = (truth[test] - truth[fit].mean(0)).square().sum(1)
+    order = np.random.default_rng(seed).permutation(count)
+    fit, choose, test = np.split(order, [int(SPLIT[0] * count), int(sum(SPLIT) * count)])
+    truth = read.displacement.double().numpy()
+    spread = np.square(truth[test] - truth[fit].mean(0)).sum(1)
     results: dict[str, dict[str, tuple[float, float, float]]] = {}
     for kind, function in (("linear", _ridge), ("mlp", _mlp)):
         errors = {}
-        for name, x in read.inputs.items():
-            mean, deviation = x[fit].mean(0), x[fit].std(0).clamp_min(1e-6)
-            guess = function((x - mean) / deviation, truth, fit, choose, seed)
-            errors[name] = (guess[test] - truth[test]).square().sum(1)
+        for name, x in ((name, inputs.double().numpy()) for name, inputs in read.inputs.items()):
+            guess = function(StandardScaler().fit(x[fit]).transform(x), truth, fit, choose, seed)
+            errors[name] = np.square(guess[test] - truth[test]).sum(1)
             results.setdefault(name, {})[kind] = _r2_ci(errors[name], spread)
         gain = (errors["present"] - errors["features"]) / spread.mean()
-        results.setdefault("difference", {})[kind] = bootstrap_ci(gain.numpy())
+        results.setdefault("difference", {})[kind] = bootstrap_ci(gain)
     return results
 
 
-def _r2_ci(errors: Tensor, spread: Tensor, resamples: int = 2000) -> tuple[float, float, float]:
+def _r2_ci(errors: np.ndarray, spread: np.ndarray, resamples: int = 2000) -> tuple[float, float, float]:
     draws = np.random.default_rng(0).integers(len(errors), size=(resamples, len(errors)))
-    sampled = 1 - errors.numpy()[draws].mean(1) / spread.numpy()[draws].mean(1)
+    sampled = 1 - errors[draws].mean(1) / spread[draws].mean(1)
     low, high = np.quantile(sampled, [0.025, 0.975])
     return float(1 - errors.mean() / spread.mean()), float(low), float(high)
 
 
-def _ridge(x: Tensor, y: Tensor, fit: Tensor, choose: Tensor, seed: int) -> Tensor:
-    """Ridge regression in its dual form: there are more numbers than clips."""
-    kernel = x @ x[fit].T / x.shape[1]
-    centre = y[fit].mean(0)
-
-    def guess(strength: float) -> Tensor:
-        weights = torch.linalg.solve(kernel[fit] + strength * torch.eye(len(fit)), y[fit] - centre)
-        return kernel @ weights + centre
-
-    return min((guess(strength) for strength in STRENGTHS), key=lambda g: (g[choose] - y[choose]).square().mean())
+def _ridge(x: np.ndarray, y: np.ndarray, fit: np.ndarray, choose: np.ndarray, seed: int) -> np.ndarray:
+    """Ridge regression of the strength that reads the choosing clips best."""
+    guesses = [Ridge(alpha=strength * x.shape[1]).fit(x[fit], y[fit]).predict(x) for strength in STRENGTHS]
+    return min(guesses, key=lambda guess: np.square(guess[choose] - y[choose]).mean())
 
 
-def _mlp(x: Tensor, y: Tensor, fit: Tensor, choose: Tensor, seed: int) -> Tensor:
-    """One hidden layer on the principal components, kept where the choosing clips are read best."""
-    _, _, axes = torch.pca_lowrank(x[fit], q=min(64, len(fit), x.shape[1]), center=False)
-    z, scale = x @ axes, y[fit].std().clamp_min(1e-9)
-    z = z / z[fit].std(0).clamp_min(1e-6)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        net = nn.Sequential(nn.Linear(z.shape[1], 128), nn.GELU(), nn.Dropout(0.2), nn.Linear(128, y.shape[1]))
-        optimizer = torch.optim.AdamW(net.parameters(), 1e-3, weight_decay=1e-1)
-        best, kept = float("inf"), torch.zeros_like(y)
-        for step in range(600):
-            with torch.enable_grad():
-                loss = (net.train()(z[fit]) - y[fit] / scale).square().mean()
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-            if step % 20 == 19:
-                guess = net.eval()(z).detach() * scale
-                error = float((guess[choose] - y[choose]).square().mean())
-                if error < best:
-                    best, kept = error, guess
-    return kept
+def _mlp(x: np.ndarray, y: np.ndarray, fit: np.ndarray, choose: np.ndarray, seed: int) -> np.ndarray:
+    """One hidden layer on the principal components, of the weight decay that reads the choosing clips best."""
+    parts = PCA(min(64, len(fit), x.shape[1]), whiten=True, random_state=seed).fit(x[fit])
+    z, scale = parts.transform(x), y[fit].std() + 1e-9
+    guesses = []
+    for decay in (1e-1, 1.0, 10.0):
+        net = MLPRegressor(hidden_layer_sizes=(128,), alpha=decay, max_iter=300, random_state=seed, early_stopping=True, validation_fraction=0.2, n_iter_no_change=20)
+        guesses.append(net.fit(z[fit], y[fit] / scale).predict(z) * scale)
+    return min(guesses, key=lambda guess: np.square(guess[choose] - y[choose]).mean())
