@@ -61,8 +61,14 @@ class Frozen(nn.Module):
         return self.module(*args, **kwargs)
 
 
-class _TextEncoder(Frozen):
-    """Encodes sentences once and keeps what it saw on the CPU: instruction sets are small and repeat."""
+class TextEncoder(Frozen):
+    """Encodes sentences once and keeps what it saw on the CPU: instruction sets are small and repeat.
+
+    What shares a batch changes the last bits. Where results must not depend on the order in which sentences come, as in a
+    rollout that goes on, `alone` has each encoded by itself.
+    """
+
+    alone = False
 
     def __init__(self, module: nn.Module, tokenizer: Any) -> None:
         super().__init__(module)
@@ -75,12 +81,22 @@ class _TextEncoder(Frozen):
     @torch.no_grad()
     def _recall(self, texts: list[str]) -> list[Any]:
         new = sorted(set(texts) - self.cache.keys())
-        if new:
-            self.cache.update(zip(new, self._encode(new)))
+        with torch.autocast(self.device.type, enabled=False):  # the same whoever asks first
+            for part in ([text] for text in new) if self.alone else [new] * bool(new):
+                self.cache.update(zip(part, self._encode(part)))
         return [self.cache[text] for text in texts]
 
 
-class ClipText(_TextEncoder):
+def encode_alone(model: nn.Module) -> None:
+    """Let every text encoder of a model take its sentences one by one, those inside of frozen parts as well."""
+    for part in model.modules():
+        if isinstance(part, TextEncoder):
+            part.alone = True
+        elif isinstance(part, Frozen):
+            encode_alone(part.module)
+
+
+class ClipText(TextEncoder):
     """CLIP's text tower, `length` tokens padded and cut (VPP uses 20)."""
 
     def __init__(self, module: CLIPTextModelWithProjection, tokenizer: Any, length: int) -> None:
@@ -103,7 +119,7 @@ class ClipText(_TextEncoder):
         return torch.stack([pooled for _, pooled in self._recall(texts)]).to(self.device)
 
 
-class T5Text(_TextEncoder):
+class T5Text(TextEncoder):
     """T5's encoder, padded to the longest sentence of the batch."""
 
     def __init__(self, module: T5EncoderModel, tokenizer: Any) -> None:

@@ -107,6 +107,6 @@ def _mlp(x: np.ndarray, y: np.ndarray, fit: np.ndarray, choose: np.ndarray, seed
     z, scale = parts.transform(x), y[fit].std() + 1e-9
     guesses = []
     for decay in (1e-1, 1.0, 10.0):
-        net = MLPRegressor(hidden_layer_sizes=(128,), alpha=decay, max_iter=300, random_state=seed, early_stopping=True, validation_fraction=0.2, n_iter_no_change=20)
+        net = MLPRegressor(hidden_layer_sizes=(128,), alpha=decay, max_iter=300, random_state=seed, early_stopping=True, n_iter_no_change=20)
         guesses.append(net.fit(z[fit], y[fit] / scale).predict(z) * scale)
     return min(guesses, key=lambda guess: np.square(guess[choose] - y[choose]).mean())

@@ -13,6 +13,7 @@ import yaml
 
 from common import artifact
 from common.calvin_format import KEYS
+from common.frozen import encode_alone
 from common.video import resize
 from step3_defi.model import DeFI
 
@@ -31,6 +32,7 @@ class DeFIPolicy:
         if not 1 <= execute <= model.adapter.horizon:
             raise ValueError(f"execute={execute}: the policy plans {model.adapter.horizon} actions")
         self.model, self.execute, self.seed = model.eval(), execute, seed
+        encode_alone(self.model)
         self.reset()
 
     def plan(self, observations: list[dict], instructions: list[str]) -> np.ndarray:

@@ -1,6 +1,8 @@
 """Frozen encoders: invisible to training, loaded from folders in the hub's own format, caching that changes nothing."""
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -61,3 +63,26 @@ def test_real_tokenizers_load_through_the_same_path(shared_data, hub, tmp_path):
     assert ids[0] == 49406 and ids[4] == 49407 and len(ids) == 20
     t5 = AutoTokenizer.from_pretrained(shared_data / "tokenizers" / "t5")
     assert t5(["open the drawer"])["input_ids"][0][-1] == 1
+
+
+def test_a_sentence_may_be_encoded_the_same_whatever_comes_with_it(hub: Path) -> None:
+    class Holder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            inner = nn.Module()
+            inner.text = frozen.clip_text(hub / "clip")
+            self.gfdm, self.text = frozen.Frozen(inner), frozen.t5_text(hub / "t5")
+
+    asked: list[list[str]] = []
+    holder = Holder()
+    frozen.encode_alone(holder)
+    for encoder in (holder.gfdm.module.text, holder.text):
+        real = encoder._encode
+        encoder._encode = lambda texts, real=real: asked.append(texts) or real(texts)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            together = encoder(["open the drawer", "go"])
+        encoder.cache.clear()
+        alone = encoder(["go"])
+        together, alone = (value[0] if isinstance(value, tuple) else value for value in (together, alone))
+        assert torch.equal(together[1, :alone.shape[1]], alone[0])
+    assert all(len(texts) == 1 for texts in asked) and len(asked) == 6
