@@ -8,6 +8,8 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
+from common.frozen import clip_text, dinov2
+from step1_gfdm import DinoFuture
 from step3_defi.edm import EDM
 from step3_defi.model import PARTS
 from tests.step3_defi.parts import FakeGFDM, FakeGIDM, FakeGoal, build, make_batch, wake
@@ -168,6 +170,17 @@ def test_blind_ignores_pictures_in_training_and_use() -> None:
     assert torch.equal(losses(model, batch), losses(model, other)) and not torch.equal(losses(seeing, batch), losses(seeing, other))
     assert torch.equal(model.sample(batch["views"], batch["text"]), model.sample(other["views"], other["text"]))
     assert not torch.equal(seeing.sample(batch["views"], batch["text"]), seeing.sample(other["views"], other["text"]))
+
+
+def test_the_forward_model_of_features_fits_the_same_plug(hub: Path) -> None:
+    """Table 6, DINO."""
+    future = DinoFuture(dinov2(hub / "dinov2", 32), clip_text(hub / "clip"), num_frames=4, dim=16, layers=1, heads=2)
+    model, batch = build(gfdm=future), make_batch()
+    wake(model)
+    model(batch)["loss"].backward()
+    assert not any(p.requires_grad for p in future.parameters()) and not any("gfdm" in name for name in model.state_dict())
+    assert model.eval().sample(batch["views"], batch["text"]).shape == (3, 10, 7)
+    assert model(batch | {"frozen": model.precompute(batch["views"], batch["text"])})["action_loss"].isfinite()
 
 
 def test_sampling_is_seeded_and_rows_are_independent() -> None:
