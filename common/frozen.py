@@ -81,9 +81,10 @@ class TextEncoder(Frozen):
     @torch.no_grad()
     def _recall(self, texts: list[str]) -> list[Any]:
         new = sorted(set(texts) - self.cache.keys())
-        with torch.autocast(self.device.type, enabled=False):  # the same whoever asks first
-            for part in ([text] for text in new) if self.alone else [new] * bool(new):
-                self.cache.update(zip(part, self._encode(part)))
+        if new:
+            with torch.autocast(self.device.type, enabled=False):  # the same whoever asks first
+                for part in [[text] for text in new] if self.alone else [new]:
+                    self.cache.update(zip(part, self._encode(part)))
         return [self.cache[text] for text in texts]
 
 

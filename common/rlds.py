@@ -81,12 +81,7 @@ class Episode:
 
     def has(self, key: str) -> bool:
         """Is there such a feature?"""
-        value = self._steps[0]
-        for part in key.split("/"):
-            if not isinstance(value, dict) or part not in value:
-                return False
-            value = value[part]
-        return True
+        return _find(self._step(0), key)[1] is None
 
     def image(self, key: str, index: int) -> np.ndarray:
         """(H, W, 3) uint8 of one step; nothing else is decoded."""
@@ -110,16 +105,26 @@ class Episode:
         return (value.decode(errors="replace") if isinstance(value, bytes) else str(value)).rstrip("\0")
 
     def _value(self, key: str, index: int) -> Any:
+        value, missing = _find(self._step(index), key)
+        if missing is not None:
+            known = sorted(value) if isinstance(value, dict) else []
+            raise RldsError(f"{self.id}: no feature {key!r}; at {missing!r} there are {known}")
+        return value
+
+    def _step(self, index: int) -> Any:
         try:
-            value = self._steps[index]
+            return self._steps[index]
         except (ValueError, KeyError, IndexError) as error:
             raise RldsError(f"{self.id}: step {index} does not decode ({error})") from error
-        for part in key.split("/"):
-            if not isinstance(value, dict) or part not in value:
-                known = sorted(value) if isinstance(value, dict) else []
-                raise RldsError(f"{self.id}: no feature {key!r}; at {part!r} there are {known}")
-            value = value[part]
-        return value
+
+
+def _find(value: Any, key: str) -> tuple[Any, str | None]:
+    """What stands under a path, and None; or as far as the path goes, and the part that is missing there."""
+    for part in key.split("/"):
+        if not isinstance(value, dict) or part not in value:
+            return value, part
+        value = value[part]
+    return value, None
 
 
 class Rlds:

@@ -10,6 +10,8 @@ from typing import Any
 
 import wandb
 
+from common.files import write_text
+
 
 class Tracker:
     """Rank zero's sink. Lines of steps that a resumed run will repeat are cut from metrics.jsonl first."""
@@ -19,9 +21,7 @@ class Tracker:
         file = folder / "metrics.jsonl"
         if file.exists():
             kept = [line for line in file.read_text().splitlines() if _step_of(line) <= step]
-            beside = file.with_suffix(".part")
-            beside.write_text("".join(line + "\n" for line in kept))
-            os.replace(beside, file)
+            write_text(file, "".join(line + "\n" for line in kept))
         self.stream = file.open("a")
         self.run = None
         options = dict(options or {})

@@ -1,8 +1,7 @@
 """Reading, resizing and writing video: decord first, PyAV where decord cannot (AV1, odd containers)."""
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 
@@ -12,6 +11,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from common.files import beside
 
 
 class VideoError(ValueError):
@@ -23,11 +24,25 @@ def read_frames(path: str | Path, indices: Sequence[int] | None = None) -> np.nd
     path = _existing(path)
     try:
         reader = decord.VideoReader(str(path), num_threads=1)
-        count = len(reader)
-        wanted = _wanted(path, indices, count)
-        return reader.get_batch(wanted).asnumpy()
+        return reader.get_batch(_wanted(path, indices, len(reader))).asnumpy()
     except (decord.DECORDError, RuntimeError):
         return _decode_with_av(path, indices)
+
+
+def read_batches(path: str | Path, first: int, last: int, size: int) -> Iterator[np.ndarray]:
+    """Frames `first` to `last` inclusive, `size` at a time, from one opening of the video. Raises VideoError."""
+    path = _existing(path)
+    starts = range(first, last + 1, size)
+    yielded = 0
+    try:
+        reader = decord.VideoReader(str(path), num_threads=1)
+        for start in starts:
+            frames = reader.get_batch(_wanted(path, range(start, min(start + size, last + 1)), len(reader))).asnumpy()
+            yielded += 1
+            yield frames
+    except (decord.DECORDError, RuntimeError):
+        rest = _decode_with_av(path, range(starts[yielded], last + 1))
+        yield from (rest[start:start + size] for start in range(0, len(rest), size))
 
 
 def probe(path: str | Path) -> tuple[int, float, tuple[int, int]]:
@@ -43,22 +58,16 @@ def probe(path: str | Path) -> tuple[int, float, tuple[int, int]]:
 def write_mp4(path: str | Path, frames: np.ndarray, fps: float, *, gop: int = 8, crf: int = 18) -> None:
     """Write (T, H, W, 3) uint8 RGB as H.264; written beside, then renamed. A short GOP keeps random access cheap."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.stem}.{os.getpid()}.part.mp4")
     height, width = frames.shape[1:3]
-    try:
-        with av.open(str(beside), "w") as container:
-            stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000),
-                                          options={"crf": str(crf), "g": str(gop), "preset": "veryfast"})
-            stream.width, stream.height = width - width % 2, height - height % 2
-            stream.pix_fmt = "yuv420p"
-            for image in frames:
-                frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image[:stream.height, :stream.width]), format="rgb24")
-                container.mux(stream.encode(frame))
-            container.mux(stream.encode())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    with beside(path) as part, av.open(str(part), "w") as container:
+        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000),
+                                      options={"crf": str(crf), "g": str(gop), "preset": "veryfast"})
+        stream.width, stream.height = width - width % 2, height - height % 2
+        stream.pix_fmt = "yuv420p"
+        for image in frames:
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image[:stream.height, :stream.width]), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
 
 
 def resize(frames: np.ndarray, size: int, mode: str = "squeeze") -> Tensor:

@@ -164,8 +164,8 @@ def _burst(env: PlayTable, expert: Expert, rng: np.random.Generator, task: str) 
         env.step(push, render=False)
     # a block that is held, or touched or falling before its lift begins, makes the task another one
     touched = f"block_{task.split('_')[1]}" if lift else expert.held() if shut else None
-    for _ in range(BACK_OFF_STEPS):
-        contacts = expert.state.touching(touched) if touched else frozenset({"nothing"})
+    for _ in range(BACK_OFF_STEPS if touched else 0):
+        contacts = expert.state.touching(touched)
         if contacts and "robot" not in contacts:
             break
         env.step(np.array([0, 0, 0.5, 0, 0, 0, 1.0]), render=False)

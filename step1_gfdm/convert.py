@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from accelerate import PartialState
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
@@ -32,10 +33,11 @@ from tqdm import tqdm
 
 from common import video
 from common.calvin_format import CalvinFormatError
+from common.files import write_text
 from common.mixture import Unreadable
 from common.program import program
 from common.rlds import RldsError
-from step1_gfdm.sources import BY_RULE, NO_CAPTION, Camera, Listed, Source
+from step1_gfdm.sources import BY_RULE, Camera, Listed, Source
 
 BAD = (Unreadable, video.VideoError, RldsError, CalvinFormatError)
 PATIENCE = 20  # episodes before a share of bad ones says anything
@@ -56,7 +58,8 @@ def convert(source: Source, out: Path, *, image_size: int = 256, aspect: str = "
     counts = Counter(entry.reason for entry in listed if entry.reason) if rank == 0 else Counter()
     usable = [entry for entry in listed if not entry.reason]
     if limit is not None:
-        usable = [entry for split in sorted({entry.split for entry in usable}) for entry in [e for e in usable if e.split == split][:limit]]
+        by_split = {split: [entry for entry in usable if entry.split == split] for split in sorted({entry.split for entry in usable})}
+        usable = [entry for entries in by_split.values() for entry in entries[:limit]]
     unusable = [entry for entry in listed if entry.reason and entry.reason not in BY_RULE]
     for entry in unusable if rank == 0 else ():
         tqdm.write(f"skipped: {entry.id}: {entry.reason}")
@@ -95,7 +98,7 @@ def _run(source: Source, out: Path, listed: list[Listed], options: dict[str, Any
 
 
 def _prepare(source: Source) -> None:
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)  # the cores belong to the other workers
     _source["it"] = source
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
@@ -124,7 +127,8 @@ def _one(source: Source, out: Path, entry: Listed, options: dict[str, Any]) -> t
         if len(set(lengths)) != 1:
             raise Unreadable(entry.id, f"its cameras have {lengths} frames")
     except BAD as error:
-        return NO_CAPTION if str(error).endswith(NO_CAPTION) else "unreadable", 0, str(error)
+        by_rule = isinstance(error, Unreadable) and error.reason in BY_RULE
+        return error.reason if by_rule else "unreadable", 0, str(error)
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise ValueError(f"{out}: the disk is full; free space and run the same command, finished episodes are kept") from error
@@ -133,13 +137,13 @@ def _one(source: Source, out: Path, entry: Listed, options: dict[str, Any]) -> t
               "episode_id": entry.id, "video_length": lengths[0], "fps": episode.cameras[0].fps}
     if episode.state is not None:
         record["state"] = np.asarray(episode.state, np.float64).round(5).tolist()
-    _write_json(annotation, record)
+    write_text(annotation, json.dumps(record) + "\n")
     return "converted", lengths[0], ""
 
 
 def _write(camera: Camera, path: Path, *, image_size: int, aspect: str, gop: int, crf: int) -> int:
     """One camera as mp4; only the small frames are held."""
-    small = [(video.resize(frames, image_size, aspect) * 255).round().byte().permute(0, 2, 3, 1).numpy() for frames in camera.batches()]
+    small = [(video.resize(frames, image_size, aspect) * 255).round().byte().permute(0, 2, 3, 1).numpy() for frames in camera.batches]
     if not small:
         raise Unreadable(str(path), "no frames")
     video.write_mp4(path, np.concatenate(small), camera.fps or 1.0, gop=gop, crf=crf)
@@ -186,14 +190,7 @@ def _remember(out: Path, options: dict[str, Any]) -> None:
         if known != options:
             raise ValueError(f"{out} was converted with {known}, now {options} is asked for; choose another out=")
     else:
-        _write_json(file, options)
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    beside.write_text(json.dumps(content) + "\n")
-    os.replace(beside, path)
+        write_text(file, json.dumps(options) + "\n")
 
 
 @program("step1_convert")

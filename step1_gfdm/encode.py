@@ -8,7 +8,6 @@ import errno
 import io
 import json
 import logging
-import os
 import pickle
 import re
 import sys
@@ -26,6 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from common import video
+from common.files import beside, write_text
 from common.mixture import Unreadable
 from common.program import program
 from step1_gfdm import vae
@@ -135,7 +135,7 @@ def _encode_group(videos: list[_Video], latent_space: vae.LatentSpace, *, sample
             continue
         if sample:
             generator = torch.Generator().manual_seed(zlib.crc32(f"{each.file.stem}/{number}".encode()) + seed)
-            latents = latents + spread * torch.randn(latents.shape, generator=generator)
+            latents = vae.draw(latents, spread, generator)
         if not torch.isfinite(latents).all():
             view.problem = f"{each.file}: camera {number}: the VAE gave NaN or infinity; use precision=fp32 or bf16"
             continue
@@ -144,19 +144,15 @@ def _encode_group(videos: list[_Video], latent_space: vae.LatentSpace, *, sample
 
 
 def _save(latents: Tensor, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    beside = target.with_name(f".{target.name}.{os.getpid()}.part")
     buffer = io.BytesIO()  # torch itself does not say that a disk is full
     torch.save(latents.clone(), buffer)
     try:
-        beside.write_bytes(buffer.getvalue())
-        os.replace(beside, target)
+        with beside(target) as part:
+            part.write_bytes(buffer.getvalue())
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise ValueError(f"{target}: the disk is full; free space and run the same command, finished latents are kept") from error
         raise
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def _count(each: _Video, counts: Counter) -> None:
@@ -200,10 +196,7 @@ def _write_annotation(out: Path, file: Path, record: dict[str, Any], lengths: di
                             for view in range(len(record["videos"]))]
     if file.is_file() and new == record:
         return
-    file.parent.mkdir(parents=True, exist_ok=True)
-    beside = file.with_name(f".{file.name}.{os.getpid()}.part")
-    beside.write_text(json.dumps(new, indent=2) + "\n")
-    os.replace(beside, file)
+    write_text(file, json.dumps(new, indent=2) + "\n")
 
 
 @program("step1_encode")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -23,6 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common import artifact
+from common.files import beside, write_text
 from common.metrics import bootstrap_ci, psnr, ssim
 from common.mixture import Unreadable
 from common.program import program
@@ -152,14 +152,11 @@ def draw_horizon(path: Path, by_frame: dict[str, dict[str, list[float]]]) -> Non
 
 def _save(figure: Any, path: Path) -> None:
     figure.tight_layout()
-    beside = path.with_name(f".{path.stem}.{os.getpid()}.part.png")
-    path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        figure.savefig(beside, dpi=100)
-        os.replace(beside, path)
+        with beside(path) as part:
+            figure.savefig(part, dpi=100)
     finally:
         pyplot.close(figure)
-        beside.unlink(missing_ok=True)
 
 
 def film(clips: list[dict[str, Tensor]]) -> np.ndarray:
@@ -214,12 +211,6 @@ def _eyes(cfg: DictConfig, device: str) -> tuple[dict[str, Callable[[Tensor, Ten
     return metrics, eye, notes
 
 
-def _write(path: Path, text: str) -> None:
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    beside.write_text(text)
-    os.replace(beside, path)
-
-
 @program("step1_eval")
 def main(cfg: DictConfig) -> None:
     if not PartialState().is_main_process:  # the launcher starts one process a GPU; a few clips need one
@@ -256,8 +247,8 @@ def main(cfg: DictConfig) -> None:
     draw_horizon(out / "horizon.png", by_frame)
     if filmed:
         write_mp4(out / "films.mp4", film(filmed), cfg.fps)
-    _write(out / "results.json", json.dumps(results, indent=2) + "\n")
-    _write(out / "table.md", said)
+    write_text(out / "results.json", json.dumps(results, indent=2) + "\n")
+    write_text(out / "table.md", said)
     log.info("\n%s", said)
     log.info("results in %s", out)
 

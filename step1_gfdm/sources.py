@@ -39,16 +39,11 @@ class Listed:
 
 
 class Camera(NamedTuple):
-    """One view of an episode: how many frames, how fast, and those at the given places."""
+    """One view of an episode: how many frames, how fast, and all of them in batches."""
 
     length: int
     fps: float
-    frames: Callable[[Sequence[int]], np.ndarray]
-
-    def batches(self) -> Iterator[np.ndarray]:
-        """All frames, BATCH at a time."""
-        for start in range(0, self.length, BATCH):
-            yield self.frames(range(start, min(start + BATCH, self.length)))
+    batches: Iterator[np.ndarray]
 
 
 class Episode(NamedTuple):
@@ -175,7 +170,7 @@ class Rlds:
         return Episode([text], [self._camera(episode, _first(episode, image)) for image in self.images], state)
 
     def _camera(self, episode: rlds.Episode, image: str) -> Camera:
-        return Camera(len(episode), self.fps, lambda places: np.stack([episode.image(image, place) for place in places]))
+        return Camera(len(episode), self.fps, _batches(len(episode), lambda place: episode.image(image, place)))
 
 
 class Calvin:
@@ -206,8 +201,8 @@ class Calvin:
         split, start, end, text = listed.key
 
         def camera(key: str) -> Camera:
-            return Camera(end - start + 1, self.FPS,
-                          lambda places: np.stack([calvin.read_frame(self.root / split, start + place, [key])[key] for place in places]))
+            length = end - start + 1
+            return Camera(length, self.FPS, _batches(length, lambda place: calvin.read_frame(self.root / split, start + place, [key])[key]))
 
         state = np.stack([calvin.read_frame(self.root / split, frame, ["robot_obs"])["robot_obs"] for frame in range(start, end + 1)])
         return Episode([text], [camera(key) for key in calvin.KEYS.values()], state)
@@ -243,7 +238,7 @@ class Ego4d:
         length, fps, _ = video.probe(path)
         if not 0 <= first <= last < length:
             raise Unreadable(listed.id, f"frames {first}..{last} of a clip of {length}")
-        return Episode([text], [Camera(last - first + 1, fps, lambda places: video.read_frames(path, [first + place for place in places]))])
+        return Episode([text], [Camera(last - first + 1, fps, video.read_batches(path, first, last, BATCH))])
 
     def _listed(self, id: str, clip: str, action: dict[str, Any]) -> Listed:
         text = str(action.get("narration_text") or "")
@@ -266,6 +261,11 @@ def _first(episode: rlds.Episode, names: Sequence[str]) -> str:
     return found
 
 
+def _batches(length: int, frame: Callable[[int], np.ndarray]) -> Iterator[np.ndarray]:
+    for start in range(0, length, BATCH):
+        yield np.stack([frame(place) for place in range(start, min(start + BATCH, length))])
+
+
 def _file(path: str, start: float | None = None, end: float | None = None) -> Camera:
     """A video file, or the part of it between two times in seconds."""
     length, fps, _ = video.probe(path)
@@ -273,7 +273,7 @@ def _file(path: str, start: float | None = None, end: float | None = None) -> Ca
     last = length if end is None else min(round(end * fps), length)
     if not 0 <= first < last:
         raise Unreadable(path, f"{start}..{end} s is no part of {length / fps if fps else 0:.1f} s")
-    return Camera(last - first, fps, lambda places: video.read_frames(path, [first + place for place in places]))
+    return Camera(last - first, fps, video.read_batches(path, first, last - 1, BATCH))
 
 
 def _frames_of_d(folder: Path) -> list[tuple[int, int]]:

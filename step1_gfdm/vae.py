@@ -29,12 +29,9 @@ class LatentSpace(Frozen):
         return tuple(torch.cat([getattr(each, name) for each in found]).float() * self.scale for name in ("mean", "std"))
 
     def encode(self, images: Tensor, *, sample: bool = False, generator: torch.Generator | None = None, chunk: int = 64) -> Tensor:
-        """(N, 3, H, W) in [-1, 1] -> (N, c, H/factor, W/factor) in fp32; the distribution's mode, or a sample of it.
-
-        The noise of a sample is drawn on the CPU, so that it is the same on every machine.
-        """
+        """(N, 3, H, W) in [-1, 1] -> (N, c, H/factor, W/factor) in fp32; the distribution's mode, or a sample of it."""
         mean, deviation = self.moments(images, chunk=chunk)
-        return mean + deviation * torch.randn(mean.shape, generator=generator).to(mean.device) if sample else mean
+        return draw(mean, deviation, generator) if sample else mean
 
     @torch.no_grad()
     def decode(self, latents: Tensor, *, chunk: int = 7) -> Tensor:
@@ -44,6 +41,11 @@ class LatentSpace(Frozen):
             parts = [self.module.decode(part, num_frames=len(part)).sample for part in video.split(chunk)]
             videos.append(torch.cat(parts))
         return (torch.stack(videos).float() / 2 + 0.5).clamp(0, 1)
+
+
+def draw(mean: Tensor, deviation: Tensor, generator: torch.Generator | None) -> Tensor:
+    """A sample of the distribution; its noise is drawn on the CPU, so that it is the same on every machine."""
+    return mean + deviation * torch.randn(mean.shape, generator=generator).to(mean.device)
 
 
 def load(svd: str | Path) -> LatentSpace:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common import artifact
+from common.files import beside, write_text
 from common.metrics import bootstrap_ci
 from common.mixture import SampleSet, Unreadable, collate
 from common.program import program
@@ -111,20 +111,11 @@ def draw_attention(model: GIDM, pair: dict[str, Any], path: Path) -> None:
         axis.imshow(heat, cmap="jet", alpha=0.5, extent=(-0.5, size - 0.5, size - 0.5, -0.5), interpolation="bilinear")
     figure.suptitle(pair["text"], fontsize=10)
     figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.stem}.{os.getpid()}.part.png")
     try:
-        figure.savefig(beside, dpi=100)
-        os.replace(beside, path)
+        with beside(path) as part:
+            figure.savefig(part, dpi=100)
     finally:
         pyplot.close(figure)
-        beside.unlink(missing_ok=True)
-
-
-def _write(path: Path, text: str) -> None:
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    beside.write_text(text)
-    os.replace(beside, path)
 
 
 @program("step2_eval")
@@ -143,8 +134,8 @@ def main(cfg: DictConfig) -> None:
                "data": OmegaConf.to_container(cfg.data, resolve=True), "summary": summary,
                "samples": [{"id": pair["id"], **{k: float(v[i]) for k, v in errors.items()},
                             "codes": None if codes is None else codes[i].tolist()} for i, pair in enumerate(pairs)]}
-    _write(out / "results.json", json.dumps(results, indent=2) + "\n")
-    _write(out / "table.md", table(summary, len(pairs)))
+    write_text(out / "results.json", json.dumps(results, indent=2) + "\n")
+    write_text(out / "table.md", table(summary, len(pairs)))
     log.info("\n%s", table(summary, len(pairs)))
     log.info("results in %s", out)
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from common.files import write_text
 from common.program import program
 from step3_defi import journal, stats
 
@@ -39,8 +40,8 @@ def compare_folders(a: Path, b: Path, *, seed: int = 0) -> tuple[dict[str, Any],
 
 def write(out: Path, result: dict[str, Any], table: str) -> None:
     """compare.json and table.md."""
-    journal.write_atomic(out / "compare.json", json.dumps(result, indent=2) + "\n")
-    journal.write_atomic(out / "table.md", table + "\n")
+    write_text(out / "compare.json", json.dumps(result, indent=2) + "\n")
+    write_text(out / "table.md", table + "\n")
 
 
 @program("step3_compare")

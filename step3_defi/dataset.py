@@ -5,7 +5,6 @@ Images are opened for the first frame of a window only; the motions of all frame
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common.calvin_format import KEYS, Annotation, CalvinFormatError, read_annotations, read_frame, read_recordings
+from common.files import beside
 from common.mixture import Unreadable
 from common.video import resize
 
@@ -162,16 +162,11 @@ class FrameStore:
         key = hashlib.sha256(repr((str(self.folder.resolve()), name)).encode() + frames.tobytes() + self._stamp().encode()).hexdigest()[:16]
         path = self.cache / f"{name}-{key}.npy"
         if not path.is_file():
-            self.cache.mkdir(parents=True, exist_ok=True)
-            beside = path.with_name(f".{path.stem}.{os.getpid()}.part")
-            try:
-                array = np.lib.format.open_memmap(beside, mode="w+", dtype=dtype, shape=(len(frames), *shape))
+            with beside(path) as part:
+                array = np.lib.format.open_memmap(part, mode="w+", dtype=dtype, shape=(len(frames), *shape))
                 for row, frame in enumerate(tqdm(frames.tolist(), desc=f"pack {name}", unit="frame", mininterval=1)):
                     array[row] = read(frame)
                 array.flush()
-                os.replace(beside, path)
-            finally:
-                beside.unlink(missing_ok=True)
         return np.load(path, mmap_mode="r")
 
     def _stamp(self) -> str:

@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from common import artifact
 from common.contracts import ChunkPolicy
+from common.files import write_text
 from common.program import program
 from common.video import write_mp4
 from step3_defi import film, journal, stats
@@ -107,14 +108,14 @@ def _report(out: Path, settings: dict[str, Any], keep: int) -> dict[str, Any]:
         "sequences": len(records), "length": length, "seed": settings["seed"],
         "horizons": horizons, "tasks": stats.task_stats(records, longest), "tasks_horizon": longest,
     }
-    journal.write_atomic(out / "results.json", json.dumps(results, indent=2) + "\n")
+    write_text(out / "results.json", json.dumps(results, indent=2) + "\n")
     rows = {f"{settings['policy']}, {world}, {h} steps": row for h, row in horizons.items()}
     chains = stats.chain_table(rows, length=length, paper=stats.paper_label(world))
     note = f"{len(records)} sequences of {length} in {world}; 95 % bootstrap intervals over sequences."
     if not stats.is_calvin(world):
         note += " This world is not CALVIN: its numbers are not comparable with the paper's."
     table = f"{chains}\n\n{note}\n\nSub-tasks within {longest} steps (Wilson intervals):\n\n{stats.task_table(results['tasks'])}\n"
-    journal.write_atomic(out / "table.md", table)
+    write_text(out / "table.md", table)
     film.prune(out / "videos", keep)
     LOG.info("%s\n\n%s", chains, note)
     LOG.info("results in %s", out)

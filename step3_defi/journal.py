@@ -12,6 +12,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypedDict
 
+from common.files import write_text
+
 NAME = "rollouts.jsonl"
 SETTINGS = "settings.json"
 
@@ -28,14 +30,6 @@ class Record(TypedDict):
     tasks: list[str]
     steps_to_success: list[int | None]  # None where the longest horizon was not enough
     seed: int
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """Write beside, then rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(text)
-    os.replace(beside, path)
 
 
 def read(path: str | Path) -> dict[int, Record]:
@@ -109,7 +103,7 @@ def claim(folder: Path, settings: dict[str, Any]) -> None:
     if not path.is_file():
         if any(folder.glob("rollouts*.jsonl")):
             raise JournalError(f"{folder} holds rollouts without {SETTINGS}: choose another out= or delete it")
-        write_atomic(path, json.dumps(settings, indent=2) + "\n")
+        write_text(path, json.dumps(settings, indent=2) + "\n")
         return
     there = json.loads(path.read_text())
     for key in sorted(set(there) | set(settings)):
@@ -126,7 +120,7 @@ def merge(folder: Path) -> dict[int, Record]:
         if path.is_file():
             records.update(read(path))
     records = dict(sorted(records.items()))
-    write_atomic(folder / NAME, b"".join(map(_line, records.values())).decode())
+    write_text(folder / NAME, b"".join(map(_line, records.values())).decode())
     for path in parts:
         path.unlink()
     return records

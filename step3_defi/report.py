@@ -20,6 +20,7 @@ import matplotlib
 import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
+from common.files import write_text
 from common.program import program
 from step3_defi import film, journal, stats
 
@@ -242,7 +243,7 @@ def _bold(cell: str) -> str:
 @program("step3_report")
 def main(cfg: DictConfig) -> None:
     settings = OmegaConf.to_container(cfg, resolve=True)
-    journal.write_atomic(Path(cfg.out), build(settings))
+    write_text(Path(cfg.out), build(settings))
     LOG.info("results in %s", cfg.out)
 
 

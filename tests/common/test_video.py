@@ -1,12 +1,13 @@
 """Video: what is written is what is read, bad files are one clear line."""
 from __future__ import annotations
 
+import decord
 import numpy as np
 import pytest
 import torch
 
 from common.metrics import bootstrap_ci, psnr, ssim
-from common.video import VideoError, probe, read_frames, resize, write_mp4
+from common.video import VideoError, probe, read_batches, read_frames, resize, write_mp4
 
 
 def moving_square(count: int = 12) -> np.ndarray:
@@ -67,3 +68,31 @@ def test_picture_metrics_and_intervals():
     assert torch.allclose(ssim(truth, truth), torch.ones(3), atol=1e-4) and (ssim(noisy, truth) < 0.99).all()
     mean, low, high = bootstrap_ci(np.random.default_rng(0).normal(1, 1, 400))
     assert low < mean < high and 0.15 < high - low < 0.25
+
+
+@pytest.mark.parametrize("decord_works", [True, False])
+def test_batches_are_the_frames_in_order(tmp_path, monkeypatch, decord_works):
+    write_mp4(tmp_path / "a.mp4", moving_square(), fps=30)
+    whole = read_frames(tmp_path / "a.mp4")
+    if not decord_works:
+        monkeypatch.setattr("common.video.decord.VideoReader", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("no such codec")))
+    batches = list(read_batches(tmp_path / "a.mp4", 1, 9, 4))
+    assert [len(batch) for batch in batches] == [4, 4, 1]
+    assert np.abs(np.concatenate(batches).astype(int) - whole[1:10]).max() <= (0 if decord_works else 8)
+    with pytest.raises(VideoError, match="asked of a video of 12"):
+        list(read_batches(tmp_path / "a.mp4", 4, 12, 4))
+
+
+def test_batches_go_on_with_pyav_where_decord_gives_up(tmp_path, monkeypatch):
+    write_mp4(tmp_path / "a.mp4", moving_square(), fps=30)
+    whole = read_frames(tmp_path / "a.mp4")
+
+    class Tired(decord.VideoReader):
+        def get_batch(self, indices):
+            if indices[0] >= 4:
+                raise RuntimeError("broken")
+            return super().get_batch(indices)
+
+    monkeypatch.setattr("common.video.decord.VideoReader", Tired)
+    batches = np.concatenate(list(read_batches(tmp_path / "a.mp4", 0, 11, 4)))
+    assert batches.shape == whole.shape and np.abs(batches.astype(int) - whole).max() <= 8

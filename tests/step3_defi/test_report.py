@@ -14,6 +14,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from PIL import Image
 
+from common.files import write_text
 from common.program import CONFIGS
 from common.video import write_mp4
 from step3_defi import journal, report, stats
@@ -22,16 +23,16 @@ from step3_defi import journal, report, stats
 def rollouts(folder: Path, lengths: list[int]) -> None:
     records = [{"index": i, "initial_state": {}, "tasks": list("abcde"), "steps_to_success": [9] * n + [None] * (n < 5), "seed": 0}
                for i, n in enumerate(lengths)]
-    journal.write_atomic(folder / journal.NAME, "".join(json.dumps(r) + "\n" for r in records))
+    write_text(folder / journal.NAME, "".join(json.dumps(r) + "\n" for r in records))
     results = {"world": "playtable-D", "sequences": len(records), "length": 5, "tasks": stats.task_stats(records, 360),
                "horizons": {str(h): stats.chain_stats(records, h) for h in (280, 360)}}
-    journal.write_atomic(folder / "results.json", json.dumps(results))
+    write_text(folder / "results.json", json.dumps(results))
 
 
 def metrics(folder: Path, count: int = 50) -> None:
     lines = [json.dumps({"step": i, "time": 0.0, "train/loss": 1 / (i + 1), "train/perplexity": i / 9, "lr": 1e-4}) for i in range(count)]
     lines.append(json.dumps({"step": count, "val/loss": 0.1}))
-    journal.write_atomic(folder / "metrics.jsonl", "\n".join(lines) + '\n{"step": 51, "tr')
+    write_text(folder / "metrics.jsonl", "\n".join(lines) + '\n{"step": 51, "tr')
 
 
 @pytest.fixture
