@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import send_to_device, set_seed
+from accelerate.utils import DistributedType, send_to_device, set_seed
 from diffusers.training_utils import EMAModel
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.utils.data import DataLoader, Sampler
 from tqdm.auto import tqdm
 
@@ -105,9 +106,12 @@ class Loop:
         self._stop_asked = False
 
     def fit(self, model: nn.Module, train_set: SampleSet, val_set: SampleSet | None = None) -> nn.Module:
-        """Train to the end and return the unwrapped model, with EMA weights where EMA is on."""
+        """Train to the end and return the unwrapped model, with EMA weights where EMA is on; under FSDP it is whole on the main process alone."""
         precision = self.precision if self.precision != "auto" else "bf16" if bf16_pays(PartialState().device) else "no"
         self.accelerator = Accelerator(mixed_precision=precision, gradient_accumulation_steps=1)
+        sharded = self.accelerator.distributed_type is DistributedType.FSDP
+        if sharded and self.ema_decay:
+            raise ValueError(f"loop.ema_decay={self.ema_decay}: no average is kept of weights that FSDP shards; set loop.ema_decay=null or train under DDP")
         set_seed(self.seed, device_specific=self.accelerator.num_processes > 1)
         world, per_epoch = self.accelerator.num_processes, Batches.per_epoch(len(train_set), self.batch_size, self.accelerator.num_processes)
         total = self.max_steps or max(1, math.ceil(self.epochs * per_epoch / self.accumulate))
@@ -132,6 +136,8 @@ class Loop:
                 tracker.close()
         if self.ema:
             self.ema.copy_to(self.trained)
+        if sharded:
+            _gather(model)
         self.step = self.progress.step
         return model.eval()
 
@@ -269,3 +275,13 @@ class Loop:
         if states:
             self.accelerator.load_state(str(states[-1]))
             log.info("resumed %s at step %d", self.output_dir, self.progress.step)
+
+
+def _gather(model: nn.Module) -> None:
+    """Put whole parameters, on the CPU of rank zero, into the place of FSDP's shards. All ranks call it."""
+    whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    for name, tensor in whole.items():
+        owner, _, leaf = name.rpartition(".")
+        module = model.get_submodule(owner)
+        if leaf in module._parameters:  # by hand: torch.nn has no way to exchange a sharded parameter for a whole one
+            module._parameters[leaf] = nn.Parameter(tensor, requires_grad=module._parameters[leaf].requires_grad)

@@ -3,7 +3,9 @@ import contextlib
 import io
 import json
 import logging
+import os
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException, InstantiationException
 from omegaconf import OmegaConf
+from safetensors.torch import load_file
 from videosets import write_set
 
 from common import artifact
@@ -172,3 +175,37 @@ def test_a_broken_run_goes_on_to_the_weights_of_an_unbroken_one(trained, run, mo
     clip = {"clip": str(work / "ckpts/hub/tiny/clip")}
     whole, broken = (artifact.load(work / "ckpts/gfdm" / name, "gfdm", clip).state_dict() for name in ("whole", "broken"))
     assert all(torch.equal(value, broken[key]) for key, value in whole.items())
+
+
+def launched(folder, hub, processes, *config):
+    """(weights of the UNet, rows of metrics.jsonl) of one_or_two.py."""
+    folder.mkdir(exist_ok=True)
+    launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port=29873"]
+    script = [str(Path(__file__).with_name("one_or_two.py")), str(folder.parent / "set"), str(hub), str(folder), "4", *config]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "WANDB_MODE": "disabled"}
+    subprocess.run([*launcher, *script], cwd=ROOT, env=environment, check=True, timeout=300)
+    rows = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
+    return torch.load(folder / "unet.pt", weights_only=True), rows
+
+
+def distance(one, two):
+    """Euclidean, over all weights of two UNets."""
+    assert one.keys() == two.keys()
+    return torch.stack([(one[name] - two[name]).square().sum() for name in one]).sum().sqrt().item()
+
+
+def test_two_processes_whole_or_sharded_train_as_one_with_the_same_global_batch(tmp_path, hub):
+    write_set(tmp_path / "set", 6, latent_shape=(12, 8, 8))
+    for file in (tmp_path / "set/latent_videos").rglob("*.pt"):  # the set's own latents tell nothing of what is learned
+        torch.save(torch.randn(20, 12, 8, 8, generator=torch.Generator().manual_seed(int(file.parent.name))), file)
+    alone, rows = launched(tmp_path / "one", hub, 1)
+    start = load_file(hub / "svd/unet/diffusion_pytorch_model.safetensors")
+    assert len(rows) == 5 and rows[0]["train/loss"] != rows[-1]["train/loss"]
+    sharding = str(ROOT / "configs/accelerate/8gpu_fsdp.yaml")
+    for other, found in (launched(tmp_path / "two", hub, 2), launched(tmp_path / "sharded", hub, 2, sharding)):
+        for one, two in zip(rows, found, strict=True):
+            assert two["train/loss"] == pytest.approx(one["train/loss"], rel=1e-4) and two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
+        # as far apart as rounding drives Adam, and nothing beside the way that both went
+        assert distance(alone, other) < 0.01 * distance(alone, start)
+    again, _ = launched(tmp_path / "sharded", hub, 2, sharding)  # from the saved shards
+    assert distance(again, other) == 0

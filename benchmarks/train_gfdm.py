@@ -1,0 +1,163 @@
+"""Step 1's training against the loop that the releases have, and how fast clips are read.
+
+    python -m benchmarks.train_gfdm [scale=tiny|small|full] [data.root=data/playtable/A] [rounds=3] [steps=20] [batch_size=8] [workers=2] ...
+
+Ours: common.loop.Loop as configured at that scale. Plain: the same UNet, text encoder, objective and clips in a hand-written loop with gradient
+checkpointing always on, fp16 autocast (fp32 on a CPU, where fp16 is slower) and no workers. Each round runs both, each in a process of
+its own, so that the ratio is one of the same minutes and the memory is that of one run. Other words go to the step 1 config.
+"""
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from itertools import islice
+from typing import Any
+
+import torch
+from accelerate.utils import send_to_device, set_seed
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from common.loop import Batches
+from common.mixture import Draws, SampleSet, collate
+from common.program import CONFIGS
+from step1_gfdm.dataset import VideoClips
+from step1_gfdm.model import GFDM
+
+WARM_UP = 3  # steps that are not counted
+log = logging.getLogger(__name__)
+
+
+def composed(overrides: list[str]) -> DictConfig:
+    """Step 1's config."""
+    with initialize_config_dir(CONFIGS, version_base=None):
+        return compose("step1_gfdm", overrides)
+
+
+def loader(samples: SampleSet, batch_size: int, workers: int, count: int) -> DataLoader:
+    """`count` batches of one process."""
+    sampler = Batches(len(samples), batch_size, seed=0, rank=0, world=1, start=0, stop=count)
+    return DataLoader(Draws(samples, 0), batch_sampler=sampler, collate_fn=collate, num_workers=workers, prefetch_factor=4 if workers else None)
+
+
+class Timed(nn.Module):
+    """Notes when each optimizer step of the loop was done."""
+
+    def __init__(self, model: GFDM) -> None:
+        super().__init__()
+        self.model, self.times = model, []
+
+    def forward(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+        return self.model(batch)
+
+    def on_step(self, step: int, accelerator: Any = None) -> dict[str, float]:
+        """Called by the loop."""
+        self.times.append(_now())
+        return {}
+
+
+def ours(overrides: list[str], steps: int, batch_size: int, workers: int) -> tuple[float, float]:
+    """(samples a second, peak memory in GiB) of the project's loop."""
+    cfg = composed(overrides)
+    set_seed(0)
+    with tempfile.TemporaryDirectory() as folder:
+        loop = instantiate(cfg.loop, output_dir=folder, seed=0, max_steps=WARM_UP + steps, batch_size=batch_size, num_workers=workers, save_every=None,
+                           eval_every=None, wandb={"mode": "disabled"})
+        model = Timed(instantiate(cfg.gfdm))
+        loop.fit(model, instantiate(cfg.data, split="train"))
+    return steps * batch_size / (model.times[-1] - model.times[WARM_UP - 1]), _peak()
+
+
+def plain(overrides: list[str], steps: int, batch_size: int, workers: int) -> tuple[float, float]:
+    """The same of the loop that the releases have; `workers` is not used."""
+    cfg = composed(overrides)
+    set_seed(0)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = instantiate(cfg.gfdm, gradient_checkpointing=True).to(device).train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], **cfg.loop.optimizer)
+    scaler = torch.amp.GradScaler(device.type, enabled=device.type == "cuda")
+    times = []
+    for batch in loader(instantiate(cfg.data, split="train"), batch_size, 0, WARM_UP + steps):
+        batch = send_to_device(batch, device)
+        with torch.autocast(device.type, dtype=torch.float16, enabled=device.type == "cuda"):
+            loss = model(batch)["loss"]
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        times.append(_now())
+    return steps * batch_size / (times[-1] - times[WARM_UP - 1]), _peak()
+
+
+def clips(overrides: list[str], steps: int, batch_size: int, workers: int, *, videos: bool) -> tuple[float, float]:
+    """(clips a second, peak memory in GiB) of the loader alone, from latents or from the videos of the same set."""
+    cfg = composed(overrides)
+    samples = instantiate(cfg.data, split="train")
+    if videos:
+        first = samples.sets[0]
+        clip = OmegaConf.to_container(next(iter(cfg.data.sets.values())).clip)
+        samples = VideoClips(first.root.with_name(first.root.name.replace("latents", "videos")), "train", num_frames=first.num_frames, clip=clip,
+                             image_size=cfg.gfdm.image_size)
+    batches = iter(loader(samples, batch_size, workers, WARM_UP + steps))
+    for _ in islice(batches, WARM_UP):
+        pass
+    start = _now()
+    read = sum(len(batch["id"]) for batch in batches)
+    return read / (_now() - start), _peak()
+
+
+def _now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def _peak() -> float:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def _alone(function: Callable[..., tuple[float, float]], *arguments: Any, **named: Any) -> tuple[float, float]:
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments, **named).result()
+
+
+def main() -> None:
+    mine = OmegaConf.create({"scale": "tiny", "rounds": 3, "steps": 20, "batch_size": 8, "workers": 2})
+    known = [word for word in sys.argv[1:] if word.split("=")[0] in mine]
+    options = OmegaConf.merge(mine, OmegaConf.from_dotlist(known))
+    overrides = [f"scale={options.scale}", *(word for word in sys.argv[1:] if word not in known)]
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    shared = (overrides, options.steps, options.batch_size, options.workers)
+    found: dict[str, list[tuple[float, float]]] = {"plain": [], "ours": []}
+    for _ in tqdm(range(options.rounds), desc="rounds"):
+        for name, function in (("plain", plain), ("ours", ours)):
+            found[name].append(_alone(function, *shared))
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
+    log.info("%s, batch %d, %s", options.scale, options.batch_size, device)
+    for name, runs in found.items():
+        log.info("%-6s %8.2f samples/s, peak %.2f GiB", name, statistics.median(rate for rate, _ in runs), max(peak for _, peak in runs))
+    ratios = sorted(a / b for (a, _), (b, _) in zip(found["ours"], found["plain"]))
+    log.info("ours / plain: %.2f times (%.2f to %.2f over %d rounds)", statistics.median(ratios), ratios[0], ratios[-1], len(ratios))
+    for name, videos in (("latents", False), ("mp4", True)):
+        for workers in dict.fromkeys((0, options.workers)):
+            rate, _ = _alone(clips, overrides, options.steps, options.batch_size, workers, videos=videos)
+            log.info("loader, from %-7s with %d workers: %8.1f clips/s", name, workers, rate)
+
+
+if __name__ == "__main__":
+    main()
