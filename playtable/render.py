@@ -4,6 +4,7 @@ A GL context belongs to the thread that made it, so a renderer is made at the fi
 """
 from __future__ import annotations
 
+import atexit
 import ctypes
 import ctypes.util
 import importlib
@@ -96,8 +97,11 @@ class Renderer:
         self._camera.type = mujoco.mjtCamera.mjCAMERA_FIXED
         self._mjr = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_100)
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._mjr)
-        # Runs at exit too, before the modules that a context needs for its end are gone.
+        # Runs at exit too, and there before what the import of the GL module registered: finalizers would all wait for their turn,
+        # which is that of the first one in the program, and a display that is gone cannot free its contexts.
         self._finalizer = weakref.finalize(self, _free, self._gl, self._mjr)
+        self._finalizer.atexit = False
+        atexit.register(self._finalizer)
 
     def picture(self, data: mujoco.MjData, camera: str, size: int) -> np.ndarray:
         """The view of a camera of the model -> (size, size, 3) uint8 RGB, top row first."""

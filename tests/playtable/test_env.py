@@ -1,6 +1,10 @@
 """The simulator behind CALVIN's interface: vectors, determinism, physics of every fixture, pictures, bad input."""
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -419,3 +423,11 @@ def test_privileged_state_reads_the_present(env):
     target = state.target()[0]
     target[:] = 0
     assert state.target()[0][2] == pytest.approx(0.55)
+
+
+def test_a_program_that_never_closes_ends_in_silence() -> None:
+    """However early another library made the first finalizer of the program."""
+    program = ("import weakref\nclass Early: pass\nearly = Early()\nweakref.finalize(early, int)\nfrom playtable import PlayTable\n"
+               "worlds = [PlayTable('A'), PlayTable('D')]\nfor world in worlds: world.reset(); world.observe()")
+    ended = subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).resolve().parents[2], capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0 and "Error" not in ended.stderr, ended.stderr
