@@ -27,6 +27,7 @@ from playtable.motions import (
 from playtable.state import PrivilegedState
 from playtable.tasks import check_tasks
 
+LIFTS_FROM_TABLE = tuple(f"lift_{colour}_block_table" for colour in ("red", "blue", "pink"))
 KEEPS_BLOCK = ("place_in_slider", "place_in_drawer", "stack_block")
 PATIENCE = 12  # steps to stand still after a plan before it is tried again
 TURN = np.radians(76)  # a rotation counts from 60 degrees
@@ -80,7 +81,7 @@ class Expert(Motions):
     def _trials(self, task: str) -> Iterator[np.ndarray]:
         if task not in KEEPS_BLOCK and self.held() is not None:
             yield from self.release()
-        yield from self.withdraw()
+        yield from self.withdraw(f"block_{task.split('_')[1]}" if task in LIFTS_FROM_TABLE else None)
         while True:
             try:
                 yield from self._method(task)()
@@ -184,7 +185,9 @@ class Expert(Motions):
             tilt = REACHING_TILT[self._trial % len(REACHING_TILT)]
             yield from self.grasp(block, tilt=tilt, yaw=yaw, offset=(self._inwards(block), 0.0, 0.004))
         else:
-            yield from self.grasp(block, tilt=0.0 if place == "drawer" else None)
+            free = place == "table"
+            height = float(self.rng.uniform(-0.004, 0.008)) if free else 0.0
+            yield from self.grasp(block, tilt=0.0 if place == "drawer" else None, offset=(0.0, 0.0, height), careful=not free)
         start = self.state.target()[0]
         if place == "slider":
             yield from self.goto(start + [0, -0.04, 0.07], speed=0.7, through=True)

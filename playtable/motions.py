@@ -5,7 +5,7 @@ Positions are metres in the world frame, Euler angles fixed-axis xyz radians. A 
 """
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -23,6 +23,10 @@ SAFE_HEIGHT = 0.6  # above everything that stands on the table
 FINGER_AT, FINGER_ROOM = 0.051, 0.014  # m, an open finger's distance from the hand's middle, and half its thickness
 EMPTY = 0.012  # m, a closed hand that opens less holds nothing
 GRASPABLE = 0.065  # m, the widest edge that fits between the fingers with room to spare
+REACH_OVER = 0.1  # m beside a block from where an open hand above it goes straight to it
+FITS, LEVEL = 0.012, 0.006  # m off a block's middle, across and along the fingers, at which they come down on it
+CLEAR = 0.03  # m above a block's middle from where fingers pass over it
+LEVER = 0.04  # m off at the fingers for every radian of a wrong turn
 
 
 class Stuck(RuntimeError):
@@ -61,6 +65,13 @@ def backwards(yaw: float, tilt: float) -> np.ndarray:
     return np.array([-np.sin(tilt) * np.cos(yaw), -np.sin(tilt) * np.sin(yaw), np.cos(tilt)])
 
 
+def _hand_frame(off: np.ndarray, euler: np.ndarray) -> tuple[float, float, float]:
+    """Metres off a place in that hand's frame: from the fingertips up, the way the fingers close, and square to both."""
+    back = backwards(euler[2], -euler[1])
+    across = np.array([np.sin(euler[2]), -np.cos(euler[2]), 0.0])
+    return float(off @ back), float(off @ across), float(off @ np.cross(back, across))
+
+
 def comfortable_yaw(yaw: float, near: float = FORWARD) -> float:
     """The yaw of the same grasp (period pi) that is nearest to another one and inside YAW_RANGE."""
     turned = [yaw + k * np.pi for k in range(-4, 5)]
@@ -90,7 +101,7 @@ class Motions:
 
     def goto(
         self,
-        position: np.ndarray,
+        position: np.ndarray | Callable[[np.ndarray, np.ndarray], np.ndarray],
         euler: np.ndarray | None = None,
         *,
         speed: float = 1.0,
@@ -102,14 +113,15 @@ class Motions:
     ) -> Plan:
         """Straight to a pose with ramps at both ends; `speed` scales the episode's cruising speed.
 
+        A callable says from the commanded position and angles where to go next; it is asked at each step.
         `through` does not brake at the end, `careful` keeps the one who executes from adding noise, `firm` pushes on
         against what resists; otherwise Stuck is raised when the hand stays behind.
         """
-        position = np.asarray(position, float)
         waited = behind = 0
         for _ in range(timeout):
             at, facing = self.state.target()
-            shift = position - at
+            goal = np.asarray(position(at, facing) if callable(position) else position, float)
+            shift = goal - at
             turn = np.zeros(3) if euler is None else turn_between(facing, euler)
             behind = behind + 1 if np.linalg.norm(self.state.tcp()[0] - at) > FAR_BEHIND else 0
             if behind > 10 and not firm:
@@ -119,7 +131,7 @@ class Motions:
             if through and far < limit:
                 return
             if far < 1e-3:
-                if waited >= 10 or np.linalg.norm(self.state.tcp()[0] - position) < tolerance:
+                if waited >= 10 or np.linalg.norm(self.state.tcp()[0] - goal) < tolerance:
                     break
                 waited += 1
             brake = far if through else 0.12 + 0.35 * far
@@ -192,25 +204,54 @@ class Motions:
         yaw: float | None = None,
         offset: tuple[float, float, float] = (0.0, 0.0, 0.0),
         height: float = SAFE_HEIGHT,
+        careful: bool = True,
     ) -> Plan:
-        """Take a block: open, above it, down, close with an `offset` from its centre.
+        """Take a block: open, above it, down (see `goto` for `careful`), close with an `offset` from its centre.
 
         `yaw` overrules the choice of the nearest comfortable one, `tilt` what keeps the hand off the slanted front.
         """
         position, _ = self.state.block(block)
+        euler = self.hold(block, tilt=tilt, yaw=yaw)
+        if self.over(position + offset, euler):
+            self.grip = 1
+        else:
+            ready = position + offset + 0.10 * backwards(euler[2], -euler[1])
+            yield from self.above(ready[0], ready[1], euler, height=height)
+            yield from self.goto(ready, euler, tolerance=0.02)
+        position = self.state.block(block)[0] + offset
+        yield from self.goto(self.funnel(position, euler), euler, speed=0.75, tolerance=0.006, careful=careful)
+        yield from self.close()
+
+    def hold(self, block: str, *, tilt: float | None = None, yaw: float | None = None) -> np.ndarray:
+        """Euler angles (3,) of a hand that takes a block; see `grasp`."""
+        y = self.state.block(block)[0][1]
         if yaw is None:
             yaw = self.easy_yaw(block)
-            if position[1] > NEAR_FRONT + 0.02:
+            if y > NEAR_FRONT + 0.02:
                 yaw = straightened(yaw, 0.25)
-        if tilt is None:
-            tilt = lean(position[1], yaw)
-        euler, back = hand(yaw, tilt), backwards(yaw, tilt)
-        ready = position + offset + 0.10 * back
-        yield from self.above(ready[0], ready[1], euler, height=height)
-        yield from self.goto(ready, euler, tolerance=0.02)
-        position = self.state.block(block)[0] + offset
-        yield from self.goto(position, euler, speed=0.75, tolerance=0.006, careful=True)
-        yield from self.close()
+        return hand(yaw, lean(y, yaw) if tilt is None else tilt)
+
+    def over(self, position: np.ndarray, euler: np.ndarray) -> bool:
+        """Is the open hand where it goes to a grasp at `position` directly: above it, or around it already?"""
+        at, facing = self.state.target()
+        height, across, along = _hand_frame(at - position, euler)
+        turn = np.abs(turn_between(facing, euler)).max()
+        beside = float(np.hypot(across, along))
+        return self.state.gripper() > 0 and turn < 0.8 and beside < REACH_OVER and (height > CLEAR or height > -0.01 and abs(across) < FITS)
+
+    def funnel(self, position: np.ndarray, euler: np.ndarray) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+        """Where to go next from above a grasp: the farther off its axis, the higher. Fingers that are low and askew go up first."""
+        back = backwards(euler[2], -euler[1])
+
+        def waypoint(at: np.ndarray, facing: np.ndarray) -> np.ndarray:
+            height, across, along = _hand_frame(at - position, euler)
+            off = abs(across) + LEVER * float(np.abs(turn_between(facing, euler)).max())
+            if off > FITS and height < CLEAR:
+                return at + (CLEAR + 0.005 - height) * back
+            level = max(0.0, 1.5 * (abs(along) - LEVEL)) + (CLEAR + 0.005 + off - FITS if off > FITS else 0.0)
+            return position + min(level, REACH_OVER) * back
+
+        return waypoint
 
     def close(self) -> Plan:
         """Close until the fingers stop. A fixed pause would look the same at its beginning and its end, and a policy that
@@ -238,12 +279,11 @@ class Motions:
         yield from self.wait(5, 1)
         yield from self.goto(self.state.target()[0] + [0, 0, 0.07], through=True)
 
-    def withdraw(self) -> Plan:
-        """Draw open fingers back from a block between them, which would be carried off otherwise."""
+    def withdraw(self, wanted: str | None = None) -> Plan:
+        """Draw open fingers back from a block between them, which would be carried off otherwise; not where they can take a wanted one."""
         tcp, _ = self.state.tcp()
-        if self.state.gripper() < 0 or not any(
-            np.linalg.norm(self.state.block(name)[0] - tcp) < 0.05 for name in self.state.blocks
-        ):
+        near = [name for name in self.state.blocks if np.linalg.norm(self.state.block(name)[0] - tcp) < 0.05]
+        if self.state.gripper() < 0 or not near or near == [wanted] and self.over(self.state.block(wanted)[0], self.hold(wanted)):
             return
         at, facing = self.state.target()
         yield from self.goto(at + 0.09 * backwards(facing[2], -facing[1]), through=True, firm=True, timeout=20)

@@ -30,7 +30,7 @@ from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
 from playtable import calvin_files as files
-from playtable.demonstrate import chain
+from playtable.demonstrate import numbered
 from playtable.env import PlayTable
 from playtable.scene import SCENES
 from playtable.tasks import check_tasks
@@ -61,8 +61,7 @@ def record_chain(job: dict[str, Any]) -> dict[str, Any]:
     if job["scene"] not in _worlds:
         _worlds[job["scene"]] = PlayTable(scene=job["scene"])
     env = _worlds[job["scene"]]
-    rng = np.random.default_rng((job["seed"], "ABCD".index(job["scene"]), job["number"]))
-    segments, failed = chain(env, job["tasks"], job["length"], rng)
+    segments, failed = numbered(env, job["tasks"], job["length"], seed=job["seed"], number=job["number"])
     beside = done.with_name(f".{done.name}.{os.getpid()}")
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)

@@ -14,13 +14,19 @@ Network = Callable[[Tensor, Tensor], Tensor]  # (scaled noisy actions (N, A, 7),
 
 
 class EDM:
-    """Preconditioning, training noise and sampler. `sigma_data` is the spread of the actions."""
+    """Preconditioning, training noise and sampler. `sigma_data` is the spread of the actions.
+
+    `temperature` scales the noise that sampling starts from: at 0 the sampler walks from the mean, and its result is the same
+    for every seed.
+    """
 
     def __init__(self, *, sigma_data: float = 0.5, sigma_min: float = 0.001, sigma_max: float = 80.0,
                  log_location: float = math.log(0.5), log_scale: float = 0.5, steps: int = 10,
-                 sample_sigma_min: float | None = None) -> None:
+                 sample_sigma_min: float | None = None, temperature: float = 1.0) -> None:
+        if temperature < 0:
+            raise ValueError(f"temperature={temperature}: it scales noise, so 0 or more")
         self.sigma_data, self.sigma_min, self.sigma_max = sigma_data, sigma_min, sigma_max
-        self.log_location, self.log_scale, self.steps = log_location, log_scale, steps
+        self.log_location, self.log_scale, self.steps, self.temperature = log_location, log_scale, steps, temperature
         self.sample_sigma_min = sigma_min if sample_sigma_min is None else sample_sigma_min
 
     def draw_sigma(self, count: int, device: torch.device | str = "cpu") -> Tensor:
@@ -57,7 +63,7 @@ class EDM:
     def sample(self, network: Network, noise: Tensor) -> Tensor:
         """DDIM (the first-order DPM solver) from unit noise (N, A, 7) to actions."""
         levels = self.schedule().to(noise.device)
-        x = noise * levels[0]
+        x = noise * (self.temperature * levels[0])
         for now, following in zip(levels[:-1], levels[1:]):
             clean = self.denoise(network, x, now.expand(len(x)))
             x = clean + following / now * (x - clean)

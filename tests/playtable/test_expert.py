@@ -1,13 +1,15 @@
 """The expert carries tasks out, keeps to the action format and behaves well where chains leave it."""
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 
 from playtable import PlayTable
 from playtable.env import PlayTableState
 from playtable.expert import Expert, disturbed
-from playtable.motions import comfortable_yaw, hand, straightened, turn_between
+from playtable.motions import CLEAR, FITS, REACH_OVER, Motions, comfortable_yaw, hand, straightened, turn_between
 from playtable.scene import SCENES
 from playtable.starts import possible, random_start
 from playtable.tasks import TASKS
@@ -170,3 +172,46 @@ def test_it_lifts_as_soon_as_the_fingers_have_closed(worlds: dict[str, PlayTable
     closed = [action for action in carry_out(env, env.expert(0), "lift_red_block_table") if action[6] < 0]
     still = [not action[:6].any() for action in closed]
     assert 2 <= sum(still) <= 4 and not any(still[sum(still):]) and all(action[2] > 0 for action in closed[sum(still):])
+
+
+@pytest.mark.parametrize("aside, height, turn", [((0.03, 0.02), 0.06, 0.3), ((0.0, 0.03), 0.005, 0.0), ((-0.02, -0.04), 0.1, -0.3)])
+def test_an_open_hand_near_a_block_goes_straight_to_it(worlds: dict[str, PlayTable], aside: tuple[float, float], height: float, turn: float) -> None:
+    """Beside its grasp a policy sees small corrections, not a detour over the table."""
+    env = world(worlds, "A")
+    start = random_start("lift_red_block_table", env.scene, np.random.default_rng(3))
+    env.reset(robot_obs=start.robot_obs, scene_obs=start.scene_obs)
+    expert, begun = env.expert(0), env.get_info()
+    block, euler = expert.state.block("block_red")[0], expert.hold("block_red")
+    place, euler = block + [*aside, height], euler + [0, 0, turn]
+    for action in _there(expert, place, euler):
+        env.step(action, render=False)
+    expert.reset("lift_red_block_table")
+    highest, grasped = 0.0, False
+    for _ in range(60):
+        action = expert.act()
+        grasped = grasped or action[6] < 0
+        _, info = env.step(action, render=False)
+        if not grasped:
+            highest = max(highest, expert.state.target()[0][2] - place[2])
+        if env.succeeded("lift_red_block_table", begun, info):
+            break
+    else:
+        pytest.fail("not lifted in two seconds")
+    assert highest < 0.06
+
+
+def _there(expert: Expert, place: np.ndarray, euler: np.ndarray) -> Iterator[np.ndarray]:
+    yield from expert.above(*place[:2], euler)
+    yield from expert.goto(place, euler)
+
+
+def test_the_funnel_is_low_in_the_middle_and_lifts_fingers_over_the_block(worlds: dict[str, PlayTable]) -> None:
+    motions, block, euler = Motions(PlayTableState(world(worlds, "A")), np.random.default_rng(0)), np.array([0.1, -0.1, 0.46]), hand()
+    funnel = motions.funnel(block, euler)
+    assert np.allclose(funnel(block + [0, 0, 0.1], euler), block), "straight down on the axis"
+    heights = [funnel(block + [0, off, 0.1], euler)[2] for off in (0.01, 0.02, 0.03, 0.2)]
+    assert heights == sorted(heights) and heights[-1] == pytest.approx(block[2] + REACH_OVER)
+    assert funnel(block + [0.02, 0, 0.1], euler)[2] > block[2] + CLEAR, "fingers would meet the block"
+    low = funnel(block + [FITS + 0.005, 0, 0.0], euler)
+    assert low[2] > block[2] + CLEAR and np.allclose(low[:2], block[:2] + [FITS + 0.005, 0]), "first up, then across"
+    assert funnel(block + [0, 0, 0.1], euler + [0, 0, 0.5])[2] > block[2], "askew, too"

@@ -15,7 +15,7 @@ import yaml
 
 from playtable import PlayTable
 from playtable import record as program
-from playtable.demonstrate import chain
+from playtable.demonstrate import chain, numbered
 from playtable.record import record
 from playtable.tasks import ELEVEN, INSTRUCTIONS
 
@@ -147,6 +147,33 @@ def test_lifts_are_shown_from_misses_too(monkeypatch: pytest.MonkeyPatch) -> Non
     first = np.array([segment.robot_obs[0] for segments, _ in chains for segment in segments])
     assert (first[:, 2] < 0.5).sum() >= 3, "the hand stands at the table"
     assert (first[:, 14] < 0).sum() >= 2, "the hand is shut"
+
+
+def test_twins_begin_alike_and_lift_what_their_sentence_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    env = PlayTable("A")
+    monkeypatch.setattr(env, "observe", lambda: {"rgb_obs": {"rgb_static": None, "rgb_gripper": None}, **env._state()})
+    shares = {"LENGTHS": (1.0, 0.0, 0.0, 0.0, 0.0), "LIFT_LAST_SHARE": 1.0, "CALM_SHARE": 1.0, "TWO_BLOCKS_SHARE": 1.0, "SCATTERED_SHARE": 0.0}
+    for name, share in shares.items():
+        monkeypatch.setattr(f"playtable.demonstrate.{name}", share)
+    for number in (0, 2, 4):
+        (one,), (two,) = (numbered(env, ELEVEN, 5, seed=7, number=twin)[0] for twin in (number, number + 1))
+        assert {one.task, two.task} < {"lift_red_block_table", "lift_blue_block_table", "lift_pink_block_table"} and one.task != two.task
+        assert np.array_equal(one.scene_obs[0], two.scene_obs[0]) and np.array_equal(one.robot_obs[0], two.robot_obs[0])
+    assert not np.array_equal(numbered(env, ELEVEN, 5, seed=7, number=6)[0][0].scene_obs[0], one.scene_obs[0])
+
+
+def test_lost_and_hovering_hands_still_carry_their_tasks_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    env = PlayTable("A")
+    monkeypatch.setattr(env, "observe", lambda: {"rgb_obs": {"rgb_static": None, "rgb_gripper": None}, **env._state()})
+    for name, share in (("LOST_SHARE", 1.0), ("HOVER_SHARE", 0.5), ("CALM_SHARE", 0.0)):
+        monkeypatch.setattr(f"playtable.demonstrate.{name}", share)
+    chains = [chain(env, ELEVEN, 1, np.random.default_rng(seed)) for seed in range(40)]
+    assert sum(failed for _, failed in chains) <= 3
+    places = np.array([segment.robot_obs[0][:3] for segments, _ in chains for segment in segments])
+    assert (places.std(0) > [0.15, 0.05, 0.03]).all(), "the hand begins all over the table"
+    near = [np.abs(segment.robot_obs[0][:3] - block[:3]).max() < 0.15 for segments, _ in chains for segment in segments if segment.task.startswith("lift")
+            for block in [segment.scene_obs[0][6:].reshape(3, 6)[list(env.scene.blocks).index(f"block_{segment.task.split('_')[1]}")]]]
+    assert sum(near) >= 3
 
 
 def test_labels_replay_open_loop(monkeypatch: pytest.MonkeyPatch) -> None:

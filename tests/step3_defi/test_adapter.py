@@ -120,6 +120,10 @@ def test_sampler_follows_gaussian_data() -> None:
 
     samples = edm.sample(ideal, torch.randn(500, 10, 7))
     assert abs(samples.mean() - mean) < 0.01 and abs(samples.std() - spread) < 0.04
+    edm.temperature = 0.0
+    assert (edm.sample(ideal, torch.randn(500, 10, 7)) - mean).abs().max() < 0.001, "without noise it walks to the mean"
+    with pytest.raises(ValueError, match="temperature=-1"):
+        EDM(temperature=-1.0)
 
 
 def test_noise_levels() -> None:
