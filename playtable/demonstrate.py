@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from playtable.env import PlayTable, PlayTableState
-from playtable.expert import LIFTS_FROM_TABLE, Expert, disturbed
+from playtable.expert import CABINET_TILT, LIFTS_FROM_TABLE, Expert, disturbed
 from playtable.motions import FITS, FORWARD, Stuck, hand
 from playtable.sequences import CATEGORIES, INITIAL_STATES, initial_state
 from playtable.starts import NEEDS_BLOCK, possible, random_start
@@ -30,9 +30,11 @@ BURST_CLOSED_SHARE = 0.3  # of pushes shut an open hand: a grasp that missed
 LOST_CLOSED_SHARE = 0.6  # of lost hands are shut, as fixtures leave them
 CALM_SHARE = 0.55  # of single lifts begin undisturbed: there the sentence must choose
 HOVER_SHARE = 0.2  # of lifts from the table begin with the open hand near the block, where a policy finds that it came down beside it
+WRONG_SIDE_SHARE = 0.25  # of the door's moves begin with the shut hand low beside its handle, as often as not where it cannot push
 LOST_SHARE = 0.35  # of the others begin with the empty hand anywhere over the table
 HOVER_ASIDE, HOVER_TURN = 0.025, 0.35  # m (deviation) and rad
 HOVER_ABOVE, HOVER_AROUND = (0.035, 0.13), (-0.004, 0.13)  # m above a block's middle, where fingers would meet it and where they fit around it
+AT_HANDLE = (-0.12, -0.07, 0.48), (0.12, 0.0, 0.56)  # m, x from the handle
 LOST_WITHIN = (-0.38, -0.35, 0.47), (0.38, -0.02, 0.68)  # m
 LOST_TURN, LOST_TILT = 0.7, 0.4  # rad
 BESIDE, OVER_BLOCKS = 0.1, 0.54  # m, an open hand within the first of a block stays above the second
@@ -180,6 +182,8 @@ def _displace(env: PlayTable, expert: Expert, rng: np.random.Generator, task: st
     free = expert.held() is None
     if free and task in LIFTS_FROM_TABLE and rng.random() < HOVER_SHARE:
         _hover(env, expert, rng, block)
+    elif free and task.startswith("move_slider") and rng.random() < WRONG_SIDE_SHARE:
+        _send(env, expert, rng.uniform(*AT_HANDLE) + [expert.handle(), 0, 0], hand(tilt=CABINET_TILT), grip=-1)
     elif free and rng.random() < LOST_SHARE:
         _lose(env, expert, rng)
     elif rng.random() < BURST_SHARE:

@@ -123,7 +123,7 @@ class Expert(Motions):
         yield from self.goto([x, -0.235, 0.37], euler, speed=0.8, firm=True)
 
     def slide(self, *, left: bool) -> Plan:
-        handle = self.state.fixtures.slide_x0 + 0.14 - self.state.joint("base__slide")
+        handle = self.handle()
         end = self.state.fixtures.slide_x0 + 0.14 - (self.state.limit("base__slide") if left else 0.0)
         side = 0.052 if left else -0.052
         euler = hand(tilt=CABINET_TILT)
@@ -131,6 +131,10 @@ class Expert(Motions):
         yield from self.goto([handle + side, -0.09, 0.53], euler, through=True)
         yield from self.goto([handle + side, -0.005, 0.515], euler, speed=0.8, careful=True)
         yield from self.goto([end + side * 0.3, -0.005, 0.515], euler, speed=0.8, firm=True)
+
+    def handle(self) -> float:
+        """Where the door's handle stands along x."""
+        return self.state.fixtures.slide_x0 + 0.14 - self.state.joint("base__slide")
 
     def turn_on_lightbulb(self) -> Plan:
         bar, euler = self._switch_bar(), hand(tilt=0.9)
