@@ -140,7 +140,7 @@ def test_chains_go_on_from_where_they_are_and_lift(monkeypatch: pytest.MonkeyPat
 def test_lifts_are_shown_from_misses_too(monkeypatch: pytest.MonkeyPatch) -> None:
     env = PlayTable("D")
     monkeypatch.setattr(env, "observe", lambda: {"rgb_obs": {"rgb_static": None, "rgb_gripper": None}, **env._state()})
-    monkeypatch.setattr("playtable.demonstrate.BURST_SHARE", 1.0)
+    monkeypatch.setattr("playtable.astray.BURST_SHARE", 1.0)
     lifts = ["lift_red_block_table", "lift_blue_block_table", "lift_pink_block_table"]
     chains = [chain(env, lifts, 1, np.random.default_rng(seed)) for seed in range(60)]
     assert sum(failed for _, failed in chains) <= 4, "pushed off its course, the expert still lifts"
@@ -165,8 +165,8 @@ def test_twins_begin_alike_and_lift_what_their_sentence_names(monkeypatch: pytes
 def test_lost_and_hovering_hands_still_carry_their_tasks_out(monkeypatch: pytest.MonkeyPatch) -> None:
     env = PlayTable("A")
     monkeypatch.setattr(env, "observe", lambda: {"rgb_obs": {"rgb_static": None, "rgb_gripper": None}, **env._state()})
-    for name, share in (("LOST_SHARE", 1.0), ("HOVER_SHARE", 0.5), ("CALM_SHARE", 0.0)):
-        monkeypatch.setattr(f"playtable.demonstrate.{name}", share)
+    for name, share in (("astray.LOST_SHARE", 1.0), ("astray.HOVER_SHARE", 0.5), ("astray.WRONG_SIDE_SHARE", 0.5), ("demonstrate.CALM_SHARE", 0.0)):
+        monkeypatch.setattr(f"playtable.{name}", share)
     chains = [chain(env, ELEVEN, 1, np.random.default_rng(seed)) for seed in range(40)]
     assert sum(failed for _, failed in chains) <= 3
     places = np.array([segment.robot_obs[0][:3] for segments, _ in chains for segment in segments])
