@@ -4,10 +4,12 @@ from __future__ import annotations
 import json
 import os
 import signal
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from torch import nn
 
 from common.loop import Batches, Loop, NonFiniteLoss
@@ -155,3 +157,9 @@ def test_precision_auto_asks_the_machine(tmp_path, monkeypatch, pays: bool, expe
     loop = make(tmp_path, precision="auto", max_steps=2)
     loop.fit(Net(), Line())
     assert loop.accelerator.mixed_precision == expected
+
+
+def test_no_average_is_promised_of_sharded_weights(tmp_path, monkeypatch):
+    monkeypatch.setattr("common.loop.Accelerator", lambda **_: SimpleNamespace(distributed_type=DistributedType.FSDP))
+    with pytest.raises(ValueError, match="set loop.ema_decay=null"):
+        make(tmp_path).fit(Net(), Line())
