@@ -1,6 +1,6 @@
 """Program: record scripted demonstrations in CALVIN's format, and as a video set (DESIGN 7, 10).
 
-    python -m playtable.record scene=A tasks=eleven episodes=1100 out=data/playtable/A workers=2
+    python -m playtable.record scene=A tasks=eleven episodes=1400 out=data/playtable/A workers=2
 
 Chain i of a scene depends on (seed, scene, i) alone, whatever the number of workers. A killed recording goes on with the
 same command.
@@ -19,6 +19,7 @@ import threading
 from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from itertools import count
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -36,6 +37,7 @@ from playtable.scene import SCENES
 from playtable.tasks import check_tasks
 
 CONFIGS = str(Path(__file__).resolve().parents[1] / "configs")
+RESTARTS = 3  # of the workers, where one is killed or its simulator or renderer crashes
 BARREN = 60  # chains without a single segment after which a scene is given up
 log = logging.getLogger(__name__)
 _worlds: dict[str, PlayTable] = {}  # one simulator a scene in each worker
@@ -106,17 +108,30 @@ def record(
         raise ValueError(f"{out} holds an unfinished recording with other settings ({known}): repeat those, "
                          f"choose another out= or delete it")
     files.write_text(known, json.dumps(settings))
-    chains = []
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_prepare_worker) as pool:
-        for order, scene in enumerate(scenes):
-            share = episodes // len(scenes) + (order < episodes % len(scenes))
-            job = {**settings, "scene": scene, "parts": str(parts)}
-            chains += _record_scene(_in_order(pool, job, ahead=2 * workers), scene, share)
+    for restarts in count():
+        try:
+            chains = _record_scenes(settings, parts, workers)
+            break
+        except BrokenProcessPool:
+            if restarts == RESTARTS:
+                raise RuntimeError(f"a worker died for the {restarts + 1}th time; run the same command again, finished chains are kept") from None
+            log.warning("a worker died; going on with new ones, finished chains are kept")
     counts = _assemble(chains, out, validation_share, videos=videos)
     finished = parts.with_name(".parts.done")
     os.replace(parts, finished)
     shutil.rmtree(finished)
     return counts
+
+
+def _record_scenes(settings: dict[str, Any], parts: Path, workers: int) -> list[dict[str, Any]]:
+    """The summaries of all chains of all scenes; what an earlier attempt finished is only read."""
+    chains, scenes, episodes = [], settings["scenes"], settings["episodes"]
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_prepare_worker) as pool:
+        for order, scene in enumerate(scenes):
+            share = episodes // len(scenes) + (order < episodes % len(scenes))
+            job = {**settings, "scene": scene, "parts": str(parts)}
+            chains += _record_scene(_in_order(pool, job, ahead=2 * workers), scene, share)
+    return chains
 
 
 def _check(scenes: list[str], tasks: list[str], sizes: dict[str, int], length: int, validation_share: float) -> None:

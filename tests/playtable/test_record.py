@@ -1,9 +1,11 @@
 """Recording: CALVIN's files, labels that replay, and the same result however it is run."""
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -123,6 +125,34 @@ def test_the_number_of_workers_and_a_kill_do_not_matter(tmp_path: Path, monkeypa
     assert contents(tmp_path / "one") == contents(tmp_path / "two") != {}
     with pytest.raises(ValueError, match="already holds"):
         record(**request, out=tmp_path / "one", workers=1)
+
+
+def shoot(out: Path, times: int) -> None:
+    """Kill a worker of the recording that this process makes, again and again as soon as it has workers."""
+    shot: set[int] = set()
+    while len(shot) < times:
+        for process in psutil.Process().children():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if process.pid not in shot and "spawn_main" in " ".join(process.cmdline()) and process.cpu_times().user > 0.3:
+                    process.kill()
+                    shot.add(process.pid)
+                    break
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("times", [1, 4])
+def test_a_worker_that_dies_is_replaced_but_not_for_ever(tmp_path: Path, times: int) -> None:
+    request = {"scenes": ["D"], "tasks": FIXTURES, "episodes": 3, "seed": 3, "out": tmp_path / "shot", "workers": 1}
+    gun = threading.Thread(target=shoot, args=(tmp_path / "shot", times), daemon=True)
+    gun.start()
+    if times > program.RESTARTS:
+        with pytest.raises(RuntimeError, match="run the same command again"):
+            record(**request)
+        gun.join(20)
+    record(**request)
+    assert not gun.is_alive()
+    record(**{**request, "out": tmp_path / "calm"})
+    assert contents(tmp_path / "shot") == contents(tmp_path / "calm") != {}
 
 
 def test_chains_go_on_from_where_they_are_and_lift(monkeypatch: pytest.MonkeyPatch) -> None:
