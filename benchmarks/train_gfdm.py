@@ -35,7 +35,7 @@ from common.program import CONFIGS
 from step1_gfdm.dataset import VideoClips
 from step1_gfdm.model import GFDM
 
-WARM_UP = 3  # steps that are not counted
+WARM_UP, PREFETCHED = 3, 32  # steps of training and batches of the loader that are not counted
 log = logging.getLogger(__name__)
 
 
@@ -111,8 +111,8 @@ def clips(overrides: list[str], steps: int, batch_size: int, workers: int, *, vi
         clip = OmegaConf.to_container(next(iter(cfg.data.sets.values())).clip)
         samples = VideoClips(first.root.with_name(first.root.name.replace("latents", "videos")), "train", num_frames=first.num_frames, clip=clip,
                              image_size=cfg.gfdm.image_size)
-    batches = iter(loader(samples, batch_size, workers, WARM_UP + steps))
-    for _ in islice(batches, WARM_UP):
+    batches = iter(loader(samples, batch_size, workers, PREFETCHED + 10 * steps))
+    for _ in islice(batches, PREFETCHED):
         pass
     start = _now()
     read = sum(len(batch["id"]) for batch in batches)
