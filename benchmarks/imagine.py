@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -25,10 +25,15 @@ TEXT_TOKENS, TAPS = 20, (0, 1)
 log = logging.getLogger(__name__)
 
 
+def composed(overrides: list[str]) -> DictConfig:
+    """Step 1's config."""
+    with initialize_config_dir(CONFIGS, version_base=None):
+        return compose("step1_gfdm", overrides)
+
+
 def geometry(scale: str) -> tuple[dict[str, Any], tuple[int, int, int, int]]:
     """The UNet's config and the shape (F, c, h, w) of one view's input at a scale."""
-    with initialize_config_dir(CONFIGS, version_base=None):
-        cfg = OmegaConf.to_container(compose("step1_gfdm", [f"scale={scale}"]).gfdm, resolve=True)
+    cfg = OmegaConf.to_container(composed([f"scale={scale}"]).gfdm, resolve=True)
     if scale == "full":
         config = svd_unet.SVD_UNET
     else:

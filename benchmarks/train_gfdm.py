@@ -22,16 +22,15 @@ from typing import Any
 
 import torch
 from accelerate.utils import send_to_device, set_seed
-from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from common.loop import Batches
-from common.mixture import Draws, SampleSet, collate
-from common.program import CONFIGS
+from benchmarks.imagine import composed
+from common import loop
+from common.mixture import SampleSet
 from step1_gfdm.dataset import VideoClips
 from step1_gfdm.model import GFDM
 
@@ -39,16 +38,10 @@ WARM_UP, PREFETCHED = 3, 32  # steps of training and batches of the loader that 
 log = logging.getLogger(__name__)
 
 
-def composed(overrides: list[str]) -> DictConfig:
-    """Step 1's config."""
-    with initialize_config_dir(CONFIGS, version_base=None):
-        return compose("step1_gfdm", overrides)
-
-
-def loader(samples: SampleSet, batch_size: int, workers: int, count: int) -> DataLoader:
+def batches(samples: SampleSet, batch_size: int, workers: int, count: int) -> DataLoader:
     """`count` batches of one process."""
-    sampler = Batches(len(samples), batch_size, seed=0, rank=0, world=1, start=0, stop=count)
-    return DataLoader(Draws(samples, 0), batch_sampler=sampler, collate_fn=collate, num_workers=workers, prefetch_factor=4 if workers else None)
+    return loop.loader(samples, loop.Batches(len(samples), batch_size, seed=0, rank=0, world=1, start=0, stop=count), workers=workers,
+                       pin=torch.cuda.is_available())
 
 
 class Timed(nn.Module):
@@ -72,10 +65,10 @@ def ours(overrides: list[str], steps: int, batch_size: int, workers: int) -> tup
     cfg = composed(overrides)
     set_seed(0)
     with tempfile.TemporaryDirectory() as folder:
-        loop = instantiate(cfg.loop, output_dir=folder, seed=0, max_steps=WARM_UP + steps, batch_size=batch_size, num_workers=workers, save_every=None,
-                           eval_every=None, wandb={"mode": "disabled"})
+        trainer = instantiate(cfg.loop, output_dir=folder, seed=0, max_steps=WARM_UP + steps, batch_size=batch_size, num_workers=workers, save_every=None,
+                              eval_every=None, wandb={"mode": "disabled"})
         model = Timed(instantiate(cfg.gfdm))
-        loop.fit(model, instantiate(cfg.data, split="train"))
+        trainer.fit(model, instantiate(cfg.data, split="train"))
     return steps * batch_size / (model.times[-1] - model.times[WARM_UP - 1]), _peak()
 
 
@@ -88,7 +81,7 @@ def plain(overrides: list[str], steps: int, batch_size: int, workers: int) -> tu
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], **cfg.loop.optimizer)
     scaler = torch.amp.GradScaler(device.type, enabled=device.type == "cuda")
     times = []
-    for batch in loader(instantiate(cfg.data, split="train"), batch_size, 0, WARM_UP + steps):
+    for batch in batches(instantiate(cfg.data, split="train"), batch_size, 0, WARM_UP + steps):
         batch = send_to_device(batch, device)
         with torch.autocast(device.type, dtype=torch.float16, enabled=device.type == "cuda"):
             loss = model(batch)["loss"]
@@ -102,8 +95,8 @@ def plain(overrides: list[str], steps: int, batch_size: int, workers: int) -> tu
     return steps * batch_size / (times[-1] - times[WARM_UP - 1]), _peak()
 
 
-def clips(overrides: list[str], steps: int, batch_size: int, workers: int, *, videos: bool) -> tuple[float, float]:
-    """(clips a second, peak memory in GiB) of the loader alone, from latents or from the videos of the same set."""
+def clips(overrides: list[str], steps: int, batch_size: int, workers: int, *, videos: bool) -> float:
+    """Clips a second of the loader alone, from latents or from the videos of the same set."""
     cfg = composed(overrides)
     samples = instantiate(cfg.data, split="train")
     if videos:
@@ -111,12 +104,12 @@ def clips(overrides: list[str], steps: int, batch_size: int, workers: int, *, vi
         clip = OmegaConf.to_container(next(iter(cfg.data.sets.values())).clip)
         samples = VideoClips(first.root.with_name(first.root.name.replace("latents", "videos")), "train", num_frames=first.num_frames, clip=clip,
                              image_size=cfg.gfdm.image_size)
-    batches = iter(loader(samples, batch_size, workers, PREFETCHED + 10 * steps))
-    for _ in islice(batches, PREFETCHED):
+    coming = iter(batches(samples, batch_size, workers, PREFETCHED + 10 * steps))
+    for _ in islice(coming, PREFETCHED):
         pass
     start = _now()
-    read = sum(len(batch["id"]) for batch in batches)
-    return read / (_now() - start), _peak()
+    read = sum(len(batch["id"]) for batch in coming)
+    return read / (_now() - start)
 
 
 def _now() -> float:
@@ -131,7 +124,7 @@ def _peak() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def _alone(function: Callable[..., tuple[float, float]], *arguments: Any, **named: Any) -> tuple[float, float]:
+def _alone(function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *arguments, **named).result()
 
@@ -155,7 +148,7 @@ def main() -> None:
     log.info("ours / plain: %.2f times (%.2f to %.2f over %d rounds)", statistics.median(ratios), ratios[0], ratios[-1], len(ratios))
     for name, videos in (("latents", False), ("mp4", True)):
         for workers in dict.fromkeys((0, options.workers)):
-            rate, _ = _alone(clips, overrides, options.steps, options.batch_size, workers, videos=videos)
+            rate = _alone(clips, overrides, options.steps, options.batch_size, workers, videos=videos)
             log.info("loader, from %-7s with %d workers: %8.1f clips/s", name, workers, rate)
 
 

@@ -64,6 +64,13 @@ class Batches(Sampler[list[tuple[int, int]]]):
             yield [(epoch, int(index)) for index in mine]
 
 
+def loader(samples: SampleSet, batches: Batches, *, workers: int, pin: bool) -> DataLoader:
+    """What a rank trains on: its batches of a sample set, read ahead by `workers` processes."""
+    # its own generator: an iterator's base seed would otherwise advance the model's noise at every resume
+    return DataLoader(Draws(samples, batches.seed), batch_sampler=batches, collate_fn=collate, num_workers=workers,
+                      generator=torch.Generator().manual_seed(batches.seed), pin_memory=pin, prefetch_factor=4 if workers else None)
+
+
 class Progress:
     """Where a run stands, saved with accelerate's state."""
 
@@ -209,12 +216,9 @@ class Loop:
         return send_to_device(batch, self.accelerator.device)
 
     def _loader(self, samples: SampleSet, start: int, stop: int) -> DataLoader:
-        sampler = Batches(len(samples), self.batch_size, seed=self.seed, rank=self.accelerator.process_index,
+        batches = Batches(len(samples), self.batch_size, seed=self.seed, rank=self.accelerator.process_index,
                           world=self.accelerator.num_processes, start=start, stop=stop)
-        # its own generator: an iterator's base seed would otherwise advance the model's noise at every resume
-        return DataLoader(Draws(samples, self.seed), batch_sampler=sampler, collate_fn=collate, num_workers=self.num_workers,
-                          generator=torch.Generator().manual_seed(self.seed),
-                          pin_memory=self.accelerator.device.type == "cuda", prefetch_factor=4 if self.num_workers else None)
+        return loader(samples, batches, workers=self.num_workers, pin=self.accelerator.device.type == "cuda")
 
     @torch.no_grad()
     def _validate(self, wrapped: nn.Module, val_set: SampleSet) -> dict[str, float]:

@@ -10,8 +10,9 @@ from contextlib import suppress
 import numpy as np
 
 from playtable.env import PlayTable
-from playtable.expert import CABINET_TILT, LIFTS_FROM_TABLE, Expert
+from playtable.expert import CABINET_TILT, Expert, block_of
 from playtable.motions import FITS, FORWARD, Stuck, hand
+from playtable.tasks import LIFTS_FROM_TABLE
 
 HOVER_SHARE = 0.2  # of lifts from the table begin with the open hand near the block, where a policy finds that it came down beside it
 WRONG_SIDE_SHARE = 0.25  # of the door's moves begin with the shut hand low beside its handle, as often as not where it cannot push
@@ -31,7 +32,7 @@ BACK_OFF_STEPS = 15
 
 def displace(env: PlayTable, expert: Expert, rng: np.random.Generator, task: str) -> bool:
     """Perhaps bring the hand, unseen by the recording, to where the expert would not have gone by itself. Did it move?"""
-    block = f"block_{task.split('_')[1]}" if task.startswith("lift") else None
+    block = block_of(task) if task.startswith("lift") else None
     free = expert.held() is None
     if free and task in LIFTS_FROM_TABLE and rng.random() < HOVER_SHARE:
         _hover(env, expert, rng, block)

@@ -12,9 +12,10 @@ import numpy as np
 
 from playtable.astray import displace
 from playtable.env import PlayTable, PlayTableState
-from playtable.expert import LIFTS_FROM_TABLE, Expert, disturbed
+from playtable.expert import Expert, disturbed
 from playtable.sequences import CATEGORIES, INITIAL_STATES, initial_state
 from playtable.starts import NEEDS_BLOCK, possible, random_start
+from playtable.tasks import LIFTS_FROM_TABLE
 
 SIGMAS = (0.0, 0.1, 0.25)
 LENGTHS = (0.55, 0.15, 0.08, 0.07, 0.15)  # of chains with 1..5 segments: half of all segments start from neutral

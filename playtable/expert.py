@@ -25,9 +25,8 @@ from playtable.motions import (
     straightened,
 )
 from playtable.state import PrivilegedState
-from playtable.tasks import check_tasks
+from playtable.tasks import LIFTS_FROM_TABLE, check_tasks
 
-LIFTS_FROM_TABLE = tuple(f"lift_{colour}_block_table" for colour in ("red", "blue", "pink"))
 KEEPS_BLOCK = ("place_in_slider", "place_in_drawer", "stack_block")
 PATIENCE = 12  # steps to stand still after a plan before it is tried again
 TURN = np.radians(76)  # a rotation counts from 60 degrees
@@ -40,6 +39,11 @@ UP_SLOPE = np.array([0.0, 0.5, 0.866])  # the way of the switch, up the slanted 
 OUT_OF_SLOPE = np.array([0.0, -0.866, 0.5])
 CABINET_TILT = 0.45  # fingers before the slanted front
 REACHING_TILT = (0.85, 0.7, 0.95)  # fingers inside the cabinet, the wide hand outside; one a trial
+
+
+def block_of(task: str) -> str:
+    """The block that a task names: lift_red_block_table -> block_red."""
+    return f"block_{task.split('_')[1]}"
 
 
 def disturbed(action: np.ndarray, rng: np.random.Generator, sigma: float, *, fast: bool) -> np.ndarray:
@@ -81,7 +85,7 @@ class Expert(Motions):
     def _trials(self, task: str) -> Iterator[np.ndarray]:
         if task not in KEEPS_BLOCK and self.held() is not None:
             yield from self.release()
-        yield from self.withdraw(f"block_{task.split('_')[1]}" if task in LIFTS_FROM_TABLE else None)
+        yield from self.withdraw(block_of(task) if task in LIFTS_FROM_TABLE else None)
         while True:
             try:
                 yield from self._method(task)()
@@ -94,11 +98,11 @@ class Expert(Motions):
     def _method(self, task: str) -> Callable[[], Plan]:
         words = task.split("_")
         if words[0] == "lift":
-            return lambda: self.lift(f"block_{words[1]}", words[3])
+            return lambda: self.lift(block_of(task), words[3])
         if words[0] == "rotate":
-            return lambda: self.rotate(f"block_{words[1]}", TURN if words[3] == "left" else -TURN)
+            return lambda: self.rotate(block_of(task), TURN if words[3] == "left" else -TURN)
         if words[0] == "push" and words[2] == "block":
-            return lambda: self.push(f"block_{words[1]}", 1 if words[3] == "right" else -1)
+            return lambda: self.push(block_of(task), 1 if words[3] == "right" else -1)
         return {
             "move_slider_left": lambda: self.slide(left=True),
             "move_slider_right": lambda: self.slide(left=False),
@@ -124,7 +128,7 @@ class Expert(Motions):
 
     def slide(self, *, left: bool) -> Plan:
         handle = self.handle()
-        end = self.state.fixtures.slide_x0 + 0.14 - (self.state.limit("base__slide") if left else 0.0)
+        end = self.handle(self.state.limit("base__slide") if left else 0.0)
         side = 0.052 if left else -0.052
         euler = hand(tilt=CABINET_TILT)
         yield from self.above(handle + side, -0.12, euler, grip=-1)
@@ -132,9 +136,9 @@ class Expert(Motions):
         yield from self.goto([handle + side, -0.005, 0.515], euler, speed=0.8, careful=True)
         yield from self.goto([end + side * 0.3, -0.005, 0.515], euler, speed=0.8, firm=True)
 
-    def handle(self) -> float:
-        """Where the door's handle stands along x."""
-        return self.state.fixtures.slide_x0 + 0.14 - self.state.joint("base__slide")
+    def handle(self, reading: float | None = None) -> float:
+        """Where the door's handle stands along x, now or at a reading of the door."""
+        return self.state.fixtures.slide_x0 + 0.14 - (self.state.joint("base__slide") if reading is None else reading)
 
     def turn_on_lightbulb(self) -> Plan:
         bar, euler = self._switch_bar(), hand(tilt=0.9)

@@ -65,10 +65,19 @@ def backwards(yaw: float, tilt: float) -> np.ndarray:
     return np.array([-np.sin(tilt) * np.cos(yaw), -np.sin(tilt) * np.sin(yaw), np.cos(tilt)])
 
 
+def fingers_back(euler: np.ndarray) -> np.ndarray:
+    """`backwards` of the hand that `hand` gives these angles."""
+    return backwards(euler[2], -euler[1])
+
+
+def closing(yaw: float) -> np.ndarray:
+    """Unit vector (3,) along which the fingers close."""
+    return np.array([np.sin(yaw), -np.cos(yaw), 0.0])
+
+
 def _hand_frame(off: np.ndarray, euler: np.ndarray) -> tuple[float, float, float]:
     """Metres off a place in that hand's frame: from the fingertips up, the way the fingers close, and square to both."""
-    back = backwards(euler[2], -euler[1])
-    across = np.array([np.sin(euler[2]), -np.cos(euler[2]), 0.0])
+    back, across = fingers_back(euler), closing(euler[2])
     return float(off @ back), float(off @ across), float(off @ np.cross(back, across))
 
 
@@ -187,7 +196,7 @@ class Motions:
 
     def _crowded(self, block: str, yaw: float) -> bool:
         """Would an open finger come down on another block?"""
-        centre, across = self.state.block(block)[0], np.array([np.sin(yaw), -np.cos(yaw), 0.0])
+        centre, across = self.state.block(block)[0], closing(yaw)
         for other in set(self.state.blocks) - {block}:
             position, axes = self.state.block(other)
             for finger in (centre + FINGER_AT * across, centre - FINGER_AT * across):
@@ -215,7 +224,7 @@ class Motions:
         if self.over(position + offset, euler):
             self.grip = 1
         else:
-            ready = position + offset + 0.10 * backwards(euler[2], -euler[1])
+            ready = position + offset + 0.10 * fingers_back(euler)
             yield from self.above(ready[0], ready[1], euler, height=height)
             yield from self.goto(ready, euler, tolerance=0.02)
         position = self.state.block(block)[0] + offset
@@ -241,7 +250,7 @@ class Motions:
 
     def funnel(self, position: np.ndarray, euler: np.ndarray) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
         """Where to go next from above a grasp: the farther off its axis, the higher. Fingers that are low and askew go up first."""
-        back = backwards(euler[2], -euler[1])
+        back = fingers_back(euler)
 
         def waypoint(at: np.ndarray, facing: np.ndarray) -> np.ndarray:
             height, across, along = _hand_frame(at - position, euler)
@@ -286,7 +295,7 @@ class Motions:
         if self.state.gripper() < 0 or not near or near == [wanted] and self.over(self.state.block(wanted)[0], self.hold(wanted)):
             return
         at, facing = self.state.target()
-        yield from self.goto(at + 0.09 * backwards(facing[2], -facing[1]), through=True, firm=True, timeout=20)
+        yield from self.goto(at + 0.09 * fingers_back(facing), through=True, firm=True, timeout=20)
 
     def held(self) -> str | None:
         """The block in the closed hand."""

@@ -174,10 +174,11 @@ def _table() -> dict[str, tuple[str, Predicate]]:
 _ROWS = _table()
 TASKS: tuple[str, ...] = tuple(_ROWS)
 INSTRUCTIONS: dict[str, str] = {task: sentence for task, (sentence, _) in _ROWS.items()}
+LIFTS_FROM_TABLE: tuple[str, ...] = tuple(f"lift_{colour}_block_table" for colour in COLOURS)
 ELEVEN: tuple[str, ...] = (
     *("open_drawer", "close_drawer", "move_slider_left", "move_slider_right"),
     *("turn_on_lightbulb", "turn_off_lightbulb", "turn_on_led", "turn_off_led"),
-    *(f"lift_{colour}_block_table" for colour in COLOURS),
+    *LIFTS_FROM_TABLE,
 )
 SETS: dict[str, tuple[str, ...]] = {"all": TASKS, "eleven": ELEVEN}
 

@@ -80,7 +80,8 @@ def read_out(read: Read, *, seed: int = 0) -> dict[str, dict[str, tuple[float, f
     for kind, function in (("linear", _ridge), ("mlp", _mlp)):
         errors = {}
         for name, x in ((name, inputs.double().numpy()) for name, inputs in read.inputs.items()):
-            guess = function(StandardScaler().fit(x[fit]).transform(x), truth, fit, choose, seed)
+            guesses = function(StandardScaler().fit(x[fit]).transform(x), truth, fit, seed)
+            guess = min(guesses, key=lambda guess: np.square(guess[choose] - truth[choose]).mean())
             errors[name] = np.square(guess[test] - truth[test]).sum(1)
             results.setdefault(name, {})[kind] = _r2_ci(errors[name], spread)
         gain = (errors["present"] - errors["features"]) / spread.mean()
@@ -95,18 +96,17 @@ def _r2_ci(errors: np.ndarray, spread: np.ndarray, resamples: int = 2000) -> tup
     return float(1 - errors.mean() / spread.mean()), float(low), float(high)
 
 
-def _ridge(x: np.ndarray, y: np.ndarray, fit: np.ndarray, choose: np.ndarray, seed: int) -> np.ndarray:
-    """Ridge regression of the strength that reads the choosing clips best."""
-    guesses = [Ridge(alpha=strength * x.shape[1]).fit(x[fit], y[fit]).predict(x) for strength in STRENGTHS]
-    return min(guesses, key=lambda guess: np.square(guess[choose] - y[choose]).mean())
+def _ridge(x: np.ndarray, y: np.ndarray, fit: np.ndarray, seed: int) -> list[np.ndarray]:
+    """Ridge regression of every strength."""
+    return [Ridge(alpha=strength * x.shape[1]).fit(x[fit], y[fit]).predict(x) for strength in STRENGTHS]
 
 
-def _mlp(x: np.ndarray, y: np.ndarray, fit: np.ndarray, choose: np.ndarray, seed: int) -> np.ndarray:
-    """One hidden layer on the principal components, of the weight decay that reads the choosing clips best."""
+def _mlp(x: np.ndarray, y: np.ndarray, fit: np.ndarray, seed: int) -> list[np.ndarray]:
+    """One hidden layer on the principal components, with every weight decay."""
     parts = PCA(min(64, len(fit), x.shape[1]), whiten=True, random_state=seed).fit(x[fit])
     z, scale = parts.transform(x), y[fit].std() + 1e-9
     guesses = []
     for decay in (1e-1, 1.0, 10.0):
         net = MLPRegressor(hidden_layer_sizes=(128,), alpha=decay, max_iter=300, random_state=seed, early_stopping=True, n_iter_no_change=20)
         guesses.append(net.fit(z[fit], y[fit] / scale).predict(z) * scale)
-    return min(guesses, key=lambda guess: np.square(guess[choose] - y[choose]).mean())
+    return guesses

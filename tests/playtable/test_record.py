@@ -24,6 +24,13 @@ from playtable.tasks import ELEVEN, INSTRUCTIONS
 FIXTURES = ["open_drawer", "close_drawer", "turn_on_led", "turn_off_led"]
 
 
+def unseeing(scene: str, monkeypatch: pytest.MonkeyPatch) -> PlayTable:
+    """A table that draws no pictures."""
+    env = PlayTable(scene)
+    monkeypatch.setattr(env, "observe", lambda: {"rgb_obs": {"rgb_static": None, "rgb_gripper": None}, **env._state()})
+    return env
+
+
 def unpickled(path: Path) -> dict:
     return np.load(path, allow_pickle=True).item()
 
@@ -127,7 +134,7 @@ def test_the_number_of_workers_and_a_kill_do_not_matter(tmp_path: Path, monkeypa
         record(**request, out=tmp_path / "one", workers=1)
 
 
-def shoot(out: Path, times: int) -> None:
+def shoot(times: int) -> None:
     """Kill a worker of the recording that this process makes, again and again as soon as it has workers."""
     shot: set[int] = set()
     while len(shot) < times:
@@ -143,7 +150,7 @@ def shoot(out: Path, times: int) -> None:
 @pytest.mark.parametrize("times", [1, 4])
 def test_a_worker_that_dies_is_replaced_but_not_for_ever(tmp_path: Path, times: int) -> None:
     request = {"scenes": ["D"], "tasks": FIXTURES, "episodes": 3, "seed": 3, "out": tmp_path / "shot", "workers": 1}
-    gun = threading.Thread(target=shoot, args=(tmp_path / "shot", times), daemon=True)
+    gun = threading.Thread(target=shoot, args=(times,), daemon=True)
     gun.start()
     if times > program.RESTARTS:
         with pytest.raises(RuntimeError, match="run the same command again"):
@@ -156,8 +163,7 @@ def test_a_worker_that_dies_is_replaced_but_not_for_ever(tmp_path: Path, times: 
 
 
 def test_chains_go_on_from_where_they_are_and_lift(monkeypatch: pytest.MonkeyPatch) -> None:
-    env = PlayTable("D")
-    monkeypatch.setattr(env, "observe", lambda: {"rgb_obs": {"rgb_static": None, "rgb_gripper": None}, **env._state()})
+    env = unseeing("D", monkeypatch)
     chains = [chain(env, ELEVEN, 5, np.random.default_rng(seed))[0] for seed in range(24)]
     segments = [segment for segments in chains for segment in segments]
     neutral = [segment for segment in segments if abs(segment.robot_obs[0][2] - 0.5712808) < 1e-3]
@@ -168,8 +174,7 @@ def test_chains_go_on_from_where_they_are_and_lift(monkeypatch: pytest.MonkeyPat
 
 
 def test_lifts_are_shown_from_misses_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    env = PlayTable("D")
-    monkeypatch.setattr(env, "observe", lambda: {"rgb_obs": {"rgb_static": None, "rgb_gripper": None}, **env._state()})
+    env = unseeing("D", monkeypatch)
     monkeypatch.setattr("playtable.astray.BURST_SHARE", 1.0)
     lifts = ["lift_red_block_table", "lift_blue_block_table", "lift_pink_block_table"]
     chains = [chain(env, lifts, 1, np.random.default_rng(seed)) for seed in range(60)]
@@ -180,8 +185,7 @@ def test_lifts_are_shown_from_misses_too(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_twins_begin_alike_and_lift_what_their_sentence_names(monkeypatch: pytest.MonkeyPatch) -> None:
-    env = PlayTable("A")
-    monkeypatch.setattr(env, "observe", lambda: {"rgb_obs": {"rgb_static": None, "rgb_gripper": None}, **env._state()})
+    env = unseeing("A", monkeypatch)
     shares = {"LENGTHS": (1.0, 0.0, 0.0, 0.0, 0.0), "LIFT_LAST_SHARE": 1.0, "CALM_SHARE": 1.0, "TWO_BLOCKS_SHARE": 1.0, "SCATTERED_SHARE": 0.0}
     for name, share in shares.items():
         monkeypatch.setattr(f"playtable.demonstrate.{name}", share)
@@ -193,8 +197,7 @@ def test_twins_begin_alike_and_lift_what_their_sentence_names(monkeypatch: pytes
 
 
 def test_lost_and_hovering_hands_still_carry_their_tasks_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    env = PlayTable("A")
-    monkeypatch.setattr(env, "observe", lambda: {"rgb_obs": {"rgb_static": None, "rgb_gripper": None}, **env._state()})
+    env = unseeing("A", monkeypatch)
     for name, share in (("astray.LOST_SHARE", 1.0), ("astray.HOVER_SHARE", 0.5), ("astray.WRONG_SIDE_SHARE", 0.5), ("demonstrate.CALM_SHARE", 0.0)):
         monkeypatch.setattr(f"playtable.{name}", share)
     chains = [chain(env, ELEVEN, 1, np.random.default_rng(seed)) for seed in range(40)]
@@ -207,8 +210,7 @@ def test_lost_and_hovering_hands_still_carry_their_tasks_out(monkeypatch: pytest
 
 
 def test_labels_replay_open_loop(monkeypatch: pytest.MonkeyPatch) -> None:
-    env = PlayTable("D")
-    monkeypatch.setattr(env, "observe", lambda: {"rgb_obs": {"rgb_static": None, "rgb_gripper": None}, **env._state()})
+    env = unseeing("D", monkeypatch)
     monkeypatch.setattr("playtable.demonstrate.SIGMAS", (0.0,))
     replayed = total = 0
     for seed in range(8):
