@@ -24,7 +24,7 @@ def build(model: nn.Module, *, lr: float, weight_decay: float, betas: Sequence[f
         groups = _decay_groups(model, weight_decay, decay_all)
     if not any(group["params"] for group in groups):
         raise ValueError("nothing to train: no parameter requires a gradient")
-    optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay, betas=tuple(betas), eps=eps)
+    optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay, betas=tuple(betas), eps=eps, fused=True)
     scheduler = get_scheduler(schedule, optimizer, num_warmup_steps=warmup_steps, num_training_steps=total_steps)
     return optimizer, scheduler
 

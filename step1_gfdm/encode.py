@@ -27,6 +27,7 @@ from tqdm import tqdm
 from common import video
 from common.files import beside, write_text
 from common.mixture import Unreadable
+from common.precision import bf16_pays
 from common.program import program
 from step1_gfdm import vae
 from step1_gfdm.dataset import known_length, latent_target, read_annotation, video_path
@@ -201,12 +202,13 @@ def _write_annotation(out: Path, file: Path, record: dict[str, Any], lengths: di
 
 @program("step1_encode")
 def main(cfg: DictConfig) -> None:
-    if cfg.precision not in PRECISIONS:
-        raise ValueError(f"precision={cfg.precision}; use one of {', '.join(PRECISIONS)}")
+    if cfg.precision not in (*PRECISIONS, "auto"):
+        raise ValueError(f"precision={cfg.precision}; use one of {', '.join(PRECISIONS)} or auto")
     if cfg.store not in ("fp32", "bf16"):
         raise ValueError(f"store={cfg.store}; use fp32 (VPP) or bf16 (half the disk)")
     state = PartialState()
-    latent_space = vae.load(cfg.svd).to(state.device, PRECISIONS[cfg.precision])
+    precision = cfg.precision if cfg.precision != "auto" else "bf16" if bf16_pays(state.device) else "fp32"
+    latent_space = vae.load(cfg.svd).to(state.device, PRECISIONS[precision])
     data = Path(cfg.videos)
     out = Path(cfg.out or data)
     counts = encode_set(data, out, latent_space, image_size=cfg.image_size, annotation=cfg.annotation, aspect=cfg.aspect, sample=cfg.sample,

@@ -156,6 +156,18 @@ def test_one_line_for_what_is_missing(trained, run):
         run("step1_gfdm.encode", "scale=tiny", "data=data/playtable/A/videos_set", "precision=fp8", cwd=work)
 
 
+@pytest.mark.parametrize(("pays", "precision"), [(True, "bf16"), (False, "fp32")])
+def test_auto_encodes_in_bf16_where_that_pays(trained, run, monkeypatch, pays, precision):
+    work, _ = trained
+    monkeypatch.setattr("common.precision.bf16_pays", lambda device: pays)
+    found = []
+    for wish in ("auto", precision):
+        out = f"data/{wish}_{precision}"
+        run("step1_gfdm.encode", "scale=tiny", "data=data/playtable/A/videos_set", f"out={out}", f"precision={wish}", "limit=1", cwd=work)
+        found.append(torch.load(next((work / out).rglob("*.pt")), weights_only=True))
+    assert torch.equal(*found)
+
+
 def test_a_broken_run_goes_on_to_the_weights_of_an_unbroken_one(trained, run, monkeypatch):
     work, _ = trained
     arguments = ("scale=tiny", "loop.max_steps=4", "loop.batch_size=2", "loop.save_every=1", "validate=false")
