@@ -242,7 +242,7 @@ def write_mjcf(scene: Scene, edge: int = 256) -> str:
 <size memory="4M"/>
 <visual>
 <global offwidth="{edge}" offheight="{edge}"/>
-<quality offsamples="0" shadowsize="0" numslices="18" numstacks="9" numquads="1"/>
+<quality offsamples="0" shadowsize="0" numslices="10" numstacks="5" numquads="1"/>
 <headlight ambient="0.35 0.35 0.35" diffuse="0.25 0.25 0.25" specular="0 0 0"/>
 <map znear="0.01" zfar="12"/>
 </visual>
