@@ -1,6 +1,7 @@
 """Program: how good is the forecast (Fig. 9, Q3, Q8)?   python -m step1_gfdm.eval path=ckpts/gfdm/<name> data=<video set>
 
-Truth against prediction by denoising steps, guidance and frame, beside copying the first frame and the VAE's own limit; and what
+Truth against prediction by denoising steps, guidance and frame, beside copying the first frame (as it is, and as the VAE gives it
+back) and the VAE's own limit; and what
 of the robot's coming motion can be read out of one-step features. F frames of a clip, of which frame 0 is given and not scored.
 """
 from __future__ import annotations
@@ -35,7 +36,8 @@ from step1_gfdm.probe import gather, read_out
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402  (the backend must be chosen first: no display)
 
-COPY, LIMIT = "copy the first frame", "VAE there and back"
+COPY, CODED_COPY, LIMIT = "copy the first frame", "copy it through the VAE", "VAE there and back"
+BESIDE = {COPY: "--", CODED_COPY: "-.", LIMIT: ":"}  # lines that are no forecast
 log = logging.getLogger(__name__)
 
 
@@ -104,12 +106,13 @@ def measure(model: GFDM, clips: VideoClips, scores: Scores, *, count: int, steps
         text = [item["text"] for item in batch]
         first = truth[:, 0] * 2 - 1
         coded = torch.stack([model.latent_space.encode(video * 2 - 1) for video in truth])
-        videos = {"truth": truth, COPY: truth[:, :1].expand_as(truth), LIMIT: model.latent_space.decode(coded)}
+        limit = model.latent_space.decode(coded)
+        videos = {"truth": truth, COPY: truth[:, :1].expand_as(truth), CODED_COPY: limit[:, :1].expand_as(truth), LIMIT: limit}
         for number, strength in settings:
             videos[_name(number, strength)] = model.generate(first, text, steps=number, guidance=strength, seed=seed)
         scores.add(videos)
         for i in range(max(0, min(len(batch), strips - start))):
-            draw(start + i, text[i], {name: video[i] for name, video in videos.items() if name != COPY})
+            draw(start + i, text[i], {name: video[i] for name, video in videos.items() if name not in (COPY, CODED_COPY)})
     return skipped
 
 
@@ -143,7 +146,7 @@ def draw_horizon(path: Path, by_frame: dict[str, dict[str, list[float]]]) -> Non
     figure, axes = pyplot.subplots(1, len(metrics), figsize=(4.5 * len(metrics), 3.4), squeeze=False)
     for axis, metric in zip(axes[0], metrics):
         for name, values in by_frame.items():
-            style = {COPY: {"color": "0.4", "linestyle": "--"}, LIMIT: {"color": "0.4", "linestyle": ":"}}.get(name, {})
+            style = {"color": "0.4", "linestyle": BESIDE[name]} if name in BESIDE else {}
             axis.plot(range(1, len(values[metric]) + 1), values[metric], marker=".", label=name, **style)
         axis.set(xlabel="frame", ylabel=metric)
     axes[0, 0].legend(fontsize=7)

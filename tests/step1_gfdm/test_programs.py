@@ -121,7 +121,9 @@ def test_eval_writes_table_results_and_strips(trained):
     out = work / "ckpts/gfdm/squares/eval"
     results = json.loads((out / "results.json").read_text())
     assert results["clips"] == 3 and set(results["summary"]) == {
-        "copy the first frame", "VAE there and back", "1 step", "2 steps", "1 step, guidance 2", "2 steps, guidance 2"}
+        "copy the first frame", "copy it through the VAE", "VAE there and back", "1 step", "2 steps", "1 step, guidance 2", "2 steps, guidance 2"}
+    limit, coded = (results["by_frame"][name]["psnr"] for name in ("VAE there and back", "copy it through the VAE"))
+    assert all(a > b for a, b in zip(limit, coded)), "what moved is missing from a copy"
     assert len(results["by_frame"]["1 step"]["psnr"]) == 3 and results["summary"]["1 step"]["frechet"]["mean"] > 0
     assert "hold no readings of the robot" in said["eval"] and "DINOv2 from ckpts/hub/tiny/dinov2" in said["eval"]
     assert (out / "horizon.png").is_file() and (out / "films.mp4").is_file()
