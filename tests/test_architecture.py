@@ -82,8 +82,7 @@ def cycles(files: Files) -> list[str]:
     return found
 
 
-PROMISED = {"common.rlds": "converting Bridge and Fractal (step 1) and finetuning on Fractal (step 3) read RLDS too",
-            "common.checkpoint": "importing the release's policies (step 3) reads foreign checkpoints too"}
+PROMISED = {"common.rlds": "converting Bridge and Fractal (step 1) and finetuning on Fractal (step 3) read RLDS too"}
 
 
 def admission(files: Files) -> list[str]:
