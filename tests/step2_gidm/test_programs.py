@@ -95,7 +95,8 @@ def test_real_data_trains(shared_data: Path, hub: Path, tmp_path: Path) -> None:
     steps = [row for row in rows if "train/mse" in row]
     error, copied = (sum(row[f"train/{key}"] for row in steps[6:]) for key in ("mse", "copy_mse"))
     assert len(steps) == 12 and error < 0.99 * copied and all(row["data/skipped"] == 0 for row in steps)
-    assert {"val/mse", "val/copy_mse", "val/gap", "val/usage", "val/perplexity"} <= set().union(*rows)
+    by_query = {f"{split}/{what}_{query}" for split in ("train", "val") for what in ("usage", "perplexity") for query in range(4)}
+    assert {"val/mse", "val/copy_mse", "val/gap", "val/usage", "val/perplexity", *by_query} <= set().union(*rows)
 
 
 def _as_train(shared_data: Path, tmp_path: Path) -> list[tuple[str, Path, float | None]]:
@@ -135,7 +136,8 @@ def test_measure_knows_a_perfect_and_a_blind_model() -> None:
     summary = summarize(errors, codes, 8)
     assert summary["codes"]["used"] == len(np.unique(codes)) and len(summary["codes"]["perplexity_by_query"]) == 2
     text = table(summary, 10)
-    assert "no change" in text and f"Codes in use: {summary['codes']['used']} of 8" in text
+    assert summary["codes"]["used_by_query"] == [len(np.unique(codes[:, query])) for query in range(2)]
+    assert "no change" in text and f"Codes in use: {summary['codes']['used']} of 8 (by query: " in text
 
 
 def test_pairs_need_data() -> None:
