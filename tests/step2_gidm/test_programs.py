@@ -83,6 +83,31 @@ def test_rows_build(row: str, hub: Path) -> None:
     assert torch.isfinite(out["loss"])
 
 
+@pytest.mark.parametrize("field, values", [("encoder_layers", (1, 3)), ("decoder_layers", (1, 3)), ("quantizer.codes", (4, 9)), ("quantizer.dim", (5, 8)),
+                                           ("queries", (2, 3)), ("text_in", ([], ["encoder"], ["decoder"], ["encoder", "decoder"]))])
+def test_every_field_acts(field: str, values: tuple, hub: Path) -> None:
+    """From the word on the command line to what the model computes."""
+    for value in values:
+        gidm = composed("scale=tiny", f"gidm.{field}={str(value).replace(' ', '')}", "gidm.residual=false")["gidm"]
+        gidm["vision"]["path"], gidm["text"]["path"] = str(hub / "dinov2"), str(hub / "t5")
+        torch.manual_seed(0)
+        model = instantiate(gidm).eval()
+        ran: list[str] = []
+        for name, module in model.named_modules():
+            if name.split(".")[-1].isdigit() and ".blocks." in name:
+                module.register_forward_hook(lambda *_, side=name.split(".")[0], ran=ran: ran.append(side))
+        now, future = torch.randn(2, 16, model.num_tokens, model.embed_dim)
+        one, two = (["open the drawer"] * 16, ["push the red block left"] * 16)
+        action = model.infer(now, future, one)
+        decoded = model.decode(now, action.quantized, one)
+        seen = {"encoder_layers": ran.count("encoder"), "decoder_layers": ran.count("decoder"), "quantizer.dim": action.quantized.shape[2],
+                "quantizer.codes": model.quantizer.size, "queries": action.codes.shape[1],
+                "text_in": [name for name, (a, b) in {"encoder": (action.continuous, model.infer(now, future, two).continuous),
+                                                      "decoder": (decoded, model.decode(now, action.quantized, two))}.items() if not torch.equal(a, b)]}
+        assert seen[field] == value
+        assert decoded.shape == future.shape and action.codes.max() < model.quantizer.size == len(model.quantizer.codebook)
+
+
 def test_real_data_trains(shared_data: Path, hub: Path, tmp_path: Path) -> None:
     sets = {"bridge": {"rlds": shared_data / "rlds_samples/bridge_dataset/1.0.0", "fps": 5, "image": "observation/image_0"},
             **{name: {"video": folder, "fps": fps} for name, folder, fps in _as_train(shared_data, tmp_path)}}
