@@ -12,6 +12,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
+from torch import nn
 
 from common import artifact
 from common.loop import Loop
@@ -92,15 +93,15 @@ def test_every_field_acts(field: str, values: tuple, hub: Path) -> None:
         gidm["vision"]["path"], gidm["text"]["path"] = str(hub / "dinov2"), str(hub / "t5")
         torch.manual_seed(0)
         model = instantiate(gidm).eval()
-        ran: list[str] = []
-        for name, module in model.named_modules():
-            if name.split(".")[-1].isdigit() and ".blocks." in name:
-                module.register_forward_hook(lambda *_, side=name.split(".")[0], ran=ran: ran.append(side))
+        ran: list[nn.Module] = []
+        for block in (*model.encoder.blocks, *model.decoder.blocks):
+            block.register_forward_hook(lambda block, *_, ran=ran: ran.append(block))
         now, future = torch.randn(2, 16, model.num_tokens, model.embed_dim)
         one, two = (["open the drawer"] * 16, ["push the red block left"] * 16)
         action = model.infer(now, future, one)
         decoded = model.decode(now, action.quantized, one)
-        seen = {"encoder_layers": ran.count("encoder"), "decoder_layers": ran.count("decoder"), "quantizer.dim": action.quantized.shape[2],
+        depth = {side: sum(block in set(getattr(model, side).blocks) for block in ran) for side in ("encoder", "decoder")}
+        seen = {"encoder_layers": depth["encoder"], "decoder_layers": depth["decoder"], "quantizer.dim": action.quantized.shape[2],
                 "quantizer.codes": model.quantizer.size, "queries": action.codes.shape[1],
                 "text_in": [name for name, (a, b) in {"encoder": (action.continuous, model.infer(now, future, two).continuous),
                                                       "decoder": (decoded, model.decode(now, action.quantized, two))}.items() if not torch.equal(a, b)]}
