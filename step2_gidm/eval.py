@@ -78,8 +78,8 @@ def summarize(errors: dict[str, np.ndarray], codes: np.ndarray | None, total: in
     summary: dict[str, Any] = {name: dict(zip(("mean", "low", "high"), bootstrap_ci(values))) for name, values in errors.items()}
     if codes is not None:
         counts = [torch.from_numpy(np.unique(part, return_counts=True)[1]) for part in (codes, *codes.T)]
-        summary["codes"] = {"used": len(counts[0]), "of": total, "perplexity": float(perplexity(counts[0])),
-                            "perplexity_by_query": [float(perplexity(part)) for part in counts[1:]]}
+        summary["codes"] = {"used": len(counts[0]), "of": total, "used_by_query": [len(part) for part in counts[1:]],
+                            "perplexity": float(perplexity(counts[0])), "perplexity_by_query": [float(perplexity(part)) for part in counts[1:]]}
     return summary
 
 
@@ -90,8 +90,8 @@ def table(summary: dict[str, Any], pairs: int) -> str:
     lines += [f"| {label} | {summary[name]['mean']:.4f} [{summary[name]['low']:.4f}, {summary[name]['high']:.4f}] |" for name, label in ROWS.items()]
     if "codes" in summary:
         codes = summary["codes"]
-        by_query = ", ".join(f"{value:.1f}" for value in codes["perplexity_by_query"])
-        lines += ["", f"Codes in use: {codes['used']} of {codes['of']}; perplexity {codes['perplexity']:.1f} (by query: {by_query})."]
+        used, even = ", ".join(map(str, codes["used_by_query"])), ", ".join(f"{value:.1f}" for value in codes["perplexity_by_query"])
+        lines += ["", f"Codes in use: {codes['used']} of {codes['of']} (by query: {used}); perplexity {codes['perplexity']:.1f} (by query: {even})."]
     return "\n".join(lines) + "\n"
 
 

@@ -92,7 +92,8 @@ class InverseModel(nn.Module):
 
     def forward(self, batch: TransitionBatch) -> dict[str, Tensor]:
         """Losses and statistics of Alg. 1. `copy_mse` is the error of predicting no change; in eval mode `gap` is how much
-        the error rises when latent actions are dealt to other samples of the batch."""
+        the error rises when latent actions are dealt to other samples of the batch. Usage and perplexity of the codes come
+        over all queries and by query (`usage_0`, `perplexity_0`, ...)."""
         frames, text = batch["frames"], batch["text"]
         now, future = self.embed(frames.flatten(0, 1)).unflatten(0, frames.shape[:2]).unbind(1)
         _, action = self._infer(now, future, text)

@@ -85,4 +85,5 @@ def test_a_sentence_may_be_encoded_the_same_whatever_comes_with_it(hub: Path) ->
         alone = encoder(["go"])
         together, alone = (value[0] if isinstance(value, tuple) else value for value in (together, alone))
         assert torch.equal(together[1, :alone.shape[1]], alone[0])
+        encoder(["go", "go"])  # known: not encoded again
     assert all(len(texts) == 1 for texts in asked) and len(asked) == 6

@@ -12,6 +12,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
+from torch import nn
 
 from common import artifact
 from common.loop import Loop
@@ -83,6 +84,31 @@ def test_rows_build(row: str, hub: Path) -> None:
     assert torch.isfinite(out["loss"])
 
 
+@pytest.mark.parametrize("field, values", [("encoder_layers", (1, 3)), ("decoder_layers", (1, 3)), ("quantizer.codes", (4, 9)), ("quantizer.dim", (5, 8)),
+                                           ("queries", (2, 3)), ("text_in", ([], ["encoder"], ["decoder"], ["encoder", "decoder"]))])
+def test_every_field_acts(field: str, values: tuple, hub: Path) -> None:
+    """From the word on the command line to what the model computes."""
+    for value in values:
+        gidm = composed("scale=tiny", f"gidm.{field}={str(value).replace(' ', '')}", "gidm.residual=false")["gidm"]
+        gidm["vision"]["path"], gidm["text"]["path"] = str(hub / "dinov2"), str(hub / "t5")
+        torch.manual_seed(0)
+        model = instantiate(gidm).eval()
+        ran: list[nn.Module] = []
+        for block in (*model.encoder.blocks, *model.decoder.blocks):
+            block.register_forward_hook(lambda block, *_, ran=ran: ran.append(block))
+        now, future = torch.randn(2, 16, model.num_tokens, model.embed_dim)
+        one, two = (["open the drawer"] * 16, ["push the red block left"] * 16)
+        action = model.infer(now, future, one)
+        decoded = model.decode(now, action.quantized, one)
+        depth = {side: sum(block in set(getattr(model, side).blocks) for block in ran) for side in ("encoder", "decoder")}
+        seen = {"encoder_layers": depth["encoder"], "decoder_layers": depth["decoder"], "quantizer.dim": action.quantized.shape[2],
+                "quantizer.codes": model.quantizer.size, "queries": action.codes.shape[1],
+                "text_in": [name for name, (a, b) in {"encoder": (action.continuous, model.infer(now, future, two).continuous),
+                                                      "decoder": (decoded, model.decode(now, action.quantized, two))}.items() if not torch.equal(a, b)]}
+        assert seen[field] == value
+        assert decoded.shape == future.shape and action.codes.max() < model.quantizer.size == len(model.quantizer.codebook)
+
+
 def test_real_data_trains(shared_data: Path, hub: Path, tmp_path: Path) -> None:
     sets = {"bridge": {"rlds": shared_data / "rlds_samples/bridge_dataset/1.0.0", "fps": 5, "image": "observation/image_0"},
             **{name: {"video": folder, "fps": fps} for name, folder, fps in _as_train(shared_data, tmp_path)}}
@@ -95,7 +121,8 @@ def test_real_data_trains(shared_data: Path, hub: Path, tmp_path: Path) -> None:
     steps = [row for row in rows if "train/mse" in row]
     error, copied = (sum(row[f"train/{key}"] for row in steps[6:]) for key in ("mse", "copy_mse"))
     assert len(steps) == 12 and error < 0.99 * copied and all(row["data/skipped"] == 0 for row in steps)
-    assert {"val/mse", "val/copy_mse", "val/gap", "val/usage", "val/perplexity"} <= set().union(*rows)
+    by_query = {f"{split}/{what}_{query}" for split in ("train", "val") for what in ("usage", "perplexity") for query in range(4)}
+    assert {"val/mse", "val/copy_mse", "val/gap", "val/usage", "val/perplexity", *by_query} <= set().union(*rows)
 
 
 def _as_train(shared_data: Path, tmp_path: Path) -> list[tuple[str, Path, float | None]]:
@@ -135,7 +162,8 @@ def test_measure_knows_a_perfect_and_a_blind_model() -> None:
     summary = summarize(errors, codes, 8)
     assert summary["codes"]["used"] == len(np.unique(codes)) and len(summary["codes"]["perplexity_by_query"]) == 2
     text = table(summary, 10)
-    assert "no change" in text and f"Codes in use: {summary['codes']['used']} of 8" in text
+    assert summary["codes"]["used_by_query"] == [len(np.unique(codes[:, query])) for query in range(2)]
+    assert "no change" in text and f"Codes in use: {summary['codes']['used']} of 8 (by query: " in text
 
 
 def test_pairs_need_data() -> None:

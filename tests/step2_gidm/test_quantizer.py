@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from step2_gidm.quantizer import Binning, Continuous, GaussianMixture, VectorQuantizer, perplexity
+from step2_gidm.quantizer import Binning, Continuous, GaussianMixture, VectorQuantizer, code_stats, perplexity
 
 MAKERS = {"vq": lambda: VectorQuantizer(12, 5), "mixture": lambda: GaussianMixture(12, 5),
           "binning": lambda: Binning(5, 3), "continuous": lambda: Continuous(5)}
@@ -23,13 +24,22 @@ def test_protocol(name: str) -> None:
     assert (out.codes is None) == (quantizer.size is None)
     if out.codes is not None:
         assert out.codes.shape == (7, 4) and out.codes.min() >= 0 and out.codes.max() < quantizer.size
-        assert out.stats["usage"] == len(out.codes.unique()) / quantizer.size
+        assert out.stats["usage"].item() == pytest.approx(len(out.codes.unique()) / quantizer.size)
         again = quantizer(z[:, [2]]).codes
         assert torch.equal(again[:, 0], out.codes[:, 2]), "a token's code depends on its neighbours"
     assert set(out.stats) >= {"codebook", "commitment"}
     (out.quantized.sum() + out.loss).backward()
     assert torch.isfinite(z.grad).all() and (z.grad != 0).all()
     assert isinstance(quantizer.on_step(1), dict)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_no_step_waits_for_the_device(name: str) -> None:
+    with FakeTensorMode():  # tensors without numbers: whoever asks for one, or for a shape that hangs on them, fails
+        quantizer = MAKERS[name]().train()
+        out = quantizer(torch.randn(7, 4, quantizer.dim, requires_grad=True))
+        (out.loss + out.quantized.sum()).backward()
+        assert quantizer.on_step(1) == {}
 
 
 def test_vq_takes_the_nearest_code_and_passes_gradients_straight_through() -> None:
@@ -166,6 +176,18 @@ def test_quantizer_computes_in_fp32_under_autocast() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = quantizer(torch.randn(2, 3, 4).bfloat16())
     assert out.loss.dtype == out.quantized.dtype == torch.float32
+
+
+def test_usage_and_perplexity_by_position_are_those_of_the_histograms() -> None:
+    codes = torch.randint(0, 9, (40, 3))
+    codes[:, 1] = 5
+    stats = code_stats(codes, 11)
+    assert set(stats) == {f"{what}{end}" for what in ("usage", "perplexity") for end in ("", "_0", "_1", "_2")}
+    for end, part in (("", codes), *((f"_{i}", codes[:, i]) for i in range(3))):
+        counts = torch.bincount(part.flatten(), minlength=11)
+        assert stats[f"usage{end}"].item() == pytest.approx((counts > 0).sum().item() / 11)
+        assert stats[f"perplexity{end}"].item() == pytest.approx(perplexity(counts).item(), rel=1e-5)
+    assert stats["usage_1"].item() == pytest.approx(1 / 11) and stats["perplexity_1"].item() == pytest.approx(1.0)
 
 
 def test_perplexity() -> None:

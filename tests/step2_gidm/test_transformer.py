@@ -1,7 +1,13 @@
 """Blocks: causality over frames, masks that follow their sample, attention weights that are SDPA's."""
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from common.attention import Attention
 from step2_gidm.transformer import SpatialTransformer, SpatioTemporalTransformer, attention_weights
@@ -46,3 +52,15 @@ def test_attention_weights_are_what_sdpa_uses() -> None:
     values = attention.to_v(x).unflatten(-1, (2, -1)).transpose(1, 2)
     out = attention.to_out((attention_weights(attention, x, mask) @ values).transpose(1, 2).flatten(2))
     assert torch.allclose(out, attention(x, key_mask=mask), atol=1e-6)
+
+
+def test_every_attention_goes_through_sdpa(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[dict[str, Any]] = []
+    real: Callable[..., Tensor] = F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *args, **options: calls.append(options) or real(*args, **options))
+    text, mask = torch.randn(2, 4, 8), torch.ones(2, 4, dtype=torch.bool)
+    SpatioTemporalTransformer(6, 8, tokens=5, layers=3, heads=2)(torch.randn(2, 2, 5, 6), text, mask)
+    assert [call["is_causal"] for call in calls] == [False, True] * 3 and all((call["attn_mask"] is None) == call["is_causal"] for call in calls)
+    calls.clear()
+    SpatialTransformer(6, 8, out_dim=6, tokens=5, layers=4, heads=2)(torch.randn(2, 5, 6), text, mask)
+    assert len(calls) == 4 and not any(call["is_causal"] for call in calls)
