@@ -37,8 +37,7 @@ class DeFIPolicy:
 
     def plan(self, observations: list[dict], instructions: list[str]) -> np.ndarray:
         """CALVIN observations and a sentence each -> (B, A, 7) float32 actions in [-1, 1], the gripper's exactly -1 or 1."""
-        device = next(self.model.projector.parameters()).device
-        views = {view: self._images(observations, KEYS[view]).to(device) for view in self.model.views}
+        views = {view: self._images(observations, KEYS[view]).to(self.model.device) for view in self.model.views}
         seeds = [self._noise_seed(o) for o in observations]
         actions = self.model.sample(views, list(instructions), seed=seeds).float().cpu().numpy().clip(-1, 1)
         actions[..., 6] = np.where(actions[..., 6] > 0, 1.0, -1.0)
