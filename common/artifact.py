@@ -21,6 +21,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from common.checkpoint import misfit
+
 FORMAT = 1
 KINDS = {"gfdm": "step1_gfdm", "gidm": "step2_gidm", "defi": "step3_defi"}
 HERE = "${here}"
@@ -93,11 +95,8 @@ def load_weights(model: nn.Module, folder: str | Path) -> None:
         state = load_file(file)
     except SafetensorError as error:
         raise ArtifactError(f"{file}: not readable ({error})") from error
-    own = model.state_dict()
-    missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    shapes = sorted(k for k in own.keys() & state.keys() if own[k].shape != state[k].shape)
-    if missing or unexpected or shapes:
-        raise ArtifactError(f"{file} does not fit its config: missing {missing[:10]}, unexpected {unexpected[:10]}, other shapes {shapes[:10]}")
+    if wrong := misfit(model, state):
+        raise ArtifactError(f"{file} does not fit its config: {wrong}")
     model.load_state_dict(state)
 
 

@@ -40,7 +40,7 @@ def test_wrong_kind_missing_folder_and_foreign_keys_are_one_clear_line(folder, t
     state = load_file(folder / "weights.safetensors")
     state["stranger"] = state.pop("fc1.bias")
     save_file(state, folder / "weights.safetensors")
-    with pytest.raises(ArtifactError, match=r"missing \['fc1.bias'\], unexpected \['stranger'\]"):
+    with pytest.raises(ArtifactError, match="1 missing: fc1.bias; 1 unexpected: stranger"):
         artifact.load(folder, "gidm")
     (folder / "weights.safetensors").write_bytes(b"torn")
     with pytest.raises(ArtifactError, match="not readable"):
