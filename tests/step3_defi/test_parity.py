@@ -151,12 +151,20 @@ def test_parity_with_the_public_code(theirs: tuple[str, nn.Module], features: li
     model = ours(preset, tmp_path, public)
     noise, inner = seeded_noise([SEED], (10, 7)), public.model.inner_model
     seen: dict[str, Any] = {}
+
+    def keep(name: str) -> Any:
+        def hook(_: nn.Module, args: tuple, out: Any) -> None:
+            seen.setdefault(name, (args, out))  # of the first call
+
+        return hook
+
     hooks = {"video former": public.Video_Former, "encoded context": inner.encoder, "decoder": inner.decoder}
     for name, module in hooks.items() | ({"inverse": public.lam} if preset == "official" else {}).items():
-        module.register_forward_hook(lambda _, args, out, name=name: seen.setdefault(name, (args, out)))
+        module.register_forward_hook(keep(name))
     picture = torch.zeros(1, 1, 3, 256, 256)
     with monkeypatch.context() as patch:
-        patch.setattr(torch, "randn", lambda *_, **__: noise)
+        drawn_as = torch.randn
+        patch.setattr(torch, "randn", lambda *size, **options: noise if size == ((1, 10, 7),) else drawn_as(*size, **options))
         actions = public.eval_forward({"rgb_obs": {"rgb_static": picture, "rgb_gripper": picture}}, {"lang_text": TEXT})
 
     imagined = features[0].flatten(3).transpose(2, 3)[None]  # (B, V, F, L, C)
