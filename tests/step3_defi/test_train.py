@@ -57,12 +57,12 @@ def test_rows_train_and_load(tree: Path, row: str) -> None:
 
 @pytest.mark.parametrize("row", ["official", "vpp"])
 def test_published_policies_train_and_load(tree: Path, row: str) -> None:
-    """Two steps of the row, and as much of its policy under the recipe of the scale, with its cache."""
+    """Two steps of the row, and as many of its policy under the recipe of the scale, with its cache."""
     gidm = [f"policy.gidm.path={tree}/ckpts/gidm/tiny"] if row == "official" else []
     model = policy.load(run(tree, row, f"experiment=defi/{row}", f"policy.gfdm.path={tree}/ckpts/gfdm/tiny", *gidm, "loop.max_steps=2")).model
     assert isinstance(model.adapter, VPPAdapter) and model.gfdm.module._time_ids[0, 0] == 4
     assert row == "vpp" or not model.gidm.clean_text
-    policy.load(run(tree, f"{row}_cached", f"policy={row}", "cache=true", "loop.max_steps=2"))
+    policy.load(run(tree, f"{row}_cached", f"policy={row}", "cache=true", "loop.max_steps=2", "loop.precision=no"))
 
 
 def test_caches_of_other_looks_are_not_mixed_up(tree: Path) -> None:
@@ -71,7 +71,7 @@ def test_caches_of_other_looks_are_not_mixed_up(tree: Path) -> None:
     run(tree, "looks", *folder)
     run(tree, "looks_again", *folder)
     assert len([p for p in (tree / "looks").iterdir() if p.is_dir()]) == 2  # training and validation
-    run(tree, "looks_4_fps", *folder, "policy.gfdm.overrides={fps: 4}")
+    run(tree, "looks_4_fps", *folder, "+policy.gfdm.overrides.fps=4")
     run(tree, "looks_ahead", *folder, "policy=official")
     assert len([p for p in (tree / "looks").iterdir() if p.is_dir()]) == 6
 
