@@ -123,12 +123,16 @@ class Written:
             queries = queries + self._linear(f"{layer}.2.3", F.gelu(inner))
         return self._norm(f"{FORMER}.norm", queries).flatten(0, 1)
 
+    def infer(self, now: Tensor, future: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
+        """Features (L, C) of two imagined frames and words (L, E) -> what the bottleneck gets (K, d), and the nearest codes (K,)."""
+        moments = torch.stack([self._mlp("goal_emb", now), self._mlp("goal_emb", future)]) + self.w["time_pos_emb"]
+        return self.lam.encode(moments, words)[1:]
+
     def latent(self, now: Tensor, future: Tensor, words: Tensor) -> Tensor | None:
-        """Features (L, C) of two imagined frames and words (L, E) -> latent actions (K, E); none without an inverse model."""
+        """As `infer` -> latent actions (K, E); none without an inverse model."""
         if "time_pos_emb" not in self.w:
             return None
-        moments = torch.stack([self._mlp("goal_emb", now), self._mlp("goal_emb", future)]) + self.w["time_pos_emb"]
-        _, _, codes = self.lam.encode(moments, words)
+        _, codes = self.infer(now, future, words)
         return F.linear(self.w["lam.vq.codebook.weight"][codes], self.w["lam.action_up.weight"], self.w["lam.action_up.bias"])
 
     def context(self, goal: Tensor, video: Tensor, latent: Tensor | None) -> Tensor:

@@ -169,6 +169,9 @@ def test_parity_with_the_public_code(theirs: tuple[str, nn.Module], features: li
 
     imagined = features[0].flatten(3).transpose(2, 3)[None]  # (B, V, F, L, C)
     model._look = lambda *_: {"features": imagined}
+    before_codes = []
+    if preset == "official":
+        model.gidm.to_latent.register_forward_hook(lambda _, args, out: before_codes.append(out))
     goal, streams, extra = model._infer({"features": imagined}, [TEXT])
     context = model.adapter.encode(goal, streams)
     pairs = {"video former": (streams["video"], seen["video former"][1]), "encoded context": (context.tokens, seen["encoded context"][1][:, :10])}
@@ -177,7 +180,7 @@ def test_parity_with_the_public_code(theirs: tuple[str, nn.Module], features: li
         projected, out = torch.cat([now, future], dim=2)[:, 0], seen["inverse"][1]
         action = model.gidm.infer(projected[:, 0], projected[:, 1], [TEXT])
         assert torch.equal(action.codes, out["indices"])
-        pairs |= {"projector": (projected, seen["inverse"][0][0]), "latents before VQ": (action.continuous, out["emb"]),
+        pairs |= {"projector": (projected, seen["inverse"][0][0]), "latents before VQ": (before_codes[0], out["emb"]),
                   "latent actions": (streams["latent"], out["video_action_patches"][:, 0])}
         losses = (out["emb"] - out["z"]).square().mean() * 1.25  # as their training_step adds them: 1.0 codebook, 0.25 commitment
         pairs["bottleneck loss"] = (extra["bottleneck_loss"], losses)
