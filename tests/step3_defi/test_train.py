@@ -24,7 +24,7 @@ def run(tree: Path, name: str, *overrides: str) -> Path:
     return tree / "ckpts/defi" / name
 
 
-def test_trains_saves_and_acts(tree: Path) -> None:
+def test_trains_saves_and_acts(tree: Path, tmp_path: Path) -> None:
     folder = run(tree, "first")
     meta = artifact.meta(folder, "defi")
     assert meta["step"] == 3 and meta["parents"] == {kind: artifact.sha256(tree / f"ckpts/{kind}/tiny") for kind in PARENT_CONFIGS}
@@ -37,6 +37,10 @@ def test_trains_saves_and_acts(tree: Path) -> None:
             "robot_obs": np.zeros(15)}
     both = robot.plan([seen, seen], ["open the drawer", "close the drawer"])
     assert both.shape == (2, 10, 7) and np.allclose(both[:1], robot.plan([seen], ["open the drawer"]), atol=1e-3)
+    whole = robot.save_pretrained(tmp_path / "whole")
+    again = policy.DeFIPolicy.from_pretrained(whole, execute=5)
+    assert again.moved == {f"{kind}.path": str(whole / "parents" / kind) for kind in PARENT_CONFIGS}
+    assert np.array_equal(again.plan([seen, seen], ["open the drawer", "close the drawer"]), both)
 
 
 def test_cache_changes_nothing_but_speed(tree: Path) -> None:
