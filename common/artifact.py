@@ -26,6 +26,7 @@ from common.checkpoint import misfit
 FORMAT = 1
 KINDS = {"gfdm": "step1_gfdm", "gidm": "step2_gidm", "defi": "step3_defi"}
 HERE = "${here}"
+BESIDE = ("resume", "parents")  # folders inside an artifact's that are no part of it
 
 
 class ArtifactError(ValueError):
@@ -100,6 +101,21 @@ def load_weights(model: nn.Module, folder: str | Path) -> None:
     model.load_state_dict(state)
 
 
+def copy(source: str | Path, folder: str | Path) -> Path:
+    """A whole artifact elsewhere, without what its training left beside it: resume state, logs, parents. Written beside, then renamed."""
+    source, folder = Path(source), Path(folder)
+    meta(source)
+    if source.resolve() != folder.resolve():
+        beside = folder.with_name(f".{folder.name}.{os.getpid()}")
+        try:
+            shutil.copytree(source, beside, ignore=shutil.ignore_patterns(*BESIDE, "hydra", "wandb", "*.log", ".*"))
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(beside, folder)
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
+    return folder
+
+
 def meta(path: str | Path, kind: str | None = None) -> dict[str, Any]:
     """The folder's meta.json, checked for format and kind."""
     file = Path(path) / "meta.json"
@@ -120,7 +136,7 @@ def sha256(path: str | Path) -> str:
     folder = Path(path)
     meta(folder)
     digest = hashlib.sha256()
-    files = [f for f in folder.rglob("*.safetensors") if "resume" not in f.relative_to(folder).parts]
+    files = [f for f in folder.rglob("*.safetensors") if not {*BESIDE} & {*f.relative_to(folder).parts}]
     for file in sorted(files) + [folder / "config.yaml"]:
         digest.update(file.relative_to(folder).as_posix().encode())
         with file.open("rb") as stream:

@@ -45,15 +45,16 @@ class Mlp(nn.Module):
 class Attention(nn.Module):
     """Multi-head attention over a sequence, or from a sequence to a context, through SDPA.
 
-    `qkv_bias` and `out_bias` follow the ancestors' weights: UniVLA's blocks have none on q, k, v and one on the output.
+    `qkv_bias` and `out_bias` follow the ancestors' weights: UniVLA's blocks have none on q, k, v and one on the output. `dropout`
+    drops weights of the attention in training.
     """
 
     def __init__(self, dim: int, heads: int, *, context_dim: int | None = None, head_dim: int | None = None,
-                 qkv_bias: bool = False, out_bias: bool = True) -> None:
+                 qkv_bias: bool = False, out_bias: bool = True, dropout: float = 0.0) -> None:
         super().__init__()
         if head_dim is None and dim % heads:
             raise ValueError(f"width {dim} does not split into {heads} heads")
-        self.heads = heads
+        self.heads, self.dropout = heads, dropout
         inner = heads * (head_dim or dim // heads)
         context_dim = context_dim or dim
         self.to_q = nn.Linear(dim, inner, bias=qkv_bias)
@@ -73,7 +74,8 @@ class Attention(nn.Module):
         if q.device.type == "cpu":  # the CPU's fused kernel is several times slower in bf16 than in fp32
             q, k, v = q.float(), k.float(), v.float()
         with torch.autocast(q.device.type, enabled=q.device.type != "cpu" and torch.is_autocast_enabled(q.device.type)):
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal and mask is None)
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal and mask is None,
+                                                 dropout_p=self.dropout if self.training else 0.0)
         return self.to_out(out.transpose(1, 2).flatten(2))
 
     def _split(self, x: Tensor) -> Tensor:

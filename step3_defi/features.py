@@ -59,7 +59,7 @@ def cached(windows: Windows, model: DeFI, folder: str | Path, *, parents: dict[s
     target = [model.pairs_of, model.pair_frames] if model.alignment_weight else None
     key = {"format": FORMAT, "parents": parents, "windows": windows.fingerprint(), "views": model.views, "seed": model.imagine_seed,
            "image_size": model.image_size, "blind": model.blind, "target": target,
-           "precision": model.frozen_precision}
+           "precision": model.frozen_precision, "now": model.sees_now}
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     done = Path(folder) / name
     if not done.is_dir():
@@ -88,7 +88,7 @@ def _fill(part: Path, windows: Windows, model: DeFI, firsts: list[int], batch_si
     progress = part / "progress"
     start = int(progress.read_text()) if progress.is_file() else 0
     arrays: dict[str, np.ndarray] = {path.stem: np.load(path, mmap_mode="r+") for path in part.glob("*.npy")} if start else {}
-    training, device = model.training, next(model.projector.parameters()).device
+    training, device = model.training, model.device
     model.eval()
     rng = np.random.default_rng(0)
     with tqdm(total=len(firsts), initial=start, desc="frozen features", unit="window", mininterval=1) as bar:

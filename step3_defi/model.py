@@ -14,7 +14,7 @@ from common.contracts import FutureDynamics, InverseDynamics, PolicyBatch
 from common.frozen import ClipText, Frozen
 from common.precision import bf16_pays
 from step3_defi.edm import EDM, seeded_noise
-from step3_defi.projector import Standardize, match_grid, pool_grid
+from step3_defi.projector import Standardize, pool_grid
 
 PARTS = ("gfdm", "gidm", "projector", "video_former", "adapter")
 
@@ -54,6 +54,7 @@ class DeFI(nn.Module):
         self.feature_norm = Standardize(gfdm.feature_dim) if standardize else nn.Identity()
         self.goal_norm = Standardize(goal.pooled_dim, sparing=1) if standardize else nn.Identity()
         self.projector = projector(gfdm.feature_dim, gidm.embed_dim)
+        self.sees_now = self.projector.sees_now or bool(fuse_grid and fuse_now)
         self.video_former = video_former(gfdm.feature_dim, gfdm.num_frames, len(self.views), tokens=gfdm.num_tokens)
         pairs = len(self.pairs_of) * len(self.pair_frames)
         streams = {"video": (self.video_former.num_tokens, self.video_former.dim), "latent": (pairs * gidm.num_actions, gidm.embed_dim)}
@@ -61,7 +62,7 @@ class DeFI(nn.Module):
             streams["future"] = (len(self.views) * len(self.pair_frames) * fuse_grid**2, gidm.embed_dim)
         if fuse_grid and fuse_now:
             streams["now"] = (len(self.views) * fuse_grid**2, gidm.embed_dim)
-        self.adapter = adapter(streams, goal.pooled_dim)
+        self.adapter = adapter({name: size for name, size in streams.items() if size[0]}, goal.pooled_dim)
         self.set_trainable(trainable)
 
     def set_trainable(self, names: Sequence[str]) -> None:
@@ -85,6 +86,11 @@ class DeFI(nn.Module):
             if name not in self.trainable:
                 getattr(self, name).eval()
         return self
+
+    @property
+    def device(self) -> torch.device:
+        """Where the policy computes."""
+        return next(self.adapter.parameters()).device
 
     def forward(self, batch: PolicyBatch) -> dict[str, Tensor]:
         """The training loss: action denoising, the inverse model's bottleneck, and alignment where it is on."""
@@ -116,7 +122,7 @@ class DeFI(nn.Module):
     def precompute(self, views: dict[str, Tensor], text: list[str], futures: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
         """What the frozen parts say, in fp16, to be handed back as PolicyBatch["frozen"].
 
-        now (B, V, N, E), features (B, V, F, L, C) and, with alignment, target (B, V, P, N, E).
+        features (B, V, F, L, C), where the present is real now (B, V, N, E), and with alignment target (B, V, P, N, E).
         """
         if "gfdm" in self.trainable:
             raise ValueError("the forward model is trained, so its features change and cannot be precomputed; set cache=false")
@@ -137,9 +143,9 @@ class DeFI(nn.Module):
             images = torch.zeros_like(images)
         low = self.frozen_precision == "bf16" or self.frozen_precision == "auto" and bf16_pays(images.device)
         with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=low):
-            features = self._imagine(images, list(text) * count)
-            now = self.gidm.embed((images + 1) / 2)
-        seen = {"now": _by_view(now, count), "features": _by_view(features, count)}
+            seen = {"features": _by_view(self._imagine(images, list(text) * count), count)}
+            if self.sees_now:
+                seen["now"] = _by_view(self.gidm.embed((images + 1) / 2), count)
         if self.alignment_weight:
             if futures is None:
                 raise ValueError("alignment_weight needs the true future frames; set data.future_offsets to the steps that pair_frames lie ahead")
@@ -155,19 +161,20 @@ class DeFI(nn.Module):
 
     def _infer(self, frozen: dict[str, Tensor], text: list[str]) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
         """From what was seen to the adapter's streams, and the losses and metrics met on the way."""
-        parameter = next(self.projector.parameters())
-        device = parameter.device
-        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else parameter.dtype
-        now, features = (frozen[name].to(device, dtype) for name in ("now", "features"))
-        features = self.feature_norm(features)
-        seen = match_grid(self.projector(features[:, :, self.pair_frames]), now.shape[2])  # (B, V, P, N, E)
-        future, present = seen[:, self.pairs_of], now[:, self.pairs_of, None]
+        device = self.device
+        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else next(self.adapter.parameters()).dtype
+        now = frozen["now"].to(device, dtype) if self.sees_now else None
+        features = self.feature_norm(frozen["features"].to(device, dtype))
+        present, seen = self.projector.pair(features, self.pair_frames, self.gidm.num_tokens, now)  # (B, V, P, N, E)
+        present, future = present[:, self.pairs_of], seen[:, self.pairs_of]
         pairs = future.shape[:3]
         repeats = pairs[1] * pairs[2]
         texts = [sentence for sentence in text for _ in range(repeats)]
         latent = self.gidm.infer(present.expand_as(future).flatten(0, 2), future.flatten(0, 2), texts)
         tokens = self.gidm.lift(latent.quantized)  # (B*V*P, K, E)
-        streams = {"video": self.video_former(features), "latent": tokens.unflatten(0, (len(text), repeats)).flatten(1, 2)}
+        streams = {"video": self.video_former(features)}
+        if self.gidm.num_actions:
+            streams["latent"] = tokens.unflatten(0, (len(text), repeats)).flatten(1, 2)
         if self.fuse_grid:
             streams["future"] = pool_grid(seen, self.fuse_grid).flatten(1, 3)
         if self.fuse_grid and self.fuse_now:

@@ -4,12 +4,15 @@ from __future__ import annotations
 import logging
 import zlib
 from collections import deque
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import yaml
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
 
 from common import artifact
 from common.calvin_format import KEYS
@@ -18,6 +21,8 @@ from common.video import resize
 from step3_defi.model import DeFI
 
 log = logging.getLogger(__name__)
+PARENTS = ("gfdm", "gidm")
+INSIDE = "parents"  # where a policy's folder may hold them, so that it is whole; one of artifact.BESIDE
 
 
 class DeFIPolicy:
@@ -32,13 +37,34 @@ class DeFIPolicy:
         if not 1 <= execute <= model.adapter.horizon:
             raise ValueError(f"execute={execute}: the policy plans {model.adapter.horizon} actions")
         self.model, self.execute, self.seed = model.eval(), execute, seed
+        self.origin: Path | None = None  # the artifact it came from, and where its parents were
+        self.moved: dict[str, str] = {}
         encode_alone(self.model)
         self.reset()
 
+    @classmethod
+    def from_pretrained(cls, source: str | Path, **options: Any) -> DeFIPolicy:
+        """A folder or a hub id -> the policy; options as of `load`."""
+        return load(source, **options)
+
+    def save_pretrained(self, folder: str | Path, *, with_parents: bool = True) -> Path:
+        """Write the policy as an artifact that from_pretrained opens anywhere, its weights as they are now.
+
+        Forward and inverse models come along in `parents/` (some GB at full scale) unless `with_parents` is false; the frozen
+        CLIP, T5, DINOv2 and SVD stay named by their paths. ValueError: the policy did not come from an artifact.
+        """
+        if self.origin is None:
+            raise ValueError("this policy was not loaded from an artifact, so nothing says how to build it; see common.artifact.save")
+        folder = Path(folder)
+        record = artifact.meta(self.origin, "defi")
+        config = yaml.safe_load((self.origin / "config.yaml").read_text())
+        for key, place in self.moved.items() if with_parents else ():
+            artifact.copy(place, folder / INSIDE / key.removesuffix(".path"))
+        return artifact.save(self.model, folder, kind="defi", config=config, step=record["step"], parents=record["parents"], stats=record["stats"])
+
     def plan(self, observations: list[dict], instructions: list[str]) -> np.ndarray:
         """CALVIN observations and a sentence each -> (B, A, 7) float32 actions in [-1, 1], the gripper's exactly -1 or 1."""
-        device = next(self.model.projector.parameters()).device
-        views = {view: self._images(observations, KEYS[view]).to(device) for view in self.model.views}
+        views = {view: self._images(observations, KEYS[view]).to(self.model.device) for view in self.model.views}
         seeds = [self._noise_seed(o) for o in observations]
         actions = self.model.sample(views, list(instructions), seed=seeds).float().cpu().numpy().clip(-1, 1)
         actions[..., 6] = np.where(actions[..., 6] > 0, 1.0, -1.0)
@@ -69,27 +95,56 @@ class DeFIPolicy:
         return resize(np.stack([o["rgb_obs"][key] for o in observations]), self.model.image_size) * 2 - 1
 
 
-def load(folder: str | Path, *, execute: int = 10, seed: int = 0, device: str | torch.device = "cpu",
-         overrides: dict[str, Any] | None = None) -> DeFIPolicy:
-    """The policy of a DeFI artifact. Its parents are found by recorded path, or beside it, and checked by their hash."""
-    moved = find_parents(folder)
+def load(source: str | Path, *, execute: int = 10, seed: int = 0, device: str | torch.device = "cpu",
+         overrides: dict[str, Any] | None = None, gfdm: str | Path | None = None, gidm: str | Path | None = None) -> DeFIPolicy:
+    """The policy of a DeFI artifact, a folder or a hub id.
+
+    Its parents are found where `gfdm` and `gidm` say (folders or hub ids), else inside it, by recorded path, or beside it, and
+    checked by their hash. `overrides` are keys of its config, for instance {"goal.path": "openai/clip-vit-base-patch32"}.
+    """
+    folder = fetched(source)
+    given = {name: fetched(place) for name, place in (("gfdm", gfdm), ("gidm", gidm)) if place is not None}
+    moved = find_parents(folder, given)
     model = artifact.load(folder, "defi", {**moved, **(overrides or {})})
-    return DeFIPolicy(model.to(device), execute=execute, seed=seed)
+    policy = DeFIPolicy(model.to(device), execute=execute, seed=seed)
+    policy.origin, policy.moved = folder, moved
+    return policy
 
 
-def find_parents(folder: str | Path) -> dict[str, str]:
+def fetched(source: str | Path) -> Path:
+    """An artifact's folder: `source` itself, or the download of a hub id such as user/policy."""
+    if Path(source).is_dir():
+        return Path(source)
+    try:
+        return Path(snapshot_download(str(source)))
+    except (HFValidationError, OSError) as error:  # OSError: what huggingface_hub raises of a hub that is away or knows no such id
+        reason = str(error).strip().splitlines()[0]
+        raise artifact.ArtifactError(f"{source}: neither a folder nor a hub id that can be fetched ({reason})") from error
+
+
+def parents(config: dict[str, Any]) -> dict[str, str]:
+    """Part -> sha256 of the artifact that it comes from; parts built from scratch have none."""
+    return {name: artifact.sha256(config[name]["path"]) for name in PARENTS if config[name]["_target_"] == "common.artifact.load"}
+
+
+def find_parents(folder: str | Path, given: Mapping[str, Path] | None = None) -> dict[str, str]:
     """Overrides that point an artifact's config at its parents, after checking that they are the ones it was trained with."""
-    folder = Path(folder)
+    folder, given = Path(folder), given or {}
     known = artifact.meta(folder, "defi")["parents"]
     config = yaml.safe_load((folder / "config.yaml").read_text())
+    if strangers := sorted(given.keys() - known.keys()):
+        raise artifact.ArtifactError(f"{folder}: its {' and '.join(strangers)} is no artifact and cannot be given; "
+                                     f"it is built from its own config: override {strangers[0]}.<key>")
     overrides = {}
     for name, sha in known.items():
         recorded = Path(config[name]["path"])
         # a whole ckpts/ tree may have been moved: <tree>/defi/<run> and <tree>/gfdm/<run>
-        places = [recorded, folder.resolve().parent.parent / name / recorded.name]
+        beside = folder.resolve().parent.parent / name / recorded.name
+        places = [given[name]] if name in given else [folder / INSIDE / name, recorded, beside]
         place = next((p for p in places if (p / "meta.json").is_file()), None)
         if place is None:
-            raise artifact.ArtifactError(f"{folder}: its {name} is neither in {places[0]} nor in {places[1]}; copy it there or train it again")
+            raise artifact.ArtifactError(f"{folder}: its {name} is neither in {recorded} nor in {beside}; copy it there or train it again"
+                                         if name not in given else f"{given[name]}: no artifact here (meta.json is missing), so no {name}")
         if artifact.sha256(place) != sha:
             raise artifact.ArtifactError(f"{folder}: {place} is not the {name} that this policy was trained with (sha256 {sha[:12]} expected); "
                                          f"bring back the old one or train the policy again")

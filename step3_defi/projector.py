@@ -1,6 +1,8 @@
 """Projector: features of imagined frames, put on one scale, onto the input manifold of the inverse model (Sec. 3.3)."""
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -45,6 +47,8 @@ class Projector(nn.Module):
     `norm` ends in a LayerNorm, as the DINOv2 tokens that it stands in for do. The released code has none.
     """
 
+    sees_now = True  # the present of a pair is DINOv2's view of the observation
+
     def __init__(self, feature_dim: int, out_dim: int, *, norm: bool = True) -> None:
         super().__init__()
         self.fc1 = nn.Linear(feature_dim, out_dim)
@@ -54,6 +58,32 @@ class Projector(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """(..., feature_dim) -> (..., out_dim)."""
         return self.norm(self.fc2(F.gelu(self.fc1(features))))
+
+    def pair(self, features: Tensor, frames: Sequence[int], tokens: int, now: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Two moments for the inverse model, on its grid of N = `tokens`: the present and every one of the P imagined `frames`.
+
+        features (B, V, F, L, feature_dim), now (B, V, N, out_dim) -> present (B, V, 1, N, out_dim), futures (B, V, P, N, out_dim).
+        """
+        return now[:, :, None], match_grid(self(features[:, :, list(frames)]), tokens)
+
+
+class ImaginedPresent(Projector):
+    """The release's: the present, too, is an imagined frame, number `present`, and learned codes tell the two moments apart.
+
+    DINOv2 is never asked, so the inverse model works on features that it was not pretrained on (official release, Step 3).
+    """
+
+    sees_now = False
+
+    def __init__(self, feature_dim: int, out_dim: int, *, present: int = 0, norm: bool = False) -> None:
+        super().__init__(feature_dim, out_dim, norm=norm)
+        self.present = present
+        self.moments = nn.Parameter(torch.randn(2, 1, out_dim))
+
+    def pair(self, features: Tensor, frames: Sequence[int], tokens: int, now: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """As Projector.pair; `now` is not read."""
+        seen = match_grid(self(features[:, :, [self.present, *frames]]), tokens)
+        return seen[:, :, :1] + self.moments[0], seen[:, :, 1:] + self.moments[1]
 
 
 def match_grid(tokens: Tensor, count: int) -> Tensor:

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from common import artifact
 from common.program import program
-from step3_defi import features
+from step3_defi import features, policy
 from step3_defi.model import DeFI
 
 log = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ def main(cfg: DictConfig) -> None:
     loop = instantiate(cfg.loop, output_dir=cfg.output_dir, seed=cfg.seed)
     model = loop.fit(model, sets["train"], sets["val"])
     if loop.accelerator.is_main_process:
-        artifact.save(model, cfg.output_dir, kind="defi", config=config, step=loop.step, parents=parents(config), stats=stats)
+        artifact.save(model, cfg.output_dir, kind="defi", config=config, step=loop.step, parents=policy.parents(config), stats=stats)
         log.info("results in %s", cfg.output_dir)
 
 
@@ -41,15 +41,11 @@ def _cache(sets: dict[str, Any], model: DeFI, config: dict[str, Any], folder: Pa
     """Every set behind its cache. One process builds; the others wait and open it."""
     state = PartialState()
     model.to(state.device)
-    known = parents(config)
-    sources = {name: known.get(name) or repr(config[name]) for name in ("gfdm", "gidm")}
+    known = policy.parents(config)
+    sources = {name: known[name] + (repr(config[name]["overrides"]) if config[name].get("overrides") else "") if name in known
+               else repr(config[name]) for name in ("gfdm", "gidm")}
     with state.main_process_first():
         return {split: features.cached(windows, model, folder, parents=sources) for split, windows in sets.items()}
-
-
-def parents(config: dict[str, Any]) -> dict[str, str]:
-    """Part -> sha256 of the artifact that it comes from; parts built from scratch have none."""
-    return {name: artifact.sha256(config[name]["path"]) for name in ("gfdm", "gidm") if config[name]["_target_"] == "common.artifact.load"}
 
 
 def action_stats(actions: Any) -> dict[str, list[float]]:

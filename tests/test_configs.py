@@ -31,6 +31,8 @@ CHANGES = {  # row -> the only subtrees it may touch, besides its name
     "gidm/t8_binning": {"gidm.quantizer"},
     "gidm/t8_continuous": {"gidm.quantizer"},
     "defi/blind": {"policy.blind"},
+    "defi/official": {"policy", "loop"},
+    "defi/vpp": {"policy", "loop"},
     "defi/t1_third_view": {"policy.views", "data.views"},
     "defi/t4_gfdm_no_pretrain": {"policy.gfdm"},
     "defi/t4_gidm_no_pretrain": {"policy.gidm"},
@@ -81,6 +83,19 @@ def test_row_changes_only_what_it_claims(row):
     touched = {k for k in base.keys() | changed.keys() if base.get(k) != changed.get(k)} - {"name", "output_dir"}
     assert touched, "the row must change something"
     assert not {k for k in touched if not any(k == a or k.startswith(a + ".") for a in CHANGES[row])}
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("choice", ["policy=official", "policy=vpp", "experiment=defi/official", "experiment=defi/vpp"])
+def test_published_policies_compose_at_every_scale(choice, scale):
+    cfg = resolved("step3_defi", choice, f"scale={scale}")
+    policy = cfg["policy"]
+    assert policy["adapter"]["_target_"] == "step3_defi.vpp_adapter.VPPAdapter" and "summary" not in policy["adapter"] and not policy["fuse_grid"]
+    assert policy["edm"]["sample_sigma_min"] == 1.0 and policy["pair_views"] == ["static"] and not policy["standardize"]
+    assert policy["gfdm"]["overrides"] == {"fps": 4} and policy["gidm"].get("overrides", {"clean_text": False}) == {"clean_text": False}
+    assert cfg["loop"]["optimizer"].get("betas") == ([0.9, 0.9] if choice.startswith("experiment") else None)
+    for target in set(targets(cfg)):
+        assert get_object(target)
 
 
 def test_every_row_is_claimed():

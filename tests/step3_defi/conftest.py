@@ -5,8 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
 
-from tests.step3_defi.parts import write_calvin
+from common import artifact
+from tests.step3_defi.parts import PARENT_CONFIGS, configure, write_calvin
 
 
 @pytest.fixture
@@ -19,3 +22,17 @@ def calvin(tmp_path: Path) -> Path:
 def _one_thread() -> None:
     """These models are so small that a second thread only waits."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def tree(hub: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """ckpts/ with stand-ins and both parents untrained, data/ with a small dataset."""
+    root = tmp_path_factory.mktemp("tree")
+    (root / "ckpts/hub").mkdir(parents=True)
+    (root / "ckpts/hub/tiny").symlink_to(hub)
+    for kind, program in PARENT_CONFIGS.items():
+        config = OmegaConf.to_container(configure(program, f"paths.ckpts={root}/ckpts")[kind], resolve=True)
+        own = {"svd": artifact.HERE} if kind == "gfdm" else {}
+        artifact.save(instantiate(config), root / f"ckpts/{kind}/tiny", kind=kind, config={**config, **own})
+    write_calvin(root / "data/demonstrations")
+    return root

@@ -7,9 +7,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from common.contracts import LatentAction
+from common.program import CONFIGS
 from step3_defi.adapter import ActionAdapter
 from step3_defi.edm import EDM
 from step3_defi.model import DeFI
@@ -17,6 +20,13 @@ from step3_defi.projector import Projector
 from step3_defi.video_former import VideoFormer
 
 SENTENCES = ["push the red block", "open the drawer"]
+PARENT_CONFIGS = {"gfdm": "step1_gfdm", "gidm": "step2_gidm"}
+
+
+def configure(name: str, *overrides: str) -> DictConfig:
+    """A program's config at the smallest scale."""
+    with initialize_config_dir(CONFIGS, version_base=None):
+        return compose(name, ["scale=tiny", *overrides])
 
 
 def write_calvin(root: Path, *, recordings: int = 4, length: int = 40, first: int = 100) -> Path:

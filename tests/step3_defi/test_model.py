@@ -1,17 +1,23 @@
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
+from torch import nn
 
 from common.frozen import clip_text, dinov2
 from step1_gfdm import DinoFuture
 from step3_defi.edm import EDM
-from step3_defi.model import PARTS
+from step3_defi.model import PARTS, DeFI
+from step3_defi.projector import ImaginedPresent
+from step3_defi.vpp import NoInverse, NoProjector
+from step3_defi.vpp_adapter import VPPAdapter
 from tests.step3_defi.parts import FakeGFDM, FakeGIDM, FakeGoal, build, make_batch, wake
 
 CONFIGS = str(Path(__file__).resolve().parents[2] / "configs")
@@ -92,6 +98,40 @@ def test_pairs_of_one_view_leave_the_future_of_all_views_to_the_adapter() -> Non
     _, after, _ = one.eval()._infer(seen, batch["text"])
     assert not torch.allclose(before["future"], after["future"])
     assert one(batch)["loss"].isfinite()
+
+
+SMALL_VPP = {"adapter": partial(VPPAdapter, dim=16, encoder_layers=1, decoder_layers=1, heads=2, attention_dropout=0.0, residual_dropout=0.0,
+                                mlp_dropout=0.0), "fuse_grid": 0, "standardize": False, "pair_frames": (2,), "pair_views": ["static"]}
+
+
+def test_an_imagined_present_reads_frames_0_and_5_of_one_view_and_no_dinov2() -> None:
+    model, batch = build(projector=ImaginedPresent, **SMALL_VPP), make_batch()
+    model.gidm.embed = None  # nobody calls it
+    seen = model.precompute(batch["views"], batch["text"])
+    assert seen.keys() == {"features"}
+    features = seen["features"].float().requires_grad_()
+    _, streams, _ = model._infer({"features": features}, batch["text"])
+    gradient, = torch.autograd.grad(streams["latent"].sum(), features)
+    touched = gradient.abs().sum((0, 3, 4)) > 0  # (V, F)
+    assert touched.tolist() == [[True, False, True, False], [False] * 4]
+    torch.manual_seed(0)
+    direct = model(batch)
+    torch.manual_seed(0)
+    assert torch.allclose(direct["loss"], model({**batch, "frozen": seen})["loss"], rtol=2e-3)
+    direct["loss"].backward()
+    assert all(p.grad is not None for name, p in model.named_parameters() if p.requires_grad)
+    assert model.projector.moments.grad.abs().sum((1, 2)).min() > 0
+
+
+def test_without_an_inverse_model_video_tokens_are_all_there_is() -> None:
+    model, batch = build(gidm=NoInverse(), projector=NoProjector, **SMALL_VPP), make_batch()
+    out = model(batch)
+    assert model.adapter.streams.keys() == {"video"} and out["bottleneck_loss"] == 0 and "codes_used" not in out
+    out["loss"].backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    assert model.eval().sample(batch["views"], batch["text"]).shape == (3, 10, 7)
+    with pytest.raises(ValueError, match="no inverse model"):
+        build(gidm=NoInverse(), projector=NoProjector, **SMALL_VPP, alignment_weight=1.0)(make_batch(futures=1))
 
 
 def test_cache_equals_no_cache() -> None:
@@ -208,15 +248,47 @@ def test_it_learns_what_pictures_tell() -> None:
     assert (actions.mean((1, 2)) - levels).abs().max() < 0.35
 
 
-def test_full_scale_builds_to_the_papers_sizes() -> None:
-    """Parents of full width, everything else from the configuration (Table 10); nothing is allocated."""
+def full_scale(gidm: nn.Module | None, *overrides: str) -> DeFI:
+    """Parents of full width, everything else from the configuration; nothing is allocated. No `gidm`: the configuration's."""
     with initialize_config_dir(CONFIGS, version_base=None):
-        policy = OmegaConf.to_container(compose("step3_defi").policy, resolve=True)
-    gfdm, gidm, goal = FakeGFDM(), FakeGIDM(), FakeGoal()
-    gfdm.feature_dim, gfdm.num_frames, gfdm.num_tokens = 2560, 16, 256
-    gidm.embed_dim, gidm.num_actions, goal.pooled_dim = 768, 4, 512
+        policy = OmegaConf.to_container(compose("step3_defi", list(overrides)).policy, resolve=True)
+    gfdm, goal = FakeGFDM(), FakeGoal()
+    gfdm.feature_dim, gfdm.num_frames, gfdm.num_tokens, goal.pooled_dim = 2560, 16, 256, 512
     with torch.device("meta"):
-        model = instantiate({**policy, "gfdm": None, "gidm": None, "goal": None, "_partial_": True})(gfdm=gfdm, gidm=gidm, goal=goal)
+        gidm = gidm or instantiate(policy["gidm"])
+        return instantiate({**policy, "gfdm": None, "gidm": None, "goal": None, "_partial_": True})(gfdm=gfdm, gidm=gidm, goal=goal)
+
+
+def size(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+@pytest.mark.parametrize("row", ["policy=official", "experiment=defi/official"])
+def test_official_has_the_releases_sizes(row: str) -> None:
+    """156.84 M numbers learn (facts 4.3)."""
+    with initialize_config_dir(CONFIGS, version_base=None):
+        config = OmegaConf.to_container(compose("step2_gidm", ["gidm=official"]).gidm, resolve=True)
+    eyes = SimpleNamespace(dim=768, num_tokens=256)
+    with torch.device("meta"):
+        gidm = instantiate({**config, "vision": None, "text": None, "_partial_": True})(vision=eyes, text=eyes)
+    model = full_scale(gidm, row)
+    assert round(size(model.gidm) / 1e6, 2) == 114.75 and size(model.video_former) == 17_713_536 and size(model.projector) == 2_557_440 + 2 * 768
+    assert round(sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6, 2) == 156.84
+    assert model.pair_frames == (5,) and model.pairs_of == [0] and model.adapter.streams.keys() == {"video", "latent"} and not model.sees_now
+
+
+@pytest.mark.parametrize("row", ["policy=vpp", "experiment=defi/vpp"])
+def test_vpp_has_its_own_sizes(row: str) -> None:
+    model = full_scale(None, row)
+    assert size(model.video_former) == 17_713_536 and size(model.adapter) == 22_602_631 - 1_081_728
+    assert size(model) == size(model.video_former) + size(model.adapter)
+
+
+def test_full_scale_builds_to_the_papers_sizes() -> None:
+    """Table 10."""
+    gidm = FakeGIDM()
+    gidm.embed_dim, gidm.num_actions = 768, 4
+    model = full_scale(gidm)
     counts = {name: sum(p.numel() for p in getattr(model, name).parameters()) for name in ("projector", "video_former", "adapter")}
     assert counts["projector"] == 2_557_440 + 2 * 768 and counts["video_former"] == 17_713_536 + 2 * 384 + 6 * 2 * 384
     assert counts["adapter"] == pytest.approx(40.9e6, rel=0.02) and len(model.adapter.blocks) == 12 and model.adapter.order.shape == (10, 384)

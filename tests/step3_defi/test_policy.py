@@ -5,6 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
+from safetensors.torch import load_file
 from torch import nn
 
 from common import artifact
@@ -100,3 +102,59 @@ def test_missing_and_foreign_parents_are_named(tmp_path: Path) -> None:
         policy.load(folder)
     with pytest.raises(artifact.ArtifactError, match="'gidm' artifact"):
         policy.load(tmp_path / "gidm/p")
+
+
+def loadable(root: Path) -> DeFIPolicy:
+    """A policy of the tree above as `load` would have made it, over a model whose weights can be told apart."""
+    robot = ready()
+    robot.origin, robot.moved = root / "defi/x", policy.find_parents(root / "defi/x")
+    return robot
+
+
+def test_a_saved_policy_is_whole_and_an_artifact(tmp_path: Path) -> None:
+    make_tree(tmp_path / "a")
+    (tmp_path / "a/gfdm/p/resume").mkdir()
+    (tmp_path / "a/gfdm/p/resume/state.safetensors").write_bytes(b"x")
+    robot = loadable(tmp_path / "a")
+    nn.init.constant_(robot.model.adapter.out.bias, 0.25)
+    saved = robot.save_pretrained(tmp_path / "elsewhere/whole")
+    (tmp_path / "a").rename(tmp_path / "gone")
+    assert policy.find_parents(saved) == {f"{name}.path": str(saved / "parents" / name) for name in ("gfdm", "gidm")}
+    assert load_file(saved / "weights.safetensors")["adapter.out.bias"].eq(0.25).all() and not (saved / "parents/gfdm/resume").exists()
+    robot.moved, robot.origin = policy.find_parents(saved), saved
+    assert artifact.sha256(robot.save_pretrained(tmp_path / "alone", with_parents=False)) == artifact.sha256(saved), "parents are no part of its identity"
+    assert not (tmp_path / "alone/parents").exists() and artifact.sha256(robot.save_pretrained(saved)) == artifact.sha256(saved)
+
+
+def test_a_policy_that_came_from_nowhere_cannot_be_saved(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="not loaded from an artifact"):
+        ready().save_pretrained(tmp_path)
+
+
+def test_hub_ids_are_fetched_for_policy_and_parents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_tree(tmp_path)
+    (tmp_path / "gfdm").rename(tmp_path / "away")
+    hub = {"lab/policy": folder, "lab/gfdm": tmp_path / "away/p"}
+    monkeypatch.setattr(policy, "snapshot_download", lambda name: str(hub[name]))
+    model, asked = build(), []
+    monkeypatch.setattr(artifact, "load", lambda folder, kind, overrides: asked.append((Path(folder), overrides)) or model)
+    robot = DeFIPolicy.from_pretrained("lab/policy", gfdm="lab/gfdm", overrides={"goal.path": "lab/clip"}, execute=4)
+    assert asked == [(folder, {"gfdm.path": str(tmp_path / "away/p"), "gidm.path": str(tmp_path / "gidm/p"), "goal.path": "lab/clip"})]
+    assert robot.execute == 4 and robot.origin == folder
+    with pytest.raises(artifact.ArtifactError, match="its gfdm is neither"):
+        DeFIPolicy.from_pretrained("lab/policy")
+
+
+def test_what_is_neither_folder_nor_id_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def away(name: str) -> str:
+        raise LocalEntryNotFoundError("the hub is away\nand more")
+
+    with pytest.raises(artifact.ArtifactError, match="a/b/c: neither a folder nor a hub id") as caught:
+        DeFIPolicy.from_pretrained("a/b/c")
+    assert "\n" not in str(caught.value)
+    monkeypatch.setattr(policy, "snapshot_download", away)
+    with pytest.raises(artifact.ArtifactError, match=r"lab/policy: .*\(the hub is away\)$"):
+        policy.load("lab/policy")
+    with pytest.raises(artifact.ArtifactError, match="its gfdm is no artifact"):
+        artifact.save(Half(), tmp_path / "x", kind="defi", config={"gfdm": {"svd": "y"}})
+        policy.load(tmp_path / "x", gfdm=tmp_path)

@@ -6,36 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 from common import artifact
-from common.program import CONFIGS
 from step3_defi import DeFI, policy, train
-from tests.step3_defi.parts import write_calvin
-
-PARENT_CONFIGS = {"gfdm": "step1_gfdm", "gidm": "step2_gidm"}
-
-
-def configure(name: str, *overrides: str) -> DictConfig:
-    with initialize_config_dir(CONFIGS, version_base=None):
-        return compose(name, ["scale=tiny", *overrides])
-
-
-@pytest.fixture(scope="module")
-def tree(hub: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """ckpts/ with stand-ins and both parents untrained, data/ with a small dataset."""
-    root = tmp_path_factory.mktemp("tree")
-    (root / "ckpts/hub").mkdir(parents=True)
-    (root / "ckpts/hub/tiny").symlink_to(hub)
-    for kind, program in PARENT_CONFIGS.items():
-        config = OmegaConf.to_container(configure(program, f"paths.ckpts={root}/ckpts")[kind], resolve=True)
-        own = {"svd": artifact.HERE} if kind == "gfdm" else {}
-        artifact.save(instantiate(config), root / f"ckpts/{kind}/tiny", kind=kind, config={**config, **own})
-    write_calvin(root / "data/demonstrations")
-    return root
+from step3_defi.vpp_adapter import VPPAdapter
+from tests.step3_defi.parts import PARENT_CONFIGS, configure
 
 
 def run(tree: Path, name: str, *overrides: str) -> Path:
@@ -46,7 +24,7 @@ def run(tree: Path, name: str, *overrides: str) -> Path:
     return tree / "ckpts/defi" / name
 
 
-def test_trains_saves_and_acts(tree: Path) -> None:
+def test_trains_saves_and_acts(tree: Path, tmp_path: Path) -> None:
     folder = run(tree, "first")
     meta = artifact.meta(folder, "defi")
     assert meta["step"] == 3 and meta["parents"] == {kind: artifact.sha256(tree / f"ckpts/{kind}/tiny") for kind in PARENT_CONFIGS}
@@ -59,6 +37,10 @@ def test_trains_saves_and_acts(tree: Path) -> None:
             "robot_obs": np.zeros(15)}
     both = robot.plan([seen, seen], ["open the drawer", "close the drawer"])
     assert both.shape == (2, 10, 7) and np.allclose(both[:1], robot.plan([seen], ["open the drawer"]), atol=1e-3)
+    whole = robot.save_pretrained(tmp_path / "whole")
+    again = policy.DeFIPolicy.from_pretrained(whole, execute=5)
+    assert again.moved == {f"{kind}.path": str(whole / "parents" / kind) for kind in PARENT_CONFIGS}
+    assert np.array_equal(again.plan([seen, seen], ["open the drawer", "close the drawer"]), both)
 
 
 def test_cache_changes_nothing_but_speed(tree: Path) -> None:
@@ -75,6 +57,27 @@ def test_rows_train_and_load(tree: Path, row: str) -> None:
     assert model.blind == (row == "blind") and model.views == (("static",) if row == "t1_third_view" else ("static", "gripper"))
     gfdm = model.gfdm if row == "t9_all" else model.gfdm.module
     assert gfdm.denoise_steps == (5 if row == "t6_five_steps" else 1)
+
+
+@pytest.mark.parametrize("row", ["official", "vpp"])
+def test_published_policies_train_and_load(tree: Path, row: str) -> None:
+    """Two steps of the row, and as many of its policy under the recipe of the scale, with its cache."""
+    gidm = [f"policy.gidm.path={tree}/ckpts/gidm/tiny"] if row == "official" else []
+    model = policy.load(run(tree, row, f"experiment=defi/{row}", f"policy.gfdm.path={tree}/ckpts/gfdm/tiny", *gidm, "loop.max_steps=2")).model
+    assert isinstance(model.adapter, VPPAdapter) and model.gfdm.module._time_ids[0, 0] == 4
+    assert row == "vpp" or not model.gidm.clean_text
+    policy.load(run(tree, f"{row}_cached", f"policy={row}", "cache=true", "loop.max_steps=2", "loop.precision=no"))
+
+
+def test_caches_of_other_looks_are_not_mixed_up(tree: Path) -> None:
+    """Neither overrides of a parent nor a policy that never looks at the present may read another's features."""
+    folder = [f"cache_dir={tree}/looks", "cache=true", "loop.max_steps=1"]
+    run(tree, "looks", *folder)
+    run(tree, "looks_again", *folder)
+    assert len([p for p in (tree / "looks").iterdir() if p.is_dir()]) == 2  # training and validation
+    run(tree, "looks_4_fps", *folder, "+policy.gfdm.overrides.fps=4")
+    run(tree, "looks_ahead", *folder, "policy=official")
+    assert len([p for p in (tree / "looks").iterdir() if p.is_dir()]) == 6
 
 
 def test_every_trained_parameter_gets_a_gradient(tree: Path) -> None:
