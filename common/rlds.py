@@ -157,7 +157,7 @@ def decode(image: bytes | np.ndarray, what: str) -> np.ndarray:
     """An image as stored -> (H, W, 3) uint8. Raises RldsError, which calls it `what`."""
     if not isinstance(image, np.ndarray):
         try:
-            return np.asarray(Image.open(io.BytesIO(image)).convert("RGB"))
+            return np.array(Image.open(io.BytesIO(image)).convert("RGB"))
         except (OSError, SyntaxError, TypeError, Image.DecompressionBombError) as error:  # SyntaxError: what PIL calls a broken PNG
             raise RldsError(f"{what} is not a readable image ({_line(error)})") from error
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
@@ -212,8 +212,9 @@ class Rlds:
         if record >= len(file):
             raise RldsError(f"{file.path}: holds {len(file)} records, dataset_info.json promises more; download it again")
         features, decoders = _features(str(self.folder))
+        payload = file[record]
         try:
-            return Episode(id, features.deserialize_example_np(file[record], decoders=decoders)["steps"])
+            return Episode(id, features.deserialize_example_np(payload, decoders=decoders)["steps"])
         except (DecodeError, AttributeError, KeyError, ValueError) as error:
             raise RldsError(f"{id} in {file.path} does not decode as features.json says ({_line(error)})") from error
 
