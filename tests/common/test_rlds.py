@@ -234,6 +234,7 @@ def test_damaged_array_record(toy: Path, tmp_path: Path, monkeypatch: pytest.Mon
     path.unlink()
     with pytest.raises(RldsError, match="no such shard"):
         ArrayRecordFile(path)[0]
+    path.write_bytes(whole)
     monkeypatch.setitem(sys.modules, "array_record.python.array_record_module", None)
     with pytest.raises(RldsError, match="needs the package array-record"):
         Rlds(copy)[2]

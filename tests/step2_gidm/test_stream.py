@@ -121,7 +121,7 @@ def test_sets_come_by_weight_and_episodes_all_once_before_any_again(tmp_path: Pa
     for which, count in ((0, EPISODES), (1, 4)):
         episodes = [by_draw[which][draw] for draw in range(len(by_draw[which]))]  # none is left out over three epochs
         passes = [episodes[i:i + count] for i in range(0, len(episodes) - count, count)]
-        assert all(sorted(one) == list(range(count)) for one in passes) and passes[0] != passes[1]
+        assert all(sorted(one) == list(range(count)) for one in passes) and len(set(map(tuple, passes))) > 15, "in another order each time"
 
 
 def test_plan_holds_two_epochs_and_can_look_back(toy: Path) -> None:
@@ -200,8 +200,8 @@ class Grey(nn.Module):
 
 
 def run(folder: Path, samples: Stream, *, stop: int | None = None, workers: int = 2) -> nn.Module:
-    trainer = Loop(output_dir=str(folder), max_steps=9, batch_size=3, optimizer={"lr": 1e-2}, log_every=1, save_every=None, num_workers=workers, seed=5,
-                   max_bad_share=0.9)
+    trainer = Loop(output_dir=str(folder), max_steps=9, batch_size=3, optimizer={"lr": 1e-2, "weight_decay": 0.0}, log_every=1, save_every=None,
+                   num_workers=workers, seed=5, max_bad_share=0.9)
     if stop:
         trainer._everyone_stops = lambda: trainer.progress.step == stop
     return trainer.fit(Grey(), samples)
