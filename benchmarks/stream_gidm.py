@@ -4,7 +4,7 @@
         [times=50] [joined=10] [pairs=4000] [block=512] [per_episode=8] [image_size=224] [buffer_gb=0.25] [rounds=3] [workers=0]
 
 The set is read as it is and with every shard `times` times; and both again with `joined` episodes in one record, since published sets have
-records of 5 to 30 MB. Every reading is a process of its own (memory: its highest resident size). A round reads with all of them in turn;
+records of 5 to 30 MB. Every reading is a process of its own, forked (memory: its highest resident size). A round reads with all of them in turn;
 ratios are of the same round.
 """
 from __future__ import annotations
@@ -97,7 +97,7 @@ def main() -> None:
             arms["video, random access"] = ({"set": {"video": options.video, "fps": options.video_fps}}, False)
         for _ in tqdm(range(options.rounds), desc="rounds"):
             for name, (sets, stream) in arms.items():
-                with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+                with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork")) as pool:
                     found.setdefault(name, []).append(pool.submit(read, options, sets, stream=stream).result())
     log.info("| reading | pairs/s | peak MB | first batch s |\n|---|---|---|---|")
     for name, runs in found.items():
