@@ -31,6 +31,7 @@ from common.tracking import Tracker
 
 log = logging.getLogger(__name__)
 VALIDATION_EPOCH = 2**31  # draws of the held-out set never meet draws of training
+WITHIN_BLOCK = 4  # a generator of its own: keys of a sample's have three numbers
 
 
 class NonFiniteLoss(RuntimeError):
@@ -38,21 +39,38 @@ class NonFiniteLoss(RuntimeError):
 
 
 class Batches(Sampler[list[tuple[int, int]]]):
-    """Batches of (epoch, index) keys for one rank, from batch number `start` to `stop`."""
+    """Batches of (epoch, index) keys for one rank, from batch number `start` to `stop`.
 
-    def __init__(self, length: int, batch_size: int, *, seed: int, rank: int, world: int, start: int, stop: int) -> None:
+    A set of `block`s is dealt block by block: lanes, one for each rank and each of its `streams` (the workers of its loader), take the
+    blocks of an endless row in turn, a lane's batches come from one block after another, shuffled within it, and a rank's batches go
+    round its streams, as DataLoader deals them to workers. So a worker reads only blocks of its own, each once.
+    """
+
+    def __init__(self, length: int, batch_size: int, *, seed: int, rank: int, world: int, start: int, stop: int,
+                 block: int | None = None, streams: int = 1) -> None:
+        if block and not batch_size <= block <= length:
+            raise ValueError(f"{length} samples in blocks of {block} give no batches of {batch_size}, which lie in one block each; raise data.stream.block")
         self.length, self.batch_size, self.seed = length, batch_size, seed
         self.rank, self.world, self.start, self.stop = rank, world, start, stop
+        self.block, self.streams = block, streams
 
     @staticmethod
     def per_epoch(length: int, batch_size: int, world: int) -> int:
         """Whole batches of every rank in an epoch; a set smaller than one global batch is repeated to fill one."""
         return max(1, length // (batch_size * world))
 
+    @property
+    def lanes(self) -> int:
+        """How many blocks are read side by side, over all ranks."""
+        return self.world * self.streams
+
     def __len__(self) -> int:
         return self.stop - self.start
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        return self._dealt() if self.block else self._shuffled()
+
+    def _shuffled(self) -> Iterator[list[tuple[int, int]]]:
         per_epoch = self.per_epoch(self.length, self.batch_size, self.world)
         share, order, current = self.batch_size * self.world, np.empty(0, int), -1
         for number in range(self.start, self.stop):
@@ -63,11 +81,19 @@ class Batches(Sampler[list[tuple[int, int]]]):
             mine = order[position * share:(position + 1) * share][self.rank::self.world]
             yield [(epoch, int(index)) for index in mine]
 
+    def _dealt(self) -> Iterator[list[tuple[int, int]]]:
+        per_block = self.block // self.batch_size  # samples of a block past its last whole batch are not drawn
+        for number in range(self.start, self.stop):
+            turn, position = divmod(number // self.streams, per_block)
+            epoch, block = divmod(turn * self.lanes + self.rank * self.streams + number % self.streams, self.length // self.block)
+            order = block * self.block + np.random.default_rng((self.seed, epoch, block, WITHIN_BLOCK)).permutation(self.block)
+            yield [(epoch, int(index)) for index in order[position * self.batch_size:(position + 1) * self.batch_size]]
+
 
 def loader(samples: SampleSet, batches: Batches, *, workers: int, pin: bool) -> DataLoader:
     """What a rank trains on: its batches of a sample set, read ahead by `workers` processes."""
     # its own generator: an iterator's base seed would otherwise advance the model's noise at every resume
-    return DataLoader(Draws(samples, batches.seed), batch_sampler=batches, collate_fn=collate, num_workers=workers,
+    return DataLoader(Draws(samples, batches.seed, stride=batches.lanes), batch_sampler=batches, collate_fn=collate, num_workers=workers,
                       generator=torch.Generator().manual_seed(batches.seed), pin_memory=pin, prefetch_factor=4 if workers else None)
 
 
@@ -124,6 +150,8 @@ class Loop:
         total = self.max_steps or max(1, math.ceil(self.epochs * per_epoch / self.accumulate))
         plan = {"seed": self.seed, "batch_size": self.batch_size, "accumulate": self.accumulate, "world": world,
                 "samples": len(train_set), "total": total}
+        if hasattr(train_set, "block"):
+            plan |= {"block": train_set.block, "streams": max(1, self.num_workers)}
         raw_optimizer, scheduler = optim.build(model, **self.optimizer, schedule=self.schedule,
                                                warmup_steps=self.warmup_steps, total_steps=total)
         model.to(self.accelerator.device)
@@ -217,7 +245,8 @@ class Loop:
 
     def _loader(self, samples: SampleSet, start: int, stop: int) -> DataLoader:
         batches = Batches(len(samples), self.batch_size, seed=self.seed, rank=self.accelerator.process_index,
-                          world=self.accelerator.num_processes, start=start, stop=stop)
+                          world=self.accelerator.num_processes, start=start, stop=stop,
+                          block=getattr(samples, "block", None), streams=max(1, self.num_workers))
         return loader(samples, batches, workers=self.num_workers, pin=self.accelerator.device.type == "cuda")
 
     @torch.no_grad()

@@ -1,6 +1,7 @@
 """Weighted mixtures of sample sets, drawn the same way for every (seed, epoch, index) (Tables 11 and 12).
 
-A sample set has `__len__()` and `sample(index, rng) -> dict`. It raises `Unreadable` for one bad sample.
+A sample set has `__len__()` and `sample(index, rng) -> dict`. It raises `Unreadable` for one bad sample. A set too large for
+random access has a `block` besides: the number of its indices that are cheap to read together.
 """
 from __future__ import annotations
 
@@ -28,6 +29,24 @@ class SampleSet(Protocol):
     def __len__(self) -> int: ...
 
     def sample(self, index: int, rng: np.random.Generator) -> dict[str, Any]: ...
+
+
+class BlockReader(Protocol):
+    """One process's view of a block set; it keeps what it has read until that is drawn."""
+
+    def sample(self, epoch: int, index: int, rng: np.random.Generator) -> dict[str, Any]:
+        """As SampleSet.sample; lines about unreadable data that it replaced itself stand under "skipped"."""
+
+
+class BlockSet(SampleSet, Protocol):
+    """A sample set that is read in blocks: indices n * block to (n + 1) * block - 1 lie together, epoch follows epoch.
+
+    Block number n of epoch e is block e * len / block + n of an endless row; a reader is asked for every `stride`-th of them in turn.
+    """
+
+    block: int
+
+    def reader(self, seed: int, stride: int) -> BlockReader: ...
 
 
 class Mixture:
@@ -58,8 +77,10 @@ class Mixture:
 class Draws(Dataset):
     """The torch face of a sample set: item (epoch, index) is the same sample in every run with the same seed."""
 
-    def __init__(self, samples: SampleSet, seed: int, max_tries: int = 20) -> None:
+    def __init__(self, samples: SampleSet, seed: int, max_tries: int = 20, stride: int = 1) -> None:
         self.samples, self.seed, self.max_tries = samples, seed, max_tries
+        self.block = getattr(samples, "block", None)
+        self.reader = samples.reader(seed, stride) if self.block else None
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -68,15 +89,17 @@ class Draws(Dataset):
         """The sample, with the ids and reasons of unreadable ones that it replaces under "skipped"."""
         epoch, index = key
         rng = np.random.default_rng((self.seed, epoch, index))
+        first, count = (index // self.block * self.block, self.block) if self.block else (0, len(self.samples))
         skipped: list[str] = []
         while True:
             try:
-                return {**self.samples.sample(index, rng), "skipped": skipped}
+                sample = self.reader.sample(epoch, index, rng) if self.reader else self.samples.sample(index, rng)
+                return {**sample, "skipped": skipped + sample.get("skipped", [])}
             except Unreadable as error:
                 skipped.append(str(error))
                 if len(skipped) >= self.max_tries:
                     raise RuntimeError(f"{len(skipped)} unreadable samples in a row, the last: {error}") from error
-                index = int(rng.integers(len(self.samples)))
+                index = first + int(rng.integers(count))
 
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:

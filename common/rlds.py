@@ -1,9 +1,9 @@
-"""Robot episodes in RLDS folders (TFRecord), read by random access and without TensorFlow (Sec. 3.2, A.2, Table 12).
+"""Robot episodes in RLDS folders (TFRecord or ArrayRecord), read by random access and without TensorFlow (Sec. 3.2, A.2, Table 12).
 
     <root>[/DOWNLOAD_DIR|/CONVERSION_DIR]/<name>/<version>/{dataset_info,features}.json, <name>-<split>.tfrecord-00000-of-00004
 
-A record is one episode. Framing is ours; the payload is decoded by tensorflow-datasets, which knows every feature codec,
-with images left as bytes until one is asked for.
+A record is one episode. TFRecord's framing is ours, ArrayRecord's the array-record package's; the payload is decoded by
+tensorflow-datasets, which knows every feature codec, with images left as bytes until one is asked for.
 """
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import io
 import json
 import re
 import struct
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +36,8 @@ class TFRecordFile:
         self.path, self.check_crc = Path(path), check_crc
 
     @functools.cached_property
-    def spans(self) -> list[tuple[int, int]]:
-        """(offset, length) of every payload. Raises RldsError where the framing breaks."""
+    def spans(self) -> np.ndarray:
+        """(N, 2) offset and length of every payload. Raises RldsError where the framing breaks."""
         if not self.path.is_file():
             raise RldsError(f"{self.path}: no such shard; download it again")
         size, spans, at = self.path.stat().st_size, [], 0
@@ -55,19 +55,56 @@ class TFRecordFile:
                     raise RldsError(f"{where} claims {length} bytes, the file ends before; download the shard again")
                 spans.append((at + _HEADER.size, length))
                 at += _HEADER.size + length + _CRC.size
-        return spans
+        return np.array(spans, np.int64).reshape(-1, 2)  # a set has up to a million records, and every worker an index
 
     def __len__(self) -> int:
         return len(self.spans)
 
     def __getitem__(self, index: int) -> bytes:
-        offset, length = self.spans[index]
+        offset, length = map(int, self.spans[index])
         with self.path.open("rb") as stream:
             stream.seek(offset)
             payload, crc = stream.read(length), stream.read(_CRC.size)
         if self.check_crc and _CRC.unpack(crc)[0] != masked_crc32c(payload):
             raise RldsError(f"{self.path}: record {index} is corrupt (crc differs); download the shard again")
         return payload
+
+
+class ArrayRecordFile:
+    """The same for ArrayRecord, whose records are checked by the package that reads them, asked or not."""
+
+    def __init__(self, path: str | Path, *, check_crc: bool = False) -> None:
+        self.path = Path(path)
+
+    @functools.cached_property
+    def count(self) -> int:
+        """Records of the shard, from its footer. Raises RldsError where there is none."""
+        return self._ask("the file", lambda reader: reader.num_records())
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> bytes:
+        return self._ask(f"record {index}", lambda reader: reader.read([index])[0])
+
+    def _ask(self, what: str, question: Callable[[Any], Any]) -> Any:
+        try:
+            from array_record.python.array_record_module import ArrayRecordReader
+        except ImportError as error:
+            raise RldsError(f"{self.path}: reading ArrayRecord needs the package array-record (Linux): pip install array-record") from error
+        if not self.path.is_file():
+            raise RldsError(f"{self.path}: no such shard; download it again")
+        try:
+            reader = ArrayRecordReader(str(self.path), "readahead_buffer_size:0,max_parallelism:0")  # opened anew: threads do not outlive a fork
+            try:
+                return question(reader)
+            finally:
+                reader.close()
+        except (ValueError, IndexError, RuntimeError, OSError) as error:
+            raise RldsError(f"{self.path}: {what} is corrupt ({_line(error)}); download the shard again") from error
+
+
+FORMATS = {"tfrecord": TFRecordFile, "array_record": ArrayRecordFile}  # fileFormat in dataset_info.json, which shards are named after
 
 
 class Episode:
@@ -83,15 +120,13 @@ class Episode:
         """Is there such a feature?"""
         return _find(self._step(0), key)[1] is None
 
+    def encoded(self, key: str, index: int) -> bytes | np.ndarray:
+        """The image of one step as it is stored: in most sets the bytes of a JPEG or PNG. `decode` opens it."""
+        return self._value(key, index)
+
     def image(self, key: str, index: int) -> np.ndarray:
         """(H, W, 3) uint8 of one step; nothing else is decoded."""
-        value = self._value(key, index)
-        if isinstance(value, np.ndarray):
-            return value
-        try:
-            return np.asarray(Image.open(io.BytesIO(value)).convert("RGB"))
-        except OSError as error:
-            raise RldsError(f"{self.id}: {key} of step {index} is not a readable image ({error})") from error
+        return decode(self.encoded(key, index), f"{self.id}: {key} of step {index}")
 
     def values(self, key: str) -> np.ndarray:
         """(T, ...) of a numeric feature over all steps."""
@@ -118,6 +153,18 @@ class Episode:
             raise RldsError(f"{self.id}: step {index} does not decode ({error})") from error
 
 
+def decode(image: bytes | np.ndarray, what: str) -> np.ndarray:
+    """An image as stored -> (H, W, 3) uint8. Raises RldsError, which calls it `what`."""
+    if not isinstance(image, np.ndarray):
+        try:
+            return np.array(Image.open(io.BytesIO(image)).convert("RGB"))
+        except (OSError, SyntaxError, TypeError, Image.DecompressionBombError) as error:  # SyntaxError: what PIL calls a broken PNG
+            raise RldsError(f"{what} is not a readable image ({_line(error)})") from error
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
+        raise RldsError(f"{what} is not an image but {image.dtype} of shape {image.shape}")
+    return image
+
+
 def _find(value: Any, key: str) -> tuple[Any, str | None]:
     """What stands under a path, and None; or as far as the path goes, and the part that is missing there."""
     for part in key.split("/"):
@@ -135,16 +182,17 @@ class Rlds:
         info = _json(self.folder / "dataset_info.json")
         _json(self.folder / "features.json")
         self.name = info.get("name") or self.folder.parent.name
-        if info.get("fileFormat", "tfrecord") != "tfrecord":
-            raise RldsError(f"{self.folder}: file format {info['fileFormat']!r} is not read here, only tfrecord")
+        self.format = info.get("fileFormat", "tfrecord")
+        if self.format not in FORMATS:
+            raise RldsError(f"{self.folder}: file format {self.format!r} is not read here, only {' and '.join(FORMATS)}")
         lengths = {s["name"]: [int(n) for n in s["shardLengths"]] for s in info.get("splits", [])}
         if split not in lengths:
             raise RldsError(f"{self.folder}: no split {split!r}; dataset_info.json has {sorted(lengths)}")
         self.ends = np.cumsum(lengths[split])
-        self.shards = [TFRecordFile(p, check_crc=check_crc) for p in self._files(len(lengths[split]))]
+        self.shards = [FORMATS[self.format](p, check_crc=check_crc) for p in self._files(len(lengths[split]))]
 
     def _files(self, count: int) -> list[Path]:
-        pattern = re.compile(rf"-{re.escape(self.split)}\.tfrecord-(\d+)-of-{count:05d}$")
+        pattern = re.compile(rf"-{re.escape(self.split)}\.{self.format}-(\d+)-of-{count:05d}$")
         found = {int(m[1]): p for p in self.folder.iterdir() if (m := pattern.search(p.name))}
         missing = sorted(set(range(count)) - set(found))
         if missing:
@@ -164,8 +212,9 @@ class Rlds:
         if record >= len(file):
             raise RldsError(f"{file.path}: holds {len(file)} records, dataset_info.json promises more; download it again")
         features, decoders = _features(str(self.folder))
+        payload = file[record]
         try:
-            return Episode(id, features.deserialize_example_np(file[record], decoders=decoders)["steps"])
+            return Episode(id, features.deserialize_example_np(payload, decoders=decoders)["steps"])
         except (DecodeError, AttributeError, KeyError, ValueError) as error:
             raise RldsError(f"{id} in {file.path} does not decode as features.json says ({_line(error)})") from error
 
@@ -174,7 +223,7 @@ def splits(folder: str | Path) -> list[str]:
     """Names of the splits whose shards lie in an RLDS folder."""
     folder = Path(folder)
     named = [s["name"] for s in _json(folder / "dataset_info.json").get("splits", [])]
-    return [name for name in named if any(folder.glob(f"*-{name}.tfrecord-*"))]
+    return [name for name in named if any(path for format in FORMATS for path in folder.glob(f"*-{name}.{format}-*"))]
 
 
 def find(root: str | Path, names: Iterable[str]) -> Path:
@@ -213,7 +262,10 @@ _TABLE = _crc_table()
 @functools.cache
 def _features(folder: str) -> tuple[Any, dict[str, Any]]:
     """The feature tree of a folder, and decoders that leave the images of a step alone."""
-    features = tfds.features.FeaturesDict.from_config(folder)
+    try:
+        features = tfds.features.FeaturesDict.from_config(folder)
+    except (ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+        raise RldsError(f"{folder}/features.json names a feature that tensorflow-datasets does not know ({_line(error)}); download it again") from error
     if "steps" not in features:
         raise RldsError(f"{folder}: features.json has no 'steps'; this is not an RLDS folder")
     return features, {"steps": _skip_images(features["steps"].feature)}

@@ -132,7 +132,14 @@ def one_loop(files: Files) -> list[str]:
             and "optim" in ast.unparse(n.func.value)]
 
 
-RULES = [floors, front_doors, leaves, data_meets_model_in_programs, cycles, admission, hygiene, one_loop]
+def no_tensorflow(files: Files) -> list[str]:
+    """RLDS is read without it. What tests/common/test_rlds.py asks at run time, asked of every line."""
+    imported = [(m, n.lineno, name) for m, t in files.items() for n in ast.walk(ast.parse(t)) if isinstance(n, (ast.Import, ast.ImportFrom))
+                for name in ([n.module or ""] if isinstance(n, ast.ImportFrom) else [alias.name for alias in n.names])]
+    return [f"{m}:{line}" for m, line, name in imported if name.split(".")[0] == "tensorflow"]
+
+
+RULES = [floors, front_doors, leaves, data_meets_model_in_programs, cycles, admission, hygiene, one_loop, no_tensorflow]
 BREACHES = {  # each rule must bite: (module, line that breaks it)
     floors: ("step1_gfdm.model", "from step2_gidm import GIDM"),
     front_doors: ("step3_defi.model", "from step2_gidm.transformer import Block"),
@@ -142,6 +149,7 @@ BREACHES = {  # each rule must bite: (module, line that breaks it)
     admission: ("common.lonely", "x = 1"),
     hygiene: ("common.optim", "try:\n    pass\nexcept Exception:\n    pass"),
     one_loop: ("step2_gidm.model", "optimizer.step()"),
+    no_tensorflow: ("common.rlds", "def late():\n    import tensorflow.io"),
 }
 
 

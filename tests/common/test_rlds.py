@@ -15,7 +15,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 from tensorflow_datasets.proto import tf_example_pb2
 
-from common.rlds import Rlds, RldsError, TFRecordFile, find, masked_crc32c, splits
+from common.rlds import ArrayRecordFile, Rlds, RldsError, TFRecordFile, decode, find, masked_crc32c, splits
 
 
 def record(payload: bytes) -> bytes:
@@ -185,6 +185,74 @@ def test_the_real_bridge_file(shared_data: Path) -> None:
     assert first.shape == (64, 64, 3) and first.std() > 20 and np.abs(first.astype(int) - last).mean() > 2
 
 
-def test_no_tensorflow() -> None:
-    code = "import sys, step2_gidm.dataset; sys.exit('tensorflow' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).resolve().parents[2], check=False).returncode == 0
+def to_array_record(folder: Path, out: Path) -> Path:
+    """The payloads of an RLDS folder, as they are, in ArrayRecord files."""
+    writer = pytest.importorskip("array_record.python.array_record_module").ArrayRecordWriter
+    out.mkdir(parents=True)
+    for path in folder.glob("*.tfrecord-*"):
+        file, copy = TFRecordFile(path), writer(str(out / path.name.replace("tfrecord", "array_record")), "group_size:1")
+        for index in range(len(file)):
+            copy.write(file[index])
+        copy.close()
+    info = json.loads((folder / "dataset_info.json").read_text())
+    (out / "dataset_info.json").write_text(json.dumps({**info, "fileFormat": "array_record"}))
+    (out / "features.json").write_text((folder / "features.json").read_text())
+    return out
+
+
+def test_array_record_gives_the_same_episodes(toy: Path, tmp_path: Path) -> None:
+    copy = to_array_record(toy, tmp_path / "CONVERSION_DIR" / "toy" / "1.0.0")
+    one, other = Rlds(toy), Rlds(copy)
+    assert find(tmp_path, ["toy"]) == copy and splits(copy) == ["train"] and len(one) == len(other) == 3
+    for index in range(3):
+        assert other.shards[0].path.suffix != one.shards[0].path.suffix and one[index].text("observation/wide") == other[index].text("observation/wide")
+        assert one[index].encoded("observation/image", 2) == other[index].encoded("observation/image", 2)
+
+
+def test_array_record_of_the_real_bridge_file(shared_data: Path, tmp_path: Path) -> None:
+    folder = find(shared_data / "rlds_samples", ["bridge_dataset"])
+    one, other = Rlds(folder), Rlds(to_array_record(folder, tmp_path / "bridge_dataset" / "1.0.0"))
+    assert len(other) == 25
+    for index in (0, 7, 24):
+        assert one[index].text("language_instruction") == other[index].text("language_instruction")
+        assert np.array_equal(one[index].image("observation/image_0", 9), other[index].image("observation/image_0", 9))
+
+
+def test_damaged_array_record(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copy = to_array_record(toy, tmp_path / "copy" / "1.0.0")
+    path = copy / "toy-train.array_record-00000-of-00002"
+    whole = path.read_bytes()
+    at = whole.index(b"ab\0c")
+    path.write_bytes(whole[:at] + b"x" + whole[at + 1:])
+    with pytest.raises(RldsError, match=r"00000-of-00002: record 0 is corrupt \(.*hash mismatch.*\); download the shard again") as caught:
+        Rlds(copy)[0]
+    assert "\n" not in str(caught.value)
+    for content in (whole[:-9], b""):
+        path.write_bytes(content)
+        with pytest.raises(RldsError, match="00000-of-00002: the file is corrupt"):
+            Rlds(copy)[0]
+    path.unlink()
+    with pytest.raises(RldsError, match="no such shard"):
+        ArrayRecordFile(path)[0]
+    path.write_bytes(whole)
+    monkeypatch.setitem(sys.modules, "array_record.python.array_record_module", None)
+    with pytest.raises(RldsError, match="needs the package array-record"):
+        Rlds(copy)[2]
+
+
+def test_unknown_codec(toy: Path) -> None:
+    config = (toy / "features.json").read_text()
+    (toy / "features.json").write_text(config.replace("image_feature.Image", "image_feature.Hologram"))
+    with pytest.raises(RldsError, match="features.json names a feature that tensorflow-datasets does not know .*Hologram") as caught:
+        Rlds(toy)[0]
+    assert "\n" not in str(caught.value)
+    with pytest.raises(RldsError, match="frame 3 is not a readable image"):
+        decode(b"a codec from the future", "frame 3")
+    with pytest.raises(RldsError, match="frame 3 is not an image but float32 of shape"):
+        decode(np.zeros((4, 4, 3), np.float32), "frame 3")
+
+
+def test_no_tensorflow(toy: Path) -> None:
+    code = ("import sys; from common.rlds import Rlds; import step2_gidm.dataset, common.loop; episode = Rlds(sys.argv[1])[0];"
+            "episode.image('observation/image', 1), episode.text('instruction'); sys.exit('tensorflow' in sys.modules)")
+    assert subprocess.run([sys.executable, "-c", code, str(toy)], cwd=Path(__file__).resolve().parents[2], check=False).returncode == 0

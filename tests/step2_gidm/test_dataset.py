@@ -3,17 +3,21 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from common.calvin_format import CalvinFormatError
 from common.mixture import Unreadable
 from common.video import write_mp4
 from step2_gidm import dataset
-from step2_gidm.dataset import RldsTransitions, Transitions, VideoTransitions, mixture, open_x, perturb
-from step2_gidm.oxe import HUMAN_SHARE, OXE
+from step2_gidm.dataset import mixture, open_x
+from step2_gidm.oxe import HUMAN_SHARE, OXE, official_windows
+from step2_gidm.transitions import CalvinTransitions, RldsTransitions, Transitions, VideoTransitions, perturb
+from tests.step3_defi.parts import write_calvin
 
 PAIRS = {"image_size": 32}
 
@@ -35,14 +39,14 @@ def video_set(folder: Path, count: int = 2, *, length: int = 20, fps: float = 10
 def test_gap_is_a_second_by_the_sets_own_clock(fps: float, gap_seconds: float, n: int) -> None:
     pairs = Transitions(image_size=8, gap_seconds=gap_seconds)
     rng = np.random.default_rng(0)
-    drawn = {pairs.draw("x", 40, fps, rng) for _ in range(2000)}
+    drawn = {pairs.draw("x", 40, fps, rng)[0] for _ in range(2000)}
     assert {end - start for start, end in drawn} == {n}
     assert {start for start, _ in drawn} == set(range(40 - n)), "every start inside the episode is drawn, none is clamped"
 
 
 def test_short_episodes_give_their_longest_pair_or_are_reported() -> None:
     rng = np.random.default_rng(0)
-    assert Transitions(image_size=8).draw("x", 7, 10, rng) == (0, 6)
+    assert Transitions(image_size=8).draw("x", 7, 10, rng) == [(0, 6)]
     with pytest.raises(Unreadable, match="x: 5 frames are too few for pairs 10 apart"):
         Transitions(image_size=8).draw("x", 5, 10, rng)
     with pytest.raises(Unreadable):
@@ -54,8 +58,39 @@ def test_short_episodes_give_their_longest_pair_or_are_reported() -> None:
 def test_jitter_varies_the_gap_within_its_bounds() -> None:
     rng = np.random.default_rng(0)
     pairs = Transitions(image_size=8, jitter=0.2)
-    gaps = {end - start for start, end in (pairs.draw("x", 100, 30, rng) for _ in range(500))}
+    gaps = {end - start for start, end in pairs.draw("x", 100, 30, rng, 500)}
     assert min(gaps) == 24 and max(gaps) == 36
+
+
+def test_several_pairs_of_an_episode_are_spread_over_it() -> None:
+    pairs, rng = Transitions(image_size=8), np.random.default_rng(0)
+    assert sorted(pairs.draw("x", 14, 10, rng, 4)) == [(0, 10), (1, 11), (2, 12), (3, 13)], "as many as there are: every one"
+    counts = np.bincount([start for _ in range(3000) for start, _ in pairs.draw("x", 15, 10, rng, 3)], minlength=5)
+    assert np.allclose(counts / counts.sum(), 0.2, atol=0.02)
+    assert all(len({start for start, _ in pairs.draw("x", 17, 10, rng, 5)}) == 5 for _ in range(200))
+    assert {start for start, _ in pairs.draw("x", 12, 10, rng, 5)} == {0, 1}
+
+
+def test_official_gap_is_a_window_that_the_episode_cuts_off() -> None:
+    pairs, rng = Transitions(image_size=8, gap="official", window=10), np.random.default_rng(0)
+    drawn = {pairs.draw("x", 12, 30, rng)[0] for _ in range(1000)}
+    assert drawn == {(t, min(t + 9, 11)) for t in range(12)}
+    assert Transitions(image_size=8, gap="official").draw("x", 1, 30, rng) == [(0, 0)], "the release keeps frames beside themselves"
+    with pytest.raises(ValueError, match="unknown gap 'offical'; use one of seconds, official"):
+        Transitions(image_size=8, gap="offical")
+    with pytest.raises(ValueError, match="a window of 1 frames holds no pair"):
+        Transitions(image_size=8, gap="official", window=1)
+    with pytest.raises(Unreadable, match="without frames"):
+        Transitions(image_size=8, gap="official").draw("x", 0, 30, rng)
+
+
+def test_official_windows_follow_the_lists_of_the_release() -> None:
+    slow = {"fractal", "berkeley_autolab_ur5", "nyu_franka_play", "ucsd_kitchen", "dlr_edan", "dobbe"}
+    fast = {"toto", "viola", "austin_sailor", "iamlab_pickup_insert", "utaustin_mutex"}
+    ranges = {name: range(3, 6) if name in slow else range(15, 21) if name in fast else range(10, 11) for name in OXE} | {"ego4d": range(2, 3)}
+    many = [official_windows(seed) for seed in range(200)]
+    assert all({draw[name] for draw in many} == set(windows) for name, windows in ranges.items())
+    assert official_windows() == official_windows(), "one draw a run"
 
 
 def test_video_pairs_are_the_frames_they_say(tmp_path: Path) -> None:
@@ -143,7 +178,7 @@ def test_mixture_weights_and_human_fraction(tmp_path: Path) -> None:
     assert by_size.shares.tolist() == [0.75, 0.25]
     with pytest.raises(ValueError, match="a share between 0 and 1"):
         mixture(sets, human_fraction=20, **PAIRS)
-    with pytest.raises(ValueError, match="needs one of video=<folder> and rlds=<folder>"):
+    with pytest.raises(ValueError, match="needs one of video=<folder>, rlds=<folder>, calvin=<folder>"):
         mixture({"x": {"weight": 1}}, **PAIRS)
 
 
@@ -156,6 +191,55 @@ def test_table_12() -> None:
     assert not off, f"weight x transitions does not give the paper's share (difference): {off}"
 
 
+def test_calvin_pairs_lie_inside_their_annotation(tmp_path: Path) -> None:
+    root = write_calvin(tmp_path / "calvin", recordings=4)  # annotated from the 3rd to the 35th of 40 frames
+    samples, rng = CalvinTransitions(root / "training", fps=10, view=None, **PAIRS), np.random.default_rng(0)
+    val = CalvinTransitions(root / "training", "val", **PAIRS)
+    assert (len(samples), len(val)) == (3, 1) and val.segments[0].start not in [note.start for note in samples.segments]
+    seen = set()
+    for _ in range(60):
+        index = int(rng.integers(3))
+        sample = samples.sample(index, rng)
+        name, rest = sample["id"].rsplit("/", 1)
+        start, (view, gap) = int(name.split("/")[-1]), rest.split("+")
+        note = samples.segments[index]
+        assert note.start <= start and start + int(gap) <= note.end and gap == "10" and sample["text"] == note.text and sample["text"]
+        for image, frame in zip(sample["frames"], (start, start + 10)):
+            with np.load(root / f"training/episode_{frame:07d}.npz") as archive:
+                assert abs(archive[f"rgb_{view}"].mean() / 255 - image.mean()) < 0.02
+        seen.add(view)
+    assert seen == {"static", "gripper"} and samples.sample(0, rng)["frames"].shape == (2, 3, 32, 32)
+    assert mixture({"calvin": {"calvin": root / "training", "fps": 10, "view": "gripper"}}, **PAIRS).sample(0, rng)["id"].endswith("/gripper+10")
+
+
+def test_bad_calvin_is_one_line(tmp_path: Path) -> None:
+    root = write_calvin(tmp_path / "calvin", recordings=4) / "training"
+    rng = np.random.default_rng(0)
+    samples = CalvinTransitions(root, fps=32, **PAIRS)  # a pair has the whole annotation
+    frame = root / f"episode_{samples.segments[1].end:07d}.npz"
+    frame.write_bytes(frame.read_bytes()[:100])
+    with pytest.raises(Unreadable, match=r"calvin/training/\d+/static\+32: .*npz: truncated or damaged"):
+        samples.sample(1, rng)
+    frame.unlink()
+    with pytest.raises(Unreadable, match="is missing"):
+        samples.sample(1, rng)
+    with pytest.raises(Unreadable, match="33 frames are too few for pairs 90 apart"):
+        CalvinTransitions(root, fps=90, **PAIRS).sample(1, rng)
+    samples.segments[0] = replace(samples.segments[0], text=" ")
+    with pytest.raises(Unreadable, match="without a sentence"):
+        samples.sample(0, rng)
+    with pytest.raises(ValueError, match="unknown view 'wrist'; use static, gripper or null"):
+        CalvinTransitions(root, view="wrist", **PAIRS)
+    with pytest.raises(CalvinFormatError, match="ep_start_end_ids.npy is missing"):
+        CalvinTransitions(tmp_path, **PAIRS)
+
+
+def test_frames_of_two_sizes_make_a_pair() -> None:
+    grey = [np.full((6, 8, 3), 51, np.uint8), np.full((40, 30, 3), 102, np.uint8)]
+    images = Transitions(image_size=16).picture(grey, np.random.default_rng(0))
+    assert images.shape == (2, 3, 16, 16) and torch.allclose(images[0], torch.tensor(0.2)) and torch.allclose(images[1], torch.tensor(0.4))
+
+
 def test_open_x_finds_sets_by_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = {}
 
@@ -166,7 +250,7 @@ def test_open_x_finds_sets_by_table(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         def __len__(self) -> int:
             return 5
 
-    monkeypatch.setattr(dataset, "RldsTransitions", Fake)
+    monkeypatch.setitem(dataset.KINDS, "rlds", Fake)
     for name in ("fractal20220817_data", "dobbe", "austin_buds_dataset_converted_externally_to_rlds"):
         folder = tmp_path / "DOWNLOAD_DIR" / name / "0.1.0"
         folder.mkdir(parents=True)
@@ -175,7 +259,7 @@ def test_open_x_finds_sets_by_table(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     mix = open_x(tmp_path, human_root=human, names=["fractal", "dobbe", "austin_buds"], image_size=32)
     assert mix.names == ["fractal", "dobbe", "austin_buds", "ego4d"]
     assert mix.shares == pytest.approx(np.array([16.3, 2.0, 0.4, 3.5]) / 22.2)
-    assert made["dobbe"]["fps"] == 3.75 and made["dobbe"]["image"] == "observation/wrist_image"
+    assert made["dobbe"]["fps"] == 3.75 and 3 <= made["dobbe"]["window"] <= 5 and made["dobbe"]["image"] == "observation/wrist_image"
     assert made["fractal20220817_data"]["text"] == "observation/natural_language_instruction"
     assert open_x(tmp_path, human_root="nowhere", names=["dobbe"], human_fraction=0, image_size=32).names == ["dobbe"]
     with pytest.raises(FileNotFoundError, match="kuka"):

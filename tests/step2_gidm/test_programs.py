@@ -2,6 +2,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -21,6 +23,7 @@ from step2_gidm import train
 from step2_gidm.dataset import mixture
 from step2_gidm.eval import draw_pairs, measure, summarize, table
 from step2_gidm.model import GIDM
+from tests.common.test_rlds import write_set
 from tests.step2_gidm.parts import make, moving
 from tests.step2_gidm.test_dataset import video_set
 
@@ -51,6 +54,7 @@ def test_paper_preset() -> None:
     assert gidm["dim"] == 768 and gidm["encoder_layers"] == 16 and gidm["quantizer"]["codes"] == 128 and gidm["text_in"] == ["encoder"]
     assert cfg["loop"]["optimizer"] == {"lr": 1e-4, "weight_decay": 1e-2} and cfg["loop"]["epochs"] == 20 and cfg["loop"]["batch_size"] == 32
     assert cfg["data"]["gap_seconds"] == 1.0 and cfg["data"]["human_fraction"] == 1.0 and cfg["data"]["image_size"] == 224
+    assert cfg["data"]["gap"] == "seconds" and cfg["data"]["stream"]["buffer_gb"] <= 4 and cfg["data"]["stream"]["block"] % cfg["loop"]["batch_size"] == 0
 
 
 def test_official_preset() -> None:
@@ -58,7 +62,7 @@ def test_official_preset() -> None:
     gidm = cfg["gidm"]
     assert (gidm["encoder_layers"], gidm["decoder_layers"], gidm["queries"], gidm["text_in"]) == (12, 12, 4, ["encoder", "decoder"])
     assert (gidm["quantizer"]["codes"], gidm["quantizer"]["dim"], gidm["quantizer"]["beta"]) == (16, 128, 0.25)
-    assert cfg["loop"]["max_grad_norm"] == 0.1 and cfg["loop"]["batch_size"] == 64
+    assert cfg["loop"]["max_grad_norm"] == 0.1 and cfg["loop"]["batch_size"] == 64 and cfg["data"]["gap"] == "official"
 
 
 @pytest.mark.parametrize("scale", ["tiny", "small", "full"])
@@ -151,6 +155,30 @@ def test_resume_equals_unbroken(tmp_path: Path) -> None:
     resumed = run("broken", 14, 14)
     for key, value in whole.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[key]), key
+
+
+def launched(folder: Path, sets: Path, processes: int) -> dict[str, tuple[dict[str, torch.Tensor], list[dict]]]:
+    """kind of set -> (weights, rows of metrics.jsonl) of one_or_two.py."""
+    folder.mkdir()
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port=29879",
+               str(Path(__file__).with_name("one_or_two.py")), str(sets), str(folder)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "WANDB_MODE": "disabled"}
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=300)
+    return {kind: (torch.load(folder / f"{kind}.pt", weights_only=True),
+                   [json.loads(line) for line in (folder / kind / "metrics.jsonl").read_text().splitlines()]) for kind in ("drawn", "streamed")}
+
+
+def test_two_processes_train_as_one_with_the_same_global_batch(tmp_path: Path) -> None:
+    write_set(tmp_path / "toy" / "1.0.0", shards=(6, 7))
+    alone, pair = (launched(tmp_path / str(processes), tmp_path / "toy" / "1.0.0", processes) for processes in (1, 2))
+    for kind, (weights, rows) in alone.items():
+        others, found = pair[kind]
+        assert len(rows) == 5 and len({row["train/loss"] for row in rows}) == 5
+        for one, two in zip(rows, found, strict=True):
+            assert two["train/loss"] == pytest.approx(one["train/loss"], rel=1e-4) and two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3), kind
+        start = torch.load(tmp_path / "1" / "start.pt", weights_only=True)
+        apart, way = (sum((weights[key] - other[key]).square().sum() for key in weights).sqrt() for other in (others, start))
+        assert apart < 0.01 * way, f"{kind}: as far apart as rounding drives Adam"
 
 
 def test_measure_knows_a_perfect_and_a_blind_model() -> None:

@@ -1,0 +1,120 @@
+"""How fast step 2 reads its pairs, and in how much memory: the stream against random access, and video, at two sizes of the data.
+
+    python -m benchmarks.stream_gidm rlds=<RLDS folder> fps=5 image=observation/image_0 [video=<video set>] [video_fps=]
+        [times=50] [joined=10] [pairs=4000] [block=512] [per_episode=8] [image_size=224] [buffer_gb=0.25] [rounds=3] [workers=0]
+
+The set is read as it is and with every shard `times` times; and both again with `joined` episodes in one record, since published sets have
+records of 5 to 30 MB. Every reading is a process of its own, forked (memory: its highest resident size). A round reads with all of them in turn;
+ratios are of the same round.
+"""
+from __future__ import annotations
+
+import json
+import logging
+import multiprocessing
+import resource
+import statistics
+import struct
+import sys
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from tensorflow_datasets.proto import tf_example_pb2
+from tqdm import tqdm
+
+from common import loop, rlds
+from step2_gidm.dataset import mixture
+
+log = logging.getLogger(__name__)
+DEFAULTS = {"rlds": "???", "fps": "???", "image": "observation/image", "text": "language_instruction", "video": None, "video_fps": None, "times": 50,
+            "joined": 10, "pairs": 4000, "block": 512, "per_episode": 8, "image_size": 224, "buffer_gb": 0.25, "rounds": 3, "workers": 0}
+
+
+def copy_set(source: Path, out: Path, *, times: int, joined: int) -> Path:
+    """The set's first shard, `joined` episodes to a record, linked to under `times` names."""
+    episodes = rlds.Rlds(source)
+    payloads = [episodes.shards[0][i] for i in range(len(episodes.shards[0]))]
+    payloads = [_join(payloads[i:i + joined]) for i in range(0, len(payloads), joined)] if joined > 1 else payloads
+    out.mkdir(parents=True)
+    shard = out / "payloads"
+    shard.write_bytes(b"".join(_record(payload) for payload in payloads))
+    for number in range(times):
+        (out / f"{episodes.name}-train.tfrecord-{number:05d}-of-{times:05d}").symlink_to(shard)
+    info = {"name": episodes.name, "fileFormat": "tfrecord", "splits": [{"name": "train", "shardLengths": [str(len(payloads))] * times}]}
+    (out / "dataset_info.json").write_text(json.dumps(info))
+    (out / "features.json").write_bytes((source / "features.json").read_bytes())
+    return out
+
+
+def _record(payload: bytes) -> bytes:
+    length = struct.pack("<Q", len(payload))
+    return length + struct.pack("<I", rlds.masked_crc32c(length)) + payload + struct.pack("<I", rlds.masked_crc32c(payload))
+
+
+def _join(payloads: list[bytes]) -> bytes:
+    whole = tf_example_pb2.Example.FromString(payloads[0])
+    for payload in payloads[1:]:
+        for name, feature in tf_example_pb2.Example.FromString(payload).features.feature.items():
+            if name.startswith("steps/"):
+                kind = feature.WhichOneof("kind")
+                getattr(whole.features.feature[name], kind).value.extend(getattr(feature, kind).value)
+    return whole.SerializeToString()
+
+
+def read(options: DictConfig, sets: dict[str, Any], *, stream: bool) -> tuple[float, float, float]:
+    """(pairs a second, peak resident memory in MB, seconds to the first batch)."""
+    plan = {"block": options.block, "pairs": options.per_episode, "buffer_gb": options.buffer_gb} if stream else None
+    start = time.perf_counter()
+    samples = mixture(sets, length=10**6, image_size=options.image_size, stream=plan)
+    count = max(2, options.pairs // 32)
+    batches = loop.Batches(len(samples), 32, seed=0, rank=0, world=1, start=0, stop=count, block=getattr(samples, "block", None),
+                           streams=max(1, options.workers))
+    times = []
+    for _ in loop.loader(samples, batches, workers=options.workers, pin=False):
+        times.append(time.perf_counter())
+    whose = resource.RUSAGE_CHILDREN if options.workers else resource.RUSAGE_SELF
+    return 32 * (count - 1) / (times[-1] - times[0]), resource.getrusage(whose).ru_maxrss / 1e3, times[0] - start
+
+
+def main() -> None:
+    options = OmegaConf.merge(DEFAULTS, OmegaConf.from_dotlist(sys.argv[1:]))
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    found: dict[str, list[tuple[float, float, float]]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        arms: dict[str, tuple[dict[str, Any], bool]] = {}
+        for joined in dict.fromkeys((1, options.joined)):
+            for times in dict.fromkeys((1, options.times)):
+                copy = copy_set(Path(options.rlds).resolve(), Path(folder) / f"{joined}x{times}", times=times, joined=joined)
+                size = next(copy.glob("payloads")).stat().st_size * times / 1e6
+                row = {"rlds": str(copy), "fps": options.fps, "image": options.image, "text": options.text}
+                for stream in (False, True):
+                    arms[f"{'stream' if stream else 'random access'}, {joined} joined, {size:.0f} MB"] = ({"set": row}, stream)
+        if options.video:
+            arms["video, random access"] = ({"set": {"video": options.video, "fps": options.video_fps}}, False)
+        for _ in tqdm(range(options.rounds), desc="rounds"):
+            for name, (sets, stream) in arms.items():
+                with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork")) as pool:
+                    found.setdefault(name, []).append(pool.submit(read, options, sets, stream=stream).result())
+    log.info("| reading | pairs/s | peak MB | first batch s |\n|---|---|---|---|")
+    for name, runs in found.items():
+        rate, memory, first = (statistics.median(column) for column in zip(*runs))
+        log.info("| %s | %.0f | %.0f | %.1f |", name, rate, memory, first)
+    names = [name for name in found if name.startswith("stream")]
+    log.info("\n| ratio | median | lowest | highest |\n|---|---|---|---|")
+    for name in names:
+        _ratio(f"{name}: rate over random access", found[name], found[name.replace("stream", "random access")], 0)
+    for small, large in zip(names[::2], names[1::2]):
+        _ratio(f"{large}: memory over {small}", found[large], found[small], 1)
+
+
+def _ratio(what: str, some: list[tuple], others: list[tuple], column: int) -> None:
+    ratios = sorted(one[column] / other[column] for one, other in zip(some, others))
+    log.info("| %s | %.2f | %.2f | %.2f |", what, statistics.median(ratios), ratios[0], ratios[-1])
+
+
+if __name__ == "__main__":
+    main()
