@@ -29,11 +29,14 @@ class Transitions:
     `gap_seconds` times the set's frame rate, at least one step, is the distance of a pair; `jitter` varies it by up to
     that fraction. An episode shorter than the gap gives its longest pair if that is at least `min_gap` of the gap,
     else it is Unreadable: with 1.0 every pair spans the full gap, with less short clips (Kuka, Ego4D) stay in use.
+    With `labelled` pairs also carry what evaluation knows them by, where the set has it: episode, scene, view, phase (where
+    in the episode the pair starts, 0 to 1) and state (2, D), the robot's readings at both moments.
     """
 
     def __init__(self, *, image_size: int, gap_seconds: float = 1.0, jitter: float = 0.0, min_gap: float = 0.5,
-                 augment: bool = False) -> None:
+                 augment: bool = False, labelled: bool = False) -> None:
         self.image_size, self.gap_seconds, self.jitter, self.min_gap, self.augment = image_size, gap_seconds, jitter, min_gap, augment
+        self.labelled = labelled
 
     def draw(self, id: str, length: int, fps: float, rng: np.random.Generator) -> tuple[int, int]:
         """Indices (t, t + n) inside an episode of `length` frames at `fps` frames a second."""
@@ -81,20 +84,50 @@ class VideoTransitions(Transitions):
         """A random pair of one clip. Raises Unreadable for a bad annotation or video."""
         file = self.files[index]
         id = f"{self.folder.name}/{file.stem}"
-        text, videos = _annotation(id, file)
+        text, videos, states = _annotation(id, file)
         view = int(rng.integers(len(videos))) if self.view is None else self.view
+        path, length, fps = self._video(id, videos, view)
+        start, end = self.draw(id, length, fps, rng)
+        try:
+            frames = read_frames(path, [start, end])
+        except VideoError as error:
+            raise Unreadable(id, str(error)) from error
+        pair = {"id": f"{id}/{view}@{start}+{end - start}", "frames": self.picture(frames, rng), "text": text}
+        if self.labelled:
+            pair |= {"episode": str(file), "scene": str(self.folder), "view": view, "phase": start / (length - 1)}
+            if states:
+                if len(states) != length:
+                    raise Unreadable(id, f"{len(states)} readings of the robot for {length} frames")
+                pair["state"] = np.asarray([states[start], states[end]], np.float64)
+        return pair
+
+    def walk(self, index: int, steps: int) -> dict[str, Any]:
+        """Up to `steps` pairs in order through one clip: id, text, frames (T, 2, 3, S, S). Raises Unreadable."""
+        file = self.files[index]
+        id = f"{self.folder.name}/{file.stem}"
+        text, videos, _ = _annotation(id, file)
+        view = self.view or 0
+        path, length, fps = self._video(id, videos, view)
+        start, end = self.draw(id, length, fps, np.random.default_rng(0))
+        now = np.unique(np.linspace(0, length - 1 - (end - start), steps).round().astype(int))
+        try:
+            frames = resize(read_frames(path, [*now, *(now + end - start)]), self.image_size)
+        except VideoError as error:
+            raise Unreadable(id, str(error)) from error
+        return {"id": f"{id}/{view}", "text": text, "frames": frames.unflatten(0, (2, -1)).transpose(0, 1)}
+
+    def _video(self, id: str, videos: Sequence[str], view: int) -> tuple[Path, int, float]:
+        """File, length and frame rate of one camera's video."""
         if view >= len(videos):
             raise Unreadable(id, f"has {len(videos)} views, view {view} was asked for")
         path = self.folder / videos[view]
         try:
             if path not in self._probed:
                 self._probed[path] = probe(path)[:2]
-            length, rate = self._probed[path]
-            start, end = self.draw(id, length, self.fps or rate, rng)
-            frames = read_frames(path, [start, end])
         except VideoError as error:
             raise Unreadable(id, str(error)) from error
-        return {"id": f"{id}/{view}@{start}+{end - start}", "frames": self.picture(frames, rng), "text": text}
+        length, rate = self._probed[path]
+        return path, length, self.fps or rate
 
 
 class RldsTransitions(Transitions):
@@ -194,8 +227,8 @@ def _part(count: int, split: str) -> list[int]:
     return [i for i in range(count) if (i in held_out) == (split == "val")]
 
 
-def _annotation(id: str, file: Path) -> tuple[str, list[str]]:
-    """The first sentence and the video paths of an annotation."""
+def _annotation(id: str, file: Path) -> tuple[str, list[str], list[list[float]]]:
+    """The first sentence, the video paths and the robot's readings (none: empty) of an annotation."""
     try:
         record = json.loads(file.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -204,4 +237,4 @@ def _annotation(id: str, file: Path) -> tuple[str, list[str]]:
         raise Unreadable(id, f"{file} has no 'texts'")
     if not record.get("videos"):
         raise Unreadable(id, f"{file} has no 'videos'")
-    return record["texts"][0], [video["video_path"] for video in record["videos"]]
+    return record["texts"][0], [video["video_path"] for video in record["videos"]], record.get("state") or []
