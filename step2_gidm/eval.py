@@ -27,6 +27,7 @@ from common.metrics import bootstrap_ci
 from common.mixture import Mixture, SampleSet, Unreadable
 from common.program import EXPECTED, program
 from step2_gidm import meaning
+from step2_gidm.dataset import VideoTransitions
 from step2_gidm.meaning import QUANTIZED, SENTENCE, Missing, Seen
 from step2_gidm.model import GIDM, InverseModel
 from step2_gidm.pictures import draw_attention, draw_neighbours, draw_transfer, film_attention
@@ -138,12 +139,12 @@ def _cell(row: dict[str, float], sign: str = "", places: int = 2) -> str:
 
 
 def film(model: GIDM, samples: SampleSet, out: Path, cfg: DictConfig) -> list[str]:
-    """Films of a few clips of every video set; returns a line on each set and clip that has none."""
+    """Films of a few clips of every video set; returns a line on what has none."""
     members = dict(zip(samples.names, samples.sets)) if isinstance(samples, Mixture) else {"clips": samples}
-    notes = []
+    still = [name for name, member in members.items() if not isinstance(member, VideoTransitions)]
+    notes = [f"No films of {', '.join(still)}: only video sets are filmed."] if still else []
     for name, member in members.items():
-        if not hasattr(member, "walk"):
-            notes.append(f"No films of {name}: it is not a video set.")
+        if name in still:
             continue
         for index in np.unique(np.linspace(0, len(member) - 1, min(cfg.films, len(member))).round().astype(int)):
             try:
