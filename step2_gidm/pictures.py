@@ -43,8 +43,8 @@ class Overlay:
         blank, side = np.zeros((size, size, 3)), (-0.5, size - 0.5, size - 0.5, -0.5)
         self.pictures = [axis.imshow(blank, vmin=0, vmax=1) for axis in axes[0]]
         # one scale a column: over a film it shows when a query looks hard and when it looks everywhere
-        self.heats = [axis.imshow(self.maps[0, k], cmap="jet", alpha=0.45, extent=side, interpolation="bicubic", vmin=0, vmax=float(self.maps[:, k].max()))
-                      for k, axis in enumerate(axes[0][2:])]
+        style = {"cmap": "jet", "alpha": 0.45, "extent": side, "interpolation": "bicubic", "vmin": 0}
+        self.heats = [axis.imshow(self.maps[0, k], vmax=float(self.maps[:, k].max()), **style) for k, axis in enumerate(axes[0][2:])]
         names = ["now", "future", "all queries", *(f"query {k}" for k in range(maps.shape[1]))]
         for axis, name in zip(axes[0], names):
             axis.set(xticks=[], yticks=[], xlim=side[:2], ylim=side[2:])

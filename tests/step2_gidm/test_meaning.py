@@ -23,8 +23,9 @@ def labels(episodes: int, pairs: int, *, prefix: str = "e", motion: np.ndarray |
     """`pairs` pairs of each of `episodes` episodes; the tasks and the scenes take turns."""
     number = np.repeat(np.arange(episodes), pairs)
     count = len(number)
-    return Labels(np.array(TASKS)[number % len(TASKS)], np.char.add(prefix, number.astype(str)), np.char.add("scene", (number // 4 % scenes).astype(str)),
-                  np.zeros(count, int), np.tile(np.linspace(0, 1, pairs), episodes), np.full((count, 3), np.nan) if motion is None else motion,
+    names, where = np.char.add(prefix, number.astype(str)), np.char.add("scene", (number // 4 % scenes).astype(str))
+    motion = np.full((count, 3), np.nan) if motion is None else motion
+    return Labels(np.array(TASKS)[number % len(TASKS)], names, where, np.zeros(count, int), np.tile(np.linspace(0, 1, pairs), episodes), motion,
                   np.full((count, 1), np.nan))
 
 
@@ -38,7 +39,8 @@ def told(codes: Tensor) -> dict[str, Tensor]:
     """Inputs of which the latent action alone knows the codes."""
     book = torch.randn(8, 6, generator=torch.Generator().manual_seed(2))
     latent = book[codes].flatten(1)
-    return {CONTINUOUS: latent + 0.01 * torch.randn_like(latent), QUANTIZED: latent, TOKENS: torch.randn(len(codes), 40), PIXELS: torch.randn(len(codes), 9)}
+    noise = {TOKENS: torch.randn(len(codes), 40), PIXELS: torch.randn(len(codes), 9)}
+    return {CONTINUOUS: latent + 0.01 * torch.randn_like(latent), QUANTIZED: latent, **noise}
 
 
 def test_the_read_out_finds_motion_in_codes_that_decide_it_and_nowhere_else() -> None:
@@ -144,7 +146,7 @@ def test_an_action_carries_over_to_another_scene() -> None:
     partners = meaning.transfers(known, 0)
     assert len(partners.target) == 48 and (known.scene[partners.source] != known.scene[partners.target]).all()
     assert (known.text[partners.source] == known.text[partners.target]).all() and (known.text[partners.other] != known.text[partners.target]).all()
-    assert (known.phase[partners.source] == known.phase[partners.target]).all() and (known.phase[partners.other] == known.phase[partners.target]).all()
+    assert all((known.phase[chosen] == known.phase[partners.target]).all() for chosen in (partners.source, partners.other))
     results = meaning.measure_transfer(model, seen, known, partners, batch_size=16)
     assert results["same"]["mean"] > 0.999 and results["own"]["mean"] > 0.999 and abs(results["other"]["mean"]) < 0.3 and results["gain"]["low"] > 0.6
     tokens = meaning.carry(model, seen, known, partners.target[:1], partners.source[:1])[0]

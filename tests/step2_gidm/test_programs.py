@@ -172,7 +172,7 @@ def test_train_then_eval_from_the_command_line(hub: Path, tmp_path: Path, monkey
     assert probe(folder / "eval/attention/playtable_000.mp4")[0] == 10
     sets = ["~data.sets.playtable", *(f"+data.sets.{scene}.video={tmp_path / scene}" for scene in "BC")]
     out = tmp_path / "meaning"
-    run(evaluate, *where, "scale=tiny", f"path={folder}", *sets, "pairs=40", "probe=120", "films=1", "film_steps=3", "pictures=3", f"out={out}")
+    run(evaluate, *where, "scale=tiny", f"path={folder}", *sets, f"out={out}", "pairs=40", "probe=120", "films=1", "film_steps=3", "pictures=3")
     results, said = json.loads((out / "results.json").read_text()), (out / "table.md").read_text()
     assert not results["notes"] and "Linear read-outs" in said and "Transfer" in said and "Neighbours" in said
     assert results["motion"]["0"]["motion"]["pairs"][2] == 40 and set(results["motion"]["0"]) == {"motion", "gripper"}
