@@ -44,7 +44,8 @@ def read_errors(inputs: Mapping[str, Tensor], target: Tensor, parts: Parts, read
         x = StandardScaler().fit(x[fit]).transform(x)
         if columns is not None and x.shape[1] > columns:
             x = PCA(min(columns, len(fit)), random_state=seed).fit(x[fit]).transform(x)
-        guess = min(reader(x, truth, fit, seed), key=lambda guess: np.square(guess[choose] - truth[choose]).mean())
+        guesses = (guess.reshape(truth.shape) for guess in reader(x, truth, fit, seed))  # scikit-learn may drop the axis of a single number
+        guess = min(guesses, key=lambda guess: np.square(guess[choose] - truth[choose]).mean())
         errors[name] = np.square(guess[test] - truth[test]).sum(1)
     return errors
 
