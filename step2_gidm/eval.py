@@ -104,8 +104,8 @@ def table(summary: dict[str, Any], pairs: int) -> str:
 def retrieval_table(results: dict[str, Any], count: int, told: bool) -> str:
     """What neighbours share, as Markdown."""
     names = {"sentence": "share with the same sentence", "displacement": "cosine of the end effector's displacements"}
-    lines = ["", f"Neighbours: the {count} nearest pairs of other episodes of the same camera; mean [95 % interval over episodes]. Above random: "
-             f"beside all pairs that might have been found.{' The encoder is told the sentence.' if told else ''}"]
+    lines = ["", f"Neighbours: the nearest pair of each of the {count} nearest other episodes, same camera; mean [95 % interval over episodes]. "
+             f"Above random: beside all pairs that might have been found.{' The encoder is told the sentence.' if told else ''}"]
     for name, rows in results.items():
         lines += ["", f"| nearest by | {names[name]} | above random |", "|---|---|---|"]
         lines += [f"| {source} | {_cell(row['value'])} | {_cell(row['gain'], '+')} |" for source, row in rows.items()]
@@ -127,8 +127,9 @@ def motion_table(results: dict[str, Any]) -> str:
 
 def transfer_table(results: dict[str, Any]) -> str:
     """What actions do in another scene, as Markdown."""
-    names = {"own": "its own", "same": "that of the same sentence in another scene", "other": "that of another sentence in another scene",
-             "gain": "same sentence above another sentence"}
+    names = {"own": "its own", "same": "same sentence in another scene, at the same part of the episode",
+             "other": "another sentence in another scene, at the same part", "shuffled": "any in another scene", "gain": "same sentence above any",
+             "sentence_gain": "same sentence above another sentence"}
     lines = ["", f"Transfer: cosine of the decoded change of tokens with the true one, {results['pairs']} pairs; mean [95 % interval over episodes].",
              "", "| latent action | cosine |", "|---|---|"]
     return "\n".join(lines + [f"| {label} | {_cell(results[name], places=3)} |" for name, label in names.items()]) + "\n"

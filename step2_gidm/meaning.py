@@ -104,11 +104,16 @@ def sentences(model: InverseModel, texts: Sequence[str]) -> Tensor:
 
 
 def neighbours(values: Tensor, ties: Tensor, known: Labels, count: int) -> np.ndarray:
-    """The `count` nearest pairs (P, count) of other episodes seen by the same camera; equal distances are told apart by `ties`. -1: none."""
+    """The nearest pair of each of the `count` nearest other episodes, seen by the same camera (P, count); -1: none. Neighbouring pairs of an
+    episode are near twins and would be one answer given twice. Equal distances are told apart by `ties`."""
     allowed = comparable(known)
     first, second = (torch.cdist(x[None], x[None], compute_mode="donot_use_mm_for_euclid_dist")[0].numpy() for x in (values, ties))
-    order = np.lexsort((second, np.where(allowed, first, np.inf)))[:, :count]
-    return np.where(np.take_along_axis(allowed, order, 1), order, -1)
+    found = np.full((len(allowed), count), -1)
+    for i, order in enumerate(np.lexsort((second, first))):
+        order = order[allowed[i, order]]
+        best = order[np.sort(np.unique(known.episode[order], return_index=True)[1])][:count]
+        found[i, :len(best)] = best
+    return found
 
 
 def comparable(known: Labels) -> np.ndarray:
@@ -195,6 +200,7 @@ class Transfer(NamedTuple):
     target: np.ndarray
     source: np.ndarray  # the same sentence in another scene, at about the same part of the episode
     other: np.ndarray  # another sentence in another scene, at about the same part of the episode
+    shuffled: np.ndarray  # any pair of another scene
 
 
 def transfers(known: Labels, seed: int) -> Transfer:
@@ -210,7 +216,7 @@ def transfers(known: Labels, seed: int) -> Transfer:
             candidates = rng.permutation(candidates)  # equal phases: any
             partners += [] if not len(candidates) else [candidates[np.abs(known.phase[candidates] - known.phase[i]).argmin()]]
         if len(partners) == 2:
-            rows.append((i, *partners))
+            rows.append((i, *partners, rng.choice(np.flatnonzero(apart[i]))))
     if len(rows) < 2:
         raise Missing("transfer is left out: scenes share no sentence, so that nothing says what an action should do there")
     return Transfer(*np.array(rows).T)
@@ -225,15 +231,16 @@ def carry(model: InverseModel, seen: Seen, known: Labels, target: np.ndarray, so
 
 def measure_transfer(model: InverseModel, seen: Seen, known: Labels, pairs: Transfer, *, batch_size: int) -> dict[str, Any]:
     """Cosine of the decoded change of tokens with the change that happened there, with 95 % intervals over episodes."""
-    cosines: dict[str, list[Tensor]] = {"own": [], "same": [], "other": []}
+    cosines: dict[str, list[Tensor]] = {"own": [], "same": [], "other": [], "shuffled": []}
     for start in tqdm(range(0, len(pairs.target), batch_size), desc="transfer"):
-        target, source, other = (rows[start:start + batch_size] for rows in pairs)
+        actions = Transfer(*(rows[start:start + batch_size] for rows in pairs))
+        target = actions.target
         now, truth = seen.now[target], (seen.future[target] - seen.now[target]).flatten(1)
-        for name, action in {"own": target, "same": source, "other": other}.items():
+        for name, action in zip(cosines, (target, actions.source, actions.other, actions.shuffled)):
             change = (carry(model, seen, known, target, action) - now).flatten(1)
             cosines[name].append(F.cosine_similarity(change, truth))
     values = {name: torch.cat(parts).double().numpy() for name, parts in cosines.items()}
-    values["gain"] = values["same"] - values["other"]
+    values |= {"gain": values["same"] - values["shuffled"], "sentence_gain": values["same"] - values["other"]}
     return {"pairs": len(pairs.target), **{name: by_episode(row, known.episode[pairs.target]) for name, row in values.items()}}
 
 

@@ -39,7 +39,7 @@ class Overlay:
     def __init__(self, maps: Tensor, size: int, title: str) -> None:
         self.maps = torch.cat([maps.mean(1, keepdim=True), maps], dim=1)
         columns = 2 + self.maps.shape[1]
-        self.figure, axes = pyplot.subplots(1, columns, figsize=(1.8 * columns, 2.5), squeeze=False)
+        self.figure, axes = pyplot.subplots(1, columns, figsize=(1.8 * columns, 2.4), squeeze=False)
         blank, side = np.zeros((size, size, 3)), (-0.5, size - 0.5, size - 0.5, -0.5)
         self.pictures = [axis.imshow(blank, vmin=0, vmax=1) for axis in axes[0]]
         # one scale a column: over a film it shows when a query looks hard and when it looks everywhere
