@@ -32,16 +32,18 @@ def ridge(x: np.ndarray, y: np.ndarray, fit: np.ndarray, seed: int) -> list[np.n
 
 def read_errors(inputs: Mapping[str, Tensor], target: Tensor, parts: Parts, reader: Reader = ridge, *, columns: int | None = None,
                 seed: int = 0) -> dict[str, np.ndarray]:
-    """Squared errors (T,) of reading `target` (N, Y) out of each input (N, D), columns brought to deviation 1.
+    """Squared errors (T,) of reading `target` (N, Y) out of each input (N, D). Raises ValueError where parts share units.
 
-    An input wider than `columns` is cut to so many principal components of the fitted part. Raises ValueError where parts share units.
+    Columns are brought to deviation 1. With `columns`, inputs keep the proportions of theirs (what is still while fitting, as a
+    corner of a picture, would else explode when measured), and wider ones are cut to so many principal components of the fitted part.
     """
     if len(np.unique(np.concatenate(parts))) < sum(map(len, parts)):
         raise ValueError("the parts of a probe share units; what is measured must not be fitted on")
     fit, choose, test = parts
     truth, errors = target.double().numpy(), {}
     for name, x in ((name, values.double().numpy()) for name, values in inputs.items()):
-        x = StandardScaler().fit(x[fit]).transform(x)
+        x = (StandardScaler().fit(x[fit]).transform(x) if columns is None
+             else (x - x[fit].mean(0)) / max(1e-12, np.sqrt(x[fit].var(0).mean())))
         if columns is not None and x.shape[1] > columns:
             x = PCA(min(columns, len(fit)), random_state=seed).fit(x[fit]).transform(x)
         guesses = (guess.reshape(truth.shape) for guess in reader(x, truth, fit, seed))  # scikit-learn may drop the axis of a single number

@@ -28,6 +28,13 @@ def test_wide_inputs_are_cut_to_their_principal_components() -> None:
     assert r2(buried, target) > 0.9 > 0.2 > r2(buried, target, columns=1), "one component holds the loud part only"
 
 
+def test_what_was_still_while_fitting_does_not_explode_when_measured() -> None:
+    target = torch.randn(240, 2)
+    corner = 1e-6 * torch.randn(240, 20)
+    corner[160:] = torch.randn(80, 20)
+    assert r2(torch.cat([target, corner], dim=1), target, columns=22) > 0.9
+
+
 def test_parts_that_share_units_are_refused() -> None:
     with pytest.raises(ValueError, match="must not be fitted on"):
         read_errors({"x": torch.randn(240, 3)}, torch.randn(240, 1), Parts(np.arange(121), np.arange(120, 160), np.arange(160, 240)))
