@@ -11,19 +11,17 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from sklearn.decomposition import PCA
-from sklearn.linear_model import Ridge
 from sklearn.neural_network import MLPRegressor
-from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 from tqdm import tqdm
 
 from common.contracts import FutureDynamics
 from common.metrics import bootstrap_ci
+from common.probe import Parts, r2_ci, read_errors, ridge, spread
 from step1_gfdm.dataset import VideoClips
 from step1_gfdm.model import GFDM
 
 GRID = 4  # tokens a side after pooling
-STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # of the ridge, times the number of columns
 SPLIT = (0.6, 0.2)  # fit, choose; the rest is measured
 
 
@@ -67,38 +65,21 @@ def _pooled(model: FutureDynamics, features: Tensor) -> Tensor:
 def read_out(read: Read, *, seed: int = 0) -> dict[str, dict[str, tuple[float, float, float]]]:
     """R^2 with 95 % interval over clips, by input and kind of read-out, on clips that neither fitting nor choosing saw.
 
-    The columns of all inputs are brought to deviation 1; "difference" is that of the paired errors, features against present.
+    "difference" is that of the paired errors, features against present.
     """
     count = len(read.displacement)
     if count < 20:
         raise ValueError(f"a probe of {count} clips says nothing; give probe= at least 20 readable ones")
     order = np.random.default_rng(seed).permutation(count)
-    fit, choose, test = np.split(order, [int(SPLIT[0] * count), int(sum(SPLIT) * count)])
-    truth = read.displacement.double().numpy()
-    spread = np.square(truth[test] - truth[fit].mean(0)).sum(1)
+    parts = Parts(*np.split(order, [int(SPLIT[0] * count), int(sum(SPLIT) * count)]))
+    scale = spread(read.displacement, parts)
     results: dict[str, dict[str, tuple[float, float, float]]] = {}
-    for kind, function in (("linear", _ridge), ("mlp", _mlp)):
-        errors = {}
-        for name, x in ((name, inputs.double().numpy()) for name, inputs in read.inputs.items()):
-            guesses = function(StandardScaler().fit(x[fit]).transform(x), truth, fit, seed)
-            guess = min(guesses, key=lambda guess: np.square(guess[choose] - truth[choose]).mean())
-            errors[name] = np.square(guess[test] - truth[test]).sum(1)
-            results.setdefault(name, {})[kind] = _r2_ci(errors[name], spread)
-        gain = (errors["present"] - errors["features"]) / spread.mean()
-        results.setdefault("difference", {})[kind] = bootstrap_ci(gain)
+    for kind, reader in (("linear", ridge), ("mlp", _mlp)):
+        errors = read_errors(read.inputs, read.displacement, parts, reader, seed=seed)
+        for name, values in errors.items():
+            results.setdefault(name, {})[kind] = r2_ci(values, scale)
+        results.setdefault("difference", {})[kind] = bootstrap_ci((errors["present"] - errors["features"]) / scale.mean())
     return results
-
-
-def _r2_ci(errors: np.ndarray, spread: np.ndarray, resamples: int = 2000) -> tuple[float, float, float]:
-    draws = np.random.default_rng(0).integers(len(errors), size=(resamples, len(errors)))
-    sampled = 1 - errors[draws].mean(1) / spread[draws].mean(1)
-    low, high = np.quantile(sampled, [0.025, 0.975])
-    return float(1 - errors.mean() / spread.mean()), float(low), float(high)
-
-
-def _ridge(x: np.ndarray, y: np.ndarray, fit: np.ndarray, seed: int) -> list[np.ndarray]:
-    """Ridge regression of every strength."""
-    return [Ridge(alpha=strength * x.shape[1]).fit(x[fit], y[fit]).predict(x) for strength in STRENGTHS]
 
 
 def _mlp(x: np.ndarray, y: np.ndarray, fit: np.ndarray, seed: int) -> list[np.ndarray]:

@@ -1,33 +1,37 @@
 """Program: what do the latent actions carry (Sec. 3.2, Fig. 12)?   python -m step2_gidm.eval path=ckpts/gidm/<name> scale=<scale>
 
 Held-out error of the predicted future tokens beside predicting no change, beside the same prediction with another
-pair's latent action (the "action matters" gap), how many codes are in use, and where the queries look.
+pair's latent action (the "action matters" gap), how many codes are in use, and where the queries look; then what the
+latent actions mean: their neighbours, the robot's motion read out of them, and what they do in another scene.
 """
 from __future__ import annotations
 
 import json
 import logging
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 import torch
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from tqdm import tqdm
 
 from common import artifact
-from common.files import beside, write_text
+from common.files import write_text
 from common.metrics import bootstrap_ci
-from common.mixture import SampleSet, Unreadable, collate
-from common.program import program
+from common.mixture import Mixture, SampleSet, Unreadable
+from common.program import EXPECTED, program
+from step2_gidm import meaning
+from step2_gidm.dataset import VideoTransitions
+from step2_gidm.meaning import QUANTIZED, SENTENCE, Missing, Seen
 from step2_gidm.model import GIDM, InverseModel
+from step2_gidm.pictures import draw_attention, draw_neighbours, draw_transfer, film_attention
 from step2_gidm.quantizer import perplexity
-
-matplotlib.use("Agg")
-from matplotlib import pyplot  # noqa: E402  (the backend must be chosen first: no display)
 
 ROWS = {"mse": "with its own latent action", "shuffled_mse": "with another pair's latent action", "copy_mse": "no change (the current frame)",
         "gain": "gain over no change", "gap": "gap: what the right latent action is worth"}
@@ -48,29 +52,29 @@ def draw_pairs(samples: SampleSet, count: int, seed: int) -> tuple[list[dict[str
     return pairs, skipped
 
 
+def look(model: InverseModel, pairs: list[dict[str, Any]], *, batch_size: int) -> Seen:
+    """All pairs through the inverse model."""
+    return meaning.join([meaning.look(model, chunk) for chunk in tqdm(_chunks(pairs, batch_size), desc="infer")])
+
+
 @torch.no_grad()
-def measure(model: InverseModel, pairs: list[dict[str, Any]], *, batch_size: int) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
-    """Errors by pair, and codes (pairs, K) where the bottleneck has codes. Pairs trade latent actions with their neighbour."""
+def measure(model: InverseModel, pairs: list[dict[str, Any]], seen: Seen, *, batch_size: int) -> dict[str, np.ndarray]:
+    """Errors by pair. Pairs trade latent actions with their neighbour."""
     device = next(model.parameters()).device
-    tokens, latents, codes = [], [], []
-    chunks = [pairs[i:i + batch_size] for i in range(0, len(pairs), batch_size)]
-    for chunk in tqdm(chunks, desc="infer"):
-        frames = collate(chunk)["frames"].to(device)
-        now, future = model.embed(frames.flatten(0, 1)).unflatten(0, frames.shape[:2]).unbind(1)
-        action = model.infer(now, future, [pair["text"] for pair in chunk])
-        tokens.append((now, future))
-        latents.append(action.quantized)
-        codes += [] if action.codes is None else [action.codes.cpu().numpy()]
-    others = torch.cat(latents).roll(1, dims=0).split(batch_size)
     rows: dict[str, list[Tensor]] = {"mse": [], "shuffled_mse": [], "copy_mse": []}
-    for chunk, (now, future), own, other in tqdm(list(zip(chunks, tokens, latents, others)), desc="decode"):
+    columns = (seen.now, seen.future, seen.quantized, seen.quantized.roll(1, dims=0))
+    for chunk, *tensors in tqdm(list(zip(_chunks(pairs, batch_size), *(column.split(batch_size) for column in columns))), desc="decode"):
+        now, future, own, other = (values.to(device) for values in tensors)
         text = [pair["text"] for pair in chunk]
         guesses = {"mse": model.decode(now, own, text), "shuffled_mse": model.decode(now, other, text), "copy_mse": now}
         for name, guess in guesses.items():
             rows[name].append((guess.float() - future).square().mean((1, 2)).cpu())
     errors = {name: torch.cat(values).numpy() for name, values in rows.items()}
-    errors |= {"gain": errors["copy_mse"] - errors["mse"], "gap": errors["shuffled_mse"] - errors["mse"]}
-    return errors, np.concatenate(codes) if codes else None
+    return errors | {"gain": errors["copy_mse"] - errors["mse"], "gap": errors["shuffled_mse"] - errors["mse"]}
+
+
+def _chunks(pairs: list[dict[str, Any]], size: int) -> list[list[dict[str, Any]]]:
+    return [pairs[i:i + size] for i in range(0, len(pairs), size)]
 
 
 def summarize(errors: dict[str, np.ndarray], codes: np.ndarray | None, total: int | None) -> dict[str, Any]:
@@ -92,30 +96,122 @@ def table(summary: dict[str, Any], pairs: int) -> str:
         codes = summary["codes"]
         used, even = ", ".join(map(str, codes["used_by_query"])), ", ".join(f"{value:.1f}" for value in codes["perplexity_by_query"])
         lines += ["", f"Codes in use: {codes['used']} of {codes['of']} (by query: {used}); perplexity {codes['perplexity']:.1f} (by query: {even})."]
+    else:
+        lines += ["", "No codes: this model's bottleneck is continuous."]
     return "\n".join(lines) + "\n"
 
 
-def draw_attention(model: GIDM, pair: dict[str, Any], path: Path) -> None:
-    """One PNG: both frames, then the future frame under each query's attention (Fig. 12)."""
-    device = next(model.parameters()).device
-    now, future = model.embed(pair["frames"].to(device)).unsqueeze(1)
-    maps = model.attention(now, future, [pair["text"]])[0].unflatten(-1, model.vision.grid).cpu()
-    images = [frame.permute(1, 2, 0).numpy() for frame in pair["frames"]]
-    size = images[0].shape[0]
-    figure, axes = pyplot.subplots(1, 2 + len(maps), figsize=(2 * (2 + len(maps)), 2.5), squeeze=False)
-    titles = ["now", "future", *(f"query {i}" for i in range(len(maps)))]
-    for axis, title, image in zip(axes[0], titles, images + [images[1]] * len(maps)):
-        axis.imshow(image)
-        axis.set(xticks=[], yticks=[], title=title)
-    for axis, heat in zip(axes[0][2:], maps):
-        axis.imshow(heat, cmap="jet", alpha=0.5, extent=(-0.5, size - 0.5, size - 0.5, -0.5), interpolation="bilinear")
-    figure.suptitle(pair["text"], fontsize=10)
-    figure.tight_layout()
+def retrieval_table(results: dict[str, Any], count: int, told: bool) -> str:
+    """What neighbours share, as Markdown."""
+    names = {"sentence": "share with the same sentence", "displacement": "cosine of the end effector's displacements"}
+    lines = ["", f"Neighbours: the nearest pair of each of the {count} nearest other episodes, same camera; mean [95 % interval over episodes]. "
+             f"Above random: beside all pairs that might have been found.{' The encoder is told the sentence.' if told else ''}"]
+    for name, rows in results.items():
+        lines += ["", f"| nearest by | {names[name]} | above random |", "|---|---|---|"]
+        lines += [f"| {source} | {_cell(row['value'])} | {_cell(row['gain'], '+')} |" for source, row in rows.items()]
+    return "\n".join(lines) + "\n"
+
+
+def motion_table(results: dict[str, Any]) -> str:
+    """The read-outs as Markdown."""
+    names = {"motion": "displacement", "gripper": "gripper change"}
+    columns = [(view, target) for view, row in results.items() for target in row]
+    sizes = "; ".join(f"camera {v}, {names[t]}: " + " / ".join(map(str, results[v][t]["pairs"])) for v, t in columns)
+    lines = ["", "Linear read-outs of the robot's motion: R² on held-out episodes [95 % interval over them]. Pairs to fit / choose / measure: "
+             f"{sizes}. Fitted on training episodes; all inputs at most as wide as the latent action.", "",
+             "| read from | " + " | ".join(f"camera {view}: {names[target]}" for view, target in columns) + " |", "|" + "---|" * (len(columns) + 1)]
+    for source in next(iter(results[columns[0][0]].values()))["r2"]:
+        lines.append(f"| {source} | " + " | ".join(_cell(results[view][target]["r2"][source], places=2) for view, target in columns) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def transfer_table(results: dict[str, Any]) -> str:
+    """What actions do in another scene, as Markdown."""
+    names = {"own": "its own", "same": "same sentence in another scene, at the same part of the episode",
+             "other": "another sentence in another scene, at the same part", "shuffled": "any in another scene", "gain": "same sentence above any",
+             "sentence_gain": "same sentence above another sentence"}
+    lines = ["", f"Transfer: cosine of the decoded change of tokens with the true one, {results['pairs']} pairs; mean [95 % interval over episodes].",
+             "", "| latent action | cosine |", "|---|---|"]
+    return "\n".join(lines + [f"| {label} | {_cell(results[name], places=3)} |" for name, label in names.items()]) + "\n"
+
+
+def _cell(row: dict[str, float], sign: str = "", places: int = 2) -> str:
+    return f"{row['mean']:{sign}.{places}f} [{row['low']:{sign}.{places}f}, {row['high']:{sign}.{places}f}]"
+
+
+def film(model: GIDM, samples: SampleSet, out: Path, cfg: DictConfig) -> list[str]:
+    """Films of a few clips of every video set; returns a line on what has none."""
+    members = dict(zip(samples.names, samples.sets)) if isinstance(samples, Mixture) else {"clips": samples}
+    still = [name for name, member in members.items() if not isinstance(member, VideoTransitions)]
+    notes = [f"No films of {', '.join(still)}: only video sets are filmed."] if still else []
+    for name, member in members.items():
+        if name in still:
+            continue
+        for index in np.unique(np.linspace(0, len(member) - 1, min(cfg.films, len(member))).round().astype(int)):
+            try:
+                clip = member.walk(int(index), cfg.film_steps)
+            except Unreadable as error:
+                notes.append(f"No film of {error}")
+                continue
+            film_attention(model, clip, out / f"{name}_{index:03d}.mp4", fps=cfg.fps, batch_size=cfg.batch_size)
+    return notes
+
+
+def training_inputs(model: InverseModel, cfg: DictConfig) -> tuple[dict[str, Tensor], meaning.Labels]:
+    """Inputs of the read-outs and labels of `cfg.probe` pairs of training episodes. Raises Missing."""
     try:
-        with beside(path) as part:
-            figure.savefig(part, dpi=100)
-    finally:
-        pyplot.close(figure)
+        samples = instantiate(cfg.data, split="train", labelled=True, augment=False)
+    except InstantiationException as error:
+        if not isinstance(error.__cause__, EXPECTED):
+            raise
+        raise Missing(f"read-outs of the robot's motion are left out: no training episodes to fit on ({error.__cause__})") from error
+    pairs, _ = draw_pairs(samples, cfg.probe, cfg.seed + 1)
+    parts = [meaning.inputs(model, meaning.look(model, chunk), chunk) for chunk in tqdm(_chunks(pairs, cfg.batch_size), desc="infer")]
+    known = meaning.labels(pairs)
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]} | {SENTENCE: meaning.sentences(model, known.text)}, known
+
+
+def interpret(model: InverseModel, pairs: list[dict[str, Any]], seen: Seen, out: Path, cfg: DictConfig) -> tuple[dict[str, Any], str]:
+    """What the latent actions mean: results and their tables. A part that the data do not allow is a line of `notes`."""
+    known, values = meaning.labels(pairs), meaning.inputs(model, seen, pairs)
+    results: dict[str, Any] = {"notes": []}
+    said = ""
+
+    def retrieve() -> str:
+        results["retrieval"] = meaning.retrieve(values, known, count=cfg.neighbours)
+        found = meaning.neighbours(values[QUANTIZED], values[meaning.CONTINUOUS], known, cfg.neighbours)
+        draw_neighbours(out / "neighbours.png", pairs, found[:, :3], _spread_out(known.text, cfg.pictures))
+        return retrieval_table(results["retrieval"], cfg.neighbours, "encoder" in model.text_in)
+
+    def read() -> str:
+        if not np.isfinite(known.motion).any():
+            raise Missing("read-outs of the robot's motion are left out: the data hold no readings of the robot ('state' in the annotations)")
+        fit, fit_known = training_inputs(model, cfg)
+        results["motion"] = meaning.read_motion(fit, fit_known, values | {SENTENCE: meaning.sentences(model, known.text)}, known, seed=cfg.seed)
+        return motion_table(results["motion"])
+
+    def transfer() -> str:
+        partners = meaning.transfers(known, cfg.seed)
+        results["transfer"] = meaning.measure_transfer(model, seen, known, partners, batch_size=cfg.batch_size)
+        draw_transfer(out / "transfer.png", model, pairs, seen, known, partners, _spread_out(known.text[partners.target], cfg.pictures))
+        return transfer_table(results["transfer"])
+
+    for part in (retrieve, *([read] if cfg.probe else []), transfer):
+        try:
+            said += part()
+        except Missing as error:
+            results["notes"].append(f"{str(error)[0].upper()}{str(error)[1:]}.")
+    return results, said
+
+
+def _spread_out(texts: Sequence[str], count: int) -> list[int]:
+    """Numbers of up to `count` pairs, of as many different sentences as there are."""
+    turns: Counter[str] = Counter()
+    order = []
+    for i, text in enumerate(texts):
+        order.append((turns[text], i))
+        turns[text] += 1
+    return [i for _, i in sorted(order)[:count]]
 
 
 @program("step2_eval")
@@ -124,19 +220,24 @@ def main(cfg: DictConfig) -> None:
     cfg.gidm = OmegaConf.load(Path(cfg.path) / "config.yaml")
     out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
-    pairs, skipped = draw_pairs(instantiate(cfg.data, split=cfg.split), cfg.pairs, cfg.seed)
-    errors, codes = measure(model, pairs, batch_size=cfg.batch_size)
+    samples = instantiate(cfg.data, split=cfg.split, labelled=True)
+    pairs, skipped = draw_pairs(samples, cfg.pairs, cfg.seed)
+    seen = look(model, pairs, batch_size=cfg.batch_size)
+    errors, codes = measure(model, pairs, seen, batch_size=cfg.batch_size), None if seen.codes is None else seen.codes.numpy()
     summary = summarize(errors, codes, model.quantizer.size)
+    meant, said = interpret(model, pairs, seen, out, cfg)
     if isinstance(model, GIDM):
         for i, pair in enumerate(pairs[:cfg.pictures]):
             draw_attention(model, pair, out / "attention" / f"{i:03d}.png")
+        meant["notes"] += film(model, samples, out / "attention", cfg) if cfg.films else []
     results = {"pairs": len(pairs), "skipped": skipped, "seed": cfg.seed, "split": cfg.split, "gidm_sha256": artifact.sha256(cfg.path),
-               "data": OmegaConf.to_container(cfg.data, resolve=True), "summary": summary,
+               "data": OmegaConf.to_container(cfg.data, resolve=True), "summary": summary, **meant,
                "samples": [{"id": pair["id"], **{k: float(v[i]) for k, v in errors.items()},
                             "codes": None if codes is None else codes[i].tolist()} for i, pair in enumerate(pairs)]}
+    said = table(summary, len(pairs)) + said + "".join(f"\n{note}\n" for note in meant["notes"])
     write_text(out / "results.json", json.dumps(results, indent=2) + "\n")
-    write_text(out / "table.md", table(summary, len(pairs)))
-    log.info("\n%s", table(summary, len(pairs)))
+    write_text(out / "table.md", said)
+    log.info("\n%s", said)
     log.info("results in %s", out)
 
 

@@ -7,8 +7,9 @@ pair shows a frame beside itself (UniVLA and the release clamp: 61 % of Kuka's p
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,20 +32,22 @@ class Pair(NamedTuple):
     text: str
     frames: Any  # as their set keeps them: encoded images, or where they lie
     size: int = 0  # bytes of encoded images
+    about: Mapping[str, Any] = MappingProxyType({})  # labels, where they were asked for
 
 
 class Transitions:
     """How pairs are drawn and pictured; subclasses say where frames come from.
 
     `gap` is "seconds" or "official" (step2_gidm.gaps). `gap_seconds`, `jitter` and `min_gap` belong to the first, `window`, in frames, to
-    the second.
+    the second. With `labelled` pairs also carry what evaluation knows them by, where the set has it: episode, scene, view, phase (where in the
+    episode the pair starts, 0 to 1) and state (2, D), the robot's readings at both moments.
     """
 
     def __init__(self, *, image_size: int, gap: str = "seconds", gap_seconds: float = 1.0, jitter: float = 0.0, min_gap: float = 0.5,
-                 window: int = 10, augment: bool = False) -> None:
+                 window: int = 10, augment: bool = False, labelled: bool = False) -> None:
         if gap not in GAPS:
             raise ValueError(f"unknown gap {gap!r}; use one of {', '.join(GAPS)}")
-        self.image_size, self.augment = image_size, augment
+        self.image_size, self.augment, self.labelled = image_size, augment, labelled
         self.gap = GAPS[gap](seconds=gap_seconds, jitter=jitter, least=min_gap, window=window)
 
     def __len__(self) -> int:
@@ -60,7 +63,7 @@ class Transitions:
 
     def show(self, pair: Pair, rng: np.random.Generator) -> dict[str, Any]:
         """A pair as a sample."""
-        return {"id": pair.id, "frames": self.picture(self.decode(pair), rng), "text": pair.text}
+        return {"id": pair.id, "frames": self.picture(self.decode(pair), rng), "text": pair.text, **pair.about}
 
     def sample(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
         """A random pair of one episode. Raises Unreadable."""
@@ -116,8 +119,36 @@ class VideoTransitions(Transitions):
         """See Transitions. Frames stay in their video: it is small, and seeks are cheap."""
         file = self.files[index]
         id = f"{self.folder.name}/{file.stem}"
-        text, videos = _annotation(id, file)
+        text, videos, states = _annotation(id, file)
         view = int(rng.integers(len(videos))) if self.view is None else self.view
+        path, length, fps = self._video(id, videos, view)
+        if self.labelled and states and len(states) != length:
+            raise Unreadable(id, f"{len(states)} readings of the robot for {length} frames")
+        found = []
+        for start, end in self.draw(id, length, fps, rng, count):
+            about = {"episode": str(file), "scene": str(self.folder), "view": view, "phase": start / (length - 1)} if self.labelled else {}
+            if about and states:
+                about["state"] = np.asarray([states[start], states[end]], np.float64)
+            found.append(Pair(f"{id}/{view}@{start}+{end - start}", text, (path, start, end), about=about))
+        return found
+
+    def walk(self, index: int, steps: int) -> dict[str, Any]:
+        """Up to `steps` pairs in order through one clip: id, text, frames (T, 2, 3, S, S). Raises Unreadable."""
+        file = self.files[index]
+        id = f"{self.folder.name}/{file.stem}"
+        text, videos, _ = _annotation(id, file)
+        view = self.view or 0
+        path, length, fps = self._video(id, videos, view)
+        [(start, end)] = self.draw(id, length, fps, np.random.default_rng(0))
+        now = np.unique(np.linspace(0, length - 1 - (end - start), steps).round().astype(int))
+        try:
+            frames = resize(read_frames(path, [*now, *(now + end - start)]), self.image_size)
+        except VideoError as error:
+            raise Unreadable(id, str(error)) from error
+        return {"id": f"{id}/{view}", "text": text, "frames": frames.unflatten(0, (2, -1)).transpose(0, 1)}
+
+    def _video(self, id: str, videos: Sequence[str], view: int) -> tuple[Path, int, float]:
+        """File, length and frame rate of one camera's video."""
         if view >= len(videos):
             raise Unreadable(id, f"has {len(videos)} views, view {view} was asked for")
         path = self.folder / videos[view]
@@ -127,8 +158,7 @@ class VideoTransitions(Transitions):
         except VideoError as error:
             raise Unreadable(id, str(error)) from error
         length, rate = self._probed[path]
-        return [Pair(f"{id}/{view}@{start}+{end - start}", text, (path, start, end))
-                for start, end in self.draw(id, length, self.fps or rate, rng, count)]
+        return path, length, self.fps or rate
 
     def decode(self, pair: Pair) -> Sequence[np.ndarray]:
         """See Transitions."""
@@ -169,8 +199,19 @@ class CalvinTransitions(Transitions):
         id = f"{name}/{note.start:07d}-{note.end:07d}"
         if not note.text.strip():
             raise Unreadable(id, "an annotation without a sentence")
-        return [Pair(f"{name}/{note.start + start:07d}/{view}+{end - start}", note.text, (note.start + start, note.start + end, calvin_format.KEYS[view]))
-                for start, end in self.draw(id, note.end - note.start + 1, self.fps, rng, count)]
+        found, length = [], note.end - note.start + 1
+        for start, end in self.draw(id, length, self.fps, rng, count):
+            frames = note.start + start, note.start + end
+            about = {"episode": id, "scene": str(self.folder), "view": view, "phase": start / (length - 1), "state": self._states(id, frames)} if self.labelled else {}
+            found.append(Pair(f"{name}/{frames[0]:07d}/{view}+{end - start}", note.text, (*frames, calvin_format.KEYS[view]), about=about))
+        return found
+
+    def _states(self, id: str, frames: Sequence[int]) -> np.ndarray:
+        """(2, 15) the robot's readings."""
+        try:
+            return np.stack([calvin_format.read_frame(self.folder, frame, ["robot_obs"])["robot_obs"] for frame in frames]).astype(np.float64)
+        except calvin_format.CalvinFormatError as error:
+            raise Unreadable(id, str(error)) from error
 
     def decode(self, pair: Pair) -> Sequence[np.ndarray]:
         """See Transitions."""
@@ -245,8 +286,8 @@ def _part(count: int, split: str) -> np.ndarray:
     return np.flatnonzero(held_out == (split == "val"))
 
 
-def _annotation(id: str, file: Path) -> tuple[str, list[str]]:
-    """The first sentence and the video paths of an annotation."""
+def _annotation(id: str, file: Path) -> tuple[str, list[str], list[list[float]]]:
+    """The first sentence, the video paths and the robot's readings (none: empty) of an annotation."""
     try:
         record = json.loads(file.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -257,4 +298,4 @@ def _annotation(id: str, file: Path) -> tuple[str, list[str]]:
         raise Unreadable(id, f"{file} has no 'videos'")
     if not str(record["texts"][0]).strip():
         raise Unreadable(id, f"{file} has an empty sentence")
-    return record["texts"][0], [video["video_path"] for video in record["videos"]]
+    return record["texts"][0], [video["video_path"] for video in record["videos"]], record.get("state") or []

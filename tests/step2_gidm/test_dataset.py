@@ -113,6 +113,32 @@ def test_fps_overrides_the_container(tmp_path: Path) -> None:
     assert VideoTransitions(folder, fps=4, **PAIRS).sample(0, np.random.default_rng(0))["id"].endswith("+4")
 
 
+def test_labelled_pairs_say_what_they_are_of(tmp_path: Path) -> None:
+    folder = video_set(tmp_path / "toy", views=2)
+    file = folder / "annotation/train/1.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "state": [[float(t), 0.0, 0.0] for t in range(20)]}))
+    samples = VideoTransitions(folder, view=1, labelled=True, **PAIRS)
+    samples.files = [folder / "annotation/train/0.json", file]
+    rng = np.random.default_rng(0)
+    plain, pair = samples.sample(0, rng), samples.sample(1, rng)
+    start = int(pair["id"].split("@")[1].split("+")[0])
+    assert pair["state"][:, 0].tolist() == [start, start + 10] and pair["phase"] == start / 19 and pair["view"] == 1
+    assert "state" not in plain and plain["scene"] == pair["scene"] == str(folder) and plain["episode"] != pair["episode"]
+    assert set(VideoTransitions(folder, **PAIRS).sample(0, rng)) == {"id", "frames", "text"}, "training batches have the same keys everywhere"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "state": [[0.0]] * 3}))
+    with pytest.raises(Unreadable, match="3 readings of the robot for 20 frames"):
+        samples.sample(1, rng)
+
+
+def test_a_walk_shows_the_pairs_of_a_clip_in_order(tmp_path: Path) -> None:
+    clip = VideoTransitions(video_set(tmp_path / "toy"), **PAIRS).walk(0, 5)
+    brightness = (clip["frames"].mean((2, 3, 4)) * 255 / 8).round()
+    assert brightness[:, 0].tolist() == [0, 2, 4, 7, 9] and (brightness[:, 1] - brightness[:, 0] == 10).all() and clip["text"] == "Sentence 0"
+    assert len(VideoTransitions(video_set(tmp_path / "toy"), **PAIRS).walk(0, 50)["frames"]) == 10, "no pair is shown twice"
+    with pytest.raises(Unreadable, match="too few"):
+        VideoTransitions(video_set(tmp_path / "short", length=3), **PAIRS).walk(0, 5)
+
+
 def test_splits(tmp_path: Path) -> None:
     folder = video_set(tmp_path / "toy", 21, length=12)
     train, val = (VideoTransitions(folder, split, **PAIRS) for split in ("train", "val"))

@@ -18,10 +18,12 @@ from torch import nn
 
 from common import artifact
 from common.loop import Loop
+from common.video import probe
 from step2_gidm import eval as evaluate
 from step2_gidm import train
 from step2_gidm.dataset import mixture
-from step2_gidm.eval import draw_pairs, measure, summarize, table
+from step2_gidm.eval import draw_pairs, look, measure, summarize, table
+from step2_gidm.meaning import QUANTIZED
 from step2_gidm.model import GIDM
 from tests.common.test_rlds import write_set
 from tests.step2_gidm.parts import make, moving
@@ -185,7 +187,8 @@ def test_measure_knows_a_perfect_and_a_blind_model() -> None:
     model = make().eval()
     pairs = [Squares().sample(i, np.random.default_rng(0)) for i in range(10)]
     model.decode = lambda now, latent, text=None: now
-    errors, codes = measure(model, pairs, batch_size=4)
+    seen = look(model, pairs, batch_size=4)
+    errors, codes = measure(model, pairs, seen, batch_size=4), seen.codes.numpy()
     assert np.allclose(errors["mse"], errors["copy_mse"]) and np.allclose(errors["gap"], 0) and codes.shape == (10, 2)
     summary = summarize(errors, codes, 8)
     assert summary["codes"]["used"] == len(np.unique(codes)) and len(summary["codes"]["perplexity_by_query"]) == 2
@@ -208,6 +211,8 @@ def test_train_then_eval_from_the_command_line(hub: Path, tmp_path: Path, monkey
         program.main()
 
     video_set(tmp_path / "data/playtable/A/videos_set", 6, length=40, fps=30, views=2)
+    for scene in "BC":
+        stated(video_set(tmp_path / scene, 40, length=16, fps=8))
     where = [f"paths.data={tmp_path / 'data'}", f"paths.ckpts={tmp_path / 'ckpts'}"]
     build = [f"gidm.vision.path={hub / 'dinov2'}", f"gidm.text.path={hub / 't5'}", "gidm.encoder_layers=1"]
     short = ["scale=tiny", "loop.max_steps=3", "loop.batch_size=4", "loop.eval_every=3", "loop.eval_batches=1", "name=toy"]
@@ -218,4 +223,24 @@ def test_train_then_eval_from_the_command_line(hub: Path, tmp_path: Path, monkey
     results = json.loads((folder / "eval/results.json").read_text())
     assert results["pairs"] == 6 and len(results["samples"]) == 6 and results["gidm_sha256"] == artifact.sha256(folder)
     assert (folder / "eval/table.md").read_text().startswith("Mean squared error") and (folder / "eval/attention/000.png").stat().st_size > 1000
+    said = (folder / "eval/table.md").read_text()
+    assert "all pairs are of one scene" in said and "the data hold no readings" in said and set(results).isdisjoint({"motion", "transfer"})
+    assert probe(folder / "eval/attention/playtable_000.mp4")[0] == 10
+    sets = ["~data.sets.playtable", *(f"+data.sets.{scene}.video={tmp_path / scene}" for scene in "BC")]
+    out = tmp_path / "meaning"
+    run(evaluate, *where, "scale=tiny", f"path={folder}", *sets, f"out={out}", "pairs=40", "probe=120", "films=1", "film_steps=3", "pictures=3")
+    results, said = json.loads((out / "results.json").read_text()), (out / "table.md").read_text()
+    assert not results["notes"] and "Linear read-outs" in said and "Transfer" in said and "Neighbours" in said
+    assert results["motion"]["0"]["motion"]["pairs"][2] == 40 and set(results["motion"]["0"]) == {"motion", "gripper"}
+    assert results["transfer"]["pairs"] > 10 and results["retrieval"]["sentence"][QUANTIZED]["queries"] == 40
+    drawn = ("neighbours.png", "transfer.png", "attention/002.png", "attention/B_000.mp4", "attention/C_000.mp4")
+    assert all((out / name).stat().st_size > 1000 for name in drawn)
+
+
+def stated(folder: Path) -> Path:
+    """Readings of a robot for a set of moving brightness, two sentences."""
+    for i, file in enumerate(sorted((folder / "annotation").glob("*/*.json"))):
+        state = np.random.default_rng(i).normal(size=(16, 15)).cumsum(0)
+        file.write_text(json.dumps({**json.loads(file.read_text()), "state": state.tolist(), "texts": [f"task {i // 20 % 2}"]}))
+    return folder
 
