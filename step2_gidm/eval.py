@@ -27,11 +27,11 @@ from common.metrics import bootstrap_ci
 from common.mixture import Mixture, SampleSet, Unreadable
 from common.program import EXPECTED, program
 from step2_gidm import meaning
-from step2_gidm.dataset import VideoTransitions
 from step2_gidm.meaning import QUANTIZED, SENTENCE, Missing, Seen
 from step2_gidm.model import GIDM, InverseModel
 from step2_gidm.pictures import draw_attention, draw_neighbours, draw_transfer, film_attention
 from step2_gidm.quantizer import perplexity
+from step2_gidm.transitions import VideoTransitions
 
 ROWS = {"mse": "with its own latent action", "shuffled_mse": "with another pair's latent action", "copy_mse": "no change (the current frame)",
         "gain": "gain over no change", "gap": "gap: what the right latent action is worth"}

@@ -202,7 +202,8 @@ class CalvinTransitions(Transitions):
         found, length = [], note.end - note.start + 1
         for start, end in self.draw(id, length, self.fps, rng, count):
             frames = note.start + start, note.start + end
-            about = {"episode": id, "scene": str(self.folder), "view": view, "phase": start / (length - 1), "state": self._states(id, frames)} if self.labelled else {}
+            about = {} if not self.labelled else {"episode": id, "scene": str(self.folder), "view": view, "phase": start / (length - 1),
+                                                  "state": self._states(id, frames)}
             found.append(Pair(f"{name}/{frames[0]:07d}/{view}+{end - start}", note.text, (*frames, calvin_format.KEYS[view]), about=about))
         return found
 
