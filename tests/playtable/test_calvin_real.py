@@ -27,8 +27,9 @@ def installed() -> Path:
 
 
 @pytest.fixture
-def env(installed: Path) -> Iterator[Calvin]:
-    env = Calvin("D", renderer="cpu")
+def env(installed: Path, request: pytest.FixtureRequest) -> Iterator[Calvin]:
+    """Scene D, or the one that a test asks for."""
+    env = Calvin(getattr(request, "param", "D"), renderer="cpu")
     yield env
     env.close()
 
@@ -42,13 +43,13 @@ def wandering(env: Calvin, steps: int = 60, seed: int = 0) -> np.ndarray:
     return np.array(seen)
 
 
-@pytest.mark.parametrize("scene", "ABCD")
-def test_playtables_geometry_is_calvins(installed: Path, scene: str) -> None:
-    env = Calvin(scene, renderer="cpu")
-    bullet, table, scene_obs = env._bullet, env._table, env.reset()["scene_obs"]
+@pytest.mark.parametrize("env", "ABCD", indirect=True)
+def test_playtables_geometry_is_calvins(env: Calvin) -> None:
+    bullet, table, scene = env._bullet, env._table, env.scene.name
+    env.reset()
     places = {name: bullet.getLinkState(table.uid, number)[4] for number, name in env._links.items() if number >= 0}
     fixtures = SCENES[scene].fixtures
-    assert scene_obs[0] == 0 and places["slide_link"][0] == pytest.approx(fixtures.slide_x0, abs=1e-6)
+    assert places["slide_link"][0] + env.joint_reading("base__slide") == pytest.approx(fixtures.slide_x0, abs=1e-3)
     assert places["drawer_link"][0] == pytest.approx(fixtures.drawer_x, abs=1e-6)
     assert places["switch_link"][0] == pytest.approx(fixtures.switch_x, abs=1e-6)
     np.testing.assert_allclose(places["button_link"], fixtures.button, atol=1e-6)
@@ -60,25 +61,28 @@ def test_playtables_geometry_is_calvins(installed: Path, scene: str) -> None:
     assert surfaces.keys() == SCENES[scene].surfaces.keys()
     for name, box in SCENES[scene].surfaces.items():
         np.testing.assert_allclose(surfaces[name], box, atol=1e-6)
-    env.close()
 
 
 def test_the_configuration_is_the_datasets(installed: Path, shared_data: Path) -> None:
     theirs = OmegaConf.load(shared_data / "calvin_meta" / "merged_config.yaml")
     ours = calvin_sim.configuration(installed, "D", static_size=200, gripper_size=84, egl=True)
-    for part in ("robot", "cameras.static", "cameras.gripper", "scene.objects", "scene.surfaces", "scene.global_scaling"):
-        assert OmegaConf.select(ours, part) == OmegaConf.select(theirs, part), part
-    assert {key: ours.env[key] for key in ("bullet_time_step", "control_freq", "use_egl")} == {
-        key: theirs.env[key] for key in ("bullet_time_step", "control_freq", "use_egl")}
+    theirs.data_path = ours.data_path
+    for part in ("robot", "cameras.static", "cameras.gripper", "scene.objects", "scene.surfaces"):
+        one, other = (OmegaConf.to_container(OmegaConf.select(config, part), resolve=True) for config in (ours, theirs))
+        # what the dataset's file does not say is a default of the code
+        assert {key: one[key] for key in other} == other, part
+    for key in ("scene.global_scaling", "env.bullet_time_step", "env.control_freq", "env.use_egl"):
+        assert OmegaConf.select(ours, key) == OmegaConf.select(theirs, key), key
 
 
 def test_the_neutral_pose_and_stored_vectors_are_reproduced(env: Calvin) -> None:
     np.testing.assert_allclose(env.reset()["robot_obs"], NEUTRAL_ROBOT_OBS, atol=1e-5)
     wandering(env)
-    seen = env.step(np.array([0, 0, 0, 0, 0, 0, 1.0]), render=False)[0]
+    for _ in range(20):  # velocities are no part of the vectors
+        seen, _ = env.step(np.array([0, 0, 0, 0, 0, 0, 1.0]), render=False)
     again = env.reset(robot_obs=seen["robot_obs"], scene_obs=seen["scene_obs"])
-    np.testing.assert_allclose(again["robot_obs"][:6], seen["robot_obs"][:6], atol=1e-4)
-    np.testing.assert_allclose(again["scene_obs"], seen["scene_obs"], atol=1e-4)
+    np.testing.assert_allclose(again["robot_obs"], seen["robot_obs"], atol=1e-3)
+    np.testing.assert_allclose(again["scene_obs"], seen["scene_obs"], atol=5e-3)  # a reset makes one step of physics
 
 
 def test_what_follows_a_state_is_the_same_to_the_bit(env: Calvin, monkeypatch: pytest.MonkeyPatch) -> None:
