@@ -92,6 +92,8 @@ def load() -> tuple[ModuleType, ModuleType]:
             importlib.import_module("calvin_env.envs.play_table_env")
     except ImportError as error:
         raise CalvinError(f"CALVIN's simulator is not installed ({error}): {STEPS}") from error
+    if getattr(package, "__file__", None) is None:
+        raise CalvinError(f"the folder {next(iter(package.__path__))} hides the installed calvin_env: keep the clone out of the folder where programs start")
     if not (root(package) / "conf" / "scene").is_dir():
         raise CalvinError(f"calvin_env in {root(package)} is without its folders conf/ and data/, install a clone with pip install -e: {STEPS}")
     return pybullet, package
@@ -122,6 +124,8 @@ def connect(config: DictConfig, seed: int) -> Any:
     try:
         with quiet():
             simulator = hydra.utils.instantiate(config.env, seed=seed)
+            for camera in simulator.cameras if config.env.use_egl else ():
+                camera.render()  # EGL says hello at its first picture
     except HydraException as error:
         raise CalvinError(f"calvin_env does not start ({error.__cause__ or error}): {STEPS}") from error
     if simulator.cid != 0:

@@ -228,6 +228,11 @@ def test_an_incomplete_calvin_env_says_what_is_wrong(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("NO_GIT", "1")
     with pytest.raises(CalvinError, match="no readable git checkout"):
         Calvin("D")
+    with monkeypatch.context() as patch:
+        calvin_sim.load()
+        patch.setattr(sys.modules["calvin_env"], "__file__", None)  # as of a folder without __init__.py
+        with pytest.raises(CalvinError, match="fake_calvin/calvin_env hides the installed"):
+            Calvin("D")
     monkeypatch.setattr(calvin_sim, "root", lambda package: tmp_path)
     with pytest.raises(CalvinError, match="without its folders conf/ and data/"):
         Calvin("D")
