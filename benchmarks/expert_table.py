@@ -1,6 +1,6 @@
 """Success of the scripted expert per task and scene from random starts, as a Markdown table (DESIGN 7).
 
-python -m benchmarks.expert_table [starts=50] [workers=2] [scenes=ABCD] [tasks=<part of a name>] [sigma=0]
+python -m benchmarks.expert_table [env=playtable|calvin] [starts=50] [workers=2] [scenes=ABCD] [tasks=<part of a name>] [sigma=0]
 """
 from __future__ import annotations
 
@@ -9,20 +9,23 @@ import multiprocessing
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 
 import numpy as np
 from tqdm import tqdm
 
+from playtable.calvin import Calvin, World
 from playtable.env import PlayTable
 from playtable.expert import disturbed
 from playtable.starts import random_start
 from playtable.tasks import TASKS
 
 LIMIT = 360
+WORLDS = {"playtable": PlayTable, "calvin": partial(Calvin, renderer="cpu")}
 log = logging.getLogger("benchmarks.expert_table")
 
 
-def attempt(env: PlayTable, task: str, *, seed: int, sigma: float) -> tuple[int | None, str]:
+def attempt(env: World, task: str, *, seed: int, sigma: float) -> tuple[int | None, str]:
     """(steps to success or None, what failed) of one random start."""
     rng = np.random.default_rng(seed)
     start = random_start(task, env.scene, rng)
@@ -44,21 +47,22 @@ def attempt(env: PlayTable, task: str, *, seed: int, sigma: float) -> tuple[int 
     return steps, ""
 
 
-def row(scene: str, task: str, starts: int, sigma: float) -> tuple[str, str, list[tuple[int | None, str]], float]:
+def row(world: str, scene: str, task: str, starts: int, sigma: float) -> tuple[str, str, list[tuple[int | None, str]], float]:
     """All attempts at one task in one scene, and the seconds they took."""
-    env, begin = PlayTable(scene), time.perf_counter()
+    env, begin = WORLDS[world](scene), time.perf_counter()
     results = [attempt(env, task, seed=seed, sigma=sigma) for seed in range(starts)]
+    env.close()
     return scene, task, results, time.perf_counter() - begin
 
 
 def main() -> None:
-    options = {"starts": "50", "workers": "2", "scenes": "ABCD", "tasks": "", "sigma": "0"}
+    options = {"env": "playtable", "starts": "50", "workers": "2", "scenes": "ABCD", "tasks": "", "sigma": "0"}
     options.update(argument.split("=", 1) for argument in sys.argv[1:])
     starts, sigma = int(options["starts"]), float(options["sigma"])
     tasks = [task for task in TASKS if any(part in task for part in options["tasks"].split(","))]
     table: dict[str, dict[str, str]] = {task: {} for task in tasks}
     with ProcessPoolExecutor(int(options["workers"]), mp_context=multiprocessing.get_context("spawn")) as pool:
-        jobs = [pool.submit(row, scene, task, starts, sigma) for task in tasks for scene in options["scenes"]]
+        jobs = [pool.submit(row, options["env"], scene, task, starts, sigma) for task in tasks for scene in options["scenes"]]
         for job in tqdm(jobs, disable=None):
             scene, task, results, seconds = job.result()
             steps = [steps for steps, _ in results if steps is not None]

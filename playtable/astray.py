@@ -9,7 +9,7 @@ from contextlib import suppress
 
 import numpy as np
 
-from playtable.env import PlayTable
+from playtable.calvin import World
 from playtable.expert import CABINET_TILT, Expert, block_of
 from playtable.motions import FITS, FORWARD, Stuck, hand
 from playtable.tasks import LIFTS_FROM_TABLE
@@ -30,7 +30,7 @@ BESIDE, OVER_BLOCKS = 0.1, 0.54  # m, an open hand within the first of a block s
 BACK_OFF_STEPS = 15
 
 
-def displace(env: PlayTable, expert: Expert, rng: np.random.Generator, task: str) -> bool:
+def displace(env: World, expert: Expert, rng: np.random.Generator, task: str) -> bool:
     """Perhaps bring the hand, unseen by the recording, to where the expert would not have gone by itself. Did it move?"""
     block = block_of(task) if task.startswith("lift") else None
     free = expert.held() is None
@@ -54,7 +54,7 @@ def displace(env: PlayTable, expert: Expert, rng: np.random.Generator, task: str
     return True
 
 
-def _hover(env: PlayTable, expert: Expert, rng: np.random.Generator, block: str) -> None:
+def _hover(env: World, expert: Expert, rng: np.random.Generator, block: str) -> None:
     """The open hand near the grasp of a block: beside its axis, turned a little, high or low."""
     position, euler = expert.state.block(block)[0], expert.hold(block)
     aside = rng.normal(0, HOVER_ASIDE, 2)
@@ -63,7 +63,7 @@ def _hover(env: PlayTable, expert: Expert, rng: np.random.Generator, block: str)
     _send(env, expert, position + [*aside, rng.uniform(*(HOVER_AROUND if fits else HOVER_ABOVE))], euler)
 
 
-def _lose(env: PlayTable, expert: Expert, rng: np.random.Generator) -> None:
+def _lose(env: World, expert: Expert, rng: np.random.Generator) -> None:
     """The hand anywhere over the table, as high as blocks below allow, and perhaps shut."""
     place = rng.uniform(*LOST_WITHIN)
     if any(np.linalg.norm(expert.state.block(name)[0][:2] - place[:2]) < BESIDE for name in expert.state.blocks):
@@ -72,7 +72,7 @@ def _lose(env: PlayTable, expert: Expert, rng: np.random.Generator) -> None:
           grip=-1 if rng.random() < LOST_CLOSED_SHARE else 1)
 
 
-def _send(env: PlayTable, expert: Expert, place: np.ndarray, euler: np.ndarray, grip: int = 1) -> None:
+def _send(env: World, expert: Expert, place: np.ndarray, euler: np.ndarray, grip: int = 1) -> None:
     """Over and down to a pose, unseen by the recording, or as far as nothing is in the way."""
     with suppress(Stuck):
         for action in expert.above(place[0], place[1], euler, grip=1):
@@ -82,7 +82,7 @@ def _send(env: PlayTable, expert: Expert, place: np.ndarray, euler: np.ndarray, 
             env.step(action, render=False)
 
 
-def _burst(env: PlayTable, expert: Expert, rng: np.random.Generator, *, lift: bool) -> None:
+def _burst(env: World, expert: Expert, rng: np.random.Generator, *, lift: bool) -> None:
     """Some steps of the way, then a few into a random direction.
 
     The way ends where a fixture might begin to move, or at a block, before the hand closes: there it may miss.

@@ -82,10 +82,10 @@ def write_statistics(folder: Path, vectors: dict[str, np.ndarray]) -> None:
     write_text(folder / "statistics.yaml", yaml.safe_dump(record, sort_keys=False))
 
 
-def write_world(folder: Path, scenes: list[str], versions: dict[str, str]) -> None:
+def write_world(folder: Path, scenes: list[str], world: str, versions: dict[str, str]) -> None:
     """`.hydra/merged_config.yaml`: which world these frames come from, in the keys of CALVIN's own file."""
     config = {
-        "world": "playtable", "versions": versions,
+        "world": world, "versions": versions,
         "scene": {"name": [f"calvin_scene_{scene}" for scene in scenes]},
         "cameras": {"static": {"name": "static", "width": 200, "height": 200, "fov": 10},
                     "gripper": {"name": "gripper", "width": 84, "height": 84, "fov": 75}},

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from playtable.astray import displace
-from playtable.env import PlayTable, PlayTableState
+from playtable.calvin import World
+from playtable.env import PlayTableState
 from playtable.expert import Expert, disturbed
 from playtable.sequences import CATEGORIES, INITIAL_STATES, initial_state
 from playtable.starts import NEEDS_BLOCK, possible, random_start
@@ -63,13 +64,13 @@ class Segment:
         return np.concatenate([poses, np.array(self.rel_actions)[:, 6:]], axis=1)
 
 
-def numbered(env: PlayTable, tasks: Sequence[str], longest: int, *, seed: int, number: int) -> tuple[list[Segment], int]:
+def numbered(env: World, tasks: Sequence[str], longest: int, *, seed: int, number: int) -> tuple[list[Segment], int]:
     """Chain `number` of a recording in the scene of `env`: a function of these alone. TWINS in a row begin alike."""
     key = (seed, "ABCD".index(env.scene.name))
     return chain(env, tasks, longest, np.random.default_rng((*key, number)), begin=np.random.default_rng((*key, number // TWINS, TWINS)), turn=number % TWINS)
 
 
-def chain(env: PlayTable, tasks: Sequence[str], longest: int, rng: np.random.Generator, *, begin: np.random.Generator | None = None,
+def chain(env: World, tasks: Sequence[str], longest: int, rng: np.random.Generator, *, begin: np.random.Generator | None = None,
           turn: int = 0) -> tuple[list[Segment], int]:
     """Demonstrated segments, at most `longest`, and the number of attempts that failed. `env` is reset first.
 
@@ -99,7 +100,7 @@ def chain(env: PlayTable, tasks: Sequence[str], longest: int, rng: np.random.Gen
     return segments, failed
 
 
-def _start(env: PlayTable, tasks: Sequence[str], rng: np.random.Generator, *, two_blocks: bool) -> None:
+def _start(env: World, tasks: Sequence[str], rng: np.random.Generator, *, two_blocks: bool) -> None:
     """The neutral pose, with blocks and fixtures as an evaluation has them (a little shifted) or anywhere."""
     if rng.random() < SCATTERED_SHARE:
         start = random_start(str(rng.choice(tasks)), env.scene, rng)
@@ -140,7 +141,7 @@ def _choose(tasks: list[str], rng: np.random.Generator, *, lift: bool | None = N
     return str(rng.choice([task for task in pool if _group(task) == kind]))
 
 
-def _demonstrate(env: PlayTable, expert: Expert, task: str, rng: np.random.Generator, *, calm: bool) -> Segment | None:
+def _demonstrate(env: World, expert: Expert, task: str, rng: np.random.Generator, *, calm: bool) -> Segment | None:
     """The segment that the oracle accepted, or None."""
     sigma = float(rng.choice(SIGMAS))
     overrun = int(rng.integers(*OVERRUN_STEPS)) if rng.random() < OVERRUN_SHARE else 0

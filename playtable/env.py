@@ -150,8 +150,8 @@ class PlayTable:
             if robot_obs is not None or scene_obs is not None:
                 raise ValueError("reset takes a symbolic state or raw vectors, not both")
             robot_obs, scene_obs = sequences.initial_state(state, self.scene)
-        robot_obs = _vector("robot_obs", NEUTRAL_ROBOT_OBS if robot_obs is None else robot_obs, 15)
-        scene_obs = self._random_scene() if scene_obs is None else _vector("scene_obs", scene_obs, 24)
+        robot_obs = as_vector("robot_obs", NEUTRAL_ROBOT_OBS if robot_obs is None else robot_obs, 15)
+        scene_obs = self._random_scene() if scene_obs is None else as_vector("scene_obs", scene_obs, 24)
         mujoco.mj_resetData(self._model, self._data)
         self._place(robot_obs, scene_obs)
         mujoco.mj_forward(self._model, self._data)
@@ -194,7 +194,7 @@ class PlayTable:
         `action` (7,): shift and turn in world axes in units of 0.02 m and 0.05 rad, added to the commanded pose; then
         the gripper, open where positive and closed otherwise. Raises ValueError for another shape or NaN.
         """
-        action = _vector("action", action, 7)
+        action = as_vector("action", action, 7)
         self._target[0][:] += POSITION_SCALE * action[:3]
         self._target[1][:] += ANGLE_SCALE * action[3:6]
         self.gripper_command = 1 if action[6] > 0 else -1
@@ -331,7 +331,7 @@ class PlayTable:
 
 
 class PlayTableState:
-    """`PrivilegedState` of a `PlayTable`; it holds no copy and always reads the present moment."""
+    """`PrivilegedState` of a `PlayTable` or of what has its readings; it holds no copy and always reads the present moment."""
 
     def __init__(self, env: PlayTable) -> None:
         self._env = env
@@ -375,7 +375,7 @@ class PlayTableState:
         return self._env.touching(name)
 
 
-def _vector(name: str, values: object, length: int) -> np.ndarray:
+def as_vector(name: str, values: object, length: int) -> np.ndarray:
     """A private float64 copy of a caller's vector, checked for shape and finiteness."""
     vector = np.array(values, dtype=np.float64)
     if vector.shape != (length,):

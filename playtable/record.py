@@ -1,6 +1,7 @@
 """Program: record scripted demonstrations in CALVIN's format, and as a video set (DESIGN 7, 10).
 
     python -m playtable.record scene=A tasks=eleven episodes=1400 out=data/playtable/A workers=2
+    python -m playtable.record env=calvin scene=D ...      in the real CALVIN, where calvin_env is installed
 
 Chain i of a scene depends on (seed, scene, i) alone, whatever the number of workers. A killed recording goes on with the
 same command.
@@ -27,20 +28,22 @@ from typing import Any
 
 import hydra
 import numpy as np
+from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
 from playtable import calvin_files as files
+from playtable.calvin import World
 from playtable.demonstrate import numbered
-from playtable.env import PlayTable
 from playtable.scene import SCENES
 from playtable.tasks import check_tasks
 
 CONFIGS = str(Path(__file__).resolve().parents[1] / "configs")
 RESTARTS = 3  # of the workers, where one is killed or its simulator or renderer crashes
 BARREN = 60  # chains without a single segment after which a scene is given up
+PLAYTABLE = {"_target_": "playtable.PlayTable"}
 log = logging.getLogger(__name__)
-_worlds: dict[str, PlayTable] = {}  # one simulator a scene in each worker
+_worlds: dict[str, World] = {}  # the simulator of each worker, by its scene
 
 
 def _prepare_worker() -> None:
@@ -55,14 +58,22 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
+def _world(scene: str, env: dict[str, Any]) -> World:
+    """This worker's simulator; one of another scene is closed first, for the real CALVIN's serves one in a process."""
+    if scene not in _worlds:
+        while _worlds:
+            _worlds.popitem()[1].close()
+        settings = {key: value for key, value in env.items() if key not in ("_target_", "scene")}
+        _worlds[scene] = get_object(env["_target_"])(scene, **settings)
+    return _worlds[scene]
+
+
 def record_chain(job: dict[str, Any]) -> dict[str, Any]:
     """Demonstrate chain `job["number"]` into its own folder (renamed when whole) and return its summary."""
     done = Path(job["parts"]) / f"{job['scene']}_{job['number']:06d}"
     if (done / "summary.json").is_file():
         return json.loads((done / "summary.json").read_text())
-    if job["scene"] not in _worlds:
-        _worlds[job["scene"]] = PlayTable(scene=job["scene"])
-    env = _worlds[job["scene"]]
+    env = _world(job["scene"], job["env"])
     segments, failed = numbered(env, job["tasks"], job["length"], seed=job["seed"], number=job["number"])
     beside = done.with_name(f".{done.name}.{os.getpid()}")
     shutil.rmtree(beside, ignore_errors=True)
@@ -72,7 +83,7 @@ def record_chain(job: dict[str, Any]) -> dict[str, Any]:
         if job["videos"]:
             files.write_films(beside / str(index), segment)
     summary = {"folder": done.name, "scene": job["scene"], "number": job["number"], "failed": failed,
-               "versions": env.versions(),
+               "world": env.name.rsplit("-", 1)[0], "versions": env.versions(),
                "segments": [{"task": s.task, "sentence": s.sentence, "length": len(s)} for s in segments]}
     (beside / "summary.json").write_text(json.dumps(summary))
     shutil.rmtree(done, ignore_errors=True)
@@ -86,6 +97,7 @@ def record(
     tasks: list[str],
     episodes: int,
     out: Path,
+    env: dict[str, Any] | None = None,
     length: int = 5,
     workers: int = 2,
     seed: int = 0,
@@ -94,15 +106,15 @@ def record(
 ) -> dict[str, Any]:
     """Record `episodes` segments, equally over `scenes`, and return the counts.
 
-    Raises ValueError for bad arguments and for an `out` that holds another recording, RuntimeError where a scene gives
-    none of the tasks.
+    `env` names the world by its `_target_` and its further arguments; None is playtable. Raises ValueError for bad arguments and for an
+    `out` that holds another recording, RuntimeError where a scene gives none of the tasks or the simulator does not start.
     """
     _check(scenes, tasks, {"episodes": episodes, "workers": workers}, length, validation_share)
     parts = out / ".parts"
     if (out / "training" / "ep_start_end_ids.npy").is_file() and not parts.is_dir():
         raise ValueError(f"{out} already holds a recording: choose another out= or delete it")
     settings = {"scenes": scenes, "tasks": list(tasks), "episodes": episodes, "length": length, "seed": seed,
-                "videos": videos, "validation_share": validation_share}
+                "videos": videos, "validation_share": validation_share, "env": env or PLAYTABLE}
     known = parts / "settings.json"
     if known.is_file() and json.loads(known.read_text()) != settings:
         raise ValueError(f"{out} holds an unfinished recording with other settings ({known}): repeat those, "
@@ -208,7 +220,7 @@ def _assemble(chains: list[dict[str, Any]], out: Path, share: float, *, videos: 
         tasks.update(episode["task"] for episode in episodes)
         if episodes:
             files.write_statistics(target, {key: np.concatenate([v[key] for v in vectors]) for key in vectors[0]})
-        files.write_world(target, sorted({summary["scene"] for summary in chosen}), chains[0]["versions"])
+        files.write_world(target, sorted({summary["scene"] for summary in chosen}), chains[0]["world"], chains[0]["versions"])
         files.write_split(target, episodes, scenes)
     failed = sum(summary["failed"] for summary in chains)
     return {"episodes": sum(tasks.values()), "frames": first, "failed": failed, "tasks": dict(sorted(tasks.items()))}
@@ -240,7 +252,8 @@ def main(cfg: DictConfig) -> None:
     out = Path(cfg.out)
     try:
         counts = record(
-            scenes=scenes, tasks=list(cfg.tasks.tasks), episodes=cfg.episodes, out=out, length=cfg.length,
+            scenes=scenes, tasks=list(cfg.tasks.tasks), episodes=cfg.episodes, out=out,
+            env=OmegaConf.to_container(cfg.env, resolve=True), length=cfg.length,
             workers=cfg.workers, seed=cfg.seed, validation_share=cfg.validation_share, videos=cfg.videos,
         )
     except (ValueError, RuntimeError) as error:
