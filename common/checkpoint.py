@@ -53,6 +53,16 @@ def read_tensors(path: str | Path, *, skip_foreign: bool = False) -> dict[str, T
     return tensors
 
 
+def check_import(path: str | Path, output_dir: str | Path, foreign: str, *, expected: str) -> None:
+    """Refuse what a program that imports a checkpoint cannot do: a `foreign` that is no choice, an artifact in the way, no file."""
+    if foreign not in ("refuse", "skip"):
+        raise ValueError(f"foreign={foreign}: use refuse or skip")
+    if (Path(output_dir) / "meta.json").is_file():
+        raise FileExistsError(f"{output_dir} is an artifact already; choose another name=")
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"path={path}: no such file; it is {expected}")
+
+
 def misfit(model: nn.Module, tensors: Mapping[str, Tensor]) -> str:
     """Why `tensors` are not exactly the state of `model`, every key named on one line; empty where they are."""
     own = model.state_dict()

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 import torch
 from accelerate import PartialState
@@ -23,7 +22,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common import artifact
-from common.files import beside, write_text
+from common.figures import pyplot, save
+from common.files import write_text
 from common.metrics import bootstrap_ci, psnr, ssim
 from common.mixture import Unreadable
 from common.program import program
@@ -32,9 +32,6 @@ from step1_gfdm.dataset import VideoClips
 from step1_gfdm.model import GFDM
 from step1_gfdm.perception import Missing, VideoEye, frechet_ci, lpips
 from step1_gfdm.probe import gather, read_out
-
-matplotlib.use("Agg")
-from matplotlib import pyplot  # noqa: E402  (the backend must be chosen first: no display)
 
 COPY, CODED_COPY, LIMIT = "copy the first frame", "copy it through the VAE", "VAE there and back"
 BESIDE = {COPY: "--", CODED_COPY: "-.", LIMIT: ":"}  # lines that are no forecast
@@ -150,16 +147,7 @@ def draw_horizon(path: Path, by_frame: dict[str, dict[str, list[float]]]) -> Non
             axis.plot(range(1, len(values[metric]) + 1), values[metric], marker=".", label=name, **style)
         axis.set(xlabel="frame", ylabel=metric)
     axes[0, 0].legend(fontsize=7)
-    _save(figure, path)
-
-
-def _save(figure: Any, path: Path) -> None:
-    figure.tight_layout()
-    try:
-        with beside(path) as part:
-            figure.savefig(part, dpi=100)
-    finally:
-        pyplot.close(figure)
+    save(figure, path)
 
 
 def film(clips: list[dict[str, Tensor]]) -> np.ndarray:
@@ -180,7 +168,7 @@ def draw_strip(path: Path, text: str, videos: dict[str, Tensor], *, columns: int
             axis.set(xticks=[], yticks=[], xlabel=f"frame {frame}" if row is axes[-1] else "")
         row[0].set_ylabel(name, fontsize=8)
     figure.suptitle(text, fontsize=10)
-    _save(figure, path)
+    save(figure, path)
 
 
 def trained_clip(path: str, name: str) -> dict[str, Any]:

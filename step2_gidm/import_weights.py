@@ -4,7 +4,6 @@ The checkpoint's copies of DINOv2 and T5 are left out: ours names them (gidm.vis
 """
 from __future__ import annotations
 
-import hashlib
 import logging
 from pathlib import Path
 
@@ -13,7 +12,8 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from common import artifact
-from common.checkpoint import CheckpointError, misfit, read_tensors
+from common.checkpoint import CheckpointError, check_import, misfit, read_tensors
+from common.files import sha256
 from common.program import program
 from step2_gidm.univla import FROZEN, from_univla
 
@@ -35,20 +35,11 @@ def fill(model: nn.Module, path: str | Path, *, skip_foreign: bool = False) -> d
 
 @program("step2_import")
 def main(cfg: DictConfig) -> None:
-    if cfg.foreign not in ("refuse", "skip"):
-        raise ValueError(f"foreign={cfg.foreign}: use refuse or skip")
-    if (Path(cfg.output_dir) / "meta.json").is_file():
-        raise FileExistsError(f"{cfg.output_dir} is an artifact already; choose another name=")
-    if not Path(cfg.path).is_file():
-        raise FileNotFoundError(f"path={cfg.path}: no such file; it is UniVLA's lam-stage-1 or the release's lam_idm checkpoint")
+    check_import(cfg.path, cfg.output_dir, cfg.foreign, expected="UniVLA's lam-stage-1 or the release's lam_idm checkpoint")
     model = instantiate(cfg.gidm)
     counts = fill(model, cfg.path, skip_foreign=cfg.foreign == "skip")
-    source = hashlib.sha256()
-    with open(cfg.path, "rb") as file:
-        while block := file.read(1 << 20):
-            source.update(block)
     config = OmegaConf.to_container(cfg.gidm, resolve=True)
-    artifact.save(model, cfg.output_dir, kind="gidm", config=config, parents={Path(cfg.path).name: source.hexdigest()})
+    artifact.save(model, cfg.output_dir, kind="gidm", config=config, parents={Path(cfg.path).name: sha256(Path(cfg.path))})
     log.info("%d tensors taken, %d of DINOv2 and T5 left out; GIDM in %s", counts["taken"], counts["frozen"], cfg.output_dir)
 
 

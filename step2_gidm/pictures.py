@@ -6,19 +6,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from common.files import beside
+from common.figures import pyplot, save
 from common.video import write_mp4
 from step2_gidm.meaning import Labels, Seen, Transfer, carry, nearest_frame
 from step2_gidm.model import GIDM, InverseModel
-
-matplotlib.use("Agg")
-from matplotlib import pyplot  # noqa: E402  (the backend must be chosen first: no display)
 
 SAME, OTHER = "tab:green", "tab:red"
 
@@ -70,7 +66,7 @@ def draw_attention(model: GIDM, pair: Mapping[str, Any], path: Path) -> None:
     """One PNG of a pair under each query's attention (Fig. 12)."""
     overlay = Overlay(attention_maps(model, [pair], 1), pair["frames"].shape[-1], pair["text"])
     overlay.show(0, pair["frames"])
-    _save(overlay.figure, path)
+    save(overlay.figure, path)
 
 
 def film_attention(model: GIDM, clip: Mapping[str, Any], path: Path, *, fps: float, batch_size: int) -> None:
@@ -97,7 +93,7 @@ def draw_neighbours(path: Path, pairs: Sequence[Mapping[str, Any]], found: np.nd
                 axis.set_title(_short(pairs[number]["text"]), fontsize=8, color="black" if number == query else SAME if same else OTHER)
     for axis, name in zip(axes[0], ["query: now | future", *(f"neighbour {i + 1}" for i in range(found.shape[1]))]):
         axis.set_title(f"{name}\n{axis.get_title()}", fontsize=8, color=axis.title.get_color())
-    _save(figure, path)
+    save(figure, path)
 
 
 def draw_transfer(path: Path, model: InverseModel, pairs: Sequence[Mapping[str, Any]], seen: Seen, known: Labels, partners: Transfer,
@@ -115,7 +111,7 @@ def draw_transfer(path: Path, model: InverseModel, pairs: Sequence[Mapping[str, 
             axis.imshow(image.permute(1, 2, 0).numpy())
             axis.set(xticks=[], yticks=[])
         line[0].set_ylabel(_short(pairs[t]["text"], 24), fontsize=8)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _twin(frames: Tensor) -> np.ndarray:
@@ -126,12 +122,3 @@ def _twin(frames: Tensor) -> np.ndarray:
 
 def _short(text: str, width: int = 40) -> str:
     return "\n".join(textwrap.wrap(text, width)[:2])
-
-
-def _save(figure: Any, path: Path) -> None:
-    figure.tight_layout()
-    try:
-        with beside(path) as part:
-            figure.savefig(part, dpi=100)
-    finally:
-        pyplot.close(figure)

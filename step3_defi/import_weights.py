@@ -6,7 +6,6 @@ Keys are strict. What the file holds and ours does not need is named and counted
 """
 from __future__ import annotations
 
-import hashlib
 import logging
 import re
 import sys
@@ -17,7 +16,8 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from common import artifact
-from common.checkpoint import CheckpointError, misfit, read_tensors
+from common.checkpoint import CheckpointError, check_import, misfit, read_tensors
+from common.files import sha256
 from common.program import program
 from step3_defi.model import DeFI
 from step3_defi.policy import parents
@@ -61,31 +61,18 @@ def configure(cfg: DictConfig) -> dict[str, Any]:
 
 @program("step3_import")
 def main(cfg: DictConfig) -> None:
-    if cfg.foreign not in ("refuse", "skip"):
-        raise ValueError(f"foreign={cfg.foreign}: use refuse or skip")
-    if (Path(cfg.output_dir) / "meta.json").is_file():
-        raise FileExistsError(f"{cfg.output_dir} is an artifact already; choose another name=")
-    if not Path(cfg.path).is_file():
-        raise FileNotFoundError(f"path={cfg.path}: no such file; it is a policy of the release (saved_models/<step>.pt) or VPP's dp-calvin")
+    check_import(cfg.path, cfg.output_dir, cfg.foreign, expected="a policy of the release (saved_models/<step>.pt) or VPP's dp-calvin")
     config = configure(cfg)
     log.info("building the policy over %s", cfg.parents.gfdm)
     model = instantiate(config)
     log.info("reading %s", cfg.path)
     left = fill(model, cfg.path, skip_foreign=cfg.foreign == "skip")
-    source = {"file": Path(cfg.path).name, "sha256": _sha256(Path(cfg.path)), "left": left}
+    source = {"file": Path(cfg.path).name, "sha256": sha256(Path(cfg.path)), "left": left}
     artifact.save(model, cfg.output_dir, kind="defi", config=config, parents=parents(config), stats={"imported": source})
     for prefix, count in left.items():
         log.info("left out: %s* (%s numbers; %s)", prefix, f"{count:,}", LEFT[prefix])
     log.info("%d tensors of %s numbers taken; policy in %s", len(model.state_dict()), f"{sum(p.numel() for p in model.state_dict().values()):,}",
              cfg.output_dir)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def plain_keys(arguments: list[str]) -> list[str]:

@@ -1,0 +1,24 @@
+"""Figures without a display, written whole or not at all."""
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from common.files import beside
+
+matplotlib.use("Agg")
+from matplotlib import pyplot  # noqa: E402  (the backend must be chosen first: no display)
+
+__all__ = ["pyplot", "save"]
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure as its suffix says and close it."""
+    figure.tight_layout()
+    try:
+        with beside(path) as part:
+            figure.savefig(part, dpi=100)
+    finally:
+        pyplot.close(figure)
