@@ -238,6 +238,20 @@ def test_calvin_pairs_lie_inside_their_annotation(tmp_path: Path) -> None:
     assert mixture({"calvin": {"calvin": root / "training", "fps": 10, "view": "gripper"}}, **PAIRS).sample(0, rng)["id"].endswith("/gripper+10")
 
 
+def test_labelled_calvin_pairs_hold_the_robots_readings(tmp_path: Path) -> None:
+    root = write_calvin(tmp_path / "calvin", recordings=4) / "training"
+    samples, rng = CalvinTransitions(root, fps=10, labelled=True, **PAIRS), np.random.default_rng(0)
+    note = samples.segments[0]
+    for frame in range(note.start, note.end + 1):
+        with np.load(root / f"episode_{frame:07d}.npz") as archive:
+            np.savez(root / f"episode_{frame:07d}.npz", **{**archive, "robot_obs": np.full(15, float(frame))})
+    pair = samples.sample(0, rng)
+    start = int(pair["id"].split("/")[-2])
+    assert pair["state"].shape == (2, 15) and pair["state"][:, 0].tolist() == [start, start + 10] and pair["view"] == "static"
+    assert pair["phase"] == (start - note.start) / (note.end - note.start) and pair["episode"] != samples.sample(1, rng)["episode"]
+    assert "state" not in CalvinTransitions(root, fps=10, **PAIRS).sample(0, rng)
+
+
 def test_bad_calvin_is_one_line(tmp_path: Path) -> None:
     root = write_calvin(tmp_path / "calvin", recordings=4) / "training"
     rng = np.random.default_rng(0)
