@@ -179,8 +179,9 @@ def interpret(model: InverseModel, pairs: list[dict[str, Any]], seen: Seen, out:
 
     def retrieve() -> str:
         results["retrieval"] = meaning.retrieve(values, known, count=cfg.neighbours)
-        found = meaning.neighbours(values[QUANTIZED], values[meaning.CONTINUOUS], known, cfg.neighbours)
-        draw_neighbours(out / "neighbours.png", pairs, found[:, :3], _spread_out(known.text, cfg.pictures))
+        if cfg.pictures:
+            found = meaning.neighbours(values[QUANTIZED], values[meaning.CONTINUOUS], known, cfg.neighbours)
+            draw_neighbours(out / "neighbours.png", pairs, found[:, :3], _spread_out(known.text, cfg.pictures))
         return retrieval_table(results["retrieval"], cfg.neighbours, "encoder" in model.text_in)
 
     def read() -> str:
@@ -193,7 +194,8 @@ def interpret(model: InverseModel, pairs: list[dict[str, Any]], seen: Seen, out:
     def transfer() -> str:
         partners = meaning.transfers(known, cfg.seed)
         results["transfer"] = meaning.measure_transfer(model, seen, known, partners, batch_size=cfg.batch_size)
-        draw_transfer(out / "transfer.png", model, pairs, seen, known, partners, _spread_out(known.text[partners.target], cfg.pictures))
+        if cfg.pictures:
+            draw_transfer(out / "transfer.png", model, pairs, seen, known, partners, _spread_out(known.text[partners.target], cfg.pictures))
         return transfer_table(results["transfer"])
 
     for part in (retrieve, *([read] if cfg.probe else []), transfer):

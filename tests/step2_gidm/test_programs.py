@@ -235,6 +235,9 @@ def test_train_then_eval_from_the_command_line(hub: Path, tmp_path: Path, monkey
     assert results["transfer"]["pairs"] > 10 and results["retrieval"]["sentence"][QUANTIZED]["queries"] == 40
     drawn = ("neighbours.png", "transfer.png", "attention/002.png", "attention/B_000.mp4", "attention/C_000.mp4")
     assert all((out / name).stat().st_size > 1000 for name in drawn)
+    bare = tmp_path / "bare"
+    run(evaluate, *where, "scale=tiny", f"path={folder}", *sets, f"out={bare}", "pairs=40", "probe=120", "films=0", "pictures=0")
+    assert (bare / "table.md").read_text() == said and not [*bare.rglob("*.png"), *bare.rglob("*.mp4")]
 
 
 def stated(folder: Path) -> Path:
