@@ -7,9 +7,12 @@ at the same scale and at the paper's; times and memory are of this machine. `sca
 from __future__ import annotations
 
 import logging
+import multiprocessing
+import resource
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import torch
@@ -84,6 +87,19 @@ def seconds(function: Callable[[], None], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
+def peak() -> float:
+    """Most memory that this process has held so far, in GiB: of the GPU where there is one, else resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def alone(function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+    """The result of a call in a process of its own."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments, **named).result()
+
+
 def main() -> None:
     options = OmegaConf.merge({"scale": "tiny", "repeats": 20, "views": 2, "device": "cuda" if torch.cuda.is_available() else "cpu"}, OmegaConf.from_cli())
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -100,7 +116,7 @@ def main() -> None:
     given = inputs(config, shape, options.views, device, dtype)
     rounds = {"plain": plain, "ours": ours}
     taken: dict[str, list[float]] = {name: [] for name in rounds}
-    memory = dict.fromkeys(rounds, 0)
+    memory = dict.fromkeys(rounds, 0.0)
     with torch.no_grad():
         for function in rounds.values():  # warm up
             function(unet, given)
@@ -110,10 +126,10 @@ def main() -> None:
                     torch.cuda.reset_peak_memory_stats(device)
                 taken[name].append(seconds(lambda function=function: function(unet, given), device))
                 if device.type == "cuda":
-                    memory[name] = torch.cuda.max_memory_allocated(device)
+                    memory[name] = peak()
     for name, times in taken.items():
-        peak = f", peak {memory[name] / 2**30:.2f} GiB" if device.type == "cuda" else ""
-        log.info("%-6s %8.2f ms for %d views%s", name, 1000 * statistics.median(times), options.views, peak)
+        held = f", peak {memory[name]:.2f} GiB" if device.type == "cuda" else ""
+        log.info("%-6s %8.2f ms for %d views%s", name, 1000 * statistics.median(times), options.views, held)
     ratios = sorted(a / b for a, b in zip(taken["plain"], taken["ours"]))
     log.info("plain / ours: %.2f times (quartiles %.2f to %.2f) on %s, %s", statistics.median(ratios), ratios[len(ratios) // 4], ratios[3 * len(ratios) // 4],
              torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads", options.scale)

@@ -9,14 +9,10 @@ its own, so that the ratio is one of the same minutes and the memory is that of 
 from __future__ import annotations
 
 import logging
-import multiprocessing
-import resource
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from itertools import islice
 from typing import Any
 
@@ -28,7 +24,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from benchmarks.imagine import composed
+from benchmarks.imagine import alone, composed, peak
 from common import loop
 from common.mixture import SampleSet
 from step1_gfdm.dataset import VideoClips
@@ -69,7 +65,7 @@ def ours(overrides: list[str], steps: int, batch_size: int, workers: int) -> tup
                               eval_every=None, wandb={"mode": "disabled"})
         model = Timed(instantiate(cfg.gfdm))
         trainer.fit(model, instantiate(cfg.data, split="train"))
-    return steps * batch_size / (model.times[-1] - model.times[WARM_UP - 1]), _peak()
+    return steps * batch_size / (model.times[-1] - model.times[WARM_UP - 1]), peak()
 
 
 def plain(overrides: list[str], steps: int, batch_size: int, workers: int) -> tuple[float, float]:
@@ -92,7 +88,7 @@ def plain(overrides: list[str], steps: int, batch_size: int, workers: int) -> tu
         scaler.update()
         optimizer.zero_grad()
         times.append(_now())
-    return steps * batch_size / (times[-1] - times[WARM_UP - 1]), _peak()
+    return steps * batch_size / (times[-1] - times[WARM_UP - 1]), peak()
 
 
 def clips(overrides: list[str], steps: int, batch_size: int, workers: int, *, videos: bool) -> float:
@@ -118,17 +114,6 @@ def _now() -> float:
     return time.perf_counter()
 
 
-def _peak() -> float:
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-def _alone(function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *arguments, **named).result()
-
-
 def main() -> None:
     mine = OmegaConf.create({"scale": "tiny", "rounds": 3, "steps": 20, "batch_size": 8, "workers": 2})
     known = [word for word in sys.argv[1:] if word.split("=")[0] in mine]
@@ -139,7 +124,7 @@ def main() -> None:
     found: dict[str, list[tuple[float, float]]] = {"plain": [], "ours": []}
     for _ in tqdm(range(options.rounds), desc="rounds"):
         for name, function in (("plain", plain), ("ours", ours)):
-            found[name].append(_alone(function, *shared))
+            found[name].append(alone(function, *shared))
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
     log.info("%s, batch %d, %s", options.scale, options.batch_size, device)
     for name, runs in found.items():
@@ -148,7 +133,7 @@ def main() -> None:
     log.info("ours / plain: %.2f times (%.2f to %.2f over %d rounds)", statistics.median(ratios), ratios[0], ratios[-1], len(ratios))
     for name, videos in (("latents", False), ("mp4", True)):
         for workers in dict.fromkeys((0, options.workers)):
-            rate = _alone(clips, overrides, options.steps, options.batch_size, workers, videos=videos)
+            rate = alone(clips, overrides, options.steps, options.batch_size, workers, videos=videos)
             log.info("loader, from %-7s with %d workers: %8.1f clips/s", name, workers, rate)
 
 

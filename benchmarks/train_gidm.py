@@ -25,8 +25,8 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.imagine import seconds
-from benchmarks.train_gfdm import WARM_UP, Timed, _alone, _peak
+from benchmarks.imagine import alone, peak, seconds
+from benchmarks.train_gfdm import WARM_UP, Timed
 from common.attention import Attention
 from common.frozen import T5Text
 from common.program import CONFIGS
@@ -94,7 +94,7 @@ def train(overrides: list[str], steps: int, batch_size: int, plain: bool) -> tup
         model = instantiate(cfg.gidm)
         timed = Timed(spell_out(model) if plain else model)
         loop.fit(timed, Held(model.vision.image_size))
-    return steps * batch_size / (timed.times[-1] - timed.times[WARM_UP - 1]), _peak()
+    return steps * batch_size / (timed.times[-1] - timed.times[WARM_UP - 1]), peak()
 
 
 @torch.no_grad()
@@ -135,7 +135,7 @@ def main() -> None:
     found: dict[str, list[tuple[float, float]]] = {"plain": [], "ours": []}
     for _ in tqdm(range(options.rounds), desc="rounds"):
         for name, runs in found.items():
-            runs.append(_alone(train, overrides, options.steps, options.batch_size, name == "plain"))
+            runs.append(alone(train, overrides, options.steps, options.batch_size, name == "plain"))
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
     log.info("%s, batch %d, %s", options.scale, options.batch_size, device)
     for name, runs in found.items():
@@ -143,7 +143,7 @@ def main() -> None:
     for what, ratios in (("rate", [a / b for (a, _), (b, _) in zip(found["ours"], found["plain"])]),
                          ("peak memory", [a / b for (_, a), (_, b) in zip(found["ours"], found["plain"])])):
         log.info("ours / plain, %s: %.2f times (%.2f to %.2f over %d rounds)", what, statistics.median(ratios), min(ratios), max(ratios), len(ratios))
-    times, apart = _alone(infer, overrides, options.repeats)
+    times, apart = alone(infer, overrides, options.repeats)
     for batch, taken in times.items():
         ratios = [a / b for a, b in zip(taken["plain"], taken["ours"])]
         log.info("embed + infer, batch %2d: plain %.1f ms, ours %.1f ms, plain / ours %.2f times", batch,
