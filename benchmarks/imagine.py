@@ -10,6 +10,7 @@ import logging
 import multiprocessing
 import resource
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
@@ -28,10 +29,17 @@ TEXT_TOKENS, TAPS = 20, (0, 1)
 log = logging.getLogger(__name__)
 
 
-def composed(overrides: list[str]) -> DictConfig:
-    """Step 1's config."""
+def composed(overrides: list[str], name: str = "step1_gfdm") -> DictConfig:
+    """A step's config, step 1's unless named."""
     with initialize_config_dir(CONFIGS, version_base=None):
-        return compose("step1_gfdm", overrides)
+        return compose(name, overrides)
+
+
+def command_line(mine: dict[str, Any]) -> tuple[DictConfig, list[str]]:
+    """A benchmark's options, `scale` among them, and the words that are left for a step's config."""
+    known = [word for word in sys.argv[1:] if word.split("=")[0] in mine]
+    options = OmegaConf.merge(mine, OmegaConf.from_dotlist(known))
+    return options, [f"scale={options.scale}", *(word for word in sys.argv[1:] if word not in known)]
 
 
 def geometry(scale: str) -> tuple[dict[str, Any], tuple[int, int, int, int]]:

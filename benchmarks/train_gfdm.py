@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import statistics
-import sys
 import tempfile
 import time
 from itertools import islice
@@ -24,7 +23,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from benchmarks.imagine import alone, composed, peak
+from benchmarks.imagine import alone, command_line, composed, peak
 from common import loop
 from common.mixture import SampleSet
 from step1_gfdm.dataset import VideoClips
@@ -115,10 +114,7 @@ def _now() -> float:
 
 
 def main() -> None:
-    mine = OmegaConf.create({"scale": "tiny", "rounds": 3, "steps": 20, "batch_size": 8, "workers": 2})
-    known = [word for word in sys.argv[1:] if word.split("=")[0] in mine]
-    options = OmegaConf.merge(mine, OmegaConf.from_dotlist(known))
-    overrides = [f"scale={options.scale}", *(word for word in sys.argv[1:] if word not in known)]
+    options, overrides = command_line({"scale": "tiny", "rounds": 3, "steps": 20, "batch_size": 8, "workers": 2})
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     shared = (overrides, options.steps, options.batch_size, options.workers)
     found: dict[str, list[tuple[float, float]]] = {"plain": [], "ours": []}

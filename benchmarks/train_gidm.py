@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 import statistics
-import sys
 import tempfile
 import types
 from typing import Any
@@ -19,17 +18,14 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import set_seed
-from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.imagine import alone, peak, seconds
+from benchmarks.imagine import alone, command_line, composed, peak, seconds
 from benchmarks.train_gfdm import WARM_UP, Timed
 from common.attention import Attention
 from common.frozen import T5Text
-from common.program import CONFIGS
 from step2_gidm.model import InverseModel
 
 SENTENCES = 64
@@ -49,12 +45,6 @@ class Held:
 
     def sample(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
         return {"id": str(index), "frames": self.frames[index], "text": self.texts[index % SENTENCES]}
-
-
-def composed(overrides: list[str]) -> DictConfig:
-    """Step 2's config."""
-    with initialize_config_dir(CONFIGS, version_base=None):
-        return compose("step2_gidm", overrides)
 
 
 def spell_out(model: InverseModel) -> InverseModel:
@@ -86,7 +76,7 @@ def _every_time(self: T5Text, texts: list[str]) -> tuple[Tensor, Tensor]:
 
 def train(overrides: list[str], steps: int, batch_size: int, plain: bool) -> tuple[float, float]:
     """(samples a second, peak memory in GiB) of the training loop."""
-    cfg = composed(overrides)
+    cfg = composed(overrides, "step2_gidm")
     set_seed(0)
     with tempfile.TemporaryDirectory() as folder:
         loop = instantiate(cfg.loop, output_dir=folder, seed=0, max_steps=WARM_UP + steps, batch_size=batch_size, num_workers=0, save_every=None,
@@ -100,7 +90,7 @@ def train(overrides: list[str], steps: int, batch_size: int, plain: bool) -> tup
 @torch.no_grad()
 def infer(overrides: list[str], repeats: int) -> tuple[dict[int, dict[str, list[float]]], float]:
     """Seconds of `embed` and `infer` by batch size, ours and plain in turns, and how far their latents differ in fp32."""
-    cfg = composed(overrides)
+    cfg = composed(overrides, "step2_gidm")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     models = {}
     for name in ("plain", "ours"):
@@ -127,10 +117,7 @@ def infer(overrides: list[str], repeats: int) -> tuple[dict[int, dict[str, list[
 
 
 def main() -> None:
-    mine = OmegaConf.create({"scale": "tiny", "rounds": 3, "steps": 20, "batch_size": 32, "repeats": 20})
-    known = [word for word in sys.argv[1:] if word.split("=")[0] in mine]
-    options = OmegaConf.merge(mine, OmegaConf.from_dotlist(known))
-    overrides = [f"scale={options.scale}", *(word for word in sys.argv[1:] if word not in known)]
+    options, overrides = command_line({"scale": "tiny", "rounds": 3, "steps": 20, "batch_size": 32, "repeats": 20})
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     found: dict[str, list[tuple[float, float]]] = {"plain": [], "ours": []}
     for _ in tqdm(range(options.rounds), desc="rounds"):

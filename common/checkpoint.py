@@ -5,8 +5,9 @@ Nothing but tensors and builtins is ever unpickled. Ours are artifacts (common/a
 from __future__ import annotations
 
 import pickle
+import re
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,13 @@ def check_import(path: str | Path, output_dir: str | Path, foreign: str, *, expe
         raise FileExistsError(f"{output_dir} is an artifact already; choose another name=")
     if not Path(path).is_file():
         raise FileNotFoundError(f"path={path}: no such file; it is {expected}")
+
+
+def renamed(name: str, table: Iterable[tuple[str, str]]) -> str:
+    """A tensor's name after every (pattern, replacement) of `table` in order: a later line sees what an earlier one made."""
+    for theirs, ours in table:
+        name = re.sub(theirs, ours, name)
+    return name
 
 
 def misfit(model: nn.Module, tensors: Mapping[str, Tensor]) -> str:

@@ -1,10 +1,11 @@
 """The names of UniVLA's first-stage latent action model, which DeFI's release keeps, and ours (Sec. 3.2; UniVLA lam-stage-1)."""
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 
 from torch import Tensor
+
+from common.checkpoint import renamed
 
 # in order; the norms of a block are numbered, and what stands second differs between encoder and decoder
 NAMES = (
@@ -40,13 +41,7 @@ def from_univla(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if "action_latent" not in inside or "vq.codebook.weight" not in inside:
         raise ValueError(f"no latent action model (lam.action_latent, lam.vq.codebook.weight) among its {len(tensors)} tensors, "
                          f"which start with: {', '.join(sorted({name.split('.')[0] for name in tensors}))}")
-    state = {_ours(name): tensor for name, tensor in inside.items() if not name.startswith(FROZEN)}
+    state = {renamed(name, NAMES): tensor for name, tensor in inside.items() if not name.startswith(FROZEN)}
     state["queries"] = state["queries"].flatten(0, -2)  # (1, 1, K, E)
     state["quantizer.counts"] = state["quantizer.codebook"].new_zeros(len(state["quantizer.codebook"])).long()  # what ours counts between restarts
     return state
-
-
-def _ours(name: str) -> str:
-    for theirs, ours in NAMES:
-        name = re.sub(theirs, ours, name)
-    return name

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from common.checkpoint import renamed
 from step2_gidm import from_univla
 
 # in order: a later line sees what an earlier one made
@@ -90,6 +91,4 @@ def _ours(name: str, tensor: Tensor) -> dict[str, Tensor]:
     if temporal := re.fullmatch(r"(Video_Former\.layers\.\d+\.1)\.qkv\.(weight|bias)", name):  # q, k and v in one layer
         parts = zip("qkv", torch.chunk(tensor, 3))
         return {made: part for letter, third in parts for made, part in _ours(f"{temporal[1]}.to_{letter}.{temporal[2]}", third).items()}
-    for theirs, ours in NAMES:
-        name = re.sub(theirs, ours, name)
-    return {name: tensor}
+    return {renamed(name, NAMES): tensor}
