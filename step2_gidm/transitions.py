@@ -95,17 +95,21 @@ class VideoTransitions(Transitions):
     """A video-set folder: annotation/{split}/<id>.json beside videos (human video, playtable, VPP's sets).
 
     `view` is the index of a camera, or None to draw one each time. `fps` overrides containers that lie about their rate
-    (VPP's Bridge and RT-1 say 3). `fraction` keeps that share of the clips, the same ones in every run (Fig. 8).
+    (VPP's Bridge says 3). `fraction` keeps that share of the clips, the same ones in every run (Fig. 8). `only` names the one split
+    on disk to train on and to hold out from (VPP's samples have val alone).
     """
 
     def __init__(self, folder: str | Path, split: str = "train", *, fps: float | None = None, view: int | None = 0,
-                 fraction: float = 1.0, **pairs: Any) -> None:
+                 fraction: float = 1.0, only: str | None = None, **pairs: Any) -> None:
         super().__init__(**pairs)
         self.folder, self.fps, self.view = Path(folder), fps, view
-        own = any((self.folder / "annotation" / "val").glob("*.json"))
-        files = sorted((self.folder / "annotation" / (split if own else "train")).glob("*.json"))
+        own = only is None and any((self.folder / "annotation" / "val").glob("*.json"))
+        place = self.folder / "annotation" / (split if own else only or "train")
+        files = sorted(place.glob("*.json"))
         if not files:
-            raise FileNotFoundError(f"{self.folder}/annotation/{split}: no json here; a video set holds annotation/{split}/<id>.json and videos/")
+            others = sorted({path.parent.name for path in self.folder.glob("annotation/*/*.json")})
+            hint = f"there is {' and '.join(others)}: only={others[0]} shares it out" if others else "a video set holds annotation/train/<id>.json and videos/"
+            raise FileNotFoundError(f"{place}: no json here; {hint}")
         self.files = files if own else [files[i] for i in _part(len(files), split)]
         self._probed: dict[Path, tuple[int, float]] = {}
         if fraction < 1:
