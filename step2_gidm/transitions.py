@@ -235,11 +235,11 @@ class RldsTransitions(Transitions):
     """
 
     def __init__(self, folder: str | Path, split: str = "train", *, fps: float, image: str = "observation/image",
-                 text: str = "language_instruction", check_crc: bool = False, **pairs: Any) -> None:
+                 text: str = "language_instruction", **pairs: Any) -> None:
         super().__init__(**pairs)
         self.fps, self.image, self.text = fps, image, text
         own = "val" in rlds.splits(folder)
-        self.episodes = rlds.Rlds(folder, split if own else "train", check_crc=check_crc)
+        self.episodes = rlds.Rlds(folder, split if own else "train")
         self.kept = np.arange(len(self.episodes)) if own else _part(len(self.episodes), split)
 
     def __len__(self) -> int:

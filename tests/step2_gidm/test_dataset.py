@@ -335,7 +335,7 @@ def test_corrupt_record_is_reported_by_id(shared_data: Path, tmp_path: Path) -> 
     data[5000] ^= 0xFF
     shard.write_bytes(bytes(data))
     with pytest.raises(Unreadable, match=r"bridge_dataset/0: .*record 0 is corrupt \(crc differs\)"):
-        RldsTransitions(folder, fps=5, image="observation/image_0", check_crc=True, **PAIRS).sample(0, np.random.default_rng(0))
+        RldsTransitions(folder, fps=5, image="observation/image_0", **PAIRS).sample(0, np.random.default_rng(0))
     with pytest.raises(Unreadable, match="no feature 'observation/image'"):
         RldsTransitions(folder, fps=5, **PAIRS).sample(1, np.random.default_rng(0))
     with pytest.raises(Unreadable, match="10 frames are too few for pairs 30 apart"):
