@@ -8,8 +8,9 @@ from typing import Any
 from common import rlds
 from common.mixture import Mixture
 from step2_gidm.oxe import HUMAN_SHARE, OXE, official_windows
+from step2_gidm.pairs import Transitions
 from step2_gidm.stream import Stream
-from step2_gidm.transitions import CalvinTransitions, RldsTransitions, Transitions, VideoTransitions
+from step2_gidm.transitions import CalvinTransitions, RldsTransitions, VideoTransitions
 
 KINDS: dict[str, type[Transitions]] = {"video": VideoTransitions, "rlds": RldsTransitions, "calvin": CalvinTransitions}
 

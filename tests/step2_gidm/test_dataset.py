@@ -16,7 +16,8 @@ from common.video import write_mp4
 from step2_gidm import dataset
 from step2_gidm.dataset import mixture, open_x
 from step2_gidm.oxe import HUMAN_SHARE, OXE, official_windows
-from step2_gidm.transitions import CalvinTransitions, RldsTransitions, Transitions, VideoTransitions, perturb
+from step2_gidm.pairs import Transitions, perturb
+from step2_gidm.transitions import CalvinTransitions, RldsTransitions, VideoTransitions
 from tests.step3_defi.parts import write_calvin
 
 PAIRS = {"image_size": 32}
