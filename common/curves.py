@@ -46,17 +46,19 @@ def draw_curves(run: Path, panels: Mapping[str, str]) -> Figure:
         raise ValueError(f"{run / 'metrics.jsonl'} has none of {', '.join(panels)}; it has {', '.join(series) or 'nothing'}")
     figure, axes = pyplot.subplots(1, len(known), figsize=(4.2 * len(known), 3), squeeze=False)
     for axis, (title, keys) in zip(axes[0], known.items()):
+        names = sorted({key.split("/")[-1] for key in keys})
         for key in keys:
-            steps, values = series[key]
+            (steps, values), colour = series[key], f"C{names.index(key.split('/')[-1]) % 10}"
             noisy = len(steps) > 30
-            axis.plot(steps, values, alpha=0.35 if noisy else 1, marker=None if noisy else "o", markersize=3, label=None if noisy else key)
+            line = {"color": colour, "linestyle": "--" if key.startswith("val/") else "-"}
+            axis.plot(steps, values, alpha=0.35 if noisy else 1, marker=None if noisy else "o", markersize=3, label=None if noisy else key, **line)
             if noisy:
-                axis.plot(steps, smooth(values), color=axis.lines[-1].get_color(), label=f"{key} (mean)")
+                axis.plot(steps, smooth(values), label=f"{key} (mean)", **line)
         if all(key.split("/")[-1] in LOGARITHMIC and min(series[key][1]) > 0 for key in keys):
             axis.set_yscale("log")
         axis.set(title=title, xlabel="step")
         axis.grid(alpha=0.25)
-        axis.legend(fontsize=7)
+        axis.legend(fontsize=7 if len(keys) < 6 else 5, ncols=1 if len(keys) < 6 else 2, framealpha=0.5)
     figure.tight_layout()
     return figure
 

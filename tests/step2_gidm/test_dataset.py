@@ -18,6 +18,7 @@ from step2_gidm.dataset import mixture, open_x
 from step2_gidm.oxe import HUMAN_SHARE, OXE, official_windows
 from step2_gidm.pairs import Transitions, perturb
 from step2_gidm.transitions import CalvinTransitions, RldsTransitions, VideoTransitions
+from tests.common.test_rlds import write_set
 from tests.step3_defi.parts import write_calvin
 
 PAIRS = {"image_size": 32}
@@ -140,6 +141,23 @@ def test_a_walk_shows_the_pairs_of_a_clip_in_order(tmp_path: Path) -> None:
         VideoTransitions(video_set(tmp_path / "short", length=3), **PAIRS).walk(0, 5)
 
 
+def test_every_kind_of_set_walks(tmp_path: Path) -> None:
+    toy = RldsTransitions(write_set(tmp_path / "toy" / "1.0.0", shards=(2, 1)), fps=1, image="observation/image", text="instruction", augment=True, **PAIRS)
+    clip = toy.walk(1, 2)
+    assert (clip["frames"].mean((2, 3, 4)) * 255).round().tolist() == [[10, 11], [12, 13]] and clip["text"] == "päck"
+    assert len(toy.walk(1, 50)["frames"]) == 3 and clip["id"] == "toy/1"
+    root = write_calvin(tmp_path / "calvin", recordings=2) / "training"
+    samples = CalvinTransitions(root, fps=10, view=None, **PAIRS)
+    note, clip = samples.segments[0], samples.walk(0, 3)
+    for pair, start in zip(clip["frames"], (note.start, note.start + 11, note.end - 10), strict=True):
+        for image, frame in zip(pair, (start, start + 10)):
+            with np.load(root / f"episode_{frame:07d}.npz") as archive:
+                assert abs(archive["rgb_static"].mean() / 255 - image.mean()) < 0.02
+    cut = VideoTransitions(video_set(tmp_path / "clips"), gap="official", window=15, **PAIRS).walk(0, 50)
+    gaps = (cut["frames"].mean((2, 3, 4)) * 255 / 8).round().diff(dim=1)
+    assert len(gaps) == 6 and (gaps == 14).all(), "a film of windows that the episode does not cut off"
+
+
 def test_splits(tmp_path: Path) -> None:
     folder = video_set(tmp_path / "toy", 21, length=12)
     train, val = (VideoTransitions(folder, split, **PAIRS) for split in ("train", "val"))
@@ -148,8 +166,17 @@ def test_splits(tmp_path: Path) -> None:
     assert len(VideoTransitions(folder, "train", **PAIRS)) == 21 and len(VideoTransitions(folder, "val", **PAIRS)) == 2
     with pytest.raises(ValueError, match="use train or val"):
         VideoTransitions(video_set(tmp_path / "other"), "test", **PAIRS)
-    with pytest.raises(FileNotFoundError, match="no json here"):
+    with pytest.raises(FileNotFoundError, match="no json here; a video set holds annotation/train/<id>.json"):
         VideoTransitions(tmp_path / "nowhere", **PAIRS)
+
+
+def test_a_set_that_has_only_a_val_split_is_shared_out_when_told_to(tmp_path: Path) -> None:
+    folder = video_set(tmp_path / "toy", 5, length=3, split="val")
+    with pytest.raises(FileNotFoundError, match="annotation/train: no json here; there is val: only=val shares it out"):
+        VideoTransitions(folder, **PAIRS)
+    train, val = (VideoTransitions(folder, split, only="val", **PAIRS) for split in ("train", "val"))
+    assert [file.stem for file in train.files] == list("0123") and [file.stem for file in val.files] == ["4"]
+    assert len(VideoTransitions(folder, "val", **PAIRS)) == 5, "not told to, it is the val split"
 
 
 def test_fraction_keeps_the_same_clips(tmp_path: Path) -> None:
