@@ -9,7 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tensorflow_datasets.proto import tf_example_pb2
 
+from common import rlds
 from common.calvin_format import CalvinFormatError
 from common.mixture import Unreadable
 from common.video import write_mp4
@@ -18,7 +20,7 @@ from step2_gidm.dataset import mixture, open_x
 from step2_gidm.oxe import HUMAN_SHARE, OXE, official_windows
 from step2_gidm.pairs import Transitions, perturb
 from step2_gidm.transitions import CalvinTransitions, RldsTransitions, VideoTransitions
-from tests.common.test_rlds import write_set
+from tests.common.test_rlds import record, write_set
 from tests.step3_defi.parts import write_calvin
 
 PAIRS = {"image_size": 32}
@@ -368,6 +370,35 @@ def test_corrupt_record_is_reported_by_id(shared_data: Path, tmp_path: Path) -> 
         RldsTransitions(folder, fps=5, **PAIRS).sample(1, np.random.default_rng(0))
     with pytest.raises(Unreadable, match="10 frames are too few for pairs 30 apart"):
         RldsTransitions(folder, fps=30, image="observation/image_0", **PAIRS).sample(1, np.random.default_rng(0))
+
+
+def test_an_episode_without_a_sentence_is_reported(tmp_path: Path) -> None:
+    folder = write_set(tmp_path / "toy" / "1.0.0")
+    samples = RldsTransitions(folder, fps=1, image="observation/image", text="instruction", **PAIRS)
+    assert samples.sample(0, np.random.default_rng(0))["text"] == "päck"
+    for path in folder.glob("*.tfrecord-*"):
+        file = rlds.TFRecordFile(path)
+        path.write_bytes(b"".join(record(silent(file[i])) for i in range(len(file))))
+    with pytest.raises(Unreadable, match="toy/0: no instruction under instruction"):
+        RldsTransitions(folder, fps=1, image="observation/image", text="instruction", **PAIRS).sample(0, np.random.default_rng(0))
+
+
+def silent(payload: bytes) -> bytes:
+    """The same episode with nothing but padding for a sentence."""
+    example = tf_example_pb2.Example.FromString(payload)
+    codes = example.features.feature["steps/instruction"].int64_list.value
+    codes[:] = [0] * len(codes)
+    return example.SerializeToString()
+
+
+def test_empty_shards_are_passed_over_and_an_empty_set_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    toy = {"fps": 1, "image": "observation/image", "text": "instruction"}
+    samples = RldsTransitions(write_set(tmp_path / "some" / "1.0.0", shards=(0, 2, 0, 2)), **toy, **PAIRS)
+    assert len(samples) == 3 and [samples.walk(i, 1)["frames"][0, 0].mean().mul(255).round().item() for i in range(3)] == [0, 10, 20]
+    sets = {"some": {"rlds": tmp_path / "some/1.0.0", **toy}, "none": {"rlds": write_set(tmp_path / "none" / "1.0.0", shards=(0,)), **toy}}
+    with pytest.raises(ValueError, match="set 'none': rlds=.*none/1.0.0 gives no train episodes"):
+        mixture(sets, **PAIRS)
+    assert mixture(sets, split="val", **PAIRS).names == ["some"] and "set 'none': rlds=" in caplog.text
 
 
 @pytest.mark.parametrize("name, fps, gap", [("bridge", 5, 5), ("rt1", 3, 3), ("sthv2", None, 12)])

@@ -241,6 +241,17 @@ def test_train_then_eval_from_the_command_line(hub: Path, tmp_path: Path, monkey
     assert (bare / "table.md").read_text() == said and not [*bare.rglob("*.png"), *bare.rglob("*.mp4")]
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_training_that_can_read_nothing_ends_with_one_line(workers: int, hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_set(tmp_path / "toy" / "1.0.0", shards=(6, 7))
+    build = [f"gidm.vision.path={hub / 'dinov2'}", f"gidm.text.path={hub / 't5'}", f"paths.ckpts={tmp_path / 'ckpts'}", f"loop.num_workers={workers}"]
+    sets = f"+data.sets.toy={{rlds:{folder},fps:1,image:observation/image,text:language_instruction}}"
+    monkeypatch.setattr(sys, "argv", ["train", "scale=tiny", *build, "~data.sets.playtable", sets, "validate=false", "loop.max_steps=2"])
+    with pytest.raises(SystemExit, match=r"^error: 20 unreadable samples in a row, the last: toy/\d+: toy/train/\d+: no feature "
+                                         r"'language_instruction'; at 'language_instruction' there are \['action', 'instruction', 'observation'\]$"):
+        train.main()
+
+
 def stated(folder: Path) -> Path:
     """Readings of a robot for a set of moving brightness, two sentences."""
     for i, file in enumerate(sorted((folder / "annotation").glob("*/*.json"))):
