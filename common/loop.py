@@ -260,15 +260,18 @@ class Loop:
             self.ema.copy_to(self.trained)
         wrapped.eval()
         sums: dict[str, Any] = {}
+        skipped: list[str] = []
         devices = [self.accelerator.device] if self.accelerator.device.type == "cuda" else []
         with torch.random.fork_rng(devices):
             torch.manual_seed(self.seed)
             for batch in loader:
-                batch.pop("skipped")
+                skipped += [line for lines in batch.pop("skipped") for line in lines]
                 with self.accelerator.autocast():
                     metrics = wrapped(send_to_device(batch, self.accelerator.device))
                 for key, value in metrics.items():
                     sums[key] = sums.get(key, 0) + value.detach().float() / len(chunks)
+        if skipped:
+            log.warning("%d unreadable held-out samples replaced, the last: %s", len(skipped), skipped[-1])
         wrapped.train()
         if self.ema:
             self.ema.restore(self.trained)
