@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
@@ -216,6 +217,8 @@ def _spread_out(texts: Sequence[str], count: int) -> list[int]:
 
 @program("step2_eval")
 def main(cfg: DictConfig) -> None:
+    if not PartialState().is_main_process:  # the launcher starts one process a GPU; a few pairs need one
+        return
     model = artifact.load(cfg.path, "gidm").to(cfg.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     cfg.gidm = OmegaConf.load(Path(cfg.path) / "config.yaml")
     out = Path(cfg.out)
