@@ -131,7 +131,7 @@ def main() -> None:
 
 def _ratio(what: str, some: list[tuple], others: list[tuple], column: int) -> None:
     ratios = sorted(one[column] / other[column] for one, other in zip(some, others))
-    log.info("| %s | %.3g | %.3g | %.3g |", what, statistics.median(ratios), ratios[0], ratios[-1])
+    log.info("| %s | %#.3g | %#.3g | %#.3g |", what, statistics.median(ratios), ratios[0], ratios[-1])
 
 
 if __name__ == "__main__":
