@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Sampler
 from tqdm.auto import tqdm
 
 from common import optim
-from common.mixture import Draws, SampleSet, collate
+from common.mixture import Draws, SampleSet, TooManyUnreadable, collate
 from common.precision import bf16_pays
 from common.tracking import Tracker
 
@@ -239,8 +239,8 @@ class Loop:
         for line in skipped:
             log.warning("unreadable sample replaced: %s", line)
         if progress.skipped > max(10, self.max_bad_share * progress.drawn):
-            raise RuntimeError(f"{progress.skipped} of {progress.drawn} samples were unreadable, more than "
-                               f"{self.max_bad_share:.0%}; the last: {skipped[-1] if skipped else '(earlier)'}")
+            raise TooManyUnreadable(f"{progress.skipped} of {progress.drawn} samples were unreadable, more than "
+                                    f"{self.max_bad_share:.0%}; the last: {skipped[-1] if skipped else '(earlier)'}")
         return send_to_device(batch, self.accelerator.device)
 
     def _loader(self, samples: SampleSet, start: int, stop: int) -> DataLoader:
@@ -260,15 +260,18 @@ class Loop:
             self.ema.copy_to(self.trained)
         wrapped.eval()
         sums: dict[str, Any] = {}
+        skipped: list[str] = []
         devices = [self.accelerator.device] if self.accelerator.device.type == "cuda" else []
         with torch.random.fork_rng(devices):
             torch.manual_seed(self.seed)
             for batch in loader:
-                batch.pop("skipped")
+                skipped += [line for lines in batch.pop("skipped") for line in lines]
                 with self.accelerator.autocast():
                     metrics = wrapped(send_to_device(batch, self.accelerator.device))
                 for key, value in metrics.items():
                     sums[key] = sums.get(key, 0) + value.detach().float() / len(chunks)
+        if skipped:
+            log.warning("%d unreadable held-out samples replaced, the last: %s", len(skipped), skipped[-1])
         wrapped.train()
         if self.ema:
             self.ema.restore(self.trained)

@@ -23,6 +23,10 @@ class Unreadable(ValueError):
         return type(self), (self.id, self.reason)
 
 
+class TooManyUnreadable(RuntimeError):
+    """So much cannot be read that the data need a look before training goes on."""
+
+
 class SampleSet(Protocol):
     """What the loop draws from."""
 
@@ -98,7 +102,7 @@ class Draws(Dataset):
             except Unreadable as error:
                 skipped.append(str(error))
                 if len(skipped) >= self.max_tries:
-                    raise RuntimeError(f"{len(skipped)} unreadable samples in a row, the last: {error}") from error
+                    raise TooManyUnreadable(f"{len(skipped)} unreadable samples in a row, the last: {error}") from error
                 index = first + int(rng.integers(count))
 
 

@@ -12,9 +12,10 @@ from hydra.errors import InstantiationException
 from omegaconf import DictConfig
 
 from common.loop import NonFiniteLoss
+from common.mixture import TooManyUnreadable
 
 CONFIGS = str(Path(__file__).resolve().parents[1] / "configs")
-EXPECTED = (ValueError, FileNotFoundError, FileExistsError, NonFiniteLoss)  # what our own checks raise: their messages say it all
+EXPECTED = (ValueError, FileNotFoundError, FileExistsError, NonFiniteLoss, TooManyUnreadable)  # what our own checks raise: their messages say it all
 
 
 def program(config_name: str, *also: type[Exception]) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:
@@ -29,7 +30,7 @@ def program(config_name: str, *also: type[Exception]) -> Callable[[Callable[[Dic
             except (*EXPECTED, *also) as error:
                 if os.environ.get("HYDRA_FULL_ERROR") == "1":
                     raise
-                sys.exit(f"error: {error}")
+                sys.exit(f"error: {_said(error)}")
             except InstantiationException as error:
                 if os.environ.get("HYDRA_FULL_ERROR") == "1" or not isinstance(error.__cause__, EXPECTED):
                     raise
@@ -38,3 +39,9 @@ def program(config_name: str, *also: type[Exception]) -> Callable[[Callable[[Dic
         return run
 
     return decorate
+
+
+def _said(error: Exception) -> str:
+    """Its message; where a worker of a loader raised it, torch writes that worker's traceback before it."""
+    text = str(error)
+    return text.rpartition(f"{type(error).__name__}: ")[2].strip() if "\nOriginal Traceback" in text else text

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
 import numpy as np
 import tensorflow_datasets as tfds
 from google.protobuf.message import DecodeError
@@ -30,10 +31,10 @@ class RldsError(ValueError):
 
 
 class TFRecordFile:
-    """The records of one shard by index. Lengths are always checked by their crc, payloads where asked."""
+    """The records of one shard by index, lengths and payloads checked by their crc."""
 
-    def __init__(self, path: str | Path, *, check_crc: bool = False) -> None:
-        self.path, self.check_crc = Path(path), check_crc
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
 
     @functools.cached_property
     def spans(self) -> np.ndarray:
@@ -65,15 +66,15 @@ class TFRecordFile:
         with self.path.open("rb") as stream:
             stream.seek(offset)
             payload, crc = stream.read(length), stream.read(_CRC.size)
-        if self.check_crc and _CRC.unpack(crc)[0] != masked_crc32c(payload):
+        if _CRC.unpack(crc)[0] != masked_crc32c(payload):
             raise RldsError(f"{self.path}: record {index} is corrupt (crc differs); download the shard again")
         return payload
 
 
 class ArrayRecordFile:
-    """The same for ArrayRecord, whose records are checked by the package that reads them, asked or not."""
+    """The same for ArrayRecord, whose records are checked by the package that reads them."""
 
-    def __init__(self, path: str | Path, *, check_crc: bool = False) -> None:
+    def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
 
     @functools.cached_property
@@ -177,8 +178,8 @@ def _find(value: Any, key: str) -> tuple[Any, str | None]:
 class Rlds:
     """The episodes of one split of an RLDS folder, by index. Shards are indexed when first touched."""
 
-    def __init__(self, folder: str | Path, split: str = "train", *, check_crc: bool = False) -> None:
-        self.folder, self.split, self.check_crc = Path(folder), split, check_crc
+    def __init__(self, folder: str | Path, split: str = "train") -> None:
+        self.folder, self.split = Path(folder), split
         info = _json(self.folder / "dataset_info.json")
         _json(self.folder / "features.json")
         self.name = info.get("name") or self.folder.parent.name
@@ -189,7 +190,7 @@ class Rlds:
         if split not in lengths:
             raise RldsError(f"{self.folder}: no split {split!r}; dataset_info.json has {sorted(lengths)}")
         self.ends = np.cumsum(lengths[split])
-        self.shards = [FORMATS[self.format](p, check_crc=check_crc) for p in self._files(len(lengths[split]))]
+        self.shards = [FORMATS[self.format](p) for p in self._files(len(lengths[split]))]
 
     def _files(self, count: int) -> list[Path]:
         pattern = re.compile(rf"-{re.escape(self.split)}\.{self.format}-(\d+)-of-{count:05d}$")
@@ -240,23 +241,8 @@ def find(root: str | Path, names: Iterable[str]) -> Path:
 
 def masked_crc32c(data: bytes) -> int:
     """TFRecord's checksum: CRC-32C, rotated and offset."""
-    crc = 0xFFFFFFFF
-    for byte in data:
-        crc = _TABLE[(crc ^ byte) & 0xFF] ^ (crc >> 8)
-    crc ^= 0xFFFFFFFF
+    crc = google_crc32c.value(data)
     return (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF
-
-
-def _crc_table() -> list[int]:
-    table = []
-    for value in range(256):
-        for _ in range(8):
-            value = (value >> 1) ^ (0x82F63B78 if value & 1 else 0)
-        table.append(value)
-    return table
-
-
-_TABLE = _crc_table()
 
 
 @functools.cache

@@ -22,6 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common import artifact
+from common.curves import save_curves
 from common.figures import pyplot, save
 from common.files import write_text
 from common.metrics import bootstrap_ci, psnr, ssim
@@ -224,6 +225,7 @@ def main(cfg: DictConfig) -> None:
 
     skipped = measure(model, clips, scores, count=cfg.count, steps=cfg.steps, guidance=cfg.guidance, batch_size=cfg.batch_size, seed=cfg.seed,
                       strips=cfg.strips, draw=draw)
+    notes += save_curves(Path(cfg.path), {"loss": "loss"}, out / "curves.png")
     summary, by_frame, number = scores.summarize(), scores.by_frame(), len(scores.clips(COPY, "psnr"))
     said = table(summary, number, notes)
     results: dict[str, Any] = {"clips": number, "skipped": skipped, "guidance": list(cfg.guidance), "seed": cfg.seed, "data": str(cfg.videos),

@@ -1,6 +1,7 @@
 """What the inverse model is pretrained on: sets of transitions drawn by weight (Sec. 3.2, A.2, Table 12, Fig. 8)."""
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -8,10 +9,13 @@ from typing import Any
 from common import rlds
 from common.mixture import Mixture
 from step2_gidm.oxe import HUMAN_SHARE, OXE, official_windows
+from step2_gidm.pairs import Transitions
 from step2_gidm.stream import Stream
-from step2_gidm.transitions import CalvinTransitions, RldsTransitions, Transitions, VideoTransitions
+from step2_gidm.transitions import CalvinTransitions, RldsTransitions, VideoTransitions
 
 KINDS: dict[str, type[Transitions]] = {"video": VideoTransitions, "rlds": RldsTransitions, "calvin": CalvinTransitions}
+
+log = logging.getLogger(__name__)
 
 
 def mixture(sets: Mapping[str, Mapping[str, Any]], *, split: str = "train", human_fraction: float = 1.0, length: int | None = None,
@@ -36,12 +40,19 @@ def mixture(sets: Mapping[str, Mapping[str, Any]], *, split: str = "train", huma
         if len(kinds) != 1:
             raise ValueError(f"set {name!r} needs one of {', '.join(f'{kind}=<folder>' for kind in KINDS)}, got {sorted(options)}")
         kind = kinds.pop()
+        folder = options.pop(kind)
         if share < 1:
             if kind != "video":
                 raise ValueError(f"set {name!r}: human_fraction={human_fraction} keeps a part of video sets, not of {kind}")
             options["fraction"] = share
-        members[name] = KINDS[kind](options.pop(kind), split, **pairs | options)
-        weights[name] = len(members[name]) if weight is None else weight * share
+        members[name] = KINDS[kind](folder, split, **pairs | options)
+        size = len(members[name])
+        weights[name] = size if weight is None or not size else weight * share
+        if not size:
+            nothing = f"set {name!r}: {kind}={folder} gives no {split} episodes (one of them at least is held out)"
+            if split == "train":
+                raise ValueError(f"{nothing}; leave it out of data.sets")
+            log.warning("%s; it is not measured", nothing)
     mix = Mixture(members, weights, length)
     return Stream(mix, **stream) if stream and split == "train" else mix
 

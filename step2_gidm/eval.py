@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
@@ -22,6 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common import artifact
+from common.curves import save_curves
 from common.files import write_text
 from common.metrics import bootstrap_ci
 from common.mixture import Mixture, SampleSet, Unreadable
@@ -31,10 +33,11 @@ from step2_gidm.meaning import QUANTIZED, SENTENCE, Missing, Seen
 from step2_gidm.model import GIDM, InverseModel
 from step2_gidm.pictures import draw_attention, draw_neighbours, draw_transfer, film_attention
 from step2_gidm.quantizer import perplexity
-from step2_gidm.transitions import VideoTransitions
 
 ROWS = {"mse": "with its own latent action", "shuffled_mse": "with another pair's latent action", "copy_mse": "no change (the current frame)",
         "gain": "gain over no change", "gap": "gap: what the right latent action is worth"}
+CURVES = {"loss": "loss", "error of the future frame's tokens": "mse|copy_mse", "gap to another pair's latent action": "gap",
+          "share of the codes in use": r"usage(_\d+)?", "perplexity": r"perplexity(_\d+)?"}  # title: names in metrics.jsonl; _0, _1, ...: by query
 log = logging.getLogger(__name__)
 
 
@@ -139,19 +142,15 @@ def _cell(row: dict[str, float], sign: str = "", places: int = 2) -> str:
     return f"{row['mean']:{sign}.{places}f} [{row['low']:{sign}.{places}f}, {row['high']:{sign}.{places}f}]"
 
 
-def film(model: GIDM, samples: SampleSet, out: Path, cfg: DictConfig) -> list[str]:
-    """Films of a few clips of every video set; returns a line on what has none."""
-    members = dict(zip(samples.names, samples.sets)) if isinstance(samples, Mixture) else {"clips": samples}
-    still = [name for name, member in members.items() if not isinstance(member, VideoTransitions)]
-    notes = [f"No films of {', '.join(still)}: only video sets are filmed."] if still else []
-    for name, member in members.items():
-        if name in still:
-            continue
+def film(model: GIDM, samples: Mixture, out: Path, cfg: DictConfig) -> list[str]:
+    """Films of a few episodes of every set; returns a line on each that cannot be filmed."""
+    notes = []
+    for name, member in zip(samples.names, samples.sets):
         for index in np.unique(np.linspace(0, len(member) - 1, min(cfg.films, len(member))).round().astype(int)):
             try:
                 clip = member.walk(int(index), cfg.film_steps)
             except Unreadable as error:
-                notes.append(f"No film of {error}")
+                notes.append(f"No film of {error}.")
                 continue
             film_attention(model, clip, out / f"{name}_{index:03d}.mp4", fps=cfg.fps, batch_size=cfg.batch_size)
     return notes
@@ -160,7 +159,7 @@ def film(model: GIDM, samples: SampleSet, out: Path, cfg: DictConfig) -> list[st
 def training_inputs(model: InverseModel, cfg: DictConfig) -> tuple[dict[str, Tensor], meaning.Labels]:
     """Inputs of the read-outs and labels of `cfg.probe` pairs of training episodes. Raises Missing."""
     try:
-        samples = instantiate(cfg.data, split="train", labelled=True, augment=False)
+        samples = instantiate(cfg.data, split="train", labelled=True, augment=False, stream=None)
     except InstantiationException as error:
         if not isinstance(error.__cause__, EXPECTED):
             raise
@@ -178,10 +177,10 @@ def interpret(model: InverseModel, pairs: list[dict[str, Any]], seen: Seen, out:
     said = ""
 
     def retrieve() -> str:
-        results["retrieval"] = meaning.retrieve(values, known, count=cfg.neighbours)
+        found = {source: meaning.neighbours(x, values[meaning.CONTINUOUS], known, cfg.neighbours) for source, x in values.items()}
+        results["retrieval"] = meaning.retrieve(found, known)
         if cfg.pictures:
-            found = meaning.neighbours(values[QUANTIZED], values[meaning.CONTINUOUS], known, cfg.neighbours)
-            draw_neighbours(out / "neighbours.png", pairs, found[:, :3], _spread_out(known.text, cfg.pictures))
+            draw_neighbours(out / "neighbours.png", pairs, found[QUANTIZED][:, :3], _spread_out(known.text, cfg.pictures))
         return retrieval_table(results["retrieval"], cfg.neighbours, "encoder" in model.text_in)
 
     def read() -> str:
@@ -218,16 +217,19 @@ def _spread_out(texts: Sequence[str], count: int) -> list[int]:
 
 @program("step2_eval")
 def main(cfg: DictConfig) -> None:
+    if not PartialState().is_main_process:  # the launcher starts one process a GPU; a few pairs need one
+        return
     model = artifact.load(cfg.path, "gidm").to(cfg.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     cfg.gidm = OmegaConf.load(Path(cfg.path) / "config.yaml")
     out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
-    samples = instantiate(cfg.data, split=cfg.split, labelled=True)
+    samples = instantiate(cfg.data, split=cfg.split, labelled=True, stream=None)
     pairs, skipped = draw_pairs(samples, cfg.pairs, cfg.seed)
     seen = look(model, pairs, batch_size=cfg.batch_size)
     errors, codes = measure(model, pairs, seen, batch_size=cfg.batch_size), None if seen.codes is None else seen.codes.numpy()
     summary = summarize(errors, codes, model.quantizer.size)
     meant, said = interpret(model, pairs, seen, out, cfg)
+    meant["notes"] += save_curves(Path(cfg.path), CURVES, out / "curves.png") if cfg.pictures else []
     if isinstance(model, GIDM):
         for i, pair in enumerate(pairs[:cfg.pictures]):
             draw_attention(model, pair, out / "attention" / f"{i:03d}.png")

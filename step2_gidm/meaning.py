@@ -121,8 +121,8 @@ def comparable(known: Labels) -> np.ndarray:
     return (known.episode[:, None] != known.episode) & (known.view[:, None] == known.view)
 
 
-def retrieve(values: Mapping[str, Tensor], known: Labels, *, count: int) -> dict[str, Any]:
-    """How alike are pairs with like latent actions, of other episodes: share with the same sentence, cosine of the displacements.
+def retrieve(found: Mapping[str, np.ndarray], known: Labels) -> dict[str, Any]:
+    """How alike are `neighbours` (P, count), found by each input: share with the same sentence, cosine of the displacements.
 
     By input: value and gain over the mean of all pairs that might have been found, with 95 % intervals over episodes. Raises Missing.
     """
@@ -137,14 +137,13 @@ def retrieve(values: Mapping[str, Tensor], known: Labels, *, count: int) -> dict
     if not scales:
         raise Missing("retrieval is left out: no two episodes share a sentence, and no readings of the robot tell how they moved")
     results: dict[str, Any] = {name: {} for name in scales}
-    for source, x in values.items():
-        found = neighbours(x, values[CONTINUOUS], known, count)
+    for source, near in found.items():
         for name, (alike, eligible, asked) in scales.items():
-            counts = (found >= 0) & np.take_along_axis(eligible, found, 1)
+            counts = (near >= 0) & np.take_along_axis(eligible, near, 1)
             asked = asked & counts.any(1)
             if not asked.any():
                 continue
-            value = (np.take_along_axis(alike, found, 1) * counts)[asked].sum(1) / counts[asked].sum(1)
+            value = (np.take_along_axis(alike, near, 1) * counts)[asked].sum(1) / counts[asked].sum(1)
             chance = (alike * eligible)[asked].sum(1) / eligible[asked].sum(1)
             results[name][source] = {"value": by_episode(value, known.episode[asked]), "gain": by_episode(value - chance, known.episode[asked]),
                                      "chance": float(chance.mean()), "queries": int(asked.sum())}

@@ -70,7 +70,7 @@ def draw_attention(model: GIDM, pair: Mapping[str, Any], path: Path) -> None:
 
 
 def film_attention(model: GIDM, clip: Mapping[str, Any], path: Path, *, fps: float, batch_size: int) -> None:
-    """A film of one clip, pair by pair, as `draw_attention` shows one. clip: what VideoTransitions.walk returns."""
+    """A film of one clip, pair by pair, as `draw_attention` shows one. clip: what Transitions.walk returns."""
     pairs = [{"frames": frames, "text": clip["text"]} for frames in clip["frames"]]
     overlay = Overlay(attention_maps(model, pairs, batch_size), clip["frames"].shape[-1], clip["text"])
     shown = []

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch.utils.data import get_worker_info
 
-from common.mixture import Mixture, Unreadable
+from common.mixture import Mixture, TooManyUnreadable, Unreadable
 
 PLAN, ORDER, RUN = 1, 2, 3  # the last of four numbers of a generator's key: what it is for (common.loop has 4)
 MAX_TRIES = 20
@@ -171,7 +171,7 @@ class Reader:
             except Unreadable as error:
                 skipped.append(str(error))
                 if len(skipped) >= MAX_TRIES:
-                    raise RuntimeError(f"{len(skipped)} unreadable episodes in a row, the last: {error}") from error
+                    raise TooManyUnreadable(f"{len(skipped)} unreadable episodes in a row, the last: {error}") from error
                 episode = int(rng.integers(len(members)))
 
 

@@ -16,20 +16,17 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
+from common.curves import draw_curves
+from common.figures import pyplot
 from common.files import write_text
 from common.program import program
 from step3_defi import film, journal, stats
 
-matplotlib.use("Agg")
-from matplotlib import pyplot  # noqa: E402  (the backend must be chosen first: no display)
-
 LOG = logging.getLogger(__name__)
 MISSING = (FileNotFoundError, KeyError, ValueError)  # what reading an absent or unfinished piece raises
-CURVES = ("loss", "mse", "action_loss", "bottleneck_loss", "alignment_loss", "perplexity", "usage")  # panels of a run, where it logs them
+CURVES = {name: name for name in ("loss", "mse", "action_loss", "bottleneck_loss", "alignment_loss", "perplexity", "usage")}  # where a run logs them
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #1c2430; background: #fff; }
 h1 { font-size: 1.7rem; } h2 { font-size: 1.25rem; margin-top: 2.5rem; border-bottom: 1px solid #d5dae1; } h3 { font-size: 1rem; margin-bottom: .3rem; }
@@ -75,12 +72,12 @@ def movie(path: Path, caption: str) -> str:
             f"<figcaption>{html.escape(caption)}</figcaption></figure>\n")
 
 
-def figure_png(figure: pyplot.Figure) -> str:
-    """Close a figure and return it as a data URI."""
-    buffer = io.BytesIO()
+def curves(name: str, folder: Path) -> str:
+    """The curves of a training run that are known by name."""
+    figure, buffer = draw_curves(folder, CURVES), io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     pyplot.close(figure)
-    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return picture(f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}", name)
 
 
 def markdown_html(text: str) -> str:
@@ -161,54 +158,6 @@ def evaluation(folder: Path, pictures: str, count: int) -> str:
     return or_missing(lambda: markdown_html(_text(folder / "table.md")), "The table") + (drawn or missing("A picture", nothing))
 
 
-def loss_curves(name: str, folder: Path) -> str:
-    """All curves of a training run that are known by name, one panel each; training and validation together."""
-    series = read_metrics(folder / "metrics.jsonl")
-    panels = {curve: [key for key in series if key.split("/")[-1] == curve] for curve in CURVES}
-    panels = {curve: keys for curve, keys in panels.items() if keys}
-    if not panels:
-        raise ValueError(f"{folder / 'metrics.jsonl'} has none of {', '.join(CURVES)}; it has {', '.join(series) or 'nothing'}")
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(4.2 * len(panels), 3), squeeze=False)
-    for axis, (curve, keys) in zip(axes[0], panels.items()):
-        for key in keys:
-            steps, values = series[key]
-            noisy = len(steps) > 30
-            axis.plot(steps, values, alpha=0.35 if noisy else 1, marker=None if noisy else "o", markersize=3, label=None if noisy else key)
-            if noisy:
-                axis.plot(steps, smooth(values), color=axis.lines[-1].get_color(), label=f"{key} (mean)")
-        if curve in ("loss", "mse") and all(min(series[key][1]) > 0 for key in keys):
-            axis.set_yscale("log")
-        axis.set(title=curve, xlabel="step")
-        axis.grid(alpha=0.25)
-        axis.legend(fontsize=7)
-    figure.tight_layout()
-    return picture(figure_png(figure), name)
-
-
-def read_metrics(path: Path) -> dict[str, tuple[list[float], list[float]]]:
-    """metrics.jsonl -> {key: (steps, values)}; a torn last line is left out."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; train the model first")
-    series: dict[str, tuple[list[float], list[float]]] = {}
-    for line in path.read_bytes().split(b"\n")[:-1]:
-        row = json.loads(line)
-        for key, value in row.items():
-            if key not in ("step", "time") and isinstance(value, (int, float)):
-                steps, values = series.setdefault(key, ([], []))
-                steps.append(row["step"])
-                values.append(value)
-    return series
-
-
-def smooth(values: list[float], share: float = 0.05) -> np.ndarray:
-    """Running mean over the last `share` of the run, shorter at the start."""
-    width = max(2, int(len(values) * share))
-    total = np.concatenate([[0.0], np.cumsum(values)])
-    ends = np.arange(1, len(values) + 1)
-    starts = np.maximum(0, ends - width)
-    return (total[ends] - total[starts]) / (ends - starts)
-
-
 def build(cfg: Mapping[str, Any]) -> str:
     """The page of configs/step3_report.yaml's keys."""
     sections = []
@@ -220,7 +169,7 @@ def build(cfg: Mapping[str, Any]) -> str:
     sections += [
         ("What the forward model imagines", or_missing(lambda: evaluation(Path(cfg["forecast"]), "strips", cfg["pictures"]), "The forecast")),
         ("What the latent actions carry", or_missing(lambda: evaluation(Path(cfg["codes"]), "attention", cfg["pictures"]), "The code usage")),
-        ("Training", "".join(f"<h3>{html.escape(name)}</h3>\n" + or_missing(lambda name=name, folder=folder: loss_curves(name, Path(folder)), name)
+        ("Training", "".join(f"<h3>{html.escape(name)}</h3>\n" + or_missing(lambda name=name, folder=folder: curves(name, Path(folder)), name)
                              for name, folder in cfg["training"].items())),
     ]
     return page(cfg["title"], sections)

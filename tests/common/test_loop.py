@@ -128,6 +128,11 @@ def test_unreadable_samples_are_counted_and_too_many_stop_the_run(tmp_path):
         make(tmp_path / "many", max_steps=40).fit(Net(), Line(unreadable=set(range(20))))
 
 
+def test_unreadable_held_out_samples_are_counted(tmp_path, caplog):
+    make(tmp_path, max_steps=2, eval_every=2, eval_batches=3).fit(Net(), Line(), Line(unreadable={3}))
+    assert "1 unreadable held-out samples replaced, the last: line/3: torn" in caplog.messages
+
+
 def test_state_of_another_run_is_refused(tmp_path):
     make(tmp_path).fit(Net(), Line())
     with pytest.raises(ValueError, match="another run"):

@@ -69,7 +69,7 @@ def test_crc_is_tfrecords() -> None:
 
 
 def test_episodes_over_shards(toy: Path) -> None:
-    episodes = Rlds(toy, check_crc=True)
+    episodes = Rlds(toy)
     assert len(episodes) == 3 and splits(toy) == ["train"]
     for index in (0, 1, 2):
         episode = episodes[index]
@@ -116,8 +116,8 @@ def test_damaged_payload_is_found_by_its_crc(toy: Path) -> None:
     data[200] ^= 0xFF
     shard(toy).write_bytes(bytes(data))
     with pytest.raises(RldsError, match=r"00000-of-00002: record 0 is corrupt \(crc differs\)"):
-        Rlds(toy, check_crc=True)[0]
-    assert len(Rlds(toy, check_crc=True)[1]) == 4
+        Rlds(toy)[0]
+    assert len(Rlds(toy)[1]) == 4
 
 
 def test_damaged_length_is_always_found(toy: Path) -> None:
@@ -176,9 +176,9 @@ def test_broken_picture(toy: Path) -> None:
 def test_the_real_bridge_file(shared_data: Path) -> None:
     folder = find(shared_data / "rlds_samples", ["bridge_dataset"])
     assert splits(folder) == ["train"], "its val shard is promised but not there"
-    file = TFRecordFile(next(folder.glob("*.tfrecord-*")), check_crc=True)
+    file = TFRecordFile(next(folder.glob("*.tfrecord-*")))
     assert len(file) == 25 and len(file[24]) > 100_000
-    episode = Rlds(folder, check_crc=True)[3]
+    episode = Rlds(folder)[3]
     assert episode.text("language_instruction") == "turn lever vertical to front"
     assert episode.values("action").shape == (10, 7)
     first, last = (episode.image("observation/image_0", t) for t in (0, 9))

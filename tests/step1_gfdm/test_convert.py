@@ -127,6 +127,7 @@ def test_ego4d_cuts_around_the_narrated_action(tmp_path: Path) -> None:
     (root / "annotations/fho_main.json").write_text(json.dumps(content))
     counts = convert(Ego4d(root), tmp_path / "out", image_size=16, max_bad_share=0.5)
     assert counts == {"converted": 2, "frames": 25 + 51, "rejected by Ego4D": 1, "not the camera wearer": 1, "unreadable": 1}
+    assert sorted(path.stem for path in (tmp_path / "out/annotation/train").iterdir()) == ["abc_000", "abc_001"], "an id an action, not a clip"
     record = read_annotation(tmp_path / "out/annotation/train/abc_000.json")
     assert record["texts"] == ["picks a cup"] and record["video_length"] == 25
     shown = video.read_frames(tmp_path / "out" / record["videos"][0]["video_path"], [0, 24])

@@ -126,7 +126,7 @@ def test_eval_writes_table_results_and_strips(trained):
     assert all(a > b for a, b in zip(limit, coded)), "what moved is missing from a copy"
     assert len(results["by_frame"]["1 step"]["psnr"]) == 3 and results["summary"]["1 step"]["frechet"]["mean"] > 0
     assert "hold no readings of the robot" in said["eval"] and "DINOv2 from ckpts/hub/tiny/dinov2" in said["eval"]
-    assert (out / "horizon.png").is_file() and (out / "films.mp4").is_file()
+    assert all((out / name).is_file() for name in ("horizon.png", "films.mp4", "curves.png"))
     for row in results["summary"].values():
         assert row["psnr"]["low"] <= row["psnr"]["mean"] <= row["psnr"]["high"]
     assert results["summary"]["copy the first frame"]["psnr_gain"]["mean"] == 0

@@ -9,14 +9,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tensorflow_datasets.proto import tf_example_pb2
 
+from common import rlds
 from common.calvin_format import CalvinFormatError
 from common.mixture import Unreadable
 from common.video import write_mp4
 from step2_gidm import dataset
 from step2_gidm.dataset import mixture, open_x
 from step2_gidm.oxe import HUMAN_SHARE, OXE, official_windows
-from step2_gidm.transitions import CalvinTransitions, RldsTransitions, Transitions, VideoTransitions, perturb
+from step2_gidm.pairs import Transitions, perturb
+from step2_gidm.transitions import CalvinTransitions, RldsTransitions, VideoTransitions
+from tests.common.test_rlds import record, write_set
 from tests.step3_defi.parts import write_calvin
 
 PAIRS = {"image_size": 32}
@@ -139,6 +143,23 @@ def test_a_walk_shows_the_pairs_of_a_clip_in_order(tmp_path: Path) -> None:
         VideoTransitions(video_set(tmp_path / "short", length=3), **PAIRS).walk(0, 5)
 
 
+def test_every_kind_of_set_walks(tmp_path: Path) -> None:
+    toy = RldsTransitions(write_set(tmp_path / "toy" / "1.0.0", shards=(2, 1)), fps=1, image="observation/image", text="instruction", augment=True, **PAIRS)
+    clip = toy.walk(1, 2)
+    assert (clip["frames"].mean((2, 3, 4)) * 255).round().tolist() == [[10, 11], [12, 13]] and clip["text"] == "päck"
+    assert len(toy.walk(1, 50)["frames"]) == 3 and clip["id"] == "toy/1"
+    root = write_calvin(tmp_path / "calvin", recordings=2) / "training"
+    samples = CalvinTransitions(root, fps=10, view=None, **PAIRS)
+    note, clip = samples.segments[0], samples.walk(0, 3)
+    for pair, start in zip(clip["frames"], (note.start, note.start + 11, note.end - 10), strict=True):
+        for image, frame in zip(pair, (start, start + 10)):
+            with np.load(root / f"episode_{frame:07d}.npz") as archive:
+                assert abs(archive["rgb_static"].mean() / 255 - image.mean()) < 0.02
+    cut = VideoTransitions(video_set(tmp_path / "clips"), gap="official", window=15, **PAIRS).walk(0, 50)
+    gaps = (cut["frames"].mean((2, 3, 4)) * 255 / 8).round().diff(dim=1)
+    assert len(gaps) == 6 and (gaps == 14).all(), "a film of windows that the episode does not cut off"
+
+
 def test_splits(tmp_path: Path) -> None:
     folder = video_set(tmp_path / "toy", 21, length=12)
     train, val = (VideoTransitions(folder, split, **PAIRS) for split in ("train", "val"))
@@ -147,8 +168,17 @@ def test_splits(tmp_path: Path) -> None:
     assert len(VideoTransitions(folder, "train", **PAIRS)) == 21 and len(VideoTransitions(folder, "val", **PAIRS)) == 2
     with pytest.raises(ValueError, match="use train or val"):
         VideoTransitions(video_set(tmp_path / "other"), "test", **PAIRS)
-    with pytest.raises(FileNotFoundError, match="no json here"):
+    with pytest.raises(FileNotFoundError, match="no json here; a video set holds annotation/train/<id>.json"):
         VideoTransitions(tmp_path / "nowhere", **PAIRS)
+
+
+def test_a_set_that_has_only_a_val_split_is_shared_out_when_told_to(tmp_path: Path) -> None:
+    folder = video_set(tmp_path / "toy", 5, length=3, split="val")
+    with pytest.raises(FileNotFoundError, match="annotation/train: no json here; there is val: only=val shares it out"):
+        VideoTransitions(folder, **PAIRS)
+    train, val = (VideoTransitions(folder, split, only="val", **PAIRS) for split in ("train", "val"))
+    assert [file.stem for file in train.files] == list("0123") and [file.stem for file in val.files] == ["4"]
+    assert len(VideoTransitions(folder, "val", **PAIRS)) == 5, "not told to, it is the val split"
 
 
 def test_fraction_keeps_the_same_clips(tmp_path: Path) -> None:
@@ -335,11 +365,40 @@ def test_corrupt_record_is_reported_by_id(shared_data: Path, tmp_path: Path) -> 
     data[5000] ^= 0xFF
     shard.write_bytes(bytes(data))
     with pytest.raises(Unreadable, match=r"bridge_dataset/0: .*record 0 is corrupt \(crc differs\)"):
-        RldsTransitions(folder, fps=5, image="observation/image_0", check_crc=True, **PAIRS).sample(0, np.random.default_rng(0))
+        RldsTransitions(folder, fps=5, image="observation/image_0", **PAIRS).sample(0, np.random.default_rng(0))
     with pytest.raises(Unreadable, match="no feature 'observation/image'"):
         RldsTransitions(folder, fps=5, **PAIRS).sample(1, np.random.default_rng(0))
     with pytest.raises(Unreadable, match="10 frames are too few for pairs 30 apart"):
         RldsTransitions(folder, fps=30, image="observation/image_0", **PAIRS).sample(1, np.random.default_rng(0))
+
+
+def test_an_episode_without_a_sentence_is_reported(tmp_path: Path) -> None:
+    folder = write_set(tmp_path / "toy" / "1.0.0")
+    samples = RldsTransitions(folder, fps=1, image="observation/image", text="instruction", **PAIRS)
+    assert samples.sample(0, np.random.default_rng(0))["text"] == "päck"
+    for path in folder.glob("*.tfrecord-*"):
+        file = rlds.TFRecordFile(path)
+        path.write_bytes(b"".join(record(silent(file[i])) for i in range(len(file))))
+    with pytest.raises(Unreadable, match="toy/0: no instruction under instruction"):
+        RldsTransitions(folder, fps=1, image="observation/image", text="instruction", **PAIRS).sample(0, np.random.default_rng(0))
+
+
+def silent(payload: bytes) -> bytes:
+    """The same episode with nothing but padding for a sentence."""
+    example = tf_example_pb2.Example.FromString(payload)
+    codes = example.features.feature["steps/instruction"].int64_list.value
+    codes[:] = [0] * len(codes)
+    return example.SerializeToString()
+
+
+def test_empty_shards_are_passed_over_and_an_empty_set_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    toy = {"fps": 1, "image": "observation/image", "text": "instruction"}
+    samples = RldsTransitions(write_set(tmp_path / "some" / "1.0.0", shards=(0, 2, 0, 2)), **toy, **PAIRS)
+    assert len(samples) == 3 and [samples.walk(i, 1)["frames"][0, 0].mean().mul(255).round().item() for i in range(3)] == [0, 10, 20]
+    sets = {"some": {"rlds": tmp_path / "some/1.0.0", **toy}, "none": {"rlds": write_set(tmp_path / "none" / "1.0.0", shards=(0,)), **toy}}
+    with pytest.raises(ValueError, match="set 'none': rlds=.*none/1.0.0 gives no train episodes"):
+        mixture(sets, **PAIRS)
+    assert mixture(sets, split="val", **PAIRS).names == ["some"] and "set 'none': rlds=" in caplog.text
 
 
 @pytest.mark.parametrize("name, fps, gap", [("bridge", 5, 5), ("rt1", 3, 3), ("sthv2", None, 12)])

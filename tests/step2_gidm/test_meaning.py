@@ -109,7 +109,7 @@ def test_neighbours_are_the_planted_ones_of_other_episodes() -> None:
     ties = torch.cdist(by_task, by_task)
     ties[torch.from_numpy(known.episode[:, None] == known.episode)] = torch.inf
     assert (known.episode[found[:, 0]] == known.episode[ties.argmin(1).numpy()]).all(), "equal codes are told apart by the continuous latent action"
-    results = meaning.retrieve(values, known, count=4)
+    results = meaning.retrieve({source: meaning.neighbours(x, by_task, known, 4) for source, x in values.items()}, known)
     for name in (CONTINUOUS, QUANTIZED):
         assert results["sentence"][name]["value"]["mean"] == 1 and results["sentence"][name]["gain"]["low"] > 0.7
     chance = results["sentence"][PIXELS]
@@ -126,7 +126,7 @@ def test_neighbours_are_of_the_same_camera_and_may_be_too_few() -> None:
 def test_retrieval_needs_something_to_compare() -> None:
     known = labels(4, 3)
     with pytest.raises(Missing, match="no two episodes share a sentence"):
-        meaning.retrieve({CONTINUOUS: torch.randn(12, 3)}, known._replace(text=known.episode), count=2)
+        meaning.retrieve({CONTINUOUS: np.zeros((12, 2), int)}, known._replace(text=known.episode))
 
 
 def carried(scenes: int) -> tuple[torch.nn.Module, Seen, Labels]:

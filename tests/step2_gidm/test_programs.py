@@ -22,12 +22,13 @@ from common.video import probe
 from step2_gidm import eval as evaluate
 from step2_gidm import train
 from step2_gidm.dataset import mixture
-from step2_gidm.eval import draw_pairs, look, measure, summarize, table
+from step2_gidm.eval import draw_pairs, film, look, measure, summarize, table
 from step2_gidm.meaning import QUANTIZED
 from step2_gidm.model import GIDM
 from tests.common.test_rlds import write_set
 from tests.step2_gidm.parts import make, moving
 from tests.step2_gidm.test_dataset import video_set
+from tests.step3_defi.parts import write_calvin
 
 ROOT = Path(__file__).resolve().parents[2]
 ROWS = sorted(path.stem for path in (ROOT / "configs/experiment/gidm").glob("*.yaml"))
@@ -116,8 +117,9 @@ def test_every_field_acts(field: str, values: tuple, hub: Path) -> None:
 
 
 def test_real_data_trains(shared_data: Path, hub: Path, tmp_path: Path) -> None:
-    sets = {"bridge": {"rlds": shared_data / "rlds_samples/bridge_dataset/1.0.0", "fps": 5, "image": "observation/image_0"},
-            **{name: {"video": folder, "fps": fps} for name, folder, fps in _as_train(shared_data, tmp_path)}}
+    sets = {"bridge_rlds": {"rlds": shared_data / "rlds_samples/bridge_dataset/1.0.0", "fps": 5, "image": "observation/image_0"},
+            **{name: {"video": shared_data / "video_samples" / name, "only": "val", "fps": fps}
+               for name, fps in (("bridge", 5.0), ("rt1", 3.0), ("sthv2", None))}}
     gidm = composed("scale=tiny")["gidm"]
     gidm["vision"]["path"], gidm["text"]["path"] = str(hub / "dinov2"), str(hub / "t5")
     data = {"image_size": 64, "length": 64}
@@ -129,18 +131,6 @@ def test_real_data_trains(shared_data: Path, hub: Path, tmp_path: Path) -> None:
     assert len(steps) == 12 and error < 0.99 * copied and all(row["data/skipped"] == 0 for row in steps)
     by_query = {f"{split}/{what}_{query}" for split in ("train", "val") for what in ("usage", "perplexity") for query in range(4)}
     assert {"val/mse", "val/copy_mse", "val/gap", "val/usage", "val/perplexity", *by_query} <= set().union(*rows)
-
-
-def _as_train(shared_data: Path, tmp_path: Path) -> list[tuple[str, Path, float | None]]:
-    """The real video samples come as `val` only: the same files under annotation/train."""
-    out = []
-    for name, fps in (("bridge", 5.0), ("rt1", 3.0), ("sthv2", None)):
-        folder = tmp_path / name
-        (folder / "annotation").mkdir(parents=True)
-        (folder / "annotation/train").symlink_to(shared_data / "video_samples" / name / "annotation/val")
-        (folder / "videos").symlink_to(shared_data / "video_samples" / name / "videos")
-        out.append((f"{name}_video", folder, fps))
-    return out
 
 
 def test_resume_equals_unbroken(tmp_path: Path) -> None:
@@ -205,6 +195,16 @@ def test_pairs_need_data() -> None:
         draw_pairs(Squares(), 1, 0)
 
 
+def test_films_of_every_kind_of_set(tmp_path: Path) -> None:
+    toy = {"rlds": write_set(tmp_path / "toy" / "1.0.0"), "fps": 1, "image": "observation/image", "text": "instruction"}
+    sets = {"toy": toy, "calvin": {"calvin": write_calvin(tmp_path / "calvin", recordings=2) / "training", "fps": 10},
+            "short": {"video": video_set(tmp_path / "short", 2, length=3)}}
+    cfg = OmegaConf.create({"films": 1, "film_steps": 4, "fps": 8, "batch_size": 4})
+    notes = film(make().eval(), mixture(sets, image_size=16, labelled=True), tmp_path / "films", cfg)
+    assert {path.name: probe(path)[0] for path in (tmp_path / "films").iterdir()} == {"toy_000.mp4": 3, "calvin_000.mp4": 4}
+    assert notes == ["No film of short/0: 3 frames are too few for pairs 10 apart (min_gap=0.5)."]
+
+
 def test_train_then_eval_from_the_command_line(hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def run(program: ModuleType, *overrides: str) -> None:
         monkeypatch.setattr(sys, "argv", [program.__name__, *overrides])
@@ -223,6 +223,7 @@ def test_train_then_eval_from_the_command_line(hub: Path, tmp_path: Path, monkey
     results = json.loads((folder / "eval/results.json").read_text())
     assert results["pairs"] == 6 and len(results["samples"]) == 6 and results["gidm_sha256"] == artifact.sha256(folder)
     assert (folder / "eval/table.md").read_text().startswith("Mean squared error") and (folder / "eval/attention/000.png").stat().st_size > 1000
+    assert (folder / "eval/curves.png").stat().st_size > 1000
     said = (folder / "eval/table.md").read_text()
     assert "all pairs are of one scene" in said and "the data hold no readings" in said and set(results).isdisjoint({"motion", "transfer"})
     assert probe(folder / "eval/attention/playtable_000.mp4")[0] == 10
@@ -238,6 +239,17 @@ def test_train_then_eval_from_the_command_line(hub: Path, tmp_path: Path, monkey
     bare = tmp_path / "bare"
     run(evaluate, *where, "scale=tiny", f"path={folder}", *sets, f"out={bare}", "pairs=40", "probe=120", "films=0", "pictures=0")
     assert (bare / "table.md").read_text() == said and not [*bare.rglob("*.png"), *bare.rglob("*.mp4")]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_training_that_can_read_nothing_ends_with_one_line(workers: int, hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_set(tmp_path / "toy" / "1.0.0", shards=(6, 7))
+    build = [f"gidm.vision.path={hub / 'dinov2'}", f"gidm.text.path={hub / 't5'}", f"paths.ckpts={tmp_path / 'ckpts'}", f"loop.num_workers={workers}"]
+    sets = f"+data.sets.toy={{rlds:{folder},fps:1,image:observation/image,text:language_instruction}}"
+    monkeypatch.setattr(sys, "argv", ["train", "scale=tiny", *build, "~data.sets.playtable", sets, "validate=false", "loop.max_steps=2"])
+    with pytest.raises(SystemExit, match=r"^error: 20 unreadable samples in a row, the last: toy/\d+: toy/train/\d+: no feature "
+                                         r"'language_instruction'; at 'language_instruction' there are \['action', 'instruction', 'observation'\]$"):
+        train.main()
 
 
 def stated(folder: Path) -> Path:

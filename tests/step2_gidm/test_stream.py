@@ -149,6 +149,18 @@ def test_bad_episodes_are_replaced_and_named(toy: Path) -> None:
         read(stream(toy))
 
 
+def test_a_record_that_decodes_but_was_damaged_is_never_trained_on(toy: Path) -> None:
+    path = sorted(toy.glob("*.tfrecord-*"))[0]
+    file, data = rlds.TFRecordFile(path), bytearray(path.read_bytes())
+    action = next(i for i in range(int(file.spans[4][0]), len(data)) if data[i:i + 4] == np.float32(4).tobytes())  # a number of the fifth episode
+    data[action] ^= 1
+    path.write_bytes(bytes(data))
+    found = read(stream(toy))
+    lines = {line for batch in found for lines in batch["skipped"] for line in lines}
+    assert not any(id.startswith("toy/4@") for id in ids(found)) and len(ids(found)) == 36
+    assert lines == {f"toy/4: {path}: record 4 is corrupt (crc differs); download the shard again"}
+
+
 def test_a_picture_that_breaks_late_is_replaced_within_its_block(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = rlds.decode
     bad = rlds.Rlds(toy)[4].encoded("observation/image", 2)
