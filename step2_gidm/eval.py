@@ -125,6 +125,9 @@ def motion_table(results: dict[str, Any]) -> str:
              "| read from | " + " | ".join(f"camera {view}: {names[target]}" for view, target in columns) + " |", "|" + "---|" * (len(columns) + 1)]
     for source in next(iter(results[columns[0][0]].values()))["r2"]:
         lines.append(f"| {source} | " + " | ".join(_cell(results[view][target]["r2"][source], places=2) for view, target in columns) + " |")
+    for source in next(iter(results[columns[0][0]].values()))["lead"]:
+        leads = (_cell(results[view][target]["lead"][source], "+", places=2) for view, target in columns)
+        lines.append(f"| latent action, continuous, above {source} | " + " | ".join(leads) + " |")
     return "\n".join(lines) + "\n"
 
 

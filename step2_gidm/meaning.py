@@ -21,6 +21,7 @@ CONTINUOUS, QUANTIZED = "latent action, continuous", "latent action, quantized"
 UNTOLD = "latent action, continuous, sentence withheld"  # an encoder that reads the sentence hands it on: what do the frames alone give?
 TOKENS, PIXELS = "difference of DINOv2 tokens", "difference of pixels"
 SENTENCE, RANDOM = "sentence alone", "random codes (dealt from other pairs)"
+CONTROLS = (TOKENS, PIXELS, SENTENCE, RANDOM)
 GRID, PIXEL_GRID = 4, 16  # a side, after pooling
 STILL = 0.01  # m: a displacement below it has no direction
 READINGS = 15  # of CALVIN's robot_obs: place (0 to 2), opening of the gripper (6)
@@ -166,7 +167,8 @@ def split(fit: np.ndarray, test: np.ndarray, seed: int, choose: float = 0.25) ->
 
 
 def read_motion(fit: Mapping[str, Tensor], fit_known: Labels, test: Mapping[str, Tensor], test_known: Labels, *, seed: int) -> dict[str, Any]:
-    """Linear read-outs of the robot's motion: R^2 on held-out episodes with 95 % interval over them, by camera, target and input.
+    """Linear read-outs of the robot's motion: R^2 on held-out episodes with 95 % interval over them, by camera, target and input, and the
+    `lead` of the continuous latent action over every control.
 
     Inputs wider than the latent action are cut to its number of principal components. Raises Missing.
     """
@@ -187,7 +189,10 @@ def read_motion(fit: Mapping[str, Tensor], fit_known: Labels, test: Mapping[str,
             x[RANDOM] = x[QUANTIZED][torch.from_numpy(np.random.default_rng(seed).permutation(len(truth)))]
             errors = read_errors(x, truth, parts, columns=columns, seed=seed)
             rows = {name: dict(zip(("mean", "low", "high"), r2_ci(values, scale, episodes[1]))) for name, values in errors.items()}
-            results.setdefault(str(view), {})[target] = {"pairs": [len(part) for part in parts], "r2": rows}
+            # the R^2 of such errors is the difference of two R^2: paired, as both read the same pairs
+            leads = {name: dict(zip(("mean", "low", "high"), r2_ci(scale - errors[name] + errors[CONTINUOUS], scale, episodes[1])))
+                     for name in CONTROLS if name in errors}
+            results.setdefault(str(view), {})[target] = {"pairs": [len(part) for part in parts], "r2": rows, "lead": leads}
     if not results:
         raise Missing("read-outs of the robot's motion are left out: too few pairs hold readings of the robot ('state' in the annotations)")
     return results

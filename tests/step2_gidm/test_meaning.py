@@ -52,6 +52,8 @@ def test_the_read_out_finds_motion_in_codes_that_decide_it_and_nowhere_else() ->
     assert rows[QUANTIZED]["low"] > 0.6 and rows[CONTINUOUS]["low"] > 0.6
     for name in (TOKENS, PIXELS, RANDOM):
         assert rows[name]["mean"] < 0.1 and rows[name]["low"] < 0, name
+        lead = results["0"]["motion"]["lead"][name]
+        assert lead["mean"] == pytest.approx(rows[CONTINUOUS]["mean"] - rows[name]["mean"]) and 0.5 < lead["low"] < lead["mean"] < lead["high"]
     assert results["0"]["motion"]["pairs"] == [600, 200, 200]
 
 
