@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from filelock import FileLock
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 from tqdm import tqdm
 
 from common.calvin_format import CalvinFormatError, read_frame
@@ -97,7 +97,7 @@ def packed(folder: Path, frames: np.ndarray, pictured: np.ndarray, keys: Sequenc
         with FileLock(cache / ".lock"):
             if not (target / INDEX).is_file():
                 _fill(target, folder, frames, pictured, record, workers)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         free = shutil.disk_usage(next(place for place in (target, *target.parents) if place.is_dir())).free
         raise PackError(f"{target} cannot be written ({error}; {free / 1e9:.1f} GB are free there): make room or name another place with "
                         f"data.cache_dir, then the same command goes on") from error
@@ -119,7 +119,7 @@ def _fill(target: Path, folder: Path, frames: np.ndarray, pictured: np.ndarray, 
             bar.update(count)
     actions = np.concatenate([_actions(_shard(target, number)) for number in range(len(parts))])
     with beside(target / INDEX) as part:
-        save_file({"frames": frames, ACTIONS: actions, "pictured": pictured.astype(np.int64)}, part, metadata={"pack": record})
+        part.write_bytes(save({"frames": frames, ACTIONS: actions, "pictured": pictured.astype(np.int64)}, metadata={"pack": record}))
 
 
 def _written(jobs: list[tuple], workers: int) -> Iterator[int]:
@@ -149,7 +149,7 @@ def _write(job: tuple[Path, Path, np.ndarray, np.ndarray, list[str]]) -> int:
             pictures[key].append(picture)
     arrays = {ACTIONS: np.stack(actions)} | {key: np.stack(found) for key, found in pictures.items() if found}
     with beside(path) as part:
-        save_file(arrays, part)
+        part.write_bytes(save(arrays))  # save_file would let nobody else read it
     return len(frames)
 
 

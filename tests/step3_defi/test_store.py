@@ -120,12 +120,13 @@ def test_a_full_disk_is_one_line(calvin: Path, tmp_path: Path, monkeypatch: pyte
     with pytest.raises(store.PackError, match="0.0 GB are needed for 22 frames.*data.cache_dir"):
         pack(calvin, tmp_path)
 
-    def full(arrays: dict, path: Path, **_: object) -> None:
-        path.write_bytes(b"half")
+    def full(path: Path, data: bytes) -> None:
+        with path.open("wb") as stream:
+            stream.write(data[:100])
         raise OSError(28, "No space left on device")
 
     monkeypatch.undo()
-    monkeypatch.setattr(store, "save_file", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(store.PackError, match="No space left on device.*data.cache_dir") as caught:
         pack(calvin, tmp_path)
     assert "\n" not in str(caught.value) and not list(tmp_path.glob("pack*/*"))
