@@ -69,7 +69,7 @@ def train(overrides: list[str], arm: str, steps: int, batch_size: int, windows: 
                            save_every=None, eval_every=None, wandb={"mode": "disabled"})
         samples, start = Held(model, windows), time.perf_counter()
         if arm == "cached":
-            samples = features.cached(samples, model.to(loop.accelerator.device), folder, parents={})
+            samples = features.cached(samples, model.to("cuda" if torch.cuda.is_available() else "cpu"), folder, parents={})
         cache, trained = time.perf_counter() - start, Timed(model)
         with plain_path(model) if arm == "plain" else ExitStack():
             loop.fit(trained, samples)
