@@ -16,8 +16,6 @@ from step3_defi import policy
 from tests.step3_defi.parts import SENTENCES, build, wake
 from tests.step3_defi.test_policy import observe
 
-SMALL = {"block_out_channels": [32, 32], "num_attention_heads": [1, 1], "down_block_types": ["CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"],
-         "up_block_types": ["UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"]}
 TEXT = ["open the drawer", "push the red block"]
 
 
@@ -29,7 +27,7 @@ def _fresh() -> None:
 def test_imagine_through_one_compiled_graph_is_the_same(hub: Path) -> None:
     """Captured whole, run without a code generator: that takes minutes for this many layers."""
     torch.manual_seed(0)
-    gfdm = GFDM(str(hub / "svd"), str(hub / "clip"), objective=EDM(), image_size=64, num_frames=4, unet=SMALL).eval().requires_grad_(False)
+    gfdm = GFDM(str(hub / "svd"), str(hub / "clip"), objective=EDM(), image_size=64, num_frames=4).eval().requires_grad_(False)
     pictures, keys, graphs = torch.rand(2, 3, 64, 64) * 2 - 1, list(gfdm.state_dict()), CompileCounter()
     expected = [gfdm.imagine(pictures * scale, TEXT) for scale in (1, 0.5)]
     gfdm.compile_unet(backend=graphs, fullgraph=True, dynamic=False)
