@@ -12,7 +12,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
@@ -102,6 +102,17 @@ def peak() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
+def ratio(plain: Sequence[float], ours: Sequence[float]) -> str:
+    """Median and quartiles of plain over ours, pair by pair."""
+    ratios = sorted(a / b for a, b in zip(plain, ours))
+    return f"{statistics.median(ratios):.2f} ({ratios[len(ratios) // 4]:.2f} to {ratios[3 * len(ratios) // 4]:.2f})"
+
+
+def machine() -> str:
+    """What the figures are of."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
+
+
 def alone(function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
     """The result of a call in a process of its own."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
@@ -138,9 +149,7 @@ def main() -> None:
     for name, times in taken.items():
         held = f", peak {memory[name]:.2f} GiB" if device.type == "cuda" else ""
         log.info("%-6s %8.2f ms for %d views%s", name, 1000 * statistics.median(times), options.views, held)
-    ratios = sorted(a / b for a, b in zip(taken["plain"], taken["ours"]))
-    log.info("plain / ours: %.2f times (quartiles %.2f to %.2f) on %s, %s", statistics.median(ratios), ratios[len(ratios) // 4], ratios[3 * len(ratios) // 4],
-             torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads", options.scale)
+    log.info("plain / ours: %s times (quartiles) on %s, %s", ratio(taken["plain"], taken["ours"]), machine(), options.scale)
 
 
 if __name__ == "__main__":

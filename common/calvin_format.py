@@ -71,18 +71,30 @@ def _read_array(stream: BinaryIO) -> np.ndarray:
 
 
 def read_frame(folder: Path, frame: int, keys: list[str]) -> dict[str, np.ndarray]:
-    """The named arrays of one frame's npz. Only these members are decompressed."""
+    """The named arrays of one frame's npz, pictures and motions checked. Only these members are decompressed."""
     path = frame_path(folder, frame)
     try:
         with np.load(path, allow_pickle=False) as archive:
             missing = [key for key in keys if key not in archive.files]
             if missing:
                 raise CalvinFormatError(f"{path}: has no {missing[0]!r}; it holds {sorted(archive.files)}")
-            return {key: archive[key] for key in keys}
+            arrays = {key: archive[key] for key in keys}
     except FileNotFoundError as error:
         raise CalvinFormatError(f"{path} is missing; the annotations or ep_start_end_ids.npy name frame {frame}") from error
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, KeyError) as error:
+    except CalvinFormatError:
+        raise
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, KeyError, ValueError) as error:  # ValueError: no zip at all, or pickled objects
         raise CalvinFormatError(f"{path}: truncated or damaged ({error})") from error
+    for key, array in arrays.items():
+        _check(path, key, array)
+    return arrays
+
+
+def _check(path: Path, key: str, array: np.ndarray) -> None:
+    if key in KEYS.values() and (array.ndim != 3 or array.shape[2] != 3 or array.dtype != np.uint8 or not array.size):
+        raise CalvinFormatError(f"{path}: {key} has shape {array.shape} of {array.dtype}, expected (H, W, 3) of uint8")
+    if key == "rel_actions" and (array.shape != (7,) or not np.issubdtype(array.dtype, np.floating) or not np.isfinite(array).all()):
+        raise CalvinFormatError(f"{path}: rel_actions has shape {array.shape} of {array.dtype}, expected 7 finite numbers")
 
 
 def frame_path(folder: Path, frame: int) -> Path:

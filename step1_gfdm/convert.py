@@ -11,16 +11,11 @@ from __future__ import annotations
 import errno
 import json
 import logging
-import multiprocessing
-import os
 import re
 import sys
-import threading
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from itertools import islice
-from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +32,7 @@ from common.files import write_text
 from common.mixture import Unreadable
 from common.program import program
 from common.rlds import RldsError
+from common.workers import pool
 from step1_gfdm.sources import BY_RULE, Camera, Listed, Source
 
 BAD = (Unreadable, video.VideoError, RldsError, CalvinFormatError)
@@ -85,13 +81,13 @@ def _run(source: Source, out: Path, listed: list[Listed], options: dict[str, Any
         for entry in listed:
             yield _one(source, out, entry, options)
         return
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_prepare, initargs=(source,)) as pool:
+    with pool(workers, _prepare, source) as processes:
         jobs, waiting = iter(listed), []
         try:
-            waiting = [pool.submit(_job, out, entry, options) for entry in islice(jobs, 2 * workers)]
+            waiting = [processes.submit(_job, out, entry, options) for entry in islice(jobs, 2 * workers)]
             while waiting:
                 yield waiting.pop(0).result()
-                waiting += [pool.submit(_job, out, entry, options) for entry in islice(jobs, 1)]
+                waiting += [processes.submit(_job, out, entry, options) for entry in islice(jobs, 1)]
         finally:
             for future in waiting:
                 future.cancel()
@@ -100,13 +96,6 @@ def _run(source: Source, out: Path, listed: list[Listed], options: dict[str, Any
 def _prepare(source: Source) -> None:
     torch.set_num_threads(1)  # the cores belong to the other workers
     _source["it"] = source
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """After a kill -9 of the program nobody tells a worker that it is over."""
-    wait([multiprocessing.parent_process().sentinel])
-    os._exit(1)
 
 
 def _job(out: Path, entry: Listed, options: dict[str, Any]) -> tuple[str, int, str]:

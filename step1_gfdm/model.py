@@ -59,6 +59,7 @@ class GFDM(nn.Module):
         positions = sincos_1d(text_tokens, self.text.dim) if text_positions else torch.zeros(1, self.text.dim)
         self.register_buffer("_text_positions", positions, persistent=False)
         self._noise: dict[tuple[int, torch.device], Tensor] = {}
+        self.__dict__["_tapped"] = None
 
     def forward(self, batch: VideoBatch) -> dict[str, Tensor]:
         """Latents (B, F, c, h, w), times the VAE's scale, and B sentences -> the training loss."""
@@ -84,7 +85,13 @@ class GFDM(nn.Module):
             x, timestep = self.objective.approach(self._net(first, tokens), noise, schedule_steps=self.schedule_steps,
                                                   taken=self.denoise_steps - 1)
             return svd_unet.features(self.unet, self._with_condition(x, first), timestep, text=tokens,
-                                     time_ids=self._ids(len(first)), taps=self.taps)
+                                     time_ids=self._ids(len(first)), taps=self.taps, tapped=self._tapped)
+
+    def compile_unet(self, **options: Any) -> None:
+        """Have torch.compile make the pass that `imagine` reads its features from; options are its own."""
+        tapped = svd_unet.Tapped(self.unet, self.taps)
+        tapped.compile(**options)
+        self.__dict__["_tapped"] = tapped  # past torch's registry, where the UNet's weights would count twice
 
     def freeze_untapped(self) -> None:
         """For training through `imagine`: blocks behind the last tap never run, and DDP must not wait for their gradients."""

@@ -5,7 +5,7 @@ B batch, F frames, L tokens of the tapped grid, C channels of all taps together.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,42 +64,54 @@ class _Stop(nn.Module):
         return hidden_states
 
 
-def truncated(unet: UNetSpatioTemporalConditionModel, last: int) -> UNetSpatioTemporalConditionModel:
-    """A view of `unet`, sharing its modules, whose forward ends after up block `last`.
+class _Tap(nn.Module):
+    """Stands where a tapped up block stood and keeps what it gives."""
 
-    diffusers' own forward runs unchanged, so the result is the full pass's bit for bit in every diffusers version.
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block, self.resnets, self.output = block, block.resnets, None
+        self.has_cross_attention = getattr(block, "has_cross_attention", False)
+
+    def forward(self, hidden_states: Tensor, **conditions: Any) -> Tensor:
+        self.output = self.block(hidden_states=hidden_states, **conditions)
+        return self.output
+
+
+class Tapped(nn.Module):
+    """A view of `unet`, sharing its modules, whose forward ends after the last tapped up block and gives what the tapped ones gave.
+
+    diffusers' own forward runs unchanged, so the outputs are the full pass's bit for bit in every diffusers version.
     """
-    view = copy.copy(unet)
-    view._modules = dict(unet._modules)
-    kept = list(unet.up_blocks[: last + 1])
-    view.up_blocks = nn.ModuleList(kept if last + 1 == len(unet.up_blocks) else kept + [_Stop()])
-    view.conv_norm_out = view.conv_act = view.conv_out = nn.Identity()
-    return view
+
+    def __init__(self, unet: UNetSpatioTemporalConditionModel, taps: Sequence[int]) -> None:
+        super().__init__()
+        self.unet = copy.copy(unet)
+        self.unet._modules = dict(unet._modules)
+        kept: list[nn.Module] = [_Tap(block) if index in taps else block for index, block in enumerate(unet.up_blocks[: max(taps) + 1])]
+        self.tapped = [kept[tap] for tap in taps]
+        self.unet.up_blocks = nn.ModuleList(kept if len(kept) == len(unet.up_blocks) else [*kept, _Stop()])
+        self.unet.conv_norm_out = self.unet.conv_act = self.unet.conv_out = nn.Identity()
+
+    def forward(self, sample: Tensor, timestep: Tensor, text: Tensor, time_ids: Tensor) -> list[Tensor]:
+        """As `features`; one (B * F, c, h, w) for each tap."""
+        self.unet(sample, timestep, encoder_hidden_states=text, added_time_ids=time_ids)
+        outputs = [block.output for block in self.tapped]
+        for block in self.tapped:
+            block.output = None
+        return outputs
 
 
 def features(unet: UNetSpatioTemporalConditionModel, sample: Tensor, timestep: Tensor, *, text: Tensor, time_ids: Tensor,
-             taps: Sequence[int] = (0, 1)) -> Tensor:
+             taps: Sequence[int] = (0, 1), tapped: Callable[..., list[Tensor]] | None = None) -> Tensor:
     """Outputs of the tapped up blocks, coarse grids repeated to the finest one, joined on channels.
 
     sample (B, F, in_channels, h, w), timestep (B,), text (B, T, cross_attention_dim), time_ids (B, 3) -> (B, F, L, C).
+    tapped: Tapped(unet, taps) if it is at hand, compiled for instance.
     """
-    outputs: dict[int, Tensor] = {}
-
-    def keep(index: int) -> Any:
-        def hook(_module: nn.Module, _inputs: tuple, output: Tensor) -> None:
-            outputs[index] = output
-
-        return hook
-
-    handles = [unet.up_blocks[tap].register_forward_hook(keep(tap)) for tap in taps]
-    try:
-        truncated(unet, max(taps))(sample, timestep, encoder_hidden_states=text, added_time_ids=time_ids)
-    finally:
-        for handle in handles:
-            handle.remove()
-    grid = max((outputs[tap].shape[-2:] for tap in taps), key=lambda size: size[0] * size[1])
+    outputs = (Tapped(unet, taps) if tapped is None else tapped)(sample, timestep, text, time_ids)
+    grid = max((output.shape[-2:] for output in outputs), key=lambda size: size[0] * size[1])
     # VPP doubles coarse grids by nearest neighbour; with powers of two this is the same
-    joined = torch.cat([o if o.shape[-2:] == grid else F.interpolate(o, size=grid, mode="nearest") for o in (outputs[t] for t in taps)], dim=1)
+    joined = torch.cat([o if o.shape[-2:] == grid else F.interpolate(o, size=grid, mode="nearest") for o in outputs], dim=1)
     return joined.flatten(2).transpose(1, 2).unflatten(0, sample.shape[:2])
 
 

@@ -1,6 +1,6 @@
 """Language-labelled CALVIN windows: what the robot sees and is told, and the ten motions that follow (Sec. 4.2, Fig. 4).
 
-Images are opened for the first frame of a window only; the motions of all frames are packed into one array, once.
+Images are opened for the first frame of a window only; the motions of all frames are read into one array, once.
 """
 from __future__ import annotations
 
@@ -12,12 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from common.calvin_format import KEYS, Annotation, CalvinFormatError, read_annotations, read_frame, read_recordings
-from common.files import beside
 from common.mixture import Unreadable
 from common.video import resize
+from step3_defi import store
 
 # The authors' environment D validation set is the benchmark's test world, so held-out recordings of `folder` validate instead.
 SPLITS = ("train", "val", "all")
@@ -31,21 +30,26 @@ class CalvinWindows:
     sentence. `fraction` keeps a share of whole recordings (Fig. 4); smaller shares lie inside larger ones, and the
     `holdout` share of the "val" split is the same for all of them.
 
-    With `pack`, images are resized once into one uint8 file per view; without, one npz is opened per sample.
-    `future_offsets` adds the true frames at these distances (frames past a recording's end repeat its last frame).
+    With `pack`, the pictures of all splits are packed by `workers` processes (store.py; python -m step3_defi.pack does nothing else);
+    without, one npz is opened per sample, unless a pack is there. Both give the same pixels.
+    `future_offsets` adds the true frames at these distances (frames past a recording's end repeat its last frame). `val_folder` is
+    read whole as the "val" split where `folder` has too few recordings to hold some out.
     """
 
     def __init__(self, root: str | Path, split: str = "train", *, folder: str = "training", lang_folder: str = "lang_annotations",
                  horizon: int = 10, views: Sequence[str] = ("static", "gripper"), image_size: int = 256, fraction: float = 1.0,
                  holdout: float = 0.02, frame_stride: int = 1, max_pad: int = 0, pack: bool = False,
-                 future_offsets: Sequence[int] = (), cache_dir: str | Path | None = None, seed: int = 0) -> None:
+                 workers: int = 1, future_offsets: Sequence[int] = (), val_folder: str | None = None, cache_dir: str | Path | None = None,
+                 seed: int = 0) -> None:
         if split not in SPLITS or not 0 < fraction <= 1 or not 0 <= max_pad < horizon:
             raise ValueError(f"CalvinWindows: split {split!r} of {SPLITS}, fraction {fraction} in (0, 1], max_pad {max_pad} in 0..{horizon - 1}")
         unknown = sorted(set(views) - KEYS.keys())
         if unknown or not views:
             raise ValueError(f"CalvinWindows: unknown views {unknown}; views: {sorted(KEYS)}")
+        if split == "val" and val_folder:
+            folder, split = val_folder, "all"
         self.folder, self.horizon, self.views, self.image_size = Path(root) / folder, horizon, tuple(views), image_size
-        self.future_offsets = tuple(future_offsets)
+        self.keys, self.future_offsets = [KEYS[view] for view in views], tuple(future_offsets)
         self.recordings = read_recordings(self.folder)
         found = read_annotations(self.folder, self.recordings, lang_folder)
         kept = set(choose_recordings(len(self.recordings), split, fraction=fraction, holdout=holdout, seed=seed))
@@ -53,11 +57,15 @@ class CalvinWindows:
         self.windows = _windows(self.annotations, horizon - max_pad, frame_stride)  # (W, 2): annotation, frame
         if not len(self.windows):
             raise ValueError(f"{self.folder}: no window of {horizon} motions in the {split!r} split ({len(self.annotations)} annotations)")
-        frames = [np.arange(annotation.start, annotation.end + 1) for annotation, _ in found]
-        self._store = FrameStore(self.folder, np.unique(np.concatenate(frames)), cache_dir)
-        self.actions = self._store.actions()
-        shown = np.unique(np.concatenate([self.windows[:, 1]] + [self._future_frame(self.windows[:, 1], k) for k in self.future_offsets]))
-        self._images = self._store.images(self.views, image_size, shown) if pack else None
+        self.frames = np.unique(np.concatenate([np.arange(annotation.start, annotation.end + 1) for annotation, _ in found]))
+        everything = _windows([annotation for annotation, _ in found], horizon - max_pad, frame_stride)
+        cache = Path(cache_dir) if cache_dir else self.folder / ".defi_cache"
+        if pack:
+            self.pack = store.packed(self.folder, self.frames, self._shown(everything), self.keys, cache, workers=workers)
+        else:
+            self.pack = store.find(self.folder, self.frames, self._shown(self.windows), self.keys, cache)
+        motions = self.pack or store.packed(self.folder, self.frames, self.frames[:0], [], cache, workers=workers)
+        self.actions = motions.motions(self.frames)  # (N, 7) float32, of all annotated frames
 
     def __len__(self) -> int:
         return len(self.windows)
@@ -69,7 +77,7 @@ class CalvinWindows:
     def chunk(self, index: int) -> Tensor:
         """(horizon, 7) motions of a window, padded after its annotation's end."""
         annotation, frame = self.annotations[self.windows[index, 0]], int(self.windows[index, 1])
-        row = self._store.row(frame)
+        row = int(np.searchsorted(self.frames, frame))  # frames of one annotation lie side by side
         actions = self.actions[row:row + min(self.horizon, annotation.end + 1 - frame)]
         rest = np.zeros((self.horizon - len(actions), 7), np.float32)
         rest[:, 6] = actions[-1, 6]
@@ -77,9 +85,7 @@ class CalvinWindows:
 
     def images(self, frame: int) -> dict[str, Tensor]:
         """View name -> (3, S, S) in [-1, 1]."""
-        if self._images is not None:
-            return {view: images.frame(frame) for view, images in self._images.items()}
-        arrays = read_frame(self.folder, frame, [KEYS[view] for view in self.views])
+        arrays = self.pack.pictures(frame, self.keys) if self.pack else read_frame(self.folder, frame, self.keys)
         return {view: resize(arrays[KEYS[view]][None], self.image_size)[0] * 2 - 1 for view in self.views}
 
     def sample(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
@@ -106,6 +112,10 @@ class CalvinWindows:
         digest.update(np.ascontiguousarray(self.actions).tobytes())
         return digest.hexdigest()
 
+    def _shown(self, windows: np.ndarray) -> np.ndarray:
+        """Frames whose pictures windows ask for, sorted."""
+        return np.unique(np.concatenate([windows[:, 1]] + [self._future_frame(windows[:, 1], offset) for offset in self.future_offsets]))
+
     def _future_frame(self, frame: int | np.ndarray, offset: int) -> np.ndarray:
         row = np.searchsorted(self.recordings[:, 0], frame, side="right") - 1
         return np.minimum(np.asarray(frame) + offset, self.recordings[row, 1])
@@ -126,62 +136,3 @@ def _windows(annotations: list[Annotation], least: int, stride: int) -> np.ndarr
     """(W, 2) annotation numbers and first frames; at least `least` motions lie inside the annotation."""
     rows = [(number, frame) for number, a in enumerate(annotations) for frame in range(a.start, a.end + 2 - least, stride)]
     return np.array(rows, np.int64).reshape(-1, 2)
-
-
-class FrameStore:
-    """Per-frame arrays of a dataset folder, packed once into plain .npy files beside it (or in `cache_dir`)."""
-
-    def __init__(self, folder: Path, frames: np.ndarray, cache_dir: str | Path | None = None) -> None:
-        self.folder, self.frames = folder, frames
-        self.cache = Path(cache_dir) if cache_dir else folder / ".defi_cache"
-
-    def row(self, frame: int) -> int:
-        """Where a frame lies in the packed arrays. Frames of one annotation lie side by side."""
-        return int(np.searchsorted(self.frames, frame))
-
-    def actions(self) -> np.ndarray:
-        """(N, 7) float32 relative actions of all annotated frames."""
-        def read(frame: int) -> np.ndarray:
-            action = read_frame(self.folder, frame, ["rel_actions"])["rel_actions"]
-            if action.shape != (7,) or not np.isfinite(action).all():
-                raise CalvinFormatError(f"{self.folder}, frame {frame}: rel_actions has shape {action.shape}, expected 7 finite numbers")
-            return action.astype(np.float32)
-        return np.array(self._pack("actions", self.frames, (7,), np.float32, read))
-
-    def images(self, views: Sequence[str], size: int, frames: np.ndarray) -> dict[str, PackedImages]:
-        """View name -> frames resized to (N, size, size, 3) uint8."""
-        packed = {}
-        for view in views:
-            def read(frame: int, key: str = KEYS[view]) -> np.ndarray:
-                image = resize(read_frame(self.folder, frame, [key])[key][None], size)[0]
-                return (image * 255).round().byte().permute(1, 2, 0).numpy()
-            packed[view] = PackedImages(frames, self._pack(f"{KEYS[view]}_{size}", frames, (size, size, 3), np.uint8, read))
-        return packed
-
-    def _pack(self, name: str, frames: np.ndarray, shape: tuple[int, ...], dtype: type, read: Any) -> np.ndarray:
-        key = hashlib.sha256(repr((str(self.folder.resolve()), name)).encode() + frames.tobytes() + self._stamp().encode()).hexdigest()[:16]
-        path = self.cache / f"{name}-{key}.npy"
-        if not path.is_file():
-            with beside(path) as part:
-                array = np.lib.format.open_memmap(part, mode="w+", dtype=dtype, shape=(len(frames), *shape))
-                for row, frame in enumerate(tqdm(frames.tolist(), desc=f"pack {name}", unit="frame", mininterval=1)):
-                    array[row] = read(frame)
-                array.flush()
-        return np.load(path, mmap_mode="r")
-
-    def _stamp(self) -> str:
-        """Changes when the dataset is recorded anew under the same path."""
-        status = (self.folder / "ep_start_end_ids.npy").stat()
-        return f"{status.st_mtime_ns}-{status.st_size}"
-
-
-class PackedImages:
-    """Images by frame number."""
-
-    def __init__(self, frames: np.ndarray, pixels: np.ndarray) -> None:
-        self.frames, self.pixels = frames, pixels
-
-    def frame(self, frame: int) -> Tensor:
-        """(3, S, S) in [-1, 1]."""
-        pixels = np.array(self.pixels[int(np.searchsorted(self.frames, frame))])
-        return torch.from_numpy(pixels).permute(2, 0, 1).float() / 127.5 - 1

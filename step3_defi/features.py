@@ -7,6 +7,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -81,6 +82,14 @@ def _distinct(windows: Windows, blind: bool) -> tuple[list[int], list[int]]:
     return list(firsts.values()), [row[windows.text(index)] for index in range(len(windows))]
 
 
+def _check_room(part: Path, count: int, size: int) -> None:
+    """A map that outgrows the disk would end the process without a word; at full scale a window takes 42 MB."""
+    free = shutil.disk_usage(part).free
+    if count * size > free:
+        raise ValueError(f"{part.parent}: the outputs of the frozen parts for {count} windows take {count * size / 1e9:.1f} GB and {free / 1e9:.1f} GB "
+                         f"are free; set cache=false, or name another place with cache_dir")
+
+
 @torch.inference_mode()
 def _fill(part: Path, windows: Windows, model: DeFI, firsts: list[int], batch_size: int) -> None:
     """Write the rows batch by batch; `progress` counts rows that are on the disk, so a killed build goes on from there."""
@@ -98,6 +107,8 @@ def _fill(part: Path, windows: Windows, model: DeFI, firsts: list[int], batch_si
                               {name: tensor.to(device) for name, tensor in default_collate([sample[key] for sample in batch]).items()}
                               for key in ("views", "futures"))
             seen = model.precompute(views, [sample["text"] for sample in batch], futures)
+            if not arrays:
+                _check_room(part, len(firsts), sum(tensor[0].nbytes for tensor in seen.values()))
             for name, tensor in seen.items():
                 if name not in arrays:
                     arrays[name] = np.lib.format.open_memmap(part / f"{name}.npy", mode="w+", dtype=np.float16, shape=(len(firsts), *tensor.shape[1:]))

@@ -87,6 +87,13 @@ class DeFI(nn.Module):
                 getattr(self, name).eval()
         return self
 
+    def compile_parts(self, **options: Any) -> None:
+        """torch.compile for what a plan spends its time in: the forward model's UNet, where it has one, and the adapter. Options are its own."""
+        gfdm = self.gfdm.module if isinstance(self.gfdm, Frozen) else self.gfdm
+        if hasattr(gfdm, "compile_unet"):
+            gfdm.compile_unet(**options)
+        self.adapter.compile(**options)
+
     @property
     def device(self) -> torch.device:
         """Where the policy computes."""

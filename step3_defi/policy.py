@@ -96,19 +96,27 @@ class DeFIPolicy:
 
 
 def load(source: str | Path, *, execute: int = 10, seed: int = 0, device: str | torch.device = "cpu",
-         overrides: dict[str, Any] | None = None, gfdm: str | Path | None = None, gidm: str | Path | None = None) -> DeFIPolicy:
+         overrides: dict[str, Any] | None = None, gfdm: str | Path | None = None, gidm: str | Path | None = None, compile: bool = False) -> DeFIPolicy:
     """The policy of a DeFI artifact, a folder or a hub id.
 
     Its parents are found where `gfdm` and `gidm` say (folders or hub ids), else inside it, by recorded path, or beside it, and
     checked by their hash. `overrides` are keys of its config, for instance {"goal.path": "openai/clip-vit-base-patch32"}.
+    `compile` makes the first plan of every batch size minutes slower and those after it faster, and actions equal to rounding.
     """
     folder = fetched(source)
     given = {name: fetched(place) for name, place in (("gfdm", gfdm), ("gidm", gidm)) if place is not None}
     moved = find_parents(folder, given)
     model = artifact.load(folder, "defi", {**moved, **(overrides or {})})
     policy = DeFIPolicy(model.to(device), execute=execute, seed=seed)
+    if compile:
+        model.compile_parts(**compile_options(model.device))
     policy.origin, policy.moved = folder, moved
     return policy
+
+
+def compile_options(device: torch.device) -> dict[str, Any]:
+    """torch.compile's for plans: a rollout's batches keep their size, and a GPU replays CUDA graphs."""
+    return {"dynamic": False, "mode": "reduce-overhead" if device.type == "cuda" else None}
 
 
 def fetched(source: str | Path) -> Path:

@@ -118,6 +118,13 @@ def test_scales_compose_and_every_target_exists(step, scale):
         assert get_object(target) or get_class(target)
 
 
+@pytest.mark.parametrize("data, root", [("calvin_abc", "task_ABC_D"), ("calvin_d", "task_D_D"), ("calvin_debug", "calvin_debug_dataset")])
+def test_calvins_sets_have_one_reader(data, root):
+    found, base = (resolved("step3_pack", "scale=full", f"data={name}")["data"] for name in (data, "calvin_abc"))
+    assert found["_target_"] == "step3_defi.dataset.CalvinWindows" and found.keys() == base.keys()
+    assert found["root"] == f"data/calvin/{root}" and {key for key in base if base[key] != found[key]} <= {"root", "holdout", "val_folder"}
+
+
 @pytest.mark.parametrize("step, bad", [("step2_gidm", "gidm=vaq"), ("step3_defi", "policy/trainable=everything"),
                                        ("step2_gidm", "loop.lr=1"), ("step1_gfdm", "experiment=gfdm/t10"), ("step1_gfdm", "colour=blue")])
 def test_unknown_keys_and_values_fail(step, bad):

@@ -9,7 +9,7 @@ import torch
 
 from common.calvin_format import CalvinFormatError, load_npy
 from common.mixture import Unreadable
-from step3_defi import dataset
+from step3_defi import dataset, store
 from step3_defi.dataset import CalvinWindows, choose_recordings
 from tests.step3_defi.parts import write_annotations, write_calvin
 
@@ -45,23 +45,44 @@ def test_motions_past_the_end_are_still_and_keep_the_gripper(calvin: Path) -> No
     assert (actions[5:, 6] == actions[4, 6]).all()
 
 
-def test_packed_images_equal_unpacked_to_a_grey_level(calvin: Path) -> None:
-    plain, packed = windows(calvin), windows(calvin, pack=True)
-    for index in (0, 50, len(plain) - 1):
+def test_packed_windows_equal_those_of_the_npz_files(calvin: Path) -> None:
+    plain = windows(calvin, future_offsets=(2, 30))
+    packed = windows(calvin, future_offsets=(2, 30), pack=True)
+    assert plain.pack is None and packed.pack is not None and plain.fingerprint() == packed.fingerprint()
+    for index in range(len(plain)):
         a, b = plain.sample(index, RNG), packed.sample(index, RNG)
-        assert a["id"] == b["id"] and (a["views"]["gripper"] - b["views"]["gripper"]).abs().max() <= 1 / 127.5
-        assert torch.equal(a["actions"], b["actions"])
+        assert a["id"] == b["id"] and torch.equal(a["actions"], b["actions"])
+        for view in ("static", "gripper"):
+            assert torch.equal(a["views"][view], b["views"][view]) and torch.equal(a["futures"][view], b["futures"][view])
 
 
-def test_packing_happens_once_and_leaves_nothing_half_written(calvin: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (calvin / "training" / "episode_0000120.npz").rename(calvin / "away.npz")
-    with pytest.raises(CalvinFormatError, match="episode_0000120"):
-        windows(calvin)
-    assert not list((calvin / "training" / ".defi_cache").iterdir())
-    (calvin / "away.npz").rename(calvin / "training" / "episode_0000120.npz")
-    first = windows(calvin)
-    monkeypatch.setattr(dataset, "read_frame", lambda *_: pytest.fail("read the motions again"))
-    assert np.array_equal(windows(calvin).actions, first.actions)
+def test_a_pack_serves_every_split_share_and_view_of_its_frames(calvin: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    windows(calvin, split="train", holdout=0.25, pack=True)
+    for module in (dataset, store):
+        monkeypatch.setattr(module, "read_frame", lambda *_: pytest.fail("opened an npz"))
+    for changes in ({}, {"split": "val", "holdout": 0.25}, {"fraction": 0.5, "split": "train", "holdout": 0.25}, {"frame_stride": 3}, {"views": ["static"]}):
+        windows(calvin, **changes).sample(0, RNG)
+        windows(calvin, **changes, pack=True).sample(0, RNG)
+    assert len(list((calvin / "training/.defi_cache").glob("*/index.safetensors"))) == 1
+
+
+def test_frames_outside_of_annotations_are_not_read(calvin: Path) -> None:
+    for frame in (100, 101, 102, 136, 139):
+        (calvin / f"training/episode_{frame:07d}.npz").unlink()
+    assert len(windows(calvin, pack=True)) == len(windows(calvin)) == 4 * (33 - 9)
+
+
+def test_a_folder_of_its_own_may_validate(calvin: Path) -> None:
+    write_calvin(calvin.parent / "other", recordings=1, first=700)
+    (calvin.parent / "other/training").rename(calvin / "validation")
+    held = windows(calvin, split="val", holdout=0, val_folder="validation")
+    assert len(held) == 33 - 9 and held.id(0) == "calvin/validation/0000703"
+    assert len(windows(calvin, split="train", holdout=0, val_folder="validation")) == 4 * (33 - 9)
+
+
+def test_another_language_folder(calvin: Path) -> None:
+    (calvin / "training/lang_annotations").rename(calvin / "training/lang_clip_resnet50")
+    assert windows(calvin, lang_folder="lang_clip_resnet50").text(0) == "push the red block"
 
 
 def test_futures_are_frames_ahead_and_stop_at_the_recordings_end(calvin: Path) -> None:
@@ -106,15 +127,29 @@ def test_truncated_npz_is_one_unreadable_sample(calvin: Path) -> None:
     path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(Unreadable, match="truncated or damaged"):
         data.sample(7, RNG)
-    path.write_bytes(b"")
-    with pytest.raises(Unreadable, match="truncated or damaged"):
-        data.sample(7, RNG)
+    for content in (b"", b"no zip at all"):
+        path.write_bytes(content)
+        with pytest.raises(Unreadable, match="episode_0000110.npz: truncated or damaged"):
+            data.sample(7, RNG)
 
 
-def test_wrong_action_shape(calvin: Path) -> None:
-    np.savez(calvin / "training" / "episode_0000110.npz", rel_actions=np.zeros(6))
-    with pytest.raises(CalvinFormatError, match=r"frame 110.*\(6,\)"):
+@pytest.mark.parametrize("motion", [np.zeros(6), np.full(7, np.nan), np.zeros(7, int), np.array([None] * 7)])
+def test_wrong_motions_name_their_file(calvin: Path, motion: np.ndarray) -> None:
+    np.savez(calvin / "training" / "episode_0000110.npz", rel_actions=motion)
+    with pytest.raises(CalvinFormatError, match="episode_0000110.npz"):
         windows(calvin)
+
+
+@pytest.mark.parametrize("picture", [np.zeros((20, 20), np.uint8), np.zeros((20, 20, 6), np.uint8), np.zeros((20, 20, 3)), np.zeros((0, 20, 3), np.uint8)])
+def test_wrong_pictures_name_their_file(calvin: Path, picture: np.ndarray) -> None:
+    data, path = windows(calvin), calvin / "training" / "episode_0000110.npz"
+    with np.load(path) as archive:
+        arrays = {**archive, "rgb_static": picture}
+    np.savez(path, **arrays)
+    with pytest.raises(Unreadable, match="episode_0000110.npz: rgb_static has shape"):
+        data.sample(7, RNG)
+    with pytest.raises(CalvinFormatError, match="episode_0000110.npz: rgb_static has shape"):
+        windows(calvin, pack=True)
 
 
 @pytest.mark.parametrize("span", [(103, 150), (90, 120), (120, 110)])

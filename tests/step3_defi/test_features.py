@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -31,6 +32,13 @@ def test_cached_samples_train_as_uncached_ones(calvin: Path, tmp_path: Path) -> 
         torch.manual_seed(0)
         losses.append(model(batch)["loss"])
     assert torch.isclose(*losses, rtol=2e-3)
+
+
+def test_a_disk_that_is_too_small_is_one_line(calvin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(features.shutil, "disk_usage", lambda _: SimpleNamespace(free=10_000))
+    with pytest.raises(ValueError, match="for 24 windows take 0.0 GB.*cache=false"):
+        features.cached(windows(calvin), build(), tmp_path, parents=PARENTS)
+    assert not list(tmp_path.glob("*/*.npy")) and not list(tmp_path.glob(".*/*.npy"))
 
 
 def test_built_once_and_anew_when_anything_changes(calvin: Path, tmp_path: Path) -> None:

@@ -1,0 +1,107 @@
+"""Sequences an hour: many simulators and one batched policy, against one process that plans for one robot.
+
+    python -m benchmarks.rollout [scene=D] [workers=4] [sequences=8] [horizon=60] [rounds=3] [policy=<folder of step3_defi.train>] [scale=tiny]
+
+Ours: step3_defi.rollout, pictures where the policy looks. Plain: the same chains in this process one after the other, batch 1, with pictures at
+every step as CALVIN's evaluation draws them; "plain, pictures when looked at" leaves those out. Without `policy` its weights are random:
+then nothing succeeds and a sequence is one sub-task of `horizon` steps. Rounds take turns; starting the simulators is not counted.
+"""
+from __future__ import annotations
+
+import logging
+import statistics
+import tempfile
+import time
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+from tqdm import tqdm
+
+from benchmarks.imagine import command_line, composed, machine, ratio
+from benchmarks.replan import hub, random_policy
+from common.contracts import ChunkPolicy, Env
+from step3_defi import policy as robots
+from step3_defi.rollout import Simulators
+from step3_defi.worker import Chain, run_chain
+
+log = logging.getLogger(__name__)
+
+
+class Alone:
+    """Plans for its own simulator."""
+
+    def __init__(self, env: Env, chain: Chain, policy: ChunkPolicy) -> None:
+        self.env, self.chain, self.policy = env, chain, policy
+
+    def begin(self, number: int, task: str) -> None:
+        self.instruction, self.queue = self.env.instruction(task), deque()
+
+    def act(self) -> np.ndarray:
+        if not self.queue:
+            self.queue.extend(self.policy.plan([self.env.observe()], [self.instruction])[0, :self.policy.execute])
+        return self.queue.popleft()
+
+
+class Drawing:
+    """An environment that draws every step."""
+
+    def __init__(self, env: Env) -> None:
+        self.env = env
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.env, name)
+
+    def step(self, action: np.ndarray, *, render: bool = True) -> tuple[dict, dict]:
+        return self.env.step(action, render=True)
+
+
+def one_by_one(env: Env, chains: list[Chain], policy: ChunkPolicy) -> int:
+    """Control steps taken."""
+    return sum(steps if steps is not None else chain.horizon for chain in chains for steps in run_chain(env, chain, Alone(env, chain, policy)))
+
+
+def together(simulators: Simulators, chains: list[Chain], policy: ChunkPolicy) -> int:
+    """Control steps taken."""
+    horizon = chains[0].horizon
+    return sum(steps if steps is not None else horizon for result in simulators.rollout(chains, policy) for steps in result["steps_to_success"])
+
+
+def main() -> None:
+    options, overrides = command_line({"scale": "tiny", "scene": "D", "workers": 4, "sequences": 8, "horizon": 60, "rounds": 3, "policy": None})
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if options.policy:
+        policy = robots.load(options.policy, device=device)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            policy = robots.DeFIPolicy(random_policy([*overrides, *hub(Path(folder), options.scale)]).to(device))
+    config = {**OmegaConf.to_container(composed([], "step3_eval").env, resolve=True), "scene": options.scene}
+    env = instantiate(config)
+    chains = [Chain(index, state, list(tasks), "policy", options.horizon, 0, slot=index % options.workers)
+              for index, (state, tasks) in enumerate(env.sequences(options.sequences, seed=0))]
+    taken: dict[str, list[float]] = {}
+    with Simulators(config, count=options.workers) as simulators:
+        arms = {"plain": lambda some: one_by_one(Drawing(env), some, policy), "plain, pictures when looked at": lambda some: one_by_one(env, some, policy),
+                "ours": lambda some: together(simulators, some, policy)}
+        for run in arms.values():  # warm up
+            run(chains[:options.workers])
+        for _ in tqdm(range(options.rounds), desc="rounds"):
+            for name, run in arms.items():
+                start = time.perf_counter()
+                steps = run(chains)
+                taken.setdefault(name, []).append(time.perf_counter() - start)
+                tqdm.write(f"{name}: {steps} steps")
+    env.close()
+    log.info("%d sequences of at most %d steps a sub-task, %d workers, %s", options.sequences, options.horizon, options.workers, machine())
+    log.info("| arm | sequences an hour | times plain (quartiles) |\n|---|---|---|")
+    for name, times in taken.items():
+        log.info("| %s | %.0f | %s |", name, 3600 * options.sequences / statistics.median(times), ratio(taken["plain"], times))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""Step 3's training against the plain path: views one by one, whole UNet, every sentence encoded at every step, nothing cached.
+
+    python -m benchmarks.train_defi [scale=tiny|small|full] [rounds=3] [steps=10] [batch_size=16] [windows=64] ...
+
+One policy of random weights from one config in one loop (common.loop.Loop), on random windows held in memory, each arm of each round in a
+process of its own. "cached" trains from the outputs of the frozen parts on the disk (step3_defi.features), and says what they took to
+compute; not at `full`, where a window's features are 42 MB. Other words go to the step 3 config.
+"""
+from __future__ import annotations
+
+import logging
+import statistics
+import tempfile
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import set_seed
+from hydra.utils import instantiate
+from torch import Tensor
+from tqdm import tqdm
+
+from benchmarks.imagine import alone, command_line, composed, machine, peak, ratio
+from benchmarks.replan import SENTENCES, hub, plain_path, random_policy
+from benchmarks.train_gfdm import WARM_UP, Timed
+from step3_defi import DeFI, features
+
+log = logging.getLogger(__name__)
+
+
+class Held:
+    """Random windows in memory."""
+
+    def __init__(self, model: DeFI, count: int) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.pictures = {view: torch.rand(count, 3, model.image_size, model.image_size, generator=generator) * 2 - 1 for view in model.views}
+        self.actions = torch.rand(count, model.adapter.horizon, model.adapter.action_dim, generator=generator) * 2 - 1
+
+    def __len__(self) -> int:
+        return len(self.actions)
+
+    def sample(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
+        views = {view: pictures[index] for view, pictures in self.pictures.items()}
+        return {"id": self.id(index), "views": views, "text": self.text(index), "actions": self.chunk(index)}
+
+    def text(self, index: int) -> str:
+        return SENTENCES[index % len(SENTENCES)]
+
+    def id(self, index: int) -> str:
+        return str(index)
+
+    def chunk(self, index: int) -> Tensor:
+        return self.actions[index]
+
+    def fingerprint(self) -> str:
+        return str(len(self))
+
+
+def train(overrides: list[str], arm: str, steps: int, batch_size: int, windows: int) -> tuple[float, float, float]:
+    """(samples a second, peak memory in GiB, seconds a window that the cache took) of the training loop."""
+    set_seed(0)
+    with tempfile.TemporaryDirectory() as folder:
+        words = [*overrides, *hub(Path(folder) / "hub", next(word.split("=")[1] for word in overrides if word.startswith("scale=")))]
+        model = random_policy(words)
+        loop = instantiate(composed(words, "step3_defi").loop, output_dir=folder, seed=0, max_steps=WARM_UP + steps, batch_size=batch_size, num_workers=0,
+                           save_every=None, eval_every=None, wandb={"mode": "disabled"})
+        samples, start = Held(model, windows), time.perf_counter()
+        if arm == "cached":
+            samples = features.cached(samples, model.to("cuda" if torch.cuda.is_available() else "cpu"), folder, parents={})
+        cache, trained = time.perf_counter() - start, Timed(model)
+        with plain_path(model) if arm == "plain" else ExitStack():
+            loop.fit(trained, samples)
+    return steps * batch_size / (trained.times[-1] - trained.times[WARM_UP - 1]), peak(), cache / windows
+
+
+def main() -> None:
+    options, overrides = command_line({"scale": "tiny", "rounds": 3, "steps": 10, "batch_size": 16, "windows": 64})
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    found: dict[str, list[tuple[float, float, float]]] = {arm: [] for arm in ("plain", "ours", "cached")[:2 if options.scale == "full" else 3]}
+    for _ in tqdm(range(options.rounds), desc="rounds"):
+        for arm, runs in found.items():
+            runs.append(alone(train, overrides, arm, options.steps, options.batch_size, options.windows))
+    log.info("%s, batch %d, %s", options.scale, options.batch_size, machine())
+    log.info("| arm | samples/s | peak, GiB | rate over plain (quartiles) | memory over plain (quartiles) |\n|---|---|---|---|---|")
+    columns = {arm: list(zip(*runs)) for arm, runs in found.items()}
+    for arm, (rates, memory, _) in columns.items():
+        log.info("| %s | %.1f | %.2f | %s | %s |", arm, statistics.median(rates), max(memory), ratio(rates, columns["plain"][0]),
+                 ratio(memory, columns["plain"][1]))
+    if "cached" in columns:
+        log.info("the cache took %.0f ms a window, once", 1000 * statistics.median(columns["cached"][2]))
+
+
+if __name__ == "__main__":
+    main()
