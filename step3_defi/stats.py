@@ -67,6 +67,14 @@ def task_stats(records: Iterable[Record], horizon: int) -> dict[str, dict[str, A
             for task, (good, total) in sorted(counts.items())}
 
 
+def action_stats(records: Iterable[Record], longest: int) -> dict[str, int | None]:
+    """{"steps": control steps of all sub-tasks, "clipped": those whose action left [-1, 1], None where a journal did not count}."""
+    records = list(records)
+    steps = sum(longest if taken is None else taken for record in records for taken in record["steps_to_success"])
+    counts = [record["clipped"] for record in records]
+    return {"steps": steps, "clipped": None if None in counts else sum(counts)}
+
+
 def wilson(success: int, total: int) -> list[float]:
     """95 % interval of a proportion."""
     rate, square = success / total, NORMAL_95**2

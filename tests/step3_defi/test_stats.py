@@ -11,7 +11,7 @@ TASKS = ["a", "b", "c", "d", "e"]
 
 
 def record(index: int, *steps: int | None) -> Record:
-    return Record(index=index, initial_state={"led": index % 2}, tasks=TASKS, steps_to_success=list(steps), seed=0)
+    return Record(index=index, initial_state={"led": index % 2}, tasks=TASKS, steps_to_success=list(steps), clipped=0, seed=0)
 
 
 RECORDS = [record(0, 30, 250, 300, 500, 30), record(1, 30, None), record(2, 300, 300, 300, 300, 300), record(3, None)]
