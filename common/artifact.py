@@ -26,7 +26,7 @@ from common.checkpoint import misfit
 FORMAT = 1
 KINDS = {"gfdm": "step1_gfdm", "gidm": "step2_gidm", "defi": "step3_defi"}
 HERE = "${here}"
-BESIDE = ("resume", "parents")  # folders inside an artifact's that are no part of it
+BESIDE = ("resume", "parents", "best")  # folders inside an artifact's that are no part of it
 
 
 class ArtifactError(ValueError):
@@ -64,9 +64,7 @@ def save(model: nn.Module, folder: str | Path, *, kind: str, config: dict[str, A
 def load(path: str | Path, kind: str, overrides: dict[str, Any] | None = None) -> nn.Module:
     """Build the model from its own config, load its weights with strict keys, and return it in eval mode."""
     folder = Path(path)
-    meta(folder, kind)
-    config = yaml.safe_load((folder / "config.yaml").read_text())
-    _check_targets(config, folder)
+    config = read_config(folder, kind)
     for key, value in (overrides or {}).items():
         node = config
         *parents, last = key.split(".")
@@ -81,6 +79,15 @@ def load(path: str | Path, kind: str, overrides: dict[str, Any] | None = None) -
         raise ArtifactError(f"{folder}: its config does not build: {error}") from error
     load_weights(model, folder)
     return model.eval()
+
+
+def read_config(path: str | Path, kind: str) -> dict[str, Any]:
+    """The tree that builds an artifact's model, of classes of this project only."""
+    folder = Path(path)
+    meta(folder, kind)
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    _check_targets(config, folder)
+    return config
 
 
 def load_weights(model: nn.Module, folder: str | Path) -> None:

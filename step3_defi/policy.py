@@ -23,6 +23,7 @@ from step3_defi.model import DeFI
 log = logging.getLogger(__name__)
 PARENTS = ("gfdm", "gidm")
 INSIDE = "parents"  # where a policy's folder may hold them, so that it is whole; one of artifact.BESIDE
+BEST = "best"  # where a policy's folder holds it as it was at its best validation; one of artifact.BESIDE
 
 
 class DeFIPolicy:
@@ -168,7 +169,8 @@ def find_parents(folder: str | Path, given: Mapping[str, Path] | None = None) ->
     for name, sha in known.items():
         recorded = Path(config[name]["path"])
         # a whole ckpts/ tree may have been moved: <tree>/defi/<run> and <tree>/gfdm/<run>
-        beside = folder.resolve().parent.parent / name / recorded.name
+        run = folder.resolve().parent if folder.name == BEST else folder.resolve()
+        beside = run.parent.parent / name / recorded.name
         places = [given[name]] if name in given else [folder / INSIDE / name, recorded, beside]
         place = next((p for p in places if (p / "meta.json").is_file()), None)
         if place is None:

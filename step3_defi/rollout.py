@@ -137,8 +137,13 @@ class Simulators:
             worker.close()
 
     def survey(self, request: Survey) -> dict[str, Any]:
-        """{"world": name, "versions": {...}, "sequences": [(initial state, tasks), ...]} of these environments."""
+        """{"world": name, "versions": {...}, "sequences": [(initial state, tasks), ...]} of these environments. SimulatorError: twice in vain."""
         self.workers[0].give(request)
+        try:
+            return self.workers[0].receive()[1]
+        except SimulatorError as error:
+            LOG.warning("%s; a new simulator is asked", error)
+        self._replace(self.workers[0]).give(request)
         return self.workers[0].receive()[1]
 
     def rollout(self, chains: list[Chain], policy: ChunkPolicy | None = None) -> Iterator[dict[str, Any]]:

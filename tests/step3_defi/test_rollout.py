@@ -151,6 +151,12 @@ def test_actions_out_of_range_are_clipped_and_counted() -> None:
     assert one["clipped"] == 1110 / 5 and other["clipped"] == 0
 
 
+def test_a_simulator_that_dies_before_it_answers_is_replaced() -> None:
+    with Simulators(config(), count=1) as simulators:
+        simulators.workers[0].process.kill()
+        assert simulators.survey(Survey(1, None, 5, 0))["world"] == "fake-D"
+
+
 def test_a_simulator_that_does_not_start_says_why() -> None:
     with Simulators(config(refuse="no GL: install libosmesa6"), count=1) as simulators, pytest.raises(RolloutError, match="no GL: install"):
         simulators.survey(Survey(1, None, 5, 0))
