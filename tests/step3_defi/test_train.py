@@ -114,7 +114,8 @@ def test_two_processes_finetune_as_one_with_the_same_global_batch(tree: Path) ->
 
 def test_a_policy_may_start_from_another_ones_weights(tree: Path) -> None:
     start = run(tree, "start")
-    config = OmegaConf.to_container(configure("step3_defi", f"paths.ckpts={tree}/ckpts", "policy/trainable=adapter", "policy.noise_draws=2").policy, resolve=True)
+    cfg = configure("step3_defi", f"paths.ckpts={tree}/ckpts", "policy/trainable=adapter", "policy.noise_draws=2")
+    config = OmegaConf.to_container(cfg.policy, resolve=True)
     config["gfdm"]["path"] = config["gidm"]["path"] = "nowhere"
     config = train.start_config(start, config)
     model = instantiate(config)
