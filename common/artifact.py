@@ -63,6 +63,17 @@ def save(model: nn.Module, folder: str | Path, *, kind: str, config: dict[str, A
 
 def load(path: str | Path, kind: str, overrides: dict[str, Any] | None = None) -> nn.Module:
     """Build the model from its own config, load its weights with strict keys, and return it in eval mode."""
+    folder, config = Path(path), read_config(path, kind, overrides)
+    try:
+        model = instantiate(_place(config, folder))
+    except InstantiationException as error:
+        raise ArtifactError(f"{folder}: its config does not build: {error}") from error
+    load_weights(model, folder)
+    return model.eval()
+
+
+def read_config(path: str | Path, kind: str, overrides: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The config that builds an artifact's model; `overrides` replace values at dotted keys that it has."""
     folder = Path(path)
     config = read_config(folder, kind)
     for key, value in (overrides or {}).items():
@@ -73,12 +84,7 @@ def load(path: str | Path, kind: str, overrides: dict[str, Any] | None = None) -
         if not isinstance(node, dict) or last not in node:
             raise ArtifactError(f"{folder}: override {key!r} names no key of its config")
         node[last] = value
-    try:
-        model = instantiate(_place(config, folder))
-    except InstantiationException as error:
-        raise ArtifactError(f"{folder}: its config does not build: {error}") from error
-    load_weights(model, folder)
-    return model.eval()
+    return config
 
 
 def read_config(path: str | Path, kind: str) -> dict[str, Any]:

@@ -154,7 +154,12 @@ def fetched(source: str | Path) -> Path:
 
 def parents(config: dict[str, Any]) -> dict[str, str]:
     """Part -> sha256 of the artifact that it comes from; parts built from scratch have none."""
-    return {name: artifact.sha256(config[name]["path"]) for name in PARENTS if config[name]["_target_"] == "common.artifact.load"}
+    return {name: artifact.sha256(config[name]["path"]) for name in PARENTS if is_artifact(config[name])}
+
+
+def is_artifact(config: dict[str, Any]) -> bool:
+    """Whether a part is loaded from an artifact, and not built from scratch."""
+    return config["_target_"] == "common.artifact.load"
 
 
 def find_parents(folder: str | Path, given: Mapping[str, Path] | None = None) -> dict[str, str]:

@@ -84,12 +84,13 @@ def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
 
 
 def _cache(sets: dict[str, Any], model: DeFI, config: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Every set behind its cache. One process builds; the others wait and open it."""
+    """Every set behind its cache. One process builds; the others wait and open it. Of an inverse model only the frozen eyes are cached, so all share."""
     state = PartialState()
     model.to(state.device)
-    known = policy.parents(config)
-    sources = {name: known[name] + (repr(config[name]["overrides"]) if config[name].get("overrides") else "") if name in known
-               else repr(config[name]) for name in ("gfdm", "gidm")}
+    gfdm, gidm = config["gfdm"], config["gidm"]
+    sources = {"gfdm": artifact.sha256(gfdm["path"]) + repr(gfdm["overrides"]) if policy.is_artifact(gfdm) else repr(gfdm)}
+    if model.sees_now or model.alignment_weight:
+        sources["vision"] = repr((artifact.read_config(gidm["path"], "gidm", gidm["overrides"]) if policy.is_artifact(gidm) else gidm)["vision"])
     with state.main_process_first():
         return {split: features.cached(windows, model, folder, parents=sources) for split, windows in sets.items()}
 

@@ -178,10 +178,12 @@ def test_published_policies_train_and_load(tree: Path, row: str) -> None:
 
 
 def test_caches_of_other_looks_are_not_mixed_up(tree: Path) -> None:
-    """Neither overrides of a parent nor a policy that never looks at the present may read another's features."""
+    """Neither overrides of a parent nor a policy that never looks at the present may read another's features; an untrained inverse
+    model has the same eyes, so it may."""
     folder = [f"cache_dir={tree}/looks", "cache=true", "loop.max_steps=1"]
     run(tree, "looks", *folder)
     run(tree, "looks_again", *folder)
+    run(tree, "looks_scratch", *folder, "policy/gidm=scratch")
     assert len([p for p in (tree / "looks").iterdir() if p.is_dir()]) == 2  # training and validation
     run(tree, "looks_4_fps", *folder, "+policy.gfdm.overrides.fps=4")
     run(tree, "looks_ahead", *folder, "policy=official")
