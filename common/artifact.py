@@ -75,7 +75,9 @@ def load(path: str | Path, kind: str, overrides: dict[str, Any] | None = None) -
 def read_config(path: str | Path, kind: str, overrides: dict[str, Any] | None = None) -> dict[str, Any]:
     """The config that builds an artifact's model; `overrides` replace values at dotted keys that it has."""
     folder = Path(path)
-    config = read_config(folder, kind)
+    meta(folder, kind)
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    _check_targets(config, folder)
     for key, value in (overrides or {}).items():
         node = config
         *parents, last = key.split(".")
@@ -84,15 +86,6 @@ def read_config(path: str | Path, kind: str, overrides: dict[str, Any] | None = 
         if not isinstance(node, dict) or last not in node:
             raise ArtifactError(f"{folder}: override {key!r} names no key of its config")
         node[last] = value
-    return config
-
-
-def read_config(path: str | Path, kind: str) -> dict[str, Any]:
-    """The tree that builds an artifact's model, of classes of this project only."""
-    folder = Path(path)
-    meta(folder, kind)
-    config = yaml.safe_load((folder / "config.yaml").read_text())
-    _check_targets(config, folder)
     return config
 
 
