@@ -106,7 +106,7 @@ def test_characters_that_no_piece_stands_for_are_named(shared_data: Path) -> Non
     """T5's own vocabulary; CLIP's spells everything in bytes."""
     robot = ready()
     robot.model.gidm.text = TextEncoder(nn.Linear(1, 1), AutoTokenizer.from_pretrained(shared_data / "tokenizers/t5"))
-    assert len(robot.plan([observe(0)], ["Öffne the drawer, please!"])) == 1
+    assert len(robot.plan([observe(0)], ["put the café cup in the drawer, please!"])) == 1
     with pytest.raises(ValueError, match="'open 引き出し': the policy's text encoders do not know 'き', 'し', '出', '引'; say it in plain English"):
         robot.plan([observe(0)], ["open 引き出し"])
 

@@ -122,14 +122,15 @@ def test_a_policy_may_start_from_another_ones_weights(tree: Path) -> None:
     train.take(model, start)
     before, views = policy.load(start).model, {view: torch.rand(2, 3, 64, 64) * 2 - 1 for view in ("static", "gripper")}
     expected, found = (m.eval().sample(views, ["open the drawer", "go"], seed=[1, 2]) for m in (before, model))
-    assert torch.equal(expected, found) and expected.std() > 0
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)  # `load` has sentences encoded one by one
+    assert expected.std() > 1e-3
     assert model.trainable == ("projector", "video_former", "adapter") and model.noise_draws == 2
     assert not any(parameter.requires_grad for parameter in model.gidm.parameters())
 
 
 def test_training_goes_on_from_a_start(tree: Path) -> None:
     start = run(tree, "start")
-    more = run(tree, "more", f"init={start}", "loop.max_steps=1", "loop.optimizer.lr=1e-5", "loop.ema_decay=null")
+    more = run(tree, "more", f"init={start}", "loop.max_steps=2", "loop.optimizer.lr=1e-5", "loop.ema_decay=null")
     first, second, fresh = (load_file(f / "weights.safetensors") for f in (start, more, run(tree, "fresh", "loop.max_steps=1", "seed=1")))
     far = [float((second[key] - first[key]).abs().max()) for key in first if key.startswith("adapter")]
     assert 0 < max(far) < 1e-4 < float((fresh["adapter.out.weight"] - first["adapter.out.weight"]).abs().max())
