@@ -26,7 +26,7 @@ from common.checkpoint import misfit
 FORMAT = 1
 KINDS = {"gfdm": "step1_gfdm", "gidm": "step2_gidm", "defi": "step3_defi"}
 HERE = "${here}"
-BESIDE = ("resume", "parents")  # folders inside an artifact's that are no part of it
+BESIDE = ("resume", "parents", "best")  # folders inside an artifact's that are no part of it
 
 
 class ArtifactError(ValueError):

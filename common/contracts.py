@@ -94,7 +94,10 @@ class ChunkPolicy(Protocol):
     execute: int  # actions of a chunk that are carried out before the next plan
 
     def plan(self, observations: list[dict], instructions: list[str]) -> np.ndarray:
-        """Observations in CALVIN's format, one instruction each -> (B, A, 7) actions in [-1, 1], gripper -1 or 1."""
+        """Observations in CALVIN's format, one instruction each -> (B, A, 7) actions, gripper -1 or 1.
+
+        What leaves [-1, 1] is clipped, and counted, where it is carried out.
+        """
 
 
 class Expert(Protocol):

@@ -5,7 +5,7 @@ A path is a local folder in the hub's own format or a hub id; `tiny` stand-ins a
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +75,11 @@ class TextEncoder(Frozen):
         self.tokenizer = tokenizer
         self.cache: dict[str, Any] = {}
 
+    def unknown(self, text: str) -> set[str]:
+        """Characters that the tokenizer has no piece for, so that the encoder cannot tell them apart."""
+        unknown = self.tokenizer.unk_token_id
+        return {c for c in set(text) if unknown in self.tokenizer(c, add_special_tokens=False)["input_ids"]} if unknown is not None else set()
+
     def _encode(self, texts: list[str]) -> list[Any]:
         raise NotImplementedError
 
@@ -88,13 +93,19 @@ class TextEncoder(Frozen):
         return [self.cache[text] for text in texts]
 
 
-def encode_alone(model: nn.Module) -> None:
-    """Let every text encoder of a model take its sentences one by one, those inside of frozen parts as well."""
+def text_encoders(model: nn.Module) -> Iterator[TextEncoder]:
+    """Every text encoder of a model, those inside of frozen parts as well."""
     for part in model.modules():
         if isinstance(part, TextEncoder):
-            part.alone = True
+            yield part
         elif isinstance(part, Frozen):
-            encode_alone(part.module)
+            yield from text_encoders(part.module)
+
+
+def encode_alone(model: nn.Module) -> None:
+    """Let every text encoder of a model take its sentences one by one."""
+    for encoder in text_encoders(model):
+        encoder.alone = True
 
 
 class ClipText(TextEncoder):

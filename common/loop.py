@@ -10,7 +10,7 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +102,7 @@ class Progress:
 
     def __init__(self, plan: dict[str, Any]) -> None:
         self.step, self.skipped, self.drawn, self.plan = 0, 0, 0, plan
+        self.best = math.inf
 
     def state_dict(self) -> dict[str, Any]:
         return vars(self).copy()
@@ -111,6 +112,7 @@ class Progress:
         if other:
             raise ValueError(f"resume state belongs to another run (then, now): {other}; choose another name= or delete its resume folder")
         self.step, self.skipped, self.drawn = state["step"], state["skipped"], state["drawn"]
+        self.best = state.get("best", math.inf)
 
 
 class Loop:
@@ -118,7 +120,8 @@ class Loop:
 
     `batch_size` is per process. `max_steps` counts optimizer steps and wins over `epochs`. `precision` is accelerate's
     ("no", "bf16", "fp16"), or "auto": bf16 where the machine has it. `ema_decay` keeps an exponential moving average of what
-    trains; validation and the returned model use it. A run that was stopped goes on from `output_dir/resume` with the same result as an unbroken one.
+    trains; validation and the returned model use it. `best` names the held-out metric whose lowest values `fit` tells of.
+    A run that was stopped goes on from `output_dir/resume` with the same result as an unbroken one.
     """
 
     def __init__(self, *, output_dir: str, seed: int = 0, epochs: int | None = None, max_steps: int | None = None,
@@ -126,7 +129,7 @@ class Loop:
                  warmup_steps: int = 0, max_grad_norm: float | None = 1.0, precision: str = "no", ema_decay: float | None = None,
                  num_workers: int = 0, log_every: int = 10, eval_every: int | None = None, eval_batches: int = 16,
                  save_every: int | None = None, compile: bool = False, max_bad_share: float = 0.05,
-                 wandb: dict[str, Any] | None = None) -> None:
+                 best: str | None = None, wandb: dict[str, Any] | None = None) -> None:
         if epochs is None and max_steps is None:
             raise ValueError("a loop needs epochs or max_steps")
         self.output_dir, self.seed, self.epochs, self.max_steps = Path(output_dir), seed, epochs, max_steps
@@ -135,16 +138,22 @@ class Loop:
         self.precision, self.ema_decay, self.num_workers = precision, ema_decay, num_workers
         self.log_every, self.eval_every, self.eval_batches, self.save_every = log_every, eval_every, eval_batches, save_every
         self.compile, self.max_bad_share, self.wandb = compile, max_bad_share, wandb
-        self.step = 0
+        self.best, self.step = best, 0
         self._stop_asked = False
 
-    def fit(self, model: nn.Module, train_set: SampleSet, val_set: SampleSet | None = None) -> nn.Module:
-        """Train to the end and return the unwrapped model, with EMA weights where EMA is on; under FSDP it is whole on the main process alone."""
+    def fit(self, model: nn.Module, train_set: SampleSet, val_set: SampleSet | None = None, *,
+            keep: Callable[[int], Any] | None = None) -> nn.Module:
+        """Train to the end and return the unwrapped model, with EMA weights where EMA is on; under FSDP it is whole on the main process alone.
+
+        `keep(step)` is called on the main process whenever `best` was lower than ever before, while the model holds the weights that were validated.
+        """
         precision = self.precision if self.precision != "auto" else "bf16" if bf16_pays(PartialState().device) else "no"
         self.accelerator = Accelerator(mixed_precision=precision, gradient_accumulation_steps=1)
         sharded = self.accelerator.distributed_type is DistributedType.FSDP
         if sharded and self.ema_decay:
             raise ValueError(f"loop.ema_decay={self.ema_decay}: no average is kept of weights that FSDP shards; set loop.ema_decay=null or train under DDP")
+        if sharded and self.best:
+            raise ValueError(f"loop.best={self.best}: no best is kept of weights that FSDP shards; set loop.best=null or train under DDP")
         set_seed(self.seed, device_specific=self.accelerator.num_processes > 1)
         world, per_epoch = self.accelerator.num_processes, Batches.per_epoch(len(train_set), self.batch_size, self.accelerator.num_processes)
         total = self.max_steps or max(1, math.ceil(self.epochs * per_epoch / self.accumulate))
@@ -160,6 +169,7 @@ class Loop:
         self.trained = [p for p in model.parameters() if p.requires_grad]
         self.ema = EMAModel(self.trained, decay=self.ema_decay, use_ema_warmup=True, power=0.75, foreach=True) if self.ema_decay else None
         self.accelerator.register_for_checkpointing(*filter(None, (self.progress, scheduler, self.ema)))
+        self.keep = keep
         self._resume()
         tracker = Tracker(self.output_dir, self.progress.step, self.wandb) if self.accelerator.is_main_process else None
         previous = signal.signal(signal.SIGTERM, self._on_sigterm)
@@ -272,10 +282,22 @@ class Loop:
                     sums[key] = sums.get(key, 0) + value.detach().float() / len(chunks)
         if skipped:
             log.warning("%d unreadable held-out samples replaced, the last: %s", len(skipped), skipped[-1])
+        means = {k: float(v) for k, v in self._mean(sums).items()}
+        self._note_best(means)
         wrapped.train()
         if self.ema:
             self.ema.restore(self.trained)
-        return {f"val/{k}": float(v) for k, v in self._mean(sums).items()}
+        return {f"val/{k}": v for k, v in means.items()}
+
+    def _note_best(self, means: dict[str, float]) -> None:
+        if self.best is None or self.keep is None:
+            return
+        if self.best not in means:
+            raise ValueError(f"loop.best={self.best}: the model reports no such metric; it reports {', '.join(means)}")
+        if means[self.best] < self.progress.best:
+            self.progress.best = means[self.best]
+            if self.accelerator.is_main_process:
+                self.keep(self.progress.step)
 
     def _mean(self, sums: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {k: self.accelerator.reduce(v, reduction="mean") for k, v in sums.items()}

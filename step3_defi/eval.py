@@ -3,7 +3,8 @@
     python -m step3_defi.eval env=playtable scene=D policy=ckpts/defi/tiny tasks=eleven sequences=100 out=outputs/eval
     python -m step3_defi.eval policy=random|expert ...      accelerate launch -m step3_defi.eval ... on several GPUs
 
-A killed run goes on with the same command. Leaves rollouts.jsonl, results.json, table.md and videos/ in `out`.
+A killed run goes on with the same command. Leaves rollouts.jsonl, results.json, table.md and videos/ in `out`. A sequence whose
+simulator fails twice is in no journal and no result is written without it: the run ends naming it, the same command tries it again.
 """
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ import json
 import logging
 import re
 import sys
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -29,51 +31,55 @@ from common.program import program
 from common.video import write_mp4
 from step3_defi import film, journal, stats
 from step3_defi.journal import Journal, Record
+from step3_defi.policy import fetched
 from step3_defi.rollout import RolloutError, Simulators
 from step3_defi.worker import Chain, Survey
 
 LOG = logging.getLogger(__name__)
 WITHOUT_MODEL = ("random", "expert")
 FILM_FPS = 15
-PATIENCE = timedelta(days=7)  # a process may finish its share long before the slowest one
+SLOWEST = timedelta(days=7)  # a process may finish its share long before the slowest one
 
 
 def evaluate(*, env_config: dict[str, Any], agent: str, planner: DictConfig, tasks: list[str] | None, sequences: int,
-             length: int, horizon: int, workers: int, seed: int, out: Path, films: dict[str, int]) -> dict[str, Any]:
-    """Roll out `agent` (a policy's folder, "random" or "expert") and return what stands in results.json.
+             length: int, horizon: int, workers: int, seed: int, out: Path, films: dict[str, int], patience: float = 300) -> dict[str, Any]:
+    """Roll out `agent` (a policy's folder or hub id, "random" or "expert") and return what stands in results.json.
 
-    Raises ValueError where the arguments or the folder `out` do not fit, RolloutError where a simulator fails.
+    Raises ValueError where the arguments or the folder `out` do not fit, RolloutError where a simulator does not start or sequences
+    could not be judged.
     """
-    for key, value in {"sequences": sequences, "length": length, "horizon": horizon, "workers": workers}.items():
+    for key, value in {"sequences": sequences, "length": length, "horizon": horizon, "workers": workers, "patience": patience}.items():
         if value < 1:
             raise ValueError(f"{key}={value}: must be at least 1")
-    sha256 = None if agent in WITHOUT_MODEL else artifact.sha256(_policy_folder(agent))
-    state = PartialState(timeout=PATIENCE)
-    with Simulators(env_config, count=workers) as simulators:
-        world = simulators.survey(Survey(sequences, tasks, length, seed, pictures=bool(sha256 or films["candidates"])))
-        settings = {
-            "world": world["world"], "versions": world["versions"], "env": env_config,
-            "policy": agent if sha256 is None else "artifact", "policy_sha256": sha256,
-            "planner": None if sha256 is None else OmegaConf.to_container(planner, resolve=True),
-            "tasks": tasks, "sequences": sequences, "sequences_sha256": _sha256(world["sequences"]),
-            "length": length, "horizon": horizon, "seed": seed,
-        }
-        if state.is_main_process:
-            journal.claim(out, settings)
-            journal.merge(out)
+    folder = None if agent in WITHOUT_MODEL else _policy_folder(agent)
+    sha256 = None if folder is None else artifact.sha256(folder)
+    state = PartialState(timeout=SLOWEST)
+    with journal.alone(out) if state.is_main_process else nullcontext():
+        with Simulators(env_config, count=workers, patience=patience) as simulators:
+            world = simulators.survey(Survey(sequences, tasks, length, seed, pictures=bool(sha256 or films["candidates"])))
+            settings = {
+                "world": world["world"], "versions": world["versions"], "env": env_config,
+                "policy": agent if sha256 is None else "artifact", "policy_sha256": sha256,
+                "planner": None if sha256 is None else OmegaConf.to_container(planner, resolve=True),
+                "tasks": tasks, "sequences": sequences, "sequences_sha256": _sha256(world["sequences"]),
+                "length": length, "horizon": horizon, "seed": seed,
+            }
+            if state.is_main_process:
+                journal.claim(out, settings)
+                journal.merge(out)
+            state.wait_for_everyone()
+            done = journal.read(out / journal.NAME)
+            chains = [
+                Chain(index, initial_state, list(chain), "policy" if sha256 else agent, horizon, seed,
+                      slot=index // state.num_processes % workers, film_every=films["every"] if index < films["candidates"] else 0)
+                for index, (initial_state, chain) in enumerate(world["sequences"])
+                if index not in done and index % state.num_processes == state.process_index
+            ]
+            policy = instantiate(planner, str(folder), device=str(state.device)) if sha256 and chains else None
+            _roll_out(simulators, chains, policy, out, part=journal.part(out, state.process_index, state.num_processes),
+                      total=sequences, show=state.is_main_process, length=length)
         state.wait_for_everyone()
-        done = journal.read(out / journal.NAME)
-        chains = [
-            Chain(index, initial_state, list(chain), "policy" if sha256 else agent, horizon, seed,
-                  slot=index // state.num_processes % workers, film_every=films["every"] if index < films["candidates"] else 0)
-            for index, (initial_state, chain) in enumerate(world["sequences"])
-            if index not in done and index % state.num_processes == state.process_index
-        ]
-        policy = instantiate(planner, agent, device=str(state.device)) if sha256 and chains else None
-        _roll_out(simulators, chains, policy, out, part=journal.part(out, state.process_index, state.num_processes),
-                  total=sequences, show=state.is_main_process, length=length)
-    state.wait_for_everyone()
-    return _report(out, settings, films["keep"]) if state.is_main_process else {}
+        return _report(out, settings, films["keep"]) if state.is_main_process else {}
 
 
 def _roll_out(simulators: Simulators, chains: list[Chain], policy: ChunkPolicy | None, out: Path, *, part: Path, total: int,
@@ -83,9 +89,12 @@ def _roll_out(simulators: Simulators, chains: list[Chain], policy: ChunkPolicy |
         return
     with Journal(part) as lines, tqdm(total=len(chains), desc=f"rollout of {total}", unit="chain", disable=not show) as bar:
         for result in simulators.rollout(chains, policy):
+            bar.update()
+            if "failure" in result:
+                continue
             chain = by_index[result["index"]]
             record = Record(index=chain.index, initial_state=chain.initial_state, tasks=chain.tasks,
-                            steps_to_success=result["steps_to_success"], seed=chain.seed)
+                            steps_to_success=result["steps_to_success"], clipped=result["clipped"], seed=chain.seed)
             if result["film"]:
                 solved = stats.chain_length(record, chain.horizon)
                 # before the journal's line: a sequence that counts as done has its film
@@ -94,24 +103,29 @@ def _roll_out(simulators: Simulators, chains: list[Chain], policy: ChunkPolicy |
             lengths = stats.chain_lengths(lines.records.values(), chain.horizon)
             rates = " ".join(f"{100 * (lengths >= k).mean():.0f}" for k in range(1, length + 1))
             bar.set_postfix_str(f"1-{length}: {rates} %, avg {lengths.mean():.2f}")
-            bar.update()
 
 
 def _report(out: Path, settings: dict[str, Any], keep: int) -> dict[str, Any]:
-    """Merge the journal, write results.json and table.md, thin the films out."""
-    records = list(journal.merge(out).values())
+    """Merge the journal, write results.json and table.md, thin the films out. RolloutError: sequences are missing."""
+    judged = journal.merge(out)
+    if missing := [index for index in range(settings["sequences"]) if index not in judged]:
+        raise RolloutError(f"{len(missing)} of {settings['sequences']} sequences could not be judged, their simulators failed twice (see above): "
+                           f"{', '.join(map(str, missing))}; the others are in {out / journal.NAME}, the same command tries these again")
+    records = list(judged.values())
     length, world, longest = settings["length"], settings["world"], settings["horizon"]
     horizons = {str(h): stats.chain_stats(records, h, length=length) for h in stats.reported_horizons(longest)}
     results = {
         "world": world, "renderer": settings["versions"].get("renderer"), "versions": settings["versions"],
         "policy": settings["policy"], "policy_sha256": settings["policy_sha256"],
         "sequences": len(records), "length": length, "seed": settings["seed"],
-        "horizons": horizons, "tasks": stats.task_stats(records, longest), "tasks_horizon": longest,
+        "horizons": horizons, "tasks": stats.task_stats(records, longest), "tasks_horizon": longest, "actions": stats.action_stats(records, longest),
     }
     write_text(out / "results.json", json.dumps(results, indent=2) + "\n")
     rows = {f"{settings['policy']}, {world}, {h} steps": row for h, row in horizons.items()}
     chains = stats.chain_table(rows, length=length, paper=stats.paper_label(world))
     note = f"{len(records)} sequences of {length} in {world}; 95 % bootstrap intervals over sequences."
+    if results["actions"]["clipped"] is not None:
+        note += " {clipped:,} of {steps:,} actions left [-1, 1] and were clipped.".format_map(results["actions"])
     if not stats.is_calvin(world):
         note += " This world is not CALVIN: its numbers are not comparable with the paper's."
     table = f"{chains}\n\n{note}\n\nSub-tasks within {longest} steps (Wilson intervals):\n\n{stats.task_table(results['tasks'])}\n"
@@ -123,10 +137,10 @@ def _report(out: Path, settings: dict[str, Any], keep: int) -> dict[str, Any]:
 
 
 def _policy_folder(agent: str) -> Path:
-    folder = Path(agent)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"policy={agent}: neither random, expert nor a folder; python -m step3_defi.train makes one")
-    return folder
+    try:
+        return fetched(agent)
+    except artifact.ArtifactError as error:
+        raise artifact.ArtifactError(f"policy={agent}: not random, not expert, and {error}; python -m step3_defi.train makes a policy") from error
 
 
 def _sha256(value: Any) -> str:
@@ -150,7 +164,7 @@ def main(cfg: DictConfig) -> None:
     evaluate(env_config=env_config, agent=str(cfg.agent), planner=cfg.planner,
              tasks=list(cfg.tasks.tasks) if cfg.tasks.tasks else None,
              sequences=cfg.sequences, length=cfg.length, horizon=cfg.horizon, workers=cfg.workers, seed=cfg.seed,
-             out=Path(cfg.out), films=OmegaConf.to_container(cfg.films))
+             out=Path(cfg.out), films=OmegaConf.to_container(cfg.films), patience=cfg.patience)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The journal of a rollout: one line a sequence, on disk before the next begins, so that a killed run goes on (DESIGN 6).
 
-    rollouts.jsonl     {"index", "initial_state", "tasks", "steps_to_success", "seed"} a line
+    rollouts.jsonl     {"index", "initial_state", "tasks", "steps_to_success", "clipped", "seed"} a line
     rollouts.<r>.jsonl the part of process r while several processes share the work
     settings.json      what the lines were made with; lines of other settings are never mixed in
 """
@@ -8,14 +8,19 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypedDict
+
+from filelock import FileLock, Timeout
 
 from common.files import write_text
 
 NAME = "rollouts.jsonl"
 SETTINGS = "settings.json"
+UNKNOWN = {"clipped": None}  # what journals older than a key say
 
 
 class JournalError(ValueError):
@@ -29,6 +34,7 @@ class Record(TypedDict):
     initial_state: dict
     tasks: list[str]
     steps_to_success: list[int | None]  # None where the longest horizon was not enough
+    clipped: int | None  # control steps whose action left [-1, 1]; None in journals that did not count them
     seed: int
 
 
@@ -44,7 +50,7 @@ def read(path: str | Path) -> dict[int, Record]:
     lines = path.read_bytes().split(b"\n")[:-1]
     for number, line in enumerate(lines, 1):
         try:
-            record = json.loads(line)
+            record = {**UNKNOWN, **json.loads(line)}
             records[int(record["index"])] = {key: record[key] for key in Record.__annotations__}
         except (ValueError, KeyError, TypeError) as error:
             raise JournalError(f"{path}, line {number}: no rollout record ({error!r}); remove the line or the file") from error
@@ -57,6 +63,17 @@ def read_settings(folder: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no settings; step3_defi.eval writes them beside the journal")
     return json.loads(path.read_text())
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Hold a folder for one run. Raises JournalError where another one has it; a run that was killed has none."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            yield
+    except Timeout as error:
+        raise JournalError(f"{folder}: another run is writing its journal; wait for its end, or choose another out=") from error
 
 
 class Journal:

@@ -16,13 +16,14 @@ from huggingface_hub.errors import HFValidationError
 
 from common import artifact
 from common.calvin_format import KEYS
-from common.frozen import encode_alone
+from common.frozen import encode_alone, text_encoders
 from common.video import resize
 from step3_defi.model import DeFI
 
 log = logging.getLogger(__name__)
 PARENTS = ("gfdm", "gidm")
 INSIDE = "parents"  # where a policy's folder may hold them, so that it is whole; one of artifact.BESIDE
+BEST = "best"  # where a policy's folder holds it as it was at its best validation; one of artifact.BESIDE
 
 
 class DeFIPolicy:
@@ -40,6 +41,7 @@ class DeFIPolicy:
         self.origin: Path | None = None  # the artifact it came from, and where its parents were
         self.moved: dict[str, str] = {}
         encode_alone(self.model)
+        self._understood: set[str] = set()
         self.reset()
 
     @classmethod
@@ -63,10 +65,17 @@ class DeFIPolicy:
         return artifact.save(self.model, folder, kind="defi", config=config, step=record["step"], parents=record["parents"], stats=record["stats"])
 
     def plan(self, observations: list[dict], instructions: list[str]) -> np.ndarray:
-        """CALVIN observations and a sentence each -> (B, A, 7) float32 actions in [-1, 1], the gripper's exactly -1 or 1."""
+        """CALVIN observations and a sentence each -> (B, A, 7) float32 actions, the gripper's exactly -1 or 1.
+
+        The others may leave [-1, 1]: `act` clips, and a rollout clips and counts. ValueError: an observation or a sentence that the
+        policy was not made for.
+        """
+        if not 0 < len(observations) == len(instructions):
+            raise ValueError(f"{len(observations)} observations and {len(instructions)} instructions: a plan needs one sentence each")
+        self._check_sentences(instructions)
         views = {view: self._images(observations, KEYS[view]).to(self.model.device) for view in self.model.views}
         seeds = [self._noise_seed(o) for o in observations]
-        actions = self.model.sample(views, list(instructions), seed=seeds).float().cpu().numpy().clip(-1, 1)
+        actions = self.model.sample(views, list(instructions), seed=seeds).float().cpu().numpy()
         actions[..., 6] = np.where(actions[..., 6] > 0, 1.0, -1.0)
         return actions
 
@@ -76,23 +85,44 @@ class DeFIPolicy:
         self._instruction: str | None = None
 
     def act(self, observation: dict, instruction: str) -> np.ndarray:
-        """The next (7,) action. A new instruction drops what was left of the chunk."""
+        """The next (7,) action in [-1, 1]. A new instruction drops what was left of the chunk."""
         if instruction != self._instruction or not self._chunk:
-            self._chunk = deque(self.plan([observation], [instruction])[0, :self.execute])
+            self._chunk = deque(self.plan([observation], [instruction])[0, :self.execute].clip(-1, 1))
             self._instruction = instruction
         return self._chunk.popleft()
 
     def _noise_seed(self, observation: dict) -> int:
         if "rollout_key" in observation:
             return int(np.random.SeedSequence((self.seed, *observation["rollout_key"])).generate_state(1)[0] >> 1)
-        return (self.seed + zlib.crc32(np.asarray(observation["robot_obs"], np.float64).tobytes())) % 2**31
+        state = np.asarray(observation.get("robot_obs", np.nan), np.float64)
+        if not np.isfinite(state).all():
+            raise ValueError(f"{_named(observation)}: robot_obs is missing or not finite, and the noise of a plan comes from it; give CALVIN's 15 numbers")
+        return (self.seed + zlib.crc32(state.tobytes())) % 2**31
 
     def _images(self, observations: list[dict], key: str) -> torch.Tensor:
         """(B, 3, S, S) in [-1, 1]."""
-        missing = [number for number, o in enumerate(observations) if key not in o.get("rgb_obs", {})]
-        if missing:
-            raise KeyError(f"observation {missing[0]} has no rgb_obs/{key}; the policy looks through {list(self.model.views)}")
+        for observation in observations:
+            picture = observation.get("rgb_obs", {}).get(key)
+            if picture is None:
+                raise ValueError(f"{_named(observation)} has no rgb_obs/{key}; the policy looks through {list(self.model.views)}")
+            if not isinstance(picture, np.ndarray) or picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3 or not picture.size:
+                said = f"{picture.dtype} of shape {picture.shape}" if isinstance(picture, np.ndarray) else f"a {type(picture).__name__}"
+                raise ValueError(f"{_named(observation)}: rgb_obs/{key} is {said}; give the camera's uint8 picture of shape (H, W, 3)")
         return resize(np.stack([o["rgb_obs"][key] for o in observations]), self.model.image_size) * 2 - 1
+
+    def _check_sentences(self, instructions: list[str]) -> None:
+        for text in set(instructions) - self._understood:
+            if not text.strip():
+                raise ValueError(f"instruction {text!r}: there is nothing in it; say what to do, as in 'open the drawer'")
+            if strange := sorted(set().union(*(encoder.unknown(text) for encoder in text_encoders(self.model)))):
+                raise ValueError(f"instruction {text!r}: the policy's text encoders do not know {', '.join(map(repr, strange))}; say it in plain English")
+            self._understood.add(text)
+
+
+def _named(observation: dict) -> str:
+    """Which one, where a rollout says."""
+    key = observation.get("rollout_key")
+    return "the observation" if key is None else "the observation of sequence {1}, sub-task {2}, plan {3}".format(*key)
 
 
 def load(source: str | Path, *, execute: int = 10, seed: int = 0, device: str | torch.device = "cpu",
@@ -152,7 +182,8 @@ def find_parents(folder: str | Path, given: Mapping[str, Path] | None = None) ->
     for name, sha in known.items():
         recorded = Path(config[name]["path"])
         # a whole ckpts/ tree may have been moved: <tree>/defi/<run> and <tree>/gfdm/<run>
-        beside = folder.resolve().parent.parent / name / recorded.name
+        run = folder.resolve().parent if folder.name == BEST else folder.resolve()
+        beside = run.parent.parent / name / recorded.name
         places = [given[name]] if name in given else [folder / INSIDE / name, recorded, beside]
         place = next((p for p in places if (p / "meta.json").is_file()), None)
         if place is None:

@@ -67,6 +67,14 @@ def task_stats(records: Iterable[Record], horizon: int) -> dict[str, dict[str, A
             for task, (good, total) in sorted(counts.items())}
 
 
+def action_stats(records: Iterable[Record], longest: int) -> dict[str, int | None]:
+    """{"steps": control steps of all sub-tasks, "clipped": those whose action left [-1, 1], None where a journal did not count}."""
+    records = list(records)
+    steps = sum(longest if taken is None else taken for record in records for taken in record["steps_to_success"])
+    counts = [record["clipped"] for record in records]
+    return {"steps": steps, "clipped": None if None in counts else sum(counts)}
+
+
 def wilson(success: int, total: int) -> list[float]:
     """95 % interval of a proportion."""
     rate, square = success / total, NORMAL_95**2
@@ -86,6 +94,36 @@ def compare(a: Mapping[int, Record], b: Mapping[int, Record], horizon: int, *, s
     {"sequences", "avg_len_a", "avg_len_b", "difference" (a - b), "difference_ci95", "p_value"}: bootstrap over pairs,
     and a two-sided permutation test that swaps a and b within pairs. Raises JournalError where sequences differ.
     """
+    common = shared(a, b)
+    first, second = (chain_lengths([records[i] for i in common], horizon) for records in (a, b))
+    difference = (first - second).astype(float)
+    mean, low, high = bootstrap_ci(difference, seed=seed)
+    return {"sequences": len(common), "avg_len_a": float(first.mean()), "avg_len_b": float(second.mean()),
+            "difference": mean, "difference_ci95": [low, high], "p_value": permutation_p(difference, seed=seed)}
+
+
+def compare_tasks(a: Mapping[int, Record], b: Mapping[int, Record], horizon: int, *, seed: int = 0) -> dict[str, dict[str, Any]]:
+    """{task: {"pairs", "rate_a", "rate_b", "difference" (a - b), "difference_ci95", "p_value"}} over the sub-tasks that both reached.
+
+    Reaching one takes success in all before it, so these are other trials than those of `task_stats`. p-values as of `compare`, one a task:
+    not corrected for their number.
+    """
+    outcomes: dict[str, list[tuple[bool, bool]]] = {}
+    for index in shared(a, b):
+        done = chain_length(a[index], horizon), chain_length(b[index], horizon)
+        for number, task in enumerate(a[index]["tasks"][:min(done) + 1]):
+            outcomes.setdefault(task, []).append((number < done[0], number < done[1]))
+    found = {}
+    for task, pairs in sorted(outcomes.items()):
+        first, second = np.array(pairs, float).T
+        mean, low, high = bootstrap_ci(first - second, seed=seed)
+        found[task] = {"pairs": len(pairs), "rate_a": float(first.mean()), "rate_b": float(second.mean()), "difference": mean,
+                       "difference_ci95": [low, high], "p_value": permutation_p(first - second, seed=seed)}
+    return found
+
+
+def shared(a: Mapping[int, Record], b: Mapping[int, Record]) -> list[int]:
+    """Sequences that both journals hold. Raises JournalError where there are none, or where they are not the same."""
     common = sorted(set(a) & set(b))
     if not common:
         raise JournalError("the two journals share no sequence; roll out with the same sequences=, tasks=, length= and seed=")
@@ -93,11 +131,7 @@ def compare(a: Mapping[int, Record], b: Mapping[int, Record], horizon: int, *, s
         if any(a[index][key] != b[index][key] for key in ("initial_state", "tasks")):
             raise JournalError(f"sequence {index} differs between the two journals; roll out with the same sequences=, tasks=, "
                                "length= and seed= in the same kind of world")
-    first, second = (chain_lengths([records[i] for i in common], horizon) for records in (a, b))
-    difference = (first - second).astype(float)
-    mean, low, high = bootstrap_ci(difference, seed=seed)
-    return {"sequences": len(common), "avg_len_a": float(first.mean()), "avg_len_b": float(second.mean()),
-            "difference": mean, "difference_ci95": [low, high], "p_value": permutation_p(difference, seed=seed)}
+    return common
 
 
 def permutation_p(difference: np.ndarray, *, seed: int = 0) -> float:

@@ -3,7 +3,7 @@
 `rollout.Simulators` starts it and talks to it through a pipe; a worker imports the simulator and nothing of the models.
 
     parent -> worker   the environment's configuration, once; then Survey or Chain; actions (A, 7) after each "plan"
-    worker -> parent   ("survey", dict) | ("plan", (observation, instruction)) | ("chain", dict) | ("error", str)
+    worker -> parent   ("survey", dict) | ("plan", (observation, instruction)) | ("alive", None) | ("chain", dict) | ("error", str)
 """
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # a simulator needs no torch: half a gigabyte and seconds for
     from common.contracts import Env
 
 ACTION_DIM = 7
+ALIVE_EVERY = 100  # control steps between two signs of life
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,26 @@ class PlannedController:
         return self.queue.popleft()
 
 
+class Carried:
+    """A controller's actions as they are carried out: clipped to [-1, 1], and the steps counted where that changed one."""
+
+    def __init__(self, controller: Controller, connection: Connection):
+        self.controller, self.connection = controller, connection
+        self.steps = self.clipped = 0
+
+    def begin(self, number: int, task: str) -> None:
+        self.controller.begin(number, task)
+
+    def act(self) -> np.ndarray:
+        if self.steps % ALIVE_EVERY == 0:
+            self.connection.send(("alive", None))
+        meant = self.controller.act()
+        action = np.clip(meant, -1, 1)
+        self.steps += 1
+        self.clipped += bool((action != meant).any())
+        return action
+
+
 def run_chain(env: Env, chain: Chain, controller: Controller, film: Film | None = None) -> list[int | None]:
     """Sub-tasks one after the other without a reset, to the first that is not done within the horizon.
 
@@ -152,8 +173,9 @@ def answer(env: Env, request: Survey | Chain, connection: Connection) -> tuple[s
         "policy": lambda: PlannedController(env, request, connection),
     }
     film = Film() if request.film_every else None
-    steps = run_chain(env, request, controllers[request.agent](), film)
-    return "chain", {"index": request.index, "steps_to_success": steps, "film": film.frames if film else None}
+    carried = Carried(controllers[request.agent](), connection)
+    steps = run_chain(env, request, carried, film)
+    return "chain", {"index": request.index, "steps_to_success": steps, "clipped": carried.clipped, "film": film.frames if film else None}
 
 
 class Confession:

@@ -115,6 +115,38 @@ def test_validation_does_not_disturb_training(tmp_path):
     assert any("val/loss" in line for line in (tmp_path / "a/metrics.jsonl").read_text().splitlines())
 
 
+def test_the_best_validation_is_told_of_while_its_averaged_weights_are_in_place(tmp_path):
+    """Also over a kill: no worse one is told of afterwards."""
+    val = Line(8)
+
+    def run(folder, model):
+        def keep(step):
+            row = [p.detach().clone() for p in model.parameters()]
+            told.append((step, row))
+        return make(folder, eval_every=1, best="error", save_every=2, optimizer={"lr": 0.2, "weight_decay": 0.0}).fit(model, Line(), val, keep=keep)
+
+    told = []
+    last = run(tmp_path / "whole", Net())
+    rows = [json.loads(line) for line in (tmp_path / "whole/metrics.jsonl").read_text().splitlines()]
+    errors = {row["step"]: row["val/error"] for row in rows if "val/error" in row}
+    lowest = [step for step in errors if errors[step] < min([errors[s] for s in errors if s < step], default=float("inf"))]
+    assert [step for step, _ in told] == lowest and 1 < len(lowest) < len(errors)
+    whole, told = told, []
+    with pytest.raises(Killed):
+        run(tmp_path / "broken", Dies())
+    run(tmp_path / "broken", Net())
+    for step, weights in told:  # the steps after the last save are taken twice, to the same weights
+        same = dict(whole)[step]
+        assert all(torch.equal(a, b) for a, b in zip(weights, same))
+    assert {step for step, _ in told} == set(lowest)
+    assert (lowest[-1] == 12) == all(torch.equal(a, b) for a, b in zip(whole[-1][1], last.parameters()))
+
+
+def test_a_best_that_nobody_measures_is_named(tmp_path):
+    with pytest.raises(ValueError, match="loop.best=loss_: the model reports no such metric; it reports loss, error"):
+        make(tmp_path, eval_every=2, best="loss_").fit(Net(), Line(), Line(8), keep=print)
+
+
 def test_non_finite_loss_stops_and_names_the_samples(tmp_path):
     with pytest.raises(NonFiniteLoss, match="line/7"):
         make(tmp_path, max_steps=40).fit(Net(), Line(poison=7))

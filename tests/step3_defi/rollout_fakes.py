@@ -2,7 +2,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,15 +24,20 @@ class FakeExpert:
 
 
 class FakeEnv:
-    """Tasks named <name>_<steps>: done once the first action entry summed over the sub-task reaches <steps>."""
+    """Tasks named <name>_<steps>: done once the first action entry summed over the sub-task reaches <steps>.
+
+    trouble: rows of a sequence, "kill", "hang" or "raise", and in how many of its trials that happens on the 20th step; the trials
+    are counted in the folder `trials`.
+    """
 
     name = "fake-D"
 
-    def __init__(self, chains: list[list[int]], scene: str = "D", log: str | None = None, die_in: int | None = None,
-                 raise_in: int | None = None, version: str = "1", refuse: str | None = None):
+    def __init__(self, chains: list[list[int]], scene: str = "D", log: str | None = None, trouble: Sequence[tuple[int, str, int]] = (),
+                 trials: str | None = None, version: str = "1", refuse: str | None = None, pace: float = 0.0):
         if refuse:
             raise RuntimeError(refuse)
-        self.chains, self.log, self.die_in, self.raise_in, self.version = chains, log, die_in, raise_in, version
+        self.chains, self.log, self.version, self.pace = chains, log, version, pace
+        self.trouble, self.trials = {index: (kind, times) for index, kind, times in trouble}, trials
         self.name = f"fake-{scene}"
         self.progress, self.renders, self.index = 0.0, 0, -1
 
@@ -37,18 +45,18 @@ class FakeEnv:
         return [({"index": i, "seed": seed}, make_tasks(self.chains[i % len(self.chains)][:length])) for i in range(count)]
 
     def reset(self, state: dict | None = None, **raw: Any) -> dict:
-        self.index, self.progress = state["index"], 0.0
+        self.index, self.progress, self.steps = state["index"], 0.0, 0
         self._note(f"reset {self.index}")
-        if self.index == self.die_in:
-            os._exit(7)
-        if self.index == self.raise_in:
-            raise ValueError("block fell off the table")
         return {}
 
     def step(self, action: np.ndarray, *, render: bool = True) -> tuple[dict, dict]:
         assert action.shape == (7,)
         if render:
             self.observe()
+        self.steps += 1
+        time.sleep(self.pace)
+        if self.steps == 20 and self.index in self.trouble:
+            self._fail(*self.trouble[self.index])
         self.progress += float(action[0])
         return {"robot_obs": np.full(15, self.progress)}, self.get_info()
 
@@ -74,6 +82,19 @@ class FakeEnv:
 
     def close(self) -> None:
         self._note("close")
+
+    def _fail(self, kind: str, times: int) -> None:
+        mark = Path(self.trials) / str(self.index)
+        tried = len(mark.read_text()) if mark.is_file() else 0
+        if tried == times:
+            return
+        mark.write_text("x" * (tried + 1))
+        if kind == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if kind == "hang":
+            time.sleep(60)
+        if kind == "raise":
+            raise ValueError("block fell off the table")
 
     def _note(self, text: str) -> None:
         if self.log:

@@ -28,6 +28,9 @@ def test_compare_two_folders(tmp_path: Path) -> None:
     row = result["horizons"]["360"]
     assert row["sequences"] == 30 and row["difference"] == pytest.approx(7 / 6) and row["p_value"] < 0.001
     assert "| 360 | 30 | +1.17 | [+" in table
+    assert result["tasks_horizon"] == 360 and result["tasks"]["a"]["pairs"] == 30
+    # b never gets past its third task; both reach the fourth in 25 of 30 pairs, where a fails in 5
+    assert "| d | 25 | 80 % | 0 % | +80 | [+64, +96] | 0.0001 |" in table
     write(tmp_path / "out", result, table)
     assert json.loads((tmp_path / "out" / "compare.json").read_text()) == result
 

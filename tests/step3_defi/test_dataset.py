@@ -100,6 +100,15 @@ def test_fractions_are_nested_whole_recordings_and_validation_is_apart() -> None
     assert not everything & held and held == pick("val", 1.0) and everything | held == set(range(100))
 
 
+def test_a_share_of_the_data_is_all_windows_of_some_recordings(tmp_path: Path) -> None:
+    root = write_calvin(tmp_path / "ten", recordings=10)
+    train, tenth, half, held = (windows(root, split=split, fraction=share, holdout=0.2)
+                                for split, share in (("train", 1.0), ("train", 0.13), ("train", 0.5), ("val", 0.13)))
+    inside = [{(int(frame) - 100) // 45 for frame in part.windows[:, 1]} for part in (tenth, half, train, held)]
+    assert inside[0] < inside[1] < inside[2] and [len(recordings) for recordings in inside] == [1, 4, 8, 2] and not inside[2] & inside[3]
+    assert [len(part) for part in (tenth, half, train, held)] == [24 * len(recordings) for recordings in inside]
+
+
 def test_one_recording_cannot_be_held_out() -> None:
     with pytest.raises(ValueError, match="split=all"):
         choose_recordings(1, "train", fraction=1.0, holdout=0.1, seed=0)

@@ -21,6 +21,7 @@ from common.program import CONFIGS
 from step3_defi import journal, stats
 from step3_defi.eval import evaluate, plain_keys
 from step3_defi.journal import Journal, JournalError
+from step3_defi.rollout import RolloutError
 
 CHAINS = [[30, 250, 300, 500, 30], [30, 999, 30, 30, 30], [300, 300, 300, 300, 300]]
 FAKES = "tests.step3_defi.rollout_fakes"
@@ -58,6 +59,12 @@ def files(out: Path) -> dict[str, bytes]:
     return {name: (out / name).read_bytes() for name in ("rollouts.jsonl", "results.json", "table.md", "settings.json")}
 
 
+def wait_for_lines(path: Path, count: int) -> None:
+    deadline = time.monotonic() + 60
+    while not (path.is_file() and path.read_bytes().count(b"\n") >= count) and time.monotonic() < deadline:
+        time.sleep(0.02)
+
+
 def test_results_hold_what_was_promised(tmp_path: Path) -> None:
     results = run(tmp_path)
     assert json.loads((tmp_path / "results.json").read_text()) == results
@@ -70,7 +77,8 @@ def test_results_hold_what_was_promised(tmp_path: Path) -> None:
     assert results["versions"]["simulator"] == "fake 1"
     lines = [json.loads(line) for line in (tmp_path / "rollouts.jsonl").read_text().splitlines()]
     assert [line["index"] for line in lines] == list(range(6))
-    assert set(lines[0]) == {"index", "initial_state", "tasks", "steps_to_success", "seed"}
+    assert set(lines[0]) == {"index", "initial_state", "tasks", "steps_to_success", "clipped", "seed"}
+    assert results["actions"] == {"steps": 2 * (1110 + 750 + 1500), "clipped": 0}
     assert lines[1]["steps_to_success"] == [30, None]
     assert "another world than fake-D" in (tmp_path / "table.md").read_text()
 
@@ -91,9 +99,7 @@ def test_a_killed_run_goes_on_and_ends_as_an_unbroken_one(tmp_path: Path, policy
     # the same evaluation as a program, killed between two sequences
     with subprocess.Popen([sys.executable, *command(broken, policy, "+planner.delay=0.01")], cwd=ROOT, env=environment()) as process:
         lines = broken / "rollouts.jsonl"
-        deadline = time.monotonic() + 60
-        while not (lines.is_file() and lines.read_bytes().count(b"\n") >= 2) and time.monotonic() < deadline:
-            time.sleep(0.02)
+        wait_for_lines(lines, 2)
         os.kill(process.pid, signal.SIGKILL)
     assert 2 <= len(journal.read(lines)) < 6 and not (broken / "results.json").exists()
     with lines.open("ab") as file:
@@ -129,10 +135,58 @@ def test_other_weights_are_refused(tmp_path: Path, policy: str) -> None:
         run(out, policy)
 
 
-def test_a_failure_leaves_a_journal_to_go_on_from(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="sequence 4"):
-        run(tmp_path, workers=1, env={"raise_in": 4})
-    assert list(journal.read(tmp_path / "rollouts.jsonl")) == [0, 1, 2, 3]
+def test_workers_killed_every_few_sequences_leave_no_trace(tmp_path: Path, policy: str) -> None:
+    """Must be shown: journal, results and table, byte for byte, but for the settings, where the fake's trouble stands."""
+    trials = tmp_path / "trials"
+    trials.mkdir()
+    trouble = {"trouble": [[index, "kill", 1] for index in (1, 3, 6, 8, 9)], "trials": str(trials)}
+    run(tmp_path / "straight", policy, sequences=10, env={"scene": "D"})
+    run(tmp_path / "broken", policy, sequences=10, env={"scene": "D", **trouble})
+    assert sorted(int(path.name) for path in trials.iterdir()) == [1, 3, 6, 8, 9], "each died once"
+    straight, broken = (files(tmp_path / name) for name in ("straight", "broken"))
+    assert all(straight[name] == broken[name] for name in ("rollouts.jsonl", "results.json", "table.md"))
+
+
+def test_sequences_that_could_not_be_judged_are_named_and_no_result_is_made_without_them(tmp_path: Path, policy: str) -> None:
+    trials, out = tmp_path / "trials", tmp_path / "out"
+    trials.mkdir()
+    env = {"trouble": [[1, "kill", 2], [4, "raise", 2]], "trials": str(trials)}
+    with pytest.raises(RolloutError, match=r"^2 of 6 sequences could not be judged, .*: 1, 4; the others are in .*, the same command tries these again$"):
+        run(out, policy, env=env)
+    assert list(journal.read(out / "rollouts.jsonl")) == [0, 2, 3, 5] and not (out / "results.json").exists() and not (out / "table.md").exists()
+    run(out, policy, env=env)  # their third trials go well
+    run(tmp_path / "straight", policy)
+    assert files(out)["rollouts.jsonl"] == files(tmp_path / "straight")["rollouts.jsonl"]
+
+
+def test_clipped_actions_are_counted_over_a_resume(tmp_path: Path, policy: str) -> None:
+    """NoisyPolicy's pace is above 1 in half of its plans."""
+    results = run(tmp_path / "a", policy)
+    assert 0 < results["actions"]["clipped"] < results["actions"]["steps"]
+    counted = "{clipped:,} of {steps:,} actions left [-1, 1] and were clipped.".format_map(results["actions"])
+    assert counted in (tmp_path / "a/table.md").read_text()
+    lines = (tmp_path / "a/rollouts.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "a/rollouts.jsonl").write_bytes(b"".join(lines[:2]))
+    assert run(tmp_path / "a", policy) == results
+    old = [json.loads(line) for line in lines]
+    old[0].pop("clipped")
+    (tmp_path / "a/rollouts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in old))
+    assert run(tmp_path / "a", policy)["actions"]["clipped"] is None, "a journal that did not count says so"
+    assert "clipped" not in (tmp_path / "a/table.md").read_text()
+
+
+def test_two_runs_do_not_share_a_journal(tmp_path: Path, policy: str) -> None:
+    with journal.alone(tmp_path), pytest.raises(JournalError, match="another run is writing its journal; wait for its end, or choose another out="):
+        run(tmp_path, policy, sequences=1)
+    assert not (tmp_path / "settings.json").exists()
+    run(tmp_path, policy, sequences=1)  # free again
+
+
+def test_a_policy_comes_from_the_hub(tmp_path: Path, policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr("step3_defi.policy.snapshot_download", lambda name: asked.append(name) or policy)
+    assert run(tmp_path / "hub", "lab/policy", sequences=1)["policy_sha256"] == artifact.sha256(policy) and asked == ["lab/policy"]
+    run(tmp_path / "hub", policy, sequences=1)  # the same journal: what counts is the weights
 
 
 def test_two_processes_make_one_result(tmp_path: Path, policy: str) -> None:
@@ -172,8 +226,8 @@ def test_torn_and_broken_lines(tmp_path: Path) -> None:
 
 
 def test_bad_arguments(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="policy=nowhere: neither random, expert nor a folder"):
-        run(tmp_path, "nowhere")
+    with pytest.raises(artifact.ArtifactError, match=r"^policy=no/where/: not random, not expert, and no/where/: neither a folder nor a hub id.*$"):
+        run(tmp_path, "no/where/")
     with pytest.raises(ValueError, match="workers=0"):
         run(tmp_path, workers=0)
     with pytest.raises(ValueError, match="sequences=0"):

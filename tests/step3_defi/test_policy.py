@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -8,8 +9,10 @@ import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file
 from torch import nn
+from transformers import AutoTokenizer
 
 from common import artifact
+from common.frozen import TextEncoder
 from step3_defi import policy
 from step3_defi.policy import DeFIPolicy
 from tests.step3_defi.parts import SENTENCES, build, wake
@@ -27,9 +30,12 @@ def ready(**changes) -> DeFIPolicy:
     return DeFIPolicy(model, **changes)
 
 
-def test_plan_obeys_the_action_space() -> None:
-    actions = ready().plan([observe(0), observe(1)], SENTENCES)
-    assert actions.shape == (2, 10, 7) and np.abs(actions).max() <= 1 and set(np.unique(actions[..., 6])) <= {-1.0, 1.0}
+def test_actions_obey_the_action_space_and_a_plan_tells_what_was_clipped() -> None:
+    robot = ready()
+    plan = robot.plan([observe(0), observe(1)], SENTENCES)
+    assert plan.shape == (2, 10, 7) and np.abs(plan[..., :6]).max() > 1 and set(np.unique(plan[..., 6])) <= {-1.0, 1.0}
+    acted = np.stack([robot.act(observe(0), SENTENCES[0]) for _ in range(10)])
+    assert np.array_equal(acted, robot.plan([observe(0)], SENTENCES[:1])[0].clip(-1, 1))
 
 
 def test_plan_depends_on_neither_batch_nor_past() -> None:
@@ -46,7 +52,7 @@ def test_chunk_is_carried_out_then_planned_anew() -> None:
     robot.plan = lambda observations, texts: calls.append(texts[0]) or plan(observations, texts)
     acted = [robot.act(observe(0), SENTENCES[0]) for _ in range(9)]
     assert len(calls) == 3 and acted[0].shape == (7,)
-    assert np.array_equal(np.stack(acted[:4]), plan([observe(0)], SENTENCES[:1])[0, :4])
+    assert np.array_equal(np.stack(acted[:4]), plan([observe(0)], SENTENCES[:1])[0, :4].clip(-1, 1))
 
 
 def test_new_instruction_and_reset_drop_the_chunk() -> None:
@@ -65,8 +71,44 @@ def test_bad_requests_say_what_is_wrong() -> None:
         ready(execute=11)
     blind = observe(0)
     del blind["rgb_obs"]["rgb_gripper"]
-    with pytest.raises(KeyError, match="rgb_gripper"):
+    with pytest.raises(ValueError, match="the observation has no rgb_obs/rgb_gripper; the policy looks through"):
         ready().plan([blind], ["go"])
+    with pytest.raises(ValueError, match="1 observations and 2 instructions"):
+        ready().plan([observe(0)], ["go", "go"])
+
+
+@pytest.mark.parametrize("spoil, said", [
+    (lambda o: o["rgb_obs"].update(rgb_static=o["rgb_obs"]["rgb_static"] / 255), r"rgb_obs/rgb_static is float64 of shape \(200, 200, 3\); give .* uint8"),
+    (lambda o: o["rgb_obs"].update(rgb_static=np.full((200, 200, 3), np.nan, np.float32)), "rgb_obs/rgb_static is float32"),
+    (lambda o: o["rgb_obs"].update(rgb_gripper=o["rgb_obs"]["rgb_gripper"].transpose(2, 0, 1)), r"rgb_obs/rgb_gripper is uint8 of shape \(3, 84, 84\)"),
+    (lambda o: o["rgb_obs"].update(rgb_gripper=[[0]]), "rgb_obs/rgb_gripper is a list"),
+    (lambda o: o["robot_obs"].__setitem__(3, np.nan), "robot_obs is missing or not finite"),
+    (lambda o: o.pop("robot_obs"), "robot_obs is missing or not finite"),
+])
+def test_observations_of_another_kind_are_one_line(spoil: Callable[[dict], object], said: str) -> None:
+    seen = observe(1)
+    spoil(seen)
+    with pytest.raises(ValueError, match=f"^the observation: {said}") as caught:
+        ready().plan([observe(0), seen], ["go", "go"])
+    assert "\n" not in str(caught.value)
+    if "rgb" in said:
+        with pytest.raises(ValueError, match="^the observation of sequence 7, sub-task 2, plan 3: rgb_obs"):
+            ready().plan([{**seen, "rollout_key": (0, 7, 2, 3)}], ["go"])
+
+
+@pytest.mark.parametrize("text", ["", "  \n"])
+def test_an_empty_sentence_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="there is nothing in it; say what to do"):
+        ready().plan([observe(0)], [text])
+
+
+def test_characters_that_no_piece_stands_for_are_named(shared_data: Path) -> None:
+    """T5's own vocabulary; CLIP's spells everything in bytes."""
+    robot = ready()
+    robot.model.gidm.text = TextEncoder(nn.Linear(1, 1), AutoTokenizer.from_pretrained(shared_data / "tokenizers/t5"))
+    assert len(robot.plan([observe(0)], ["put the café cup in the drawer, please!"])) == 1
+    with pytest.raises(ValueError, match="'open 引き出し': the policy's text encoders do not know 'き', 'し', '出', '引'; say it in plain English"):
+        robot.plan([observe(0)], ["open 引き出し"])
 
 
 class Half(nn.Module):
@@ -90,6 +132,8 @@ def test_parents_are_found_where_they_were_and_after_a_move(tmp_path: Path) -> N
     assert policy.find_parents(folder) == {"gfdm.path": str(tmp_path / "a/gfdm/p"), "gidm.path": str(tmp_path / "a/gidm/p")}
     (tmp_path / "a").rename(tmp_path / "b")
     assert policy.find_parents(tmp_path / "b/defi/x")["gfdm.path"] == str(tmp_path / "b/gfdm/p")
+    best = artifact.copy(tmp_path / "b/defi/x", tmp_path / "b/defi/x/best")
+    assert policy.find_parents(best)["gfdm.path"] == str(tmp_path / "b/gfdm/p")
 
 
 def test_missing_and_foreign_parents_are_named(tmp_path: Path) -> None:

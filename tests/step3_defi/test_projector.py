@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pytest
 import torch
 
 from step3_defi.projector import Standardize
@@ -29,6 +30,21 @@ def test_use_changes_no_statistics_and_samples_do_not_see_each_other() -> None:
     before = norm.mean.clone()
     together = norm(data[1])
     assert torch.equal(norm.mean, before) and torch.equal(together[:1], norm(data[1][:1]))
+
+
+def test_all_places_have_their_turn_and_what_is_measured_does_not_depend_on_who_shares_a_batch() -> None:
+    x = torch.zeros(4, 2, 7, 1)
+    x[:, 0, 3] = 1.0  # one place of 14
+    norm = Standardize(1)
+    for _ in range(7):
+        norm(x)
+    assert norm.mean.item() == pytest.approx(1 / 14)
+    whole, halves = Standardize(3), [Standardize(3), Standardize(3)]
+    for batch in batches(5):
+        whole(batch)
+        for half, part in zip(halves, batch.split(4)):
+            half(part)
+    torch.testing.assert_close(whole.mean, (halves[0].mean + halves[1].mean) / 2)
 
 
 def test_a_dead_channel_stays_finite_and_gradients_pass() -> None:

@@ -2,6 +2,8 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +27,8 @@ def chains(agent: str = "policy", horizon: int = 720, count: int = 3, slots: int
     return [Chain(i, {"index": i}, make_tasks(CHAINS[i % 3]), agent, horizon, seed=5, slot=i % slots, **more) for i in range(count)]
 
 
-def run(work: list[Chain], policy: Any = None, *, workers: int = 1, **arguments: Any) -> dict[int, Any]:
-    with Simulators(config(**arguments), count=workers) as simulators:
+def run(work: list[Chain], policy: Any = None, *, workers: int = 1, patience: float = 60, **arguments: Any) -> dict[int, Any]:
+    with Simulators(config(**arguments), count=workers, patience=patience) as simulators:
         return {r["index"]: r for r in simulators.rollout(work, policy)}
 
 
@@ -106,15 +108,53 @@ def test_survey() -> None:
     assert survey["sequences"][3] == ({"index": 3, "seed": 9}, make_tasks([30, 250]))
 
 
-def test_a_dead_simulator_names_its_sequence() -> None:
-    with pytest.raises(RolloutError, match=r"sequence 1 \(task0_30.*exit code 7.*the same command goes on"):
-        run(chains(), SteadyPolicy(), workers=2, die_in=1)
+@pytest.mark.parametrize("agent", ["policy", "random"])
+def test_sequences_of_simulators_that_fail_once_are_tried_again_and_come_to_the_same(agent: str, tmp_path: Path) -> None:
+    """Killed, hung, and told an error, in the middle of a sub-task, while others wait for their plans."""
+    work, policy = chains(agent, count=9, slots=3, horizon=400), NoisyPolicy()
+    straight = run(work, policy, workers=3)
+    trouble = [(0, "kill", 1), (2, "kill", 1), (4, "hang", 1), (5, "raise", 1), (8, "kill", 1)]
+    assert run(work, policy, workers=3, patience=4, trouble=trouble, trials=str(tmp_path)) == straight
+    assert sorted(int(mark.name) for mark in tmp_path.iterdir()) == [0, 2, 4, 5, 8], "every trouble came"
 
 
-def test_an_error_in_a_simulator_is_one_line() -> None:
-    with pytest.raises(RolloutError, match=r"^simulator \d, sequence 2 .*ValueError: block fell off the table") as caught:
-        run(chains(), SteadyPolicy(), workers=2, raise_in=2)
-    assert "\n" not in str(caught.value)
+@pytest.mark.parametrize("kind, why", [("kill", r"the process died \(exit code -9\)"), ("hang", "no sign of life; .* more than 2 s, raise patience="),
+                                       ("raise", r"ValueError: block fell off the table \(_fail, line \d+\)")])
+def test_a_sequence_whose_simulator_fails_twice_is_told_apart(kind: str, why: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    results = run(chains(count=4, slots=2), SteadyPolicy(), workers=2, patience=2, trouble=[(1, kind, 9)], trials=str(tmp_path))
+    assert sorted(results) == [0, 1, 2, 3] and [index for index in results if "failure" in results[index]] == [1]
+    assert re.fullmatch(r"simulator \d, sequence 1 \(task0_30.*\): " + why, results[1]["failure"])
+    assert (tmp_path / "1").read_text() == "xx", "tried once more, not twice"
+    assert "tries the sequence again" in caplog.messages[0] and "goes on without" in caplog.messages[1] and len(caplog.messages) == 2
+
+
+def test_simulators_that_never_work_end_the_run(tmp_path: Path) -> None:
+    trouble = [(index, "raise", 9) for index in range(9)]
+    with pytest.raises(RolloutError, match="3 sequences in a row failed twice, the last: simulator 0, sequence 2 .*block fell"):
+        run(chains(count=9), SteadyPolicy(), trouble=trouble, trials=str(tmp_path))
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_silence_is_measured_between_signs_of_life_and_not_over_a_chain() -> None:
+    """The expert asks for nothing: its chain of 1110 steps takes longer than the patience."""
+    work = chains("expert", count=1)
+    began = time.monotonic()
+    assert run(work, patience=1.5, pace=0.002)[0]["steps_to_success"] == [30, 250, 300, 500, 30]
+    assert time.monotonic() - began > 2
+
+
+def test_actions_out_of_range_are_clipped_and_counted() -> None:
+    fast, slow = SteadyPolicy(), SteadyPolicy()
+    fast.plan = lambda observations, instructions: np.where(np.arange(10) % 5, 1.0, 1.5)[None, :, None] * np.ones((len(observations), 10, 7))
+    one, other = (run(chains(count=1), policy)[0] for policy in (fast, slow))
+    assert one["steps_to_success"] == other["steps_to_success"], "1.5 carries no further than 1"
+    assert one["clipped"] == 1110 / 5 and other["clipped"] == 0
+
+
+def test_a_simulator_that_dies_before_it_answers_is_replaced() -> None:
+    with Simulators(config(), count=1) as simulators:
+        simulators.workers[0].process.kill()
+        assert simulators.survey(Survey(1, None, 5, 0))["world"] == "fake-D"
 
 
 def test_a_simulator_that_does_not_start_says_why() -> None:

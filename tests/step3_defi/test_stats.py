@@ -11,7 +11,7 @@ TASKS = ["a", "b", "c", "d", "e"]
 
 
 def record(index: int, *steps: int | None) -> Record:
-    return Record(index=index, initial_state={"led": index % 2}, tasks=TASKS, steps_to_success=list(steps), seed=0)
+    return Record(index=index, initial_state={"led": index % 2}, tasks=TASKS, steps_to_success=list(steps), clipped=0, seed=0)
 
 
 RECORDS = [record(0, 30, 250, 300, 500, 30), record(1, 30, None), record(2, 300, 300, 300, 300, 300), record(3, None)]
@@ -76,6 +76,17 @@ def test_paired_comparison_finds_small_differences() -> None:
     assert found["difference"] == pytest.approx(found["avg_len_a"] - found["avg_len_b"])
     same = paired(0.0)
     assert same["difference"] == 0 and same["p_value"] == 1
+
+
+def test_tasks_are_compared_where_both_reached_them() -> None:
+    a = {0: record(0, 10, 10, None), 1: record(1, 10, None), 2: record(2, None)}
+    b = {0: record(0, 10, None), 1: record(1, 10, 300, None), 2: record(2, 10, 10, 10, 10, 10), 3: record(3, None)}
+    found = stats.compare_tasks(a, b, 360)
+    assert {task: (row["pairs"], row["rate_a"], row["rate_b"]) for task, row in found.items()} == {"a": (3, 2 / 3, 1.0), "b": (2, 0.5, 0.5)}
+    assert found["a"]["difference"] == pytest.approx(-1 / 3) and found["b"]["difference_ci95"] == [-1, 1] and found["b"]["p_value"] == 1
+    assert stats.compare_tasks(a, b, 280)["b"]["rate_b"] == 0, "300 steps are too many"
+    sure = stats.compare_tasks({i: record(i, 10, None) for i in range(20)}, {i: record(i, None) for i in range(20)}, 360)
+    assert sure["a"]["difference"] == 1 and sure["a"]["p_value"] < 0.001 and set(sure) == {"a"}
 
 
 def test_permutation_agrees_with_all_sign_flips() -> None:

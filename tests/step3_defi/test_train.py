@@ -1,6 +1,10 @@
 """The program itself over the true tiny models: parents, cache, a few steps, artifact, policy."""
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +15,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 from common import artifact
+from common.loop import Loop
 from step3_defi import DeFI, policy, train
 from step3_defi.vpp_adapter import VPPAdapter
 from tests.step3_defi.parts import PARENT_CONFIGS, configure
@@ -41,6 +46,110 @@ def test_trains_saves_and_acts(tree: Path, tmp_path: Path) -> None:
     again = policy.DeFIPolicy.from_pretrained(whole, execute=5)
     assert again.moved == {f"{kind}.path": str(whole / "parents" / kind) for kind in PARENT_CONFIGS}
     assert np.array_equal(again.plan([seen, seen], ["open the drawer", "close the drawer"]), both)
+
+
+def test_a_broken_run_goes_on_to_the_same_weights_bit_for_bit(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = ["loop.max_steps=6", "loop.eval_every=2", "loop.save_every=3"]
+    whole, save = run(tree, "whole", *options), Loop._save
+
+    def save_and_die(loop: Loop) -> None:
+        save(loop)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Loop, "_save", save_and_die)
+        with pytest.raises(KeyboardInterrupt):
+            run(tree, "broken", *options)
+    broken = run(tree, "broken", *options)
+    for place in ("", policy.BEST):
+        assert artifact.meta(broken / place)["step"] == artifact.meta(whole / place)["step"]
+        expected, found = (load_file(folder / place / "weights.safetensors") for folder in (whole, broken))
+        assert expected.keys() == found.keys() and all(torch.equal(value, found[key]) for key, value in expected.items())
+
+
+def test_the_best_policy_is_kept_beside_the_last(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Held-out losses are made up: the second of three validations is the best."""
+    losses, forward = iter([3.0, 1.0, 2.0]), DeFI.forward
+
+    def made_up(model: DeFI, batch: dict) -> dict[str, torch.Tensor]:
+        metrics = forward(model, batch)
+        return metrics if model.training else {**metrics, "action_loss": torch.tensor(next(losses))}
+
+    monkeypatch.setattr(DeFI, "forward", made_up)
+    folder = run(tree, "kept", "loop.max_steps=6", "loop.eval_every=2", "loop.eval_batches=1")
+    assert (artifact.meta(folder)["step"], artifact.meta(folder / policy.BEST)["step"]) == (6, 4) and next(losses, None) is None
+    monkeypatch.undo()
+    last, best = policy.load(folder).model.state_dict(), policy.load(folder / policy.BEST).model.state_dict()
+    assert any(not torch.equal(last[key], best[key]) for key in last)
+    identity = artifact.sha256(folder)
+    (folder / policy.BEST).rename(folder.parent / "alone")
+    assert artifact.sha256(folder) == identity, "the best is no part of the last"
+    with pytest.raises(SystemExit, match="loop.best=loss_of_actions: the model reports no such metric; it reports .*action_loss"):
+        run(tree, "unkept", "loop.best=loss_of_actions")
+
+
+def launched(tree: Path, processes: int) -> tuple[dict[str, torch.Tensor], list[dict]]:
+    """(weights, rows of metrics.jsonl) of one_or_two.py."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port=29883"]
+    script = [str(Path(__file__).with_name("one_or_two.py")), str(tree), f"processes_{processes}", "4"]
+    root = Path(__file__).resolve().parents[2]
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
+    subprocess.run([*launcher, *script], cwd=root, env=environment, check=True, timeout=300)
+    folder = tree / f"ckpts/defi/processes_{processes}"
+    return load_file(folder / "weights.safetensors"), [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_two_processes_finetune_as_one_with_the_same_global_batch(tree: Path) -> None:
+    """Losses, gradients, weights, and the running statistics of features and sentences, which belong to no optimizer."""
+    (alone, rows), (others, found) = launched(tree, 1), launched(tree, 2)
+    steps, pairs = [[row for row in part if "train/loss" in row] for part in (rows, found)]
+    assert len(steps) == 5 and steps[0]["train/loss"] != steps[-1]["train/loss"]
+    for one, two in zip(steps, pairs, strict=True):
+        assert two["train/action_loss"] == pytest.approx(one["train/action_loss"], rel=1e-4) and two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
+    assert alone.keys() == others.keys()
+    for key, value in alone.items():
+        torch.testing.assert_close(others[key], value, atol=2e-4, rtol=1e-3, msg=lambda said, key=key: f"{key}: {said}")
+    assert not torch.equal(alone["feature_norm.mean"], torch.zeros_like(alone["feature_norm.mean"]))
+
+
+def test_a_policy_may_start_from_another_ones_weights(tree: Path) -> None:
+    start = run(tree, "start")
+    cfg = configure("step3_defi", f"paths.ckpts={tree}/ckpts", "policy/trainable=adapter", "policy.noise_draws=2")
+    config = OmegaConf.to_container(cfg.policy, resolve=True)
+    config["gfdm"]["path"] = config["gidm"]["path"] = "nowhere"
+    config = train.start_config(start, config)
+    model = instantiate(config)
+    train.take(model, start)
+    before, views = policy.load(start).model, {view: torch.rand(2, 3, 64, 64) * 2 - 1 for view in ("static", "gripper")}
+    expected, found = (m.eval().sample(views, ["open the drawer", "go"], seed=[1, 2]) for m in (before, model))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)  # `load` has sentences encoded one by one
+    assert expected.std() > 1e-3
+    assert model.trainable == ("projector", "video_former", "adapter") and model.noise_draws == 2
+    assert not any(parameter.requires_grad for parameter in model.gidm.parameters())
+
+
+def test_training_goes_on_from_a_start(tree: Path) -> None:
+    start = run(tree, "start")
+    more = run(tree, "more", f"init={start}", "loop.max_steps=2", "loop.optimizer.lr=1e-5", "loop.ema_decay=null")
+    first, second, fresh = (load_file(f / "weights.safetensors") for f in (start, more, run(tree, "fresh", "loop.max_steps=1", "seed=1")))
+    far = [float((second[key] - first[key]).abs().max()) for key in first if key.startswith("adapter")]
+    assert 0 < max(far) < 1e-4 < float((fresh["adapter.out.weight"] - first["adapter.out.weight"]).abs().max())
+    record = artifact.meta(more)
+    assert record["stats"]["init"] == artifact.sha256(start) and record["parents"] == artifact.meta(start)["parents"]
+
+
+def test_a_start_of_another_policy_is_named(tree: Path) -> None:
+    start = run(tree, "start")
+    message = r"init=.*start is another policy .*: policy.fuse_grid is 8 there, 0 here; policy.views is .* there, \['static'\] here; set"
+    with pytest.raises(SystemExit, match=message):
+        run(tree, "other", f"init={start}", "policy/views=static", "policy.fuse_grid=0", "policy.alignment_weight=0.5")
+    with pytest.raises(SystemExit, match="neither a folder nor a hub id"):
+        run(tree, "other", "init=no/such/place")
+    learned = run(tree, "learned", "policy/trainable=gfdm_adapter", "loop.max_steps=1")
+    with pytest.raises(SystemExit, match="holds a forward model of its own; keep it learning"):
+        run(tree, "other", f"init={learned}")
+    assert not (tree / "ckpts/defi/other/meta.json").exists()
+    assert policy.load(run(tree, "other", f"init={learned}", "policy/trainable=all", "loop.max_steps=1")).model.trainable[0] == "gfdm"
 
 
 def test_cache_changes_nothing_but_speed(tree: Path) -> None:
