@@ -32,20 +32,22 @@ class CalvinWindows:
     `holdout` share of the "val" split is the same for all of them.
 
     With `pack`, images are resized once into one uint8 file per view; without, one npz is opened per sample.
-    `future_offsets` adds the true frames at these distances (frames past a recording's end repeat its last frame).
+    `future_frames` names frames that the forward model imagines, `future_stride` control steps apart: the true ones come along. A
+    count n stands for the whole clip, 1..n-1. Frames past a recording's end repeat its last frame, as in step 1.
     """
 
     def __init__(self, root: str | Path, split: str = "train", *, folder: str = "training", lang_folder: str = "lang_annotations",
                  horizon: int = 10, views: Sequence[str] = ("static", "gripper"), image_size: int = 256, fraction: float = 1.0,
                  holdout: float = 0.02, frame_stride: int = 1, max_pad: int = 0, pack: bool = False,
-                 future_offsets: Sequence[int] = (), cache_dir: str | Path | None = None, seed: int = 0) -> None:
+                 future_frames: Sequence[int] | int = (), future_stride: int = 1, cache_dir: str | Path | None = None, seed: int = 0) -> None:
         if split not in SPLITS or not 0 < fraction <= 1 or not 0 <= max_pad < horizon:
             raise ValueError(f"CalvinWindows: split {split!r} of {SPLITS}, fraction {fraction} in (0, 1], max_pad {max_pad} in 0..{horizon - 1}")
         unknown = sorted(set(views) - KEYS.keys())
         if unknown or not views:
             raise ValueError(f"CalvinWindows: unknown views {unknown}; views: {sorted(KEYS)}")
         self.folder, self.horizon, self.views, self.image_size = Path(root) / folder, horizon, tuple(views), image_size
-        self.future_offsets = tuple(future_offsets)
+        frames = range(1, future_frames) if isinstance(future_frames, int) else future_frames
+        self.future_offsets = tuple(frame * future_stride for frame in frames)
         self.recordings = read_recordings(self.folder)
         found = read_annotations(self.folder, self.recordings, lang_folder)
         kept = set(choose_recordings(len(self.recordings), split, fraction=fraction, holdout=holdout, seed=seed))

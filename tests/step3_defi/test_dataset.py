@@ -65,10 +65,12 @@ def test_packing_happens_once_and_leaves_nothing_half_written(calvin: Path, monk
 
 
 def test_futures_are_frames_ahead_and_stop_at_the_recordings_end(calvin: Path) -> None:
-    data = windows(calvin, future_offsets=(3, 30))
+    data = windows(calvin, future_frames=(1, 10), future_stride=3)
     sample = data.sample(20, RNG)  # frame 123 of 100..139
     assert torch.equal(sample["futures"]["static"][0], data.images(126)["static"])
     assert torch.equal(sample["futures"]["static"][1], data.images(139)["static"])
+    whole = windows(calvin, future_frames=4, future_stride=3)
+    assert whole.future_offsets == (3, 6, 9) and windows(calvin).future_offsets == ()
 
 
 def test_fractions_are_nested_whole_recordings_and_validation_is_apart() -> None:
