@@ -75,7 +75,7 @@ class DeFI(nn.Module):
         if unknown:
             raise ValueError(f"no part is called {unknown}; trainable parts: {list(PARTS)}")
         self.trainable = tuple(name for name in PARTS if name in names)
-        gfdm = self.gfdm.module if isinstance(self.gfdm, Frozen) else self.gfdm
+        gfdm = self.forward_model
         self.gfdm = gfdm if "gfdm" in names else Frozen(gfdm)
         for name in PARTS:
             getattr(self, name).requires_grad_(name in names)
@@ -90,6 +90,11 @@ class DeFI(nn.Module):
             if name not in self.trainable:
                 getattr(self, name).eval()
         return self
+
+    @property
+    def forward_model(self) -> nn.Module:
+        """The GFDM, whether it learns or is kept out of torch's registry."""
+        return self.gfdm.module if isinstance(self.gfdm, Frozen) else self.gfdm
 
     @property
     def device(self) -> torch.device:
@@ -178,7 +183,7 @@ class DeFI(nn.Module):
         if "gfdm" in self.trainable:
             return self.gfdm.imagine(images, text, seed=self.imagine_seed)
         with torch.no_grad():
-            return self.gfdm.module.imagine(images, text, seed=self.imagine_seed)
+            return self.forward_model.imagine(images, text, seed=self.imagine_seed)
 
     def _infer(self, frozen: dict[str, Tensor], text: list[str]) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
         """From what was seen to the adapter's streams, and the losses and metrics met on the way."""

@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection, Pipe, wait
 from types import TracebackType
 from typing import Any
@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from common.contracts import ChunkPolicy
-from step3_defi.worker import ACTION_DIM, Chain, Survey
+from step3_defi.worker import ACTION_DIM, Branch, Chain, Survey
 
 PATIENCE = 10  # seconds a worker gets to end on its own
 
@@ -33,7 +33,7 @@ class Worker:
 
     def __init__(self, number: int, env_config: dict[str, Any]):
         self.number = number
-        self.task: Chain | Survey | None = None
+        self.task: Chain | Branch | Survey | None = None
         self.connection, theirs = Pipe()
         # One thread a simulator: the cores belong to the other workers and to the policy.
         settings = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
@@ -42,7 +42,7 @@ class Worker:
         theirs.close()
         self._send(env_config)
 
-    def give(self, task: Chain | Survey) -> None:
+    def give(self, task: Chain | Branch | Survey) -> None:
         """Hand out work."""
         self.task = task
         self._send(task)
@@ -89,6 +89,8 @@ class Worker:
     def _where(self) -> str:
         if isinstance(self.task, Chain):
             return f"simulator {self.number}, sequence {self.task.index} ({', '.join(self.task.tasks)})"
+        if isinstance(self.task, Branch):
+            return f"simulator {self.number}, sequence {self.task.index} ({self.task.task}, gone back to step {len(self.task.past)})"
         return f"simulator {self.number}"
 
 
@@ -121,6 +123,22 @@ class Simulators:
         """{"world": name, "versions": {...}, "sequences": [(initial state, tasks), ...]} of these environments."""
         self.workers[0].give(request)
         return self.workers[0].receive()[1]
+
+    def branch(self, requests: Sequence[Branch]) -> Iterator[tuple[int, dict[str, Any]]]:
+        """(position of the request, what follows its moment) as they get done. Raises RolloutError naming the sequence."""
+        waiting = deque(enumerate(requests))
+        busy: dict[Connection, tuple[Worker, int]] = {}
+        free = list(self.workers)
+        while waiting or busy:
+            while waiting and free:
+                worker = free.pop()
+                position, request = waiting.popleft()
+                worker.give(request)
+                busy[worker.connection] = (worker, position)
+            for connection in wait(list(busy)):
+                worker, position = busy.pop(connection)
+                free.append(worker)
+                yield position, worker.receive()[1]
 
     def rollout(self, chains: list[Chain], policy: ChunkPolicy | None = None) -> Iterator[dict[str, Any]]:
         """Hand chains to workers as they get free; yields {"index", "steps_to_success", "film"} as chains end.

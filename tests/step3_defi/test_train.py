@@ -54,7 +54,8 @@ def test_cache_changes_nothing_but_speed(tree: Path) -> None:
 def test_rows_train_and_load(tree: Path, row: str) -> None:
     model = policy.load(run(tree, row, f"experiment=defi/{row}")).model
     assert isinstance(model, DeFI)
-    assert model.alignment_weight == (row == "alignment") and model.blind == (row == "blind") and model.views == (("static",) if row == "t1_third_view" else ("static", "gripper"))
+    assert model.alignment_weight == (row == "alignment")
+    assert model.blind == (row == "blind") and model.views == (("static",) if row == "t1_third_view" else ("static", "gripper"))
     gfdm = model.gfdm if row == "t9_all" else model.gfdm.module
     assert gfdm.denoise_steps == (5 if row == "t6_five_steps" else 1)
 
