@@ -23,7 +23,7 @@ from common.files import write_text
 from common.program import program
 from common.video import write_mp4
 from step3_defi import film, journal
-from step3_defi.diagnosis import Critic, Subtask, enlarged, judge, split, table
+from step3_defi.diagnosis import Critic, Subtask, check_rule, enlarged, judge, split, table
 from step3_defi.replay import Key, Plan, Recorder, Replay, followed
 from step3_defi.rollout import RolloutError, Simulators
 from step3_defi.worker import Branch
@@ -42,6 +42,7 @@ def diagnose(*, run: Path, path: Path, failures: int, every: int, within: int, a
     settings = journal.read_settings(run)
     if settings["policy_sha256"] is None or settings["policy_sha256"] != artifact.sha256(path):
         raise ValueError(f"{run} holds rollouts of {settings['policy']} {str(settings['policy_sha256'])[:12]}, not of {path}; name the policy that it was")
+    check_rule(**judged_by, quantile=quantile)
     if min(failures, every, within, workers) < 1:
         raise ValueError(f"failures={failures}, every={every}, within={within}, workers={workers}: each must be at least 1")
     replay = Replay(journal.read(run / journal.NAME), failures=failures, horizon=settings["horizon"])
@@ -53,6 +54,8 @@ def diagnose(*, run: Path, path: Path, failures: int, every: int, within: int, a
     with Simulators(settings["env"], count=workers) as simulators:
         chains = replay.chains(slots=workers)
         strayed = replay.strayed(tqdm(simulators.rollout(chains, recorder), total=len(chains), desc="repeat", unit="chain"))
+        if len(strayed) == len(chains):
+            raise ValueError(f"{run}: none of {len(chains)} sequences ends as in the journal; give workers= as the run had it, on a machine of its kind")
         branches = {key: branch for index in replay.records if index not in strayed
                     for key, branch in replay.moments(index, recorder, ahead=ahead, every=ahead // (critic.frames - 1)).items()}
         subtasks = _examine(simulators, branches, replay, recorder, critic)
@@ -75,8 +78,9 @@ def _examine(simulators: Simulators, branches: dict[Key, Branch], replay: Replay
     """Scored sub-tasks, in order."""
     found: dict[tuple[int, int], Subtask] = {}
     shown = simulators.branch(list(branches.values()))
+    ways = list(branches.items())
     for position, expert in tqdm(shown, total=len(branches), desc="expert", unit="moment"):
-        key, branch = list(branches.items())[position]
+        key, branch = ways[position]
         plan = recorder.plans[key]
         _check_start(plan, expert["start"], branch)
         subtask = found.setdefault(key[:2], Subtask(*key[:2], branch.task, solved=key[1] < replay.solved(key[0])))

@@ -108,14 +108,19 @@ def enlarged(video: Tensor, size: int) -> np.ndarray:
     return (F.interpolate(video.float().cpu(), (size, size)) * 255).round().byte().permute(0, 2, 3, 1).numpy()
 
 
+def check_rule(*, forecast: str, action: str, quantile: float) -> None:
+    """ValueError unless both name errors and the quantile is one."""
+    if unknown := {forecast, action} - set(ERRORS):
+        raise ValueError(f"judged_by names {sorted(unknown)}: choose among {list(ERRORS)}")
+    if not 0 < quantile < 1:
+        raise ValueError(f"quantile={quantile}: choose one between 0 and 1")
+
+
 def judge(subtasks: Sequence[Subtask], *, forecast: str, action: str, quantile: float) -> dict[str, float]:
     """Give each sub-task its verdict: an error is wrong where it is above this quantile of the sub-tasks that succeeded.
 
     `forecast` and `action` name the errors that decide. Returns both limits; ValueError where no sub-task succeeded.
     """
-    unknown = {forecast, action} - set(ERRORS)
-    if unknown or not 0 < quantile < 1:
-        raise ValueError(f"judged by {sorted({forecast, action})} at quantile {quantile}: choose among {list(ERRORS)}, and a quantile between 0 and 1")
     solved = [subtask for subtask in subtasks if subtask.solved]
     if not solved:
         raise ValueError("no sub-task of these sequences succeeded, so nothing says how wrong is too wrong; diagnose a longer run")

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from common import artifact
 from common.video import read_frames
 from step3_defi.diagnose import diagnose
-from step3_defi.diagnosis import Critic, Subtask, above_copy, action_errors, judge, split, table
+from step3_defi.diagnosis import Critic, Subtask, above_copy, action_errors, check_rule, judge, split, table
 from step3_defi.replay import Recorder, Replay, followed
 from step3_defi.rollout import RolloutError, Simulators
 from step3_defi.worker import Branch
@@ -101,8 +101,10 @@ def test_verdicts_are_held_against_the_successes() -> None:
     assert "| **all failures** | 5 | 1 (20 % [4, 62]) | 2 (40 %" in text and "| successes, for comparison | 10 | 1 (10 %" in text
     with pytest.raises(ValueError, match="no sub-task .* succeeded"):
         judge(bad, forecast="forecast", action="action", quantile=0.9)
-    with pytest.raises(ValueError, match="forecast_tokens"):
-        judge(good, forecast="pixels", action="action", quantile=0.9)
+    with pytest.raises(ValueError, match="pixels.*forecast_tokens"):
+        check_rule(forecast="pixels", action="action", quantile=0.9)
+    with pytest.raises(ValueError, match="quantile=1"):
+        check_rule(forecast="forecast", action="action", quantile=1)
 
 
 def test_a_forward_model_without_pictures_is_refused() -> None:
@@ -142,6 +144,9 @@ def test_the_program_refuses_what_does_not_belong_together(rolled: tuple[Path, P
     text = (run / "rollouts.jsonl").read_text()
     (run / "rollouts.jsonl").write_text(text.replace("[40,null]", "[41,null]"))
     assert diagnose(run=run, path=path, out=tmp_path / "out", **{**SETTINGS, "films": 0})["strayed"] == [1]
+    (run / "rollouts.jsonl").write_text(text.splitlines()[1].replace("[40,null]", "[41,null]") + "\n")
+    with pytest.raises(ValueError, match="none of 1 sequences ends as in the journal"):
+        diagnose(run=run, path=path, out=tmp_path / "out", **SETTINGS)
     other = artifact.save(torch.nn.Linear(1, 1), tmp_path / "other", kind="defi", config={"width": 3})
     with pytest.raises(ValueError, match="not of .*other"):
         diagnose(run=run, path=other, out=tmp_path / "out", **SETTINGS)
