@@ -29,7 +29,8 @@ from matplotlib import pyplot  # noqa: E402  (the backend must be chosen first: 
 
 LOG = logging.getLogger(__name__)
 MISSING = (FileNotFoundError, KeyError, ValueError)  # what reading an absent or unfinished piece raises
-CURVES = ("loss", "mse", "action_loss", "bottleneck_loss", "alignment_loss", "perplexity", "usage")  # panels of a run, where it logs them
+CURVES = ("loss", "mse", "action_loss", "bottleneck_loss", "alignment_loss", "video_loss", "reconstruction_loss", "latent_gap", "perplexity",
+          "usage")  # panels of a run, where it logs them
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #1c2430; background: #fff; }
 h1 { font-size: 1.7rem; } h2 { font-size: 1.25rem; margin-top: 2.5rem; border-bottom: 1px solid #d5dae1; } h3 { font-size: 1rem; margin-bottom: .3rem; }
