@@ -29,10 +29,10 @@ class EDM:
         self.log_location, self.log_scale, self.steps, self.temperature = log_location, log_scale, steps, temperature
         self.sample_sigma_min = sigma_min if sample_sigma_min is None else sample_sigma_min
 
-    def draw_sigma(self, count: int, device: torch.device | str = "cpu") -> Tensor:
+    def draw_sigma(self, count: int, device: torch.device | str = "cpu", *, generator: torch.Generator | None = None) -> Tensor:
         """(count,) noise levels from the log-logistic distribution, truncated to [sigma_min, sigma_max]."""
         low, high = (1 / (1 + math.exp(-(math.log(s) - self.log_location) / self.log_scale)) for s in (self.sigma_min, self.sigma_max))
-        share = low + (high - low) * torch.rand(count, device=device, dtype=torch.float64)
+        share = low + (high - low) * torch.rand(count, generator=generator, device=device, dtype=torch.float64)
         return (torch.logit(share) * self.log_scale + self.log_location).exp().clamp(self.sigma_min, self.sigma_max).float()
 
     def scalings(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -46,11 +46,11 @@ class EDM:
         c_skip, c_out, c_in = self.scalings(sigma)
         return c_skip * noisy + c_out * network(c_in * noisy, sigma).float()
 
-    def loss(self, network: Network, actions: Tensor) -> Tensor:
+    def loss(self, network: Network, actions: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
         """Mean squared error of the preconditioned network output; (sigma, noise) drawn for each row."""
         actions = actions.float()
-        sigma = self.draw_sigma(len(actions), actions.device)
-        noisy = actions + sigma.view(-1, 1, 1) * torch.randn_like(actions)
+        sigma = self.draw_sigma(len(actions), actions.device, generator=generator)
+        noisy = actions + sigma.view(-1, 1, 1) * torch.randn(actions.shape, generator=generator, device=actions.device)
         c_skip, c_out, c_in = self.scalings(sigma)
         target = (actions - c_skip * noisy) / c_out
         return (network(c_in * noisy, sigma).float() - target).square().mean()

@@ -49,7 +49,7 @@ class DeFI(nn.Module):
         self.pairs_of = [self.views.index(name) for name in pair_views or self.views]
         self.fuse_grid, self.fuse_now, self.noise_draws, self.alignment_weight = fuse_grid, fuse_now, noise_draws, alignment_weight
         self.blind, self.imagine_seed, self.edm, self.goal = blind, imagine_seed, edm, goal
-        gidm.drop_decoder()
+        self.adopt(gidm)
         self.gfdm, self.gidm = gfdm, gidm
         self.feature_norm = Standardize(gfdm.feature_dim) if standardize else nn.Identity()
         self.goal_norm = Standardize(goal.pooled_dim, sparing=1) if standardize else nn.Identity()
@@ -65,13 +65,17 @@ class DeFI(nn.Module):
         self.adapter = adapter({name: size for name, size in streams.items() if size[0]}, goal.pooled_dim)
         self.set_trainable(trainable)
 
+    def adopt(self, gidm: InverseDynamics) -> None:
+        """Prepare an inverse model for its place here: what only pretraining needs is dropped (A.3)."""
+        gidm.drop_decoder()
+
     def set_trainable(self, names: Sequence[str]) -> None:
         """Let exactly the named parts learn. A frozen forward model also leaves the state dict."""
         unknown = sorted(set(names) - set(PARTS))
         if unknown:
             raise ValueError(f"no part is called {unknown}; trainable parts: {list(PARTS)}")
         self.trainable = tuple(name for name in PARTS if name in names)
-        gfdm = self.gfdm.module if isinstance(self.gfdm, Frozen) else self.gfdm
+        gfdm = self.forward_model
         self.gfdm = gfdm if "gfdm" in names else Frozen(gfdm)
         for name in PARTS:
             getattr(self, name).requires_grad_(name in names)
@@ -95,22 +99,41 @@ class DeFI(nn.Module):
         self.adapter.compile(**options)
 
     @property
+    def forward_model(self) -> nn.Module:
+        """The GFDM, whether it learns or is kept out of torch's registry."""
+        return self.gfdm.module if isinstance(self.gfdm, Frozen) else self.gfdm
+
+    @property
     def device(self) -> torch.device:
         """Where the policy computes."""
         return next(self.adapter.parameters()).device
 
     def forward(self, batch: PolicyBatch) -> dict[str, Tensor]:
-        """The training loss: action denoising, the inverse model's bottleneck, and alignment where it is on."""
+        """The training loss: action denoising, the inverse model's bottleneck, and alignment where it is on.
+
+        In eval mode `latent_gap` is how much the action loss rises when latent actions are dealt to other samples of the batch.
+        """
         frozen = batch.get("frozen") or self._look(batch["views"], batch["text"], batch.get("futures"))
         goal, streams, extra = self._infer(frozen, batch["text"])
-        context = self.adapter.encode(goal, streams)
         actions = batch["actions"]
         if actions.shape[1:] != (self.adapter.horizon, self.adapter.action_dim):
             raise ValueError(f"actions of shape {tuple(actions.shape[1:])}; the adapter makes {(self.adapter.horizon, self.adapter.action_dim)}")
-        drawn = actions.repeat_interleave(self.noise_draws, dim=0)
-        action = self.edm.loss(lambda x, sigma: self.adapter(x, sigma, context), drawn)
+        action = self._action_loss(goal, streams, actions)
+        if not self.training and "latent" in streams:
+            extra["latent_gap"] = self._latent_gap(goal, streams, actions)
         loss = action + extra["bottleneck_loss"] + self.alignment_weight * extra.get("alignment_loss", 0.0)
         return {"loss": loss, "action_loss": action.detach(), **{key: value.detach() for key, value in extra.items()}}
+
+    def _action_loss(self, goal: Tensor, streams: dict[str, Tensor], actions: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        context = self.adapter.encode(goal, streams)
+        drawn = actions.repeat_interleave(self.noise_draws, dim=0)
+        return self.edm.loss(lambda x, sigma: self.adapter(x, sigma, context), drawn, generator=generator)
+
+    def _latent_gap(self, goal: Tensor, streams: dict[str, Tensor], actions: Tensor) -> Tensor:
+        """What the codes tell of the action: the action loss with a neighbour's latent actions less that with one's own, under the same noise."""
+        dealt = {**streams, "latent": streams["latent"].roll(1, dims=0)}
+        own, other = (self._action_loss(goal, parts, actions, torch.Generator(actions.device).manual_seed(0)) for parts in (streams, dealt))
+        return other - own
 
     def on_step(self, step: int, accelerator: Any = None) -> dict[str, float]:
         """After an optimizer step: an inverse model that learns may restart its dead codes."""
@@ -155,7 +178,10 @@ class DeFI(nn.Module):
                 seen["now"] = _by_view(self.gidm.embed((images + 1) / 2), count)
         if self.alignment_weight:
             if futures is None:
-                raise ValueError("alignment_weight needs the true future frames; set data.future_offsets to the steps that pair_frames lie ahead")
+                raise ValueError("alignment_weight needs the true future frames; set data.future_frames=${policy.pair_frames}")
+            wrong = {name: frames.shape[1] for name, frames in futures.items() if frames.shape[1] != len(self.pair_frames)}
+            if wrong:
+                raise ValueError(f"true frames of each view {wrong}, pair_frames {list(self.pair_frames)}: set data.future_frames=${{policy.pair_frames}}")
             target = torch.stack([futures[self.views[view]] for view in self.pairs_of], dim=1)  # (B, V, P, 3, H, W)
             seen["target"] = self.gidm.embed((target.flatten(0, 2) + 1) / 2).unflatten(0, target.shape[:3])
         return seen
@@ -164,7 +190,7 @@ class DeFI(nn.Module):
         if "gfdm" in self.trainable:
             return self.gfdm.imagine(images, text, seed=self.imagine_seed)
         with torch.no_grad():
-            return self.gfdm.module.imagine(images, text, seed=self.imagine_seed)
+            return self.forward_model.imagine(images, text, seed=self.imagine_seed)
 
     def _infer(self, frozen: dict[str, Tensor], text: list[str]) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
         """From what was seen to the adapter's streams, and the losses and metrics met on the way."""

@@ -26,7 +26,8 @@ from step3_defi import film, journal, stats
 
 LOG = logging.getLogger(__name__)
 MISSING = (FileNotFoundError, KeyError, ValueError)  # what reading an absent or unfinished piece raises
-CURVES = {name: name for name in ("loss", "mse", "action_loss", "bottleneck_loss", "alignment_loss", "perplexity", "usage")}  # where a run logs them
+CURVES = {name: name for name in ("loss", "mse", "action_loss", "bottleneck_loss", "alignment_loss", "video_loss", "reconstruction_loss", "latent_gap",
+                                  "perplexity", "usage")}  # where a run logs them
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #1c2430; background: #fff; }
 h1 { font-size: 1.7rem; } h2 { font-size: 1.25rem; margin-top: 2.5rem; border-bottom: 1px solid #d5dae1; } h3 { font-size: 1rem; margin-bottom: .3rem; }

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection, Pipe, wait
 from types import TracebackType
@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from common.contracts import ChunkPolicy
-from step3_defi.worker import ACTION_DIM, Chain, Survey
+from step3_defi.worker import ACTION_DIM, Branch, Chain, Survey
 
 LOG = logging.getLogger(__name__)
 GRACE = 10  # seconds a worker gets to end on its own
@@ -45,7 +45,7 @@ class Worker:
 
     def __init__(self, number: int, env_config: dict[str, Any], patience: float):
         self.number, self.patience, self.started = number, patience, False
-        self.task: Chain | Survey | None = None
+        self.task: Chain | Branch | Survey | None = None
         self.connection, theirs = Pipe()
         # One thread a simulator: the cores belong to the other workers and to the policy.
         settings = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
@@ -54,7 +54,7 @@ class Worker:
         theirs.close()
         self._send(env_config)
 
-    def give(self, task: Chain | Survey) -> None:
+    def give(self, task: Chain | Branch | Survey) -> None:
         """Hand out work."""
         self.task = task
         self._send(task)
@@ -110,6 +110,8 @@ class Worker:
     def _where(self) -> str:
         if isinstance(self.task, Chain):
             return f"simulator {self.number}, sequence {self.task.index} ({', '.join(self.task.tasks)})"
+        if isinstance(self.task, Branch):
+            return f"simulator {self.number}, sequence {self.task.index} ({self.task.task}, gone back to step {len(self.task.past)})"
         return f"simulator {self.number}"
 
 
@@ -145,6 +147,20 @@ class Simulators:
             LOG.warning("%s; a new simulator is asked", error)
         self._replace(self.workers[0]).give(request)
         return self.workers[0].receive()[1]
+
+    def branch(self, requests: Sequence[Branch]) -> Iterator[tuple[int, dict[str, Any]]]:
+        """(position of the request, what follows its moment) as they get done. Raises SimulatorError naming the sequence."""
+        waiting, free = deque(enumerate(requests)), list(self.workers)
+        busy: dict[Worker, int] = {}
+        while waiting or busy:
+            while waiting and free:
+                worker = free.pop()
+                busy[worker], request = waiting.popleft()
+                worker.give(request)
+            for worker in _speaking(list(busy)):
+                content = worker.receive()[1]
+                free.append(worker)
+                yield busy.pop(worker), content
 
     def rollout(self, chains: list[Chain], policy: ChunkPolicy | None = None) -> Iterator[dict[str, Any]]:
         """Hand chains to workers as they get free; yields {"index", "steps_to_success", "clipped", "film"} as chains end.

@@ -2,14 +2,15 @@
 
 `rollout.Simulators` starts it and talks to it through a pipe; a worker imports the simulator and nothing of the models.
 
-    parent -> worker   the environment's configuration, once; then Survey or Chain; actions (A, 7) after each "plan"
-    worker -> parent   ("survey", dict) | ("plan", (observation, instruction)) | ("alive", None) | ("chain", dict) | ("error", str)
+    parent -> worker   the environment's configuration, once; then Survey, Chain or Branch; actions (A, 7) after each "plan"
+    worker -> parent   ("survey", dict) | ("plan", (observation, instruction)) | ("alive", None) | ("chain", dict) | ("branch", dict) | ("error", str)
 """
 from __future__ import annotations
 
 import signal
 import sys
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from types import TracebackType
@@ -51,6 +52,20 @@ class Chain:
     seed: int
     slot: int = 0  # row of the batch that its plans are made in
     film_every: int = 0  # control steps between two frames of the film, 0 for none
+
+
+@dataclass(frozen=True)
+class Branch:
+    """Go back to a moment of a sequence and see what follows: of the scripted expert on `task`, or of known actions."""
+
+    index: int
+    initial_state: dict
+    task: str
+    past: np.ndarray  # (T, 7) actions from the initial state to the moment
+    ahead: int  # steps after it
+    every: int  # of them between two pictures
+    seed: int
+    following: np.ndarray | None = None  # (ahead, 7) actions in the expert's place
 
 
 class Controller(Protocol):
@@ -159,7 +174,34 @@ def _run_task(env: Env, chain: Chain, number: int, task: str, controller: Contro
     return None
 
 
-def answer(env: Env, request: Survey | Chain, connection: Connection) -> tuple[str, dict[str, Any]]:
+def run_branch(env: Env, branch: Branch) -> dict[str, Any]:
+    """{"start": scene and robot vectors at the moment, "frames": pictures of all cameras there and every so many steps after, "actions": (ahead, 7)}.
+
+    The past is carried out again from the initial state: that needs no more of a simulator than to repeat itself.
+    """
+    env.reset(branch.initial_state)
+    for action in branch.past:
+        env.step(action, render=False)
+    observation = env.observe()
+    start = np.concatenate([observation["robot_obs"], observation["scene_obs"]])
+    frames, actions = [observation["rgb_obs"]], []
+    following = _expert_actions(env, branch) if branch.following is None else iter(branch.following)
+    for step in range(branch.ahead):
+        actions.append(next(following))
+        env.step(actions[-1], render=False)
+        if (step + 1) % branch.every == 0:
+            frames.append(env.observe()["rgb_obs"])
+    return {"start": start, "frames": frames, "actions": np.stack(actions)}
+
+
+def _expert_actions(env: Env, branch: Branch) -> Iterator[np.ndarray]:
+    expert = env.expert(seed=branch.seed)
+    expert.reset(branch.task)
+    while True:
+        yield expert.act()
+
+
+def answer(env: Env, request: Survey | Chain | Branch, connection: Connection) -> tuple[str, dict[str, Any]]:
     """Do what the parent asked and name the kind of the answer."""
     if isinstance(request, Survey):
         sequences = env.sequences(request.count, tasks=request.tasks, length=request.length, seed=request.seed)
@@ -167,6 +209,8 @@ def answer(env: Env, request: Survey | Chain, connection: Connection) -> tuple[s
             env.reset(sequences[0][0])
             env.observe()
         return "survey", {"world": env.name, "versions": env.versions(), "sequences": sequences}
+    if isinstance(request, Branch):
+        return "branch", run_branch(env, request)
     controllers = {
         "random": lambda: RandomController(request),
         "expert": lambda: ExpertController(env, request),

@@ -31,6 +31,9 @@ CHANGES = {  # row -> the only subtrees it may touch, besides its name
     "gidm/t8_binning": {"gidm.quantizer"},
     "gidm/t8_continuous": {"gidm.quantizer"},
     "defi/blind": {"policy.blind"},
+    "defi/alignment": {"policy.alignment_weight", "data.future_frames"},
+    "defi/joint": {"policy._target_", "policy.gfdm", "policy.gidm", "policy.trainable", "policy.video_weight", "policy.reconstruction_weight",
+                   "data.future_frames"},
     "defi/official": {"policy", "loop"},
     "defi/vpp": {"policy", "loop"},
     "defi/t1_third_view": {"policy.views", "data.views"},
@@ -95,6 +98,18 @@ def test_published_policies_compose_at_every_scale(choice, scale):
     assert policy["gfdm"]["overrides"] == {"fps": 4} and policy["gidm"].get("overrides", {"clean_text": False}) == {"clean_text": False}
     assert cfg["loop"]["optimizer"].get("betas") == ([0.9, 0.9] if choice.startswith("experiment") else None)
     for target in set(targets(cfg)):
+        assert get_object(target)
+
+
+@pytest.mark.parametrize("scale, seconds", [("tiny", [1.0]), ("small", [14 / 30]), ("full", [1 / 3, 2 / 3, 1.0])])
+def test_true_frames_lie_where_the_imagined_ones_do(scale, seconds):
+    """Frame 15 of 16 at stride 2, or frame 3 of 4 at stride 10, is a second ahead at 30 Hz."""
+    data = resolved("step3_defi", "experiment=defi/alignment", f"scale={scale}")["data"]
+    assert [frame * data["future_stride"] / 30 for frame in data["future_frames"]] == pytest.approx(seconds)
+    joint = resolved("step3_defi", "experiment=defi/joint", f"scale={scale}")
+    assert joint["policy"]["_target_"] == "step3_defi.joint.JointDeFI" and "path" not in joint["policy"]["gfdm"] | joint["policy"]["gidm"]
+    assert (joint["data"]["future_frames"] - 1) * joint["data"]["future_stride"] == 30
+    for target in set(targets(joint)):
         assert get_object(target)
 
 

@@ -6,6 +6,7 @@ import signal
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -122,3 +123,22 @@ class NoisyPolicy(SteadyPolicy):
         keys = [o["rollout_key"] for o in observations]
         paces = [np.random.default_rng(key).uniform(0, 2) for key in keys]
         return np.stack([np.full((self.length, 7), pace) for pace in paces])
+
+
+class JudgedPolicy(SteadyPolicy):
+    """The expert's actions, but backwards where the sentence ends in _250. It forecasts a grey level more a step, but nothing new where it ends in _999."""
+
+    def __init__(self, folder: str = "", *, execute: int = 10, device: str = "cpu"):
+        super().__init__(folder, execute=execute, device=device)
+        latents = SimpleNamespace(decode=lambda latents: latents / 2 + 0.5)
+        gfdm = SimpleNamespace(generate=self.generate, encode_image=lambda image: image, latent_space=latents, num_frames=4)
+        gidm = SimpleNamespace(embed=lambda pictures: pictures.flatten(2).transpose(1, 2))
+        self.model = SimpleNamespace(forward_model=gfdm, gidm=gidm, views=("static", "gripper"), image_size=8, imagine_seed=0, device=device)
+
+    def plan(self, observations: list[dict], instructions: list[str]) -> np.ndarray:
+        chunks = super().plan(observations, instructions)
+        return chunks * np.array([-0.1 if sentence.endswith("_250") else 1.0 for sentence in instructions])[:, None, None]
+
+    def generate(self, image: Any, text: list[str], *, steps: int, seed: int) -> Any:
+        speed = 0.0 if text[0].endswith("_999") else 10 / 255
+        return (image / 2 + 0.5)[:, None].repeat(1, 4, 1, 1, 1) + speed * image.new_tensor(range(4)).view(1, 4, 1, 1, 1)

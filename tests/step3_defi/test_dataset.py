@@ -46,8 +46,8 @@ def test_motions_past_the_end_are_still_and_keep_the_gripper(calvin: Path) -> No
 
 
 def test_packed_windows_equal_those_of_the_npz_files(calvin: Path) -> None:
-    plain = windows(calvin, future_offsets=(2, 30))
-    packed = windows(calvin, future_offsets=(2, 30), pack=True)
+    plain = windows(calvin, future_frames=(2, 30))
+    packed = windows(calvin, future_frames=(2, 30), pack=True)
     assert plain.pack is None and packed.pack is not None and plain.fingerprint() == packed.fingerprint()
     for index in range(len(plain)):
         a, b = plain.sample(index, RNG), packed.sample(index, RNG)
@@ -86,10 +86,12 @@ def test_another_language_folder(calvin: Path) -> None:
 
 
 def test_futures_are_frames_ahead_and_stop_at_the_recordings_end(calvin: Path) -> None:
-    data = windows(calvin, future_offsets=(3, 30))
+    data = windows(calvin, future_frames=(1, 10), future_stride=3)
     sample = data.sample(20, RNG)  # frame 123 of 100..139
     assert torch.equal(sample["futures"]["static"][0], data.images(126)["static"])
     assert torch.equal(sample["futures"]["static"][1], data.images(139)["static"])
+    whole = windows(calvin, future_frames=4, future_stride=3)
+    assert whole.future_offsets == (3, 6, 9) and windows(calvin).future_offsets == ()
 
 
 def test_fractions_are_nested_whole_recordings_and_validation_is_apart() -> None:

@@ -11,6 +11,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from torch import nn
 
+from common.contracts import LatentAction
 from common.frozen import clip_text, dinov2
 from step1_gfdm import DinoFuture
 from step3_defi.edm import EDM
@@ -157,12 +158,56 @@ def test_a_trained_forward_model_cannot_be_cached() -> None:
 
 def test_alignment_pulls_the_projector_only_and_needs_futures() -> None:
     model = build(alignment_weight=1.0)
-    with pytest.raises(ValueError, match="future_offsets"):
+    with pytest.raises(ValueError, match="future_frames"):
         model(make_batch())
     batch = make_batch(futures=2)
     plain, aligned = build()(batch), model(batch)
     assert "alignment_loss" not in plain
     assert torch.isclose(aligned["loss"], aligned["action_loss"] + aligned["bottleneck_loss"] + aligned["alignment_loss"])
+
+
+def test_alignment_refuses_other_frames_than_the_pairs() -> None:
+    with pytest.raises(ValueError, match=r"'static': 1.*pair_frames \[1, 3\]"):
+        build(alignment_weight=1.0)(make_batch(futures=1))
+
+
+def test_alignment_falls_where_it_is_taught() -> None:
+    model, batch = build(alignment_weight=1.0), make_batch(futures=2)
+    optimizer = torch.optim.AdamW(model.projector.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(40):
+        out = model(batch)
+        optimizer.zero_grad()
+        out["loss"].backward()
+        optimizer.step()
+        losses.append(out["alignment_loss"].item())
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_latent_gap_says_what_the_codes_tell_of_the_action() -> None:
+    """Actions that only the codes know of: with a neighbour's the loss rises; codes that nobody reads are worth nothing."""
+    model, batch = build(fuse_grid=0), make_batch(2)
+    assert "latent_gap" not in model(batch)
+    signs = torch.tensor([-1.0, 1.0])
+
+    def infer(now: torch.Tensor, future: torch.Tensor, text: list[str]) -> LatentAction:
+        z = signs.repeat_interleave(len(now) // 2).view(-1, 1, 1).expand(-1, 2, 4)
+        return LatentAction(z, z, z.new_zeros(()), None)
+
+    model.gidm.infer = infer
+    model.video_former.forward = lambda features: features.new_zeros(2, model.video_former.num_tokens, model.video_former.dim)
+    batch |= {"text": ["go", "go"], "actions": 0.7 * signs.view(2, 1, 1).expand(2, 10, 7)}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
+    for _ in range(60):
+        loss = model(batch)["loss"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    model.eval()
+    told = model(batch)
+    assert told["latent_gap"] > 0.5 > told["action_loss"]
+    signs[:] = 1
+    assert model(batch)["latent_gap"] == 0
 
 
 @pytest.mark.parametrize("part", ["now", "features", "goal"])

@@ -159,10 +159,11 @@ def test_cache_changes_nothing_but_speed(tree: Path) -> None:
         assert torch.allclose(value.float(), weights[1][key].float(), atol=5e-3), key
 
 
-@pytest.mark.parametrize("row", ["blind", "t1_third_view", "t4_gidm_no_pretrain", "t4_gfdm_no_pretrain", "t6_five_steps", "t9_all"])
+@pytest.mark.parametrize("row", ["alignment", "blind", "t1_third_view", "t4_gidm_no_pretrain", "t4_gfdm_no_pretrain", "t6_five_steps", "t9_all"])
 def test_rows_train_and_load(tree: Path, row: str) -> None:
     model = policy.load(run(tree, row, f"experiment=defi/{row}")).model
     assert isinstance(model, DeFI)
+    assert model.alignment_weight == (row == "alignment")
     assert model.blind == (row == "blind") and model.views == (("static",) if row == "t1_third_view" else ("static", "gripper"))
     gfdm = model.gfdm if row == "t9_all" else model.gfdm.module
     assert gfdm.denoise_steps == (5 if row == "t6_five_steps" else 1)
