@@ -106,7 +106,7 @@ class FakeEnv:
 class SteadyPolicy:
     """Advances by one a step, always."""
 
-    def __init__(self, folder: str = "", *, execute: int = 10, device: str = "cpu", length: int = 10, delay: float = 0.0):
+    def __init__(self, folder: str = "", *, execute: int = 10, device: str = "cpu", compile: bool = False, length: int = 10, delay: float = 0.0):
         self.execute, self.length, self.delay = execute, length, delay
         self.batches: list[list[tuple[int, ...]]] = []
 
@@ -128,7 +128,7 @@ class NoisyPolicy(SteadyPolicy):
 class JudgedPolicy(SteadyPolicy):
     """The expert's actions, but backwards where the sentence ends in _250. It forecasts a grey level more a step, but nothing new where it ends in _999."""
 
-    def __init__(self, folder: str = "", *, execute: int = 10, device: str = "cpu"):
+    def __init__(self, folder: str = "", *, execute: int = 10, device: str = "cpu", compile: bool = False):
         super().__init__(folder, execute=execute, device=device)
         latents = SimpleNamespace(decode=lambda latents: latents / 2 + 0.5)
         gfdm = SimpleNamespace(generate=self.generate, encode_image=lambda image: image, latent_space=latents, num_frames=4)
