@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from accelerate.utils import DistributedType, send_to_device, set_seed
 from diffusers.training_utils import EMAModel
 from torch import nn
@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 from common import optim
 from common.mixture import Draws, SampleSet, TooManyUnreadable, collate
 from common.precision import bf16_pays
+from common.processes import processes
 from common.tracking import Tracker
 
 log = logging.getLogger(__name__)
@@ -147,7 +148,7 @@ class Loop:
 
         `keep(step)` is called on the main process whenever `best` was lower than ever before, while the model holds the weights that were validated.
         """
-        precision = self.precision if self.precision != "auto" else "bf16" if bf16_pays(PartialState().device) else "no"
+        precision = self.precision if self.precision != "auto" else "bf16" if bf16_pays(processes().device) else "no"
         self.accelerator = Accelerator(mixed_precision=precision, gradient_accumulation_steps=1)
         sharded = self.accelerator.distributed_type is DistributedType.FSDP
         if sharded and self.ema_decay:

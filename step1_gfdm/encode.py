@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from omegaconf import DictConfig
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -28,6 +27,7 @@ from common import video
 from common.files import beside, write_text
 from common.mixture import Unreadable
 from common.precision import bf16_pays
+from common.processes import processes
 from common.program import program
 from step1_gfdm import vae
 from step1_gfdm.dataset import known_length, latent_target, read_annotation, video_path
@@ -206,7 +206,7 @@ def main(cfg: DictConfig) -> None:
         raise ValueError(f"precision={cfg.precision}; use one of {', '.join(PRECISIONS)} or auto")
     if cfg.store not in ("fp32", "bf16"):
         raise ValueError(f"store={cfg.store}; use fp32 (VPP) or bf16 (half the disk)")
-    state = PartialState()
+    state = processes()
     precision = cfg.precision if cfg.precision != "auto" else "bf16" if bf16_pays(state.device) else "fp32"
     latent_space = vae.load(cfg.svd).to(state.device, PRECISIONS[precision])
     data = Path(cfg.videos)

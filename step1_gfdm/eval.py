@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from tqdm import tqdm
@@ -27,6 +26,7 @@ from common.figures import pyplot, save
 from common.files import write_text
 from common.metrics import bootstrap_ci, psnr, ssim
 from common.mixture import Unreadable
+from common.processes import processes
 from common.program import program
 from common.video import write_mp4
 from step1_gfdm.dataset import VideoClips
@@ -205,7 +205,7 @@ def _eyes(cfg: DictConfig, device: str) -> tuple[dict[str, Callable[[Tensor, Ten
 
 @program("step1_eval")
 def main(cfg: DictConfig) -> None:
-    if not PartialState().is_main_process:  # the launcher starts one process a GPU; a few clips need one
+    if not processes().is_main_process:  # the launcher starts one process a GPU; a few clips need one
         return
     device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = artifact.load(cfg.path, "gfdm").to(device)

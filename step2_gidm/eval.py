@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
@@ -27,6 +26,7 @@ from common.curves import save_curves
 from common.files import write_text
 from common.metrics import bootstrap_ci
 from common.mixture import Mixture, SampleSet, Unreadable
+from common.processes import processes
 from common.program import EXPECTED, program
 from step2_gidm import meaning
 from step2_gidm.meaning import QUANTIZED, SENTENCE, Missing, Seen
@@ -220,7 +220,7 @@ def _spread_out(texts: Sequence[str], count: int) -> list[int]:
 
 @program("step2_eval")
 def main(cfg: DictConfig) -> None:
-    if not PartialState().is_main_process:  # the launcher starts one process a GPU; a few pairs need one
+    if not processes().is_main_process:  # the launcher starts one process a GPU; a few pairs need one
         return
     model = artifact.load(cfg.path, "gidm").to(cfg.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     cfg.gidm = OmegaConf.load(Path(cfg.path) / "config.yaml")

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from accelerate import PartialState
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
 from common import artifact
 from common.files import write_text
+from common.processes import processes
 from common.program import program
 from common.video import write_mp4
 from step3_defi import film, journal
@@ -46,7 +46,7 @@ def diagnose(*, run: Path, path: Path, failures: int, every: int, within: int, a
     if min(failures, every, within, workers) < 1:
         raise ValueError(f"failures={failures}, every={every}, within={within}, workers={workers}: each must be at least 1")
     replay = Replay(journal.read(run / journal.NAME), failures=failures, horizon=settings["horizon"])
-    policy = instantiate(OmegaConf.create(settings["planner"]), str(path), device=str(PartialState().device))
+    policy = instantiate(OmegaConf.create(settings["planner"]), str(path), device=str(processes().device))
     critic, recorder = Critic(policy.model, steps=steps), Recorder(policy, every=every, within=within)
     if ahead % (critic.frames - 1) or ahead < recorder.execute:
         raise ValueError(f"ahead={ahead}: a multiple of {critic.frames - 1}, the frames ahead that are imagined, and at least the {recorder.execute} "

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from accelerate import PartialState
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
@@ -27,6 +26,7 @@ from tqdm import tqdm
 from common import artifact
 from common.contracts import ChunkPolicy
 from common.files import write_text
+from common.processes import processes
 from common.program import program
 from common.video import write_mp4
 from step3_defi import film, journal, stats
@@ -53,7 +53,7 @@ def evaluate(*, env_config: dict[str, Any], agent: str, planner: DictConfig, tas
             raise ValueError(f"{key}={value}: must be at least 1")
     folder = None if agent in WITHOUT_MODEL else _policy_folder(agent)
     sha256 = None if folder is None else artifact.sha256(folder)
-    state = PartialState(timeout=SLOWEST)
+    state = processes(SLOWEST)
     with journal.alone(out) if state.is_main_process else nullcontext():
         with Simulators(env_config, count=workers, patience=patience) as simulators:
             world = simulators.survey(Survey(sequences, tasks, length, seed, pictures=bool(sha256 or films["candidates"])))

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from common import artifact
+from common.processes import processes
 from common.program import program
 from step3_defi import features, policy
 from step3_defi.model import DeFI
@@ -85,7 +85,7 @@ def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
 
 def _cache(sets: dict[str, Any], model: DeFI, config: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Every set behind its cache. One process builds; the others wait and open it. Of an inverse model only the frozen eyes are cached, so all share."""
-    state = PartialState()
+    state = processes()
     model.to(state.device)
     gfdm, gidm = config["gfdm"], config["gidm"]
     sources = {"gfdm": artifact.sha256(gfdm["path"]) + repr(gfdm["overrides"]) if policy.is_artifact(gfdm) else repr(gfdm)}
