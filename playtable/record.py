@@ -138,11 +138,17 @@ def record(
 def _record_scenes(settings: dict[str, Any], parts: Path, workers: int) -> list[dict[str, Any]]:
     """The summaries of all chains of all scenes; what an earlier attempt finished is only read."""
     chains, scenes, episodes = [], settings["scenes"], settings["episodes"]
+    others = set(multiprocessing.active_children())
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_prepare_worker) as pool:
-        for order, scene in enumerate(scenes):
-            share = episodes // len(scenes) + (order < episodes % len(scenes))
-            job = {**settings, "scene": scene, "parts": str(parts)}
-            chains += _record_scene(_in_order(pool, job, ahead=2 * workers), scene, share)
+        try:
+            for order, scene in enumerate(scenes):
+                share = episodes // len(scenes) + (order < episodes % len(scenes))
+                job = {**settings, "scene": scene, "parts": str(parts)}
+                chains += _record_scene(_in_order(pool, job, ahead=2 * workers), scene, share)
+        finally:
+            # the pool would wait for chains that nobody needs any more, minutes where pictures are slow
+            for worker in set(multiprocessing.active_children()) - others:
+                worker.kill()
     return chains
 
 
