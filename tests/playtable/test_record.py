@@ -129,6 +129,12 @@ def test_the_number_of_workers_and_a_kill_do_not_matter(tmp_path: Path, monkeypa
     assert (tmp_path / "one" / ".parts").is_dir()
     with pytest.raises(ValueError, match="other settings"):
         record(**{**request, "seed": 4}, out=tmp_path / "one", workers=1)
+    summary = next(path for path in sorted(tmp_path.glob("one/.parts/*/summary.json")) if json.loads(path.read_text())["segments"])
+    text = summary.read_text()
+    summary.write_text(text.replace('"renderer": "', '"renderer": "another '))
+    with pytest.raises(RuntimeError, match=r"renderer: .*begin anew"):
+        record(**request, out=tmp_path / "one", workers=1)
+    summary.write_text(text)
     record(**request, out=tmp_path / "one", workers=1)
     assert contents(tmp_path / "one") == contents(tmp_path / "two") != {}
     with pytest.raises(ValueError, match="already holds"):
