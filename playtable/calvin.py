@@ -15,6 +15,7 @@ import numpy as np
 from playtable import calvin_sim, expert, sequences, tasks
 from playtable.env import NEUTRAL_ROBOT_OBS, PlayTable, PlayTableState, as_vector
 from playtable.scene import get_scene
+from playtable.tasks import TASKS
 
 LOADS_A_CONNECTION = 50  # pybullet keeps up to 11 MB of a world it has loaded until it is disconnected
 REFERENCE_STATE = sequences.INITIAL_STATES[0]
@@ -162,7 +163,7 @@ class Calvin:
     def sequences(self, count: int, *, tasks: list[str] | None = None, length: int = 5, seed: int = 0) -> list[tuple[dict, list[str]]]:
         """`count` pairs of (symbolic initial state, tasks in a row). Raises RuntimeError where the default ones are not CALVIN's."""
         pairs = sequences.generate(count, tasks=tasks, length=length, seed=seed)
-        if tasks is None and length == 5 and seed == 0:
+        if tuple(tasks or TASKS) == TASKS and length == 5 and seed == 0:
             sequences.check_official(pairs)
         return pairs
 

@@ -138,11 +138,17 @@ def record(
 def _record_scenes(settings: dict[str, Any], parts: Path, workers: int) -> list[dict[str, Any]]:
     """The summaries of all chains of all scenes; what an earlier attempt finished is only read."""
     chains, scenes, episodes = [], settings["scenes"], settings["episodes"]
+    others = set(multiprocessing.active_children())
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_prepare_worker) as pool:
-        for order, scene in enumerate(scenes):
-            share = episodes // len(scenes) + (order < episodes % len(scenes))
-            job = {**settings, "scene": scene, "parts": str(parts)}
-            chains += _record_scene(_in_order(pool, job, ahead=2 * workers), scene, share)
+        try:
+            for order, scene in enumerate(scenes):
+                share = episodes // len(scenes) + (order < episodes % len(scenes))
+                job = {**settings, "scene": scene, "parts": str(parts)}
+                chains += _record_scene(_in_order(pool, job, ahead=2 * workers), scene, share)
+        finally:
+            # the pool would wait for chains that nobody needs any more, minutes where pictures are slow
+            for worker in set(multiprocessing.active_children()) - others:
+                worker.kill()
     return chains
 
 
@@ -181,6 +187,7 @@ def _record_scene(summaries: Iterator[dict[str, Any]], scene: str, share: int) -
     with tqdm(total=share, desc=f"scene {scene}", unit="episode", mininterval=1) as bar:
         while have < share:
             summary = next(summaries)
+            _check_same_world(summary, chains)
             summary["segments"] = summary["segments"][: share - have]
             have += len(summary["segments"])
             bar.update(len(summary["segments"]))
@@ -189,6 +196,16 @@ def _record_scene(summaries: Iterator[dict[str, Any]], scene: str, share: int) -
                 raise RuntimeError(f"scene {scene}: {BARREN} chains gave no segment; are these tasks possible there?")
     summaries.close()
     return chains
+
+
+def _check_same_world(summary: dict[str, Any], before: list[dict[str, Any]]) -> None:
+    """A recording that went on elsewhere must not mix the pictures of two renderers. A chain without segments drew none."""
+    first = next((chain for chain in before if chain["segments"]), summary)
+    if summary["segments"] and summary["versions"] != first["versions"]:
+        differ = ", ".join(f"{key}: {first['versions'].get(key)} there, {value} here" for key, value in summary["versions"].items()
+                           if value != first["versions"].get(key))
+        raise RuntimeError(f"chain {summary['folder']} was not recorded like {first['folder']} ({differ}): "
+                           f"choose another out= or delete .parts in it to begin anew")
 
 
 def _held_out(chains: list[dict[str, Any]], share: float) -> set[str]:
@@ -201,6 +218,7 @@ def _assemble(chains: list[dict[str, Any]], out: Path, share: float, *, videos: 
     """Move the frames of all chains under consecutive ids, training first. Safe to repeat after a kill."""
     held_out = _held_out(chains, share)
     tasks, first = Counter[str](), 0
+    drawn = next(summary for summary in chains if summary["segments"])
     for split, folder in (("train", "training"), ("val", "validation")):
         chosen = [summary for summary in chains if (summary["folder"] in held_out) == (split == "val")]
         target, episodes, vectors = out / folder, [], []
@@ -220,7 +238,7 @@ def _assemble(chains: list[dict[str, Any]], out: Path, share: float, *, videos: 
         tasks.update(episode["task"] for episode in episodes)
         if episodes:
             files.write_statistics(target, {key: np.concatenate([v[key] for v in vectors]) for key in vectors[0]})
-        files.write_world(target, sorted({summary["scene"] for summary in chosen}), chains[0]["world"], chains[0]["versions"])
+        files.write_world(target, sorted({summary["scene"] for summary in chosen}), drawn["world"], drawn["versions"])
         files.write_split(target, episodes, scenes)
     failed = sum(summary["failed"] for summary in chains)
     return {"episodes": sum(tasks.values()), "frames": first, "failed": failed, "tasks": dict(sorted(tasks.items()))}

@@ -128,6 +128,8 @@ def _report(out: Path, settings: dict[str, Any], keep: int) -> dict[str, Any]:
         note += " {clipped:,} of {steps:,} actions left [-1, 1] and were clipped.".format_map(results["actions"])
     if not stats.is_calvin(world):
         note += " This world is not CALVIN: its numbers are not comparable with the paper's."
+    elif world != "calvin-D" or len(settings["tasks"] or ()) not in (0, stats.CALVIN_TASKS):
+        note += " CALVIN's benchmark is all its tasks in scene D: these numbers are not comparable with the paper's."
     table = f"{chains}\n\n{note}\n\nSub-tasks within {longest} steps (Wilson intervals):\n\n{stats.task_table(results['tasks'])}\n"
     write_text(out / "table.md", table)
     film.prune(out / "videos", keep)

@@ -16,6 +16,7 @@ from step3_defi.journal import JournalError, Record
 HORIZONS = (280, 360, 720)
 PAPER = {"1": 0.979, "2": 0.942, "3": 0.907, "4": 0.870, "5": 0.812}  # Table 1, multi-view
 PAPER_AVG_LEN = 4.51
+CALVIN_TASKS = 34
 PERMUTATIONS = 10_000
 NORMAL_95 = 1.959964
 

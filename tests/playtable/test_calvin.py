@@ -15,6 +15,7 @@ from playtable.calvin import Calvin
 from playtable.calvin_sim import CalvinError
 from playtable.env import NEUTRAL_ROBOT_OBS, PlayTableState
 from playtable.sequences import INITIAL_STATES, initial_state
+from playtable.tasks import TASKS
 
 ROOT = Path(__file__).resolve().parents[2]
 FAKE = Path(__file__).parent / "fake_calvin"
@@ -260,3 +261,10 @@ def test_the_recorder_closes_a_world_before_it_opens_the_next(monkeypatch: pytes
     second = program._world("D", settings)
     assert second.name == "calvin-D" and list(worlds()) == [0]
     second.close()
+
+
+@pytest.mark.parametrize("named", [None, list(TASKS)])
+def test_sequences_that_are_not_calvins_are_refused(env: Calvin, monkeypatch: pytest.MonkeyPatch, named: list[str] | None) -> None:
+    monkeypatch.setattr(sequences, "OFFICIAL_SHA256", dict.fromkeys(sequences.OFFICIAL_SHA256, "0"))
+    with pytest.raises(RuntimeError, match="not CALVIN's"):
+        env.sequences(max(sequences.OFFICIAL_SHA256), tasks=named)

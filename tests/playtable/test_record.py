@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import av
@@ -128,6 +129,12 @@ def test_the_number_of_workers_and_a_kill_do_not_matter(tmp_path: Path, monkeypa
     assert (tmp_path / "one" / ".parts").is_dir()
     with pytest.raises(ValueError, match="other settings"):
         record(**{**request, "seed": 4}, out=tmp_path / "one", workers=1)
+    summary = next(path for path in sorted(tmp_path.glob("one/.parts/*/summary.json")) if json.loads(path.read_text())["segments"])
+    text = summary.read_text()
+    summary.write_text(text.replace('"renderer": "', '"renderer": "another '))
+    with pytest.raises(RuntimeError, match=r"renderer: .*begin anew"):
+        record(**request, out=tmp_path / "one", workers=1)
+    summary.write_text(text)
     record(**request, out=tmp_path / "one", workers=1)
     assert contents(tmp_path / "one") == contents(tmp_path / "two") != {}
     with pytest.raises(ValueError, match="already holds"):
@@ -239,6 +246,18 @@ def test_the_program_ends_with_one_line_on_bad_input(tmp_path: Path) -> None:
     ended = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], check=False)
     assert ended.returncode == 1 and ended.stderr.startswith("error: unknown task 'sing'")
     assert "Traceback" not in ended.stderr
+
+
+def test_an_end_waits_for_no_chain_that_is_under_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(pool: ProcessPoolExecutor, *_: object, **__: object) -> None:
+        pool.submit(time.sleep, 200)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(program, "_in_order", interrupted)
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        record(scenes=["D"], tasks=FIXTURES, episodes=1, out=tmp_path / "x", workers=1)
+    assert time.monotonic() - began < 100
 
 
 def test_workers_end_with_a_program_that_is_killed(tmp_path: Path) -> None:
