@@ -16,7 +16,7 @@ from tests.step3_defi.parts import configure
 class OwnNoise(EDM):
     """Every sample's noise is its own, so that it is the same in whichever process it lands."""
 
-    def loss(self, network, actions):
+    def loss(self, network, actions, *, generator=None):
         seeds = [zlib.crc32(row.numpy().tobytes()) for row in actions]
         with torch.random.fork_rng():
             drawn = []
