@@ -56,6 +56,17 @@ def resolved(step: str, *overrides: str) -> dict[str, Any]:
         return OmegaConf.to_container(compose(config_name=step, overrides=list(overrides)), resolve=True)
 
 
+@pytest.mark.parametrize("scale", SCALES)
+def test_a_scale_speaks_of_one_size_and_one_hub(scale: str) -> None:
+    """What step 1 trains on is what step 3 shows it, and a scale below full needs only what common.standins makes."""
+    gfdm, gidm, defi = (resolved(step, f"scale={scale}") for step in ("step1_gfdm", "step2_gidm", "step3_defi"))
+    assert gfdm["gfdm"]["image_size"] == defi["policy"]["image_size"]
+    if scale != "full":
+        assert gfdm["data"]["latent_shape"][1] * 8 == gfdm["gfdm"]["image_size"] == gidm["gidm"]["vision"]["image_size"]
+        places = [gfdm["gfdm"]["svd"], gfdm["gfdm"]["clip"], gidm["gidm"]["vision"]["path"], gidm["gidm"]["text"]["path"], defi["policy"]["goal"]["path"]]
+        assert all("/hub/tiny/" in place for place in places), places
+
+
 def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(tree, dict):
         return {prefix: tree}
@@ -101,7 +112,7 @@ def test_published_policies_compose_at_every_scale(choice, scale):
         assert get_object(target)
 
 
-@pytest.mark.parametrize("scale, seconds", [("tiny", [1.0]), ("small", [14 / 30]), ("full", [1 / 3, 2 / 3, 1.0])])
+@pytest.mark.parametrize("scale, seconds", [("tiny", [1.0]), ("small", [1.0]), ("full", [1 / 3, 2 / 3, 1.0])])
 def test_true_frames_lie_where_the_imagined_ones_do(scale, seconds):
     """Frame 15 of 16 at stride 2, or frame 3 of 4 at stride 10, is a second ahead at 30 Hz."""
     data = resolved("step3_defi", "experiment=defi/alignment", f"scale={scale}")["data"]
