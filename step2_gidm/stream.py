@@ -16,7 +16,7 @@ from torch.utils.data import get_worker_info
 
 from common.mixture import Mixture, TooManyUnreadable, Unreadable
 
-PLAN, ORDER, RUN = 1, 2, 3  # the last of four numbers of a generator's key: what it is for (common.loop has 4)
+PLAN, ORDER, RUN = 1, 2, 3  # the last of four numbers of a generator's key: what it is for (common.batches has 4)
 MAX_TRIES = 20
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,8 @@ import torch
 from accelerate.utils import DistributedType
 from torch import nn
 
-from common.loop import Batches, Loop, NonFiniteLoss
+from common.batches import Batches
+from common.loop import Loop, NonFiniteLoss
 from common.mixture import Mixture, Unreadable
 
 

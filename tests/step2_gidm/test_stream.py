@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from common import rlds
-from common.loop import Batches, Loop, loader
+from common.batches import Batches, loader
+from common.loop import Loop
 from common.mixture import Draws, Mixture
 from step2_gidm.dataset import mixture
 from step2_gidm.stream import Plan, Stream

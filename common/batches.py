@@ -1,0 +1,74 @@
+"""Which samples a rank trains on, and in which order (Table 10).
+
+Batch number b of rank r is a pure function of (seed, b, r): resuming means starting at another number.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Sampler
+
+from common.mixture import Draws, SampleSet, collate
+
+WITHIN_BLOCK = 4  # a generator of its own: keys of a sample's have three numbers
+
+
+class Batches(Sampler[list[tuple[int, int]]]):
+    """Batches of (epoch, index) keys for one rank, from batch number `start` to `stop`.
+
+    A set of `block`s is dealt block by block: lanes, one for each rank and each of its `streams` (the workers of its loader), take the
+    blocks of an endless row in turn, a lane's batches come from one block after another, shuffled within it, and a rank's batches go
+    round its streams, as DataLoader deals them to workers. So a worker reads only blocks of its own, each once.
+    """
+
+    def __init__(self, length: int, batch_size: int, *, seed: int, rank: int, world: int, start: int, stop: int,
+                 block: int | None = None, streams: int = 1) -> None:
+        if block and not batch_size <= block <= length:
+            raise ValueError(f"{length} samples in blocks of {block} give no batches of {batch_size}, which lie in one block each; raise data.stream.block")
+        self.length, self.batch_size, self.seed = length, batch_size, seed
+        self.rank, self.world, self.start, self.stop = rank, world, start, stop
+        self.block, self.streams = block, streams
+
+    @staticmethod
+    def per_epoch(length: int, batch_size: int, world: int) -> int:
+        """Whole batches of every rank in an epoch; a set smaller than one global batch is repeated to fill one."""
+        return max(1, length // (batch_size * world))
+
+    @property
+    def lanes(self) -> int:
+        """How many blocks are read side by side, over all ranks."""
+        return self.world * self.streams
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        return self._dealt() if self.block else self._shuffled()
+
+    def _shuffled(self) -> Iterator[list[tuple[int, int]]]:
+        per_epoch = self.per_epoch(self.length, self.batch_size, self.world)
+        share, order, current = self.batch_size * self.world, np.empty(0, int), -1
+        for number in range(self.start, self.stop):
+            epoch, position = divmod(number, per_epoch)
+            if epoch != current:
+                order, current = np.random.default_rng((self.seed, epoch)).permutation(self.length), epoch
+                order = np.resize(order, max(self.length, share))
+            mine = order[position * share:(position + 1) * share][self.rank::self.world]
+            yield [(epoch, int(index)) for index in mine]
+
+    def _dealt(self) -> Iterator[list[tuple[int, int]]]:
+        per_block = self.block // self.batch_size  # samples of a block past its last whole batch are not drawn
+        for number in range(self.start, self.stop):
+            turn, position = divmod(number // self.streams, per_block)
+            epoch, block = divmod(turn * self.lanes + self.rank * self.streams + number % self.streams, self.length // self.block)
+            order = block * self.block + np.random.default_rng((self.seed, epoch, block, WITHIN_BLOCK)).permutation(self.block)
+            yield [(epoch, int(index)) for index in order[position * self.batch_size:(position + 1) * self.batch_size]]
+
+
+def loader(samples: SampleSet, batches: Batches, *, workers: int, pin: bool) -> DataLoader:
+    """What a rank trains on: its batches of a sample set, read ahead by `workers` processes."""
+    # its own generator: an iterator's base seed would otherwise advance the model's noise at every resume
+    return DataLoader(Draws(samples, batches.seed, stride=batches.lanes), batch_sampler=batches, collate_fn=collate, num_workers=workers,
+                      generator=torch.Generator().manual_seed(batches.seed), pin_memory=pin, prefetch_factor=4 if workers else None)
