@@ -143,7 +143,7 @@ class DeFI(nn.Module):
     def sample(self, views: dict[str, Tensor], text: list[str], *, seed: int | Sequence[int] = 0) -> Tensor:
         """View name -> (B, 3, H, W) in [-1, 1], B strings -> actions (B, A, 7). A row depends on its own seed only."""
         seeds = [seed] * len(text) if isinstance(seed, int) else list(seed)
-        goal, streams, _ = self._infer(self._look(views, text), text)
+        goal, streams, _ = self._infer(self._look(views, text, taught=False), text)
         context = self.adapter.encode(goal, streams)
         noise = seeded_noise(seeds, (self.adapter.horizon, self.adapter.action_dim), goal.device)
         return self.edm.sample(lambda x, sigma: self.adapter(x, sigma, context), noise)
@@ -162,8 +162,8 @@ class DeFI(nn.Module):
                 raise ValueError(f"{name} leaves the range of fp16 and cannot be cached; set cache=false")
         return seen
 
-    def _look(self, views: dict[str, Tensor], text: list[str], futures: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """Run the parts that see pictures, all views in one pass."""
+    def _look(self, views: dict[str, Tensor], text: list[str], futures: dict[str, Tensor] | None = None, *, taught: bool = True) -> dict[str, Tensor]:
+        """Run the parts that see pictures, all views in one pass. In use nothing is `taught`, and no future is known."""
         missing = [name for name in self.views if name not in views]
         if missing:
             raise ValueError(f"the policy looks through {list(self.views)}; the batch lacks {missing}")
@@ -176,7 +176,7 @@ class DeFI(nn.Module):
             seen = {"features": _by_view(self._imagine(images, list(text) * count), count)}
             if self.sees_now:
                 seen["now"] = _by_view(self.gidm.embed((images + 1) / 2), count)
-        if self.alignment_weight:
+        if self.alignment_weight and taught:
             if futures is None:
                 raise ValueError("alignment_weight needs the true future frames; set data.future_frames=${policy.pair_frames}")
             wrong = {name: frames.shape[1] for name, frames in futures.items() if frames.shape[1] != len(self.pair_frames)}
@@ -213,7 +213,7 @@ class DeFI(nn.Module):
         if self.fuse_grid and self.fuse_now:
             streams["now"] = pool_grid(now, self.fuse_grid).flatten(1, 2)
         extra = {"bottleneck_loss": latent.loss} | _code_use(latent.codes)
-        if self.alignment_weight:
+        if "target" in frozen:
             extra["alignment_loss"] = (future.float() - frozen["target"].to(future.device).float()).square().mean()
         return self.goal_norm(self.goal.pooled(text).to(device)), streams, extra
 
