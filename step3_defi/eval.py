@@ -117,7 +117,7 @@ def _report(out: Path, settings: dict[str, Any], keep: int) -> dict[str, Any]:
     results = {
         "world": world, "renderer": settings["versions"].get("renderer"), "versions": settings["versions"],
         "policy": settings["policy"], "policy_sha256": settings["policy_sha256"],
-        "sequences": len(records), "length": length, "seed": settings["seed"],
+        "vocabulary": settings["tasks"], "sequences": len(records), "length": length, "seed": settings["seed"],
         "horizons": horizons, "tasks": stats.task_stats(records, longest), "tasks_horizon": longest, "actions": stats.action_stats(records, longest),
     }
     write_text(out / "results.json", json.dumps(results, indent=2) + "\n")
@@ -126,10 +126,7 @@ def _report(out: Path, settings: dict[str, Any], keep: int) -> dict[str, Any]:
     note = f"{len(records)} sequences of {length} in {world}; 95 % bootstrap intervals over sequences."
     if results["actions"]["clipped"] is not None:
         note += " {clipped:,} of {steps:,} actions left [-1, 1] and were clipped.".format_map(results["actions"])
-    if not stats.is_calvin(world):
-        note += " This world is not CALVIN: its numbers are not comparable with the paper's."
-    elif world != "calvin-D" or len(settings["tasks"] or ()) not in (0, stats.CALVIN_TASKS):
-        note += " CALVIN's benchmark is all its tasks in scene D: these numbers are not comparable with the paper's."
+    note = f"{note} {stats.caveat(world, settings['tasks'])}".rstrip()
     table = f"{chains}\n\n{note}\n\nSub-tasks within {longest} steps (Wilson intervals):\n\n{stats.task_table(results['tasks'])}\n"
     write_text(out / "table.md", table)
     film.prune(out / "videos", keep)

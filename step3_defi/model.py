@@ -93,9 +93,8 @@ class DeFI(nn.Module):
 
     def compile_parts(self, **options: Any) -> None:
         """torch.compile for what a plan spends its time in: the forward model's UNet, where it has one, and the adapter. Options are its own."""
-        gfdm = self.gfdm.module if isinstance(self.gfdm, Frozen) else self.gfdm
-        if hasattr(gfdm, "compile_unet"):
-            gfdm.compile_unet(**options)
+        if hasattr(self.forward_model, "compile_unet"):
+            self.forward_model.compile_unet(**options)
         self.adapter.compile(**options)
 
     @property

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 
@@ -59,7 +58,7 @@ class DeFIPolicy:
             raise ValueError("this policy was not loaded from an artifact, so nothing says how to build it; see common.artifact.save")
         folder = Path(folder)
         record = artifact.meta(self.origin, "defi")
-        config = yaml.safe_load((self.origin / "config.yaml").read_text())
+        config = artifact.read_config(self.origin, "defi")
         for key, place in self.moved.items() if with_parents else ():
             artifact.copy(place, folder / INSIDE / key.removesuffix(".path"))
         return artifact.save(self.model, folder, kind="defi", config=config, step=record["step"], parents=record["parents"], stats=record["stats"])
@@ -174,7 +173,7 @@ def find_parents(folder: str | Path, given: Mapping[str, Path] | None = None) ->
     """Overrides that point an artifact's config at its parents, after checking that they are the ones it was trained with."""
     folder, given = Path(folder), given or {}
     known = artifact.meta(folder, "defi")["parents"]
-    config = yaml.safe_load((folder / "config.yaml").read_text())
+    config = artifact.read_config(folder, "defi")
     if strangers := sorted(given.keys() - known.keys()):
         raise artifact.ArtifactError(f"{folder}: its {' and '.join(strangers)} is no artifact and cannot be given; "
                                      f"it is built from its own config: override {strangers[0]}.<key>")

@@ -115,8 +115,7 @@ def rollout_table(folders: Mapping[str, Path]) -> str:
     rows = {label: results["horizons"][horizon] for label, results in found.items()}
     table = stats.chain_table(rows, length=first["length"], paper=stats.paper_label(first["world"]))
     facts = f"{first['world']}, {first['sequences']} sequences of {first['length']}, {horizon} steps a sub-task; 95 % bootstrap intervals over sequences."
-    if not stats.is_calvin(first["world"]):
-        facts += " Another world than CALVIN: not comparable with the paper's numbers."
+    facts = f"{facts} {stats.caveat(first['world'], first['vocabulary'])}".rstrip()
     paired = [or_missing(lambda other=other: _paired(next(iter(found)), other, folders, int(horizon)), f"The comparison with {other!r}")
               for other in list(found)[1:]]
     tasks = _tasks(found)

@@ -5,7 +5,7 @@ that took longer, so one run gives the paper's 280 (App. Q9), CALVIN's 360 and t
 """
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -89,6 +89,15 @@ def is_calvin(world: str) -> bool:
     return world.lower().startswith("calvin")
 
 
+def caveat(world: str, vocabulary: Sequence[str] | None) -> str:
+    """What keeps results of `world` over the tasks of `vocabulary` (None: all) from standing beside the paper's; "" where nothing does."""
+    if not is_calvin(world):
+        return "This world is not CALVIN: its numbers are not comparable with the paper's."
+    if world != "calvin-D" or len(vocabulary or ()) not in (0, CALVIN_TASKS):
+        return "CALVIN's benchmark is all its tasks in scene D: these numbers are not comparable with the paper's."
+    return ""
+
+
 def compare(a: Mapping[int, Record], b: Mapping[int, Record], horizon: int, *, seed: int = 0) -> dict[str, Any]:
     """Paired comparison of average lengths on the sequences that both journals hold.
 
@@ -97,10 +106,7 @@ def compare(a: Mapping[int, Record], b: Mapping[int, Record], horizon: int, *, s
     """
     common = shared(a, b)
     first, second = (chain_lengths([records[i] for i in common], horizon) for records in (a, b))
-    difference = (first - second).astype(float)
-    mean, low, high = bootstrap_ci(difference, seed=seed)
-    return {"sequences": len(common), "avg_len_a": float(first.mean()), "avg_len_b": float(second.mean()),
-            "difference": mean, "difference_ci95": [low, high], "p_value": permutation_p(difference, seed=seed)}
+    return {"sequences": len(common), "avg_len_a": float(first.mean()), "avg_len_b": float(second.mean()), **_paired(first, second, seed)}
 
 
 def compare_tasks(a: Mapping[int, Record], b: Mapping[int, Record], horizon: int, *, seed: int = 0) -> dict[str, dict[str, Any]]:
@@ -117,10 +123,14 @@ def compare_tasks(a: Mapping[int, Record], b: Mapping[int, Record], horizon: int
     found = {}
     for task, pairs in sorted(outcomes.items()):
         first, second = np.array(pairs, float).T
-        mean, low, high = bootstrap_ci(first - second, seed=seed)
-        found[task] = {"pairs": len(pairs), "rate_a": float(first.mean()), "rate_b": float(second.mean()), "difference": mean,
-                       "difference_ci95": [low, high], "p_value": permutation_p(first - second, seed=seed)}
+        found[task] = {"pairs": len(pairs), "rate_a": float(first.mean()), "rate_b": float(second.mean()), **_paired(first, second, seed)}
     return found
+
+
+def _paired(first: np.ndarray, second: np.ndarray, seed: int) -> dict[str, Any]:
+    difference = (first - second).astype(float)
+    mean, low, high = bootstrap_ci(difference, seed=seed)
+    return {"difference": mean, "difference_ci95": [low, high], "p_value": permutation_p(difference, seed=seed)}
 
 
 def shared(a: Mapping[int, Record], b: Mapping[int, Record]) -> list[int]:

@@ -108,7 +108,8 @@ def _fill(target: Path, folder: Path, frames: np.ndarray, pictured: np.ndarray, 
     """Write the shards that are missing, then the index. The caller holds the lock, so hidden files are those of a killed attempt."""
     for stale in target.glob(".*.part*"):
         stale.unlink()
-    size, keys = json.loads(record)["shard"], json.loads(record)["keys"]
+    known = json.loads(record)
+    size, keys = known["shard"], known["keys"]
     parts = [frames[start:start + size] for start in range(0, len(frames), size)]
     jobs = [(_shard(target, number), folder, part, np.intersect1d(part, pictured), keys) for number, part in enumerate(parts)
             if not _whole(_shard(target, number))]

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from common import artifact
-from step3_defi import import_weights, policy
+from step3_defi import import_weights, policy, train
 from step3_defi.edm import seeded_noise
 from step3_defi.release import LEFT, from_release
+from tests.step3_defi.parts import configure
 from tests.step3_defi.published import Written, random_policy
 
 HEADS = (2, 2, 2)
@@ -57,7 +58,7 @@ def test_an_imported_policy_acts_as_the_formulas_say(preset: str, tree: Path, ru
     model, written = policy.load(folder).model, Written(tensors, HEADS)
     views = {name: torch.rand(3, 3, 64, 64) * 2 - 1 for name in ("static", "gripper")}
     features = model.precompute(views, TEXTS)["features"].float()
-    model._look = lambda *_: {"features": features}  # in fp16, as both see them
+    model._look = lambda *_, **__: {"features": features}  # in fp16, as both see them
     before_codes = []
     if preset == "official":
         model.gidm.to_latent.register_forward_hook(lambda _, args, out: before_codes.extend(out))
@@ -69,6 +70,23 @@ def test_an_imported_policy_acts_as_the_formulas_say(preset: str, tree: Path, ru
         if preset == "official":  # a code hides what is a little wrong before it: frames, view, sentence
             torch.testing.assert_close(before_codes[i], written.infer(features[i, 0, 0], features[i, 0, 1], words)[0], atol=1e-4, rtol=1e-4)
     assert actions.std(0).mean() > 1e-3, "the three must differ for this to say anything"
+
+
+@pytest.mark.parametrize("preset", ["official", "vpp"])
+def test_finetuning_goes_on_from_an_imported_policy(preset: str, tree: Path, run: Callable[..., Path], tmp_path: Path) -> None:
+    start = run(saved(tmp_path / "policy.pt", weights(tree, inverse=preset == "official")), f"from_{preset}", f"policy={preset}", "foreign=skip")
+    cfg = configure("step3_defi", f"paths.ckpts={tree}/ckpts", f"paths.data={tree}/data", f"data.root={tree}/data/demonstrations", "data.holdout=0.25",
+                    f"policy={preset}", f"init={start}", f"name=on_{preset}", "data.frame_stride=8", "loop.max_steps=1", "loop.batch_size=2",
+                    "loop.eval_every=1", "loop.warmup_steps=0", "loop.optimizer.lr=1e-5", "loop.ema_decay=null",
+                    *(key for key in BUILT if key.startswith("policy.")))
+    train.main.__wrapped__(cfg)
+    folder = tree / "ckpts/defi" / f"on_{preset}"
+    before, after = (load_file(place / "weights.safetensors") for place in (start, folder))
+    far = {key: float((after[key] - before[key]).abs().max()) for key in after if key.startswith(("adapter", "video_former"))}
+    assert 0 < max(far.values()) < 1e-4  # one step away, so not from anew
+    record = artifact.meta(folder, "defi")
+    assert record["stats"]["init"] == artifact.sha256(start) and record["parents"] == artifact.meta(start)["parents"]
+    assert policy.load(folder).model.sample({name: torch.zeros(1, 3, 64, 64) for name in ("static", "gripper")}, ["go"]).shape == (1, 10, 7)
 
 
 def test_what_is_left_out_is_named_and_counted(tree: Path, run: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

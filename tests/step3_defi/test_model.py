@@ -27,6 +27,15 @@ NEW = ["projector", "video_former", "adapter"]
 ROWS = {"adapter": NEW, "gfdm_adapter": ["gfdm", *NEW], "gidm_adapter": ["gidm", *NEW], "all": list(PARTS)}
 
 
+def learn(model: DeFI, batch: dict, steps: int) -> None:
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
+    for _ in range(steps):
+        loss = model(batch)["loss"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
 def test_forward_gives_finite_losses_and_code_use() -> None:
     out = build(noise_draws=3)(make_batch())
     assert {"loss", "action_loss", "bottleneck_loss", "codes_used", "perplexity"} == out.keys()
@@ -200,12 +209,7 @@ def test_latent_gap_says_what_the_codes_tell_of_the_action() -> None:
     model.gidm.infer = infer
     model.video_former.forward = lambda features: features.new_zeros(2, model.video_former.num_tokens, model.video_former.dim)
     batch |= {"text": ["go", "go"], "actions": 0.7 * signs.view(2, 1, 1).expand(2, 10, 7)}
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
-    for _ in range(60):
-        loss = model(batch)["loss"]
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+    learn(model, batch, 60)
     model.eval()
     told = model(batch)
     assert told["latent_gap"] > 0.5 > told["action_loss"]
@@ -286,12 +290,7 @@ def test_it_learns_what_pictures_tell() -> None:
     model, levels = build(noise_draws=16, edm=EDM(steps=10)), torch.tensor([-0.7, 0.7])
     views = {name: levels.view(2, 1, 1, 1).expand(2, 3, 16, 16) for name in ("static", "gripper")}
     batch = {"id": ["dark", "bright"], "views": views, "text": ["go", "go"], "actions": levels.view(2, 1, 1).expand(2, 10, 7)}
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
-    for _ in range(80):
-        loss = model(batch)["loss"]
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+    learn(model, batch, 80)
     actions = model.eval().sample(views, batch["text"])
     assert (actions.mean((1, 2)) - levels).abs().max() < 0.35
 

@@ -168,7 +168,7 @@ def test_parity_with_the_public_code(theirs: tuple[str, nn.Module], features: li
         actions = public.eval_forward({"rgb_obs": {"rgb_static": picture, "rgb_gripper": picture}}, {"lang_text": TEXT})
 
     imagined = features[0].flatten(3).transpose(2, 3)[None]  # (B, V, F, L, C)
-    model._look = lambda *_: {"features": imagined}
+    model._look = lambda *_, **__: {"features": imagined}
     before_codes = []
     if preset == "official":
         model.gidm.to_latent.register_forward_hook(lambda _, args, out: before_codes.append(out))

@@ -24,7 +24,7 @@ def rollouts(folder: Path, lengths: list[int]) -> None:
     records = [{"index": i, "initial_state": {}, "tasks": list("abcde"), "steps_to_success": [9] * n + [None] * (n < 5), "seed": 0}
                for i, n in enumerate(lengths)]
     write_text(folder / journal.NAME, "".join(json.dumps(r) + "\n" for r in records))
-    results = {"world": "playtable-D", "sequences": len(records), "length": 5, "tasks": stats.task_stats(records, 360),
+    results = {"world": "playtable-D", "vocabulary": None, "sequences": len(records), "length": 5, "tasks": stats.task_stats(records, 360),
                "horizons": {str(h): stats.chain_stats(records, h) for h in (280, 360)}}
     write_text(folder / "results.json", json.dumps(results))
 
@@ -95,6 +95,15 @@ def test_page_is_whole_and_self_contained(cfg: dict[str, Any]) -> None:
     assert "<b>4.00</b> [" in page and "sequence 1: 4 of 5 tasks" in page and "<b>9.5</b>" in page
     assert "A &lt;b&gt;table&lt;/b&gt; of codes" in page
     assert page.count('class="missing"') == 2  # films of the other two tables
+
+
+def test_the_page_says_what_keeps_its_numbers_from_the_papers(cfg: dict[str, Any]) -> None:
+    first = Path(next(iter(next(iter(cfg["rollouts"].values())).values()))) / "results.json"
+    for world, vocabulary, said in (("playtable-D", None, "This world is not CALVIN"), ("calvin-D", ["open_drawer"], "is all its tasks in scene D"),
+                                    ("calvin-A", None, "is all its tasks in scene D"), ("calvin-D", None, "")):
+        write_text(first, json.dumps({**json.loads(first.read_text()), "world": world, "vocabulary": vocabulary}))
+        table = report.rollout_table({"DeFI": first.parent})
+        assert said in table and ("not comparable" in table) == bool(said)
 
 
 def test_an_empty_run_still_makes_a_page(tmp_path: Path) -> None:
