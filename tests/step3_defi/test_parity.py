@@ -197,8 +197,8 @@ def test_parity_with_the_public_code(theirs: tuple[str, nn.Module], features: li
         state = {"state_images": streams["video"].expand(2, -1, -1)}
     loss, _ = public.model.loss(state, truth, goal.expand(2, -1)[:, None], drawn, sigma, *told)
     with monkeypatch.context() as patch:
-        patch.setattr(model.edm, "draw_sigma", lambda *_: sigma)
-        patch.setattr(torch, "randn_like", lambda _: drawn)
+        patch.setattr(model.edm, "draw_sigma", lambda *_, **__: sigma)
+        patch.setattr(torch, "randn", lambda *_, **__: drawn)
         twice = model.adapter.encode(goal.expand(2, -1), {name: tokens.expand(2, -1, -1) for name, tokens in streams.items()})
         pairs["training loss"] = (model.edm.loss(lambda x, level: model.adapter(x, level, twice), truth), loss)
     worst = {name: (a - b).abs().max().item() for name, (a, b) in pairs.items()}
