@@ -8,16 +8,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from common import artifact
 from common.video import read_frames
 from step3_defi.diagnose import diagnose
 from step3_defi.diagnosis import Critic, Subtask, above_copy, action_errors, check_rule, judge, split, table
-from step3_defi.replay import Recorder, Replay, followed
+from step3_defi.replay import Plan, Recorder, Replay, followed
 from step3_defi.rollout import RolloutError, Simulators
+from step3_defi.vpp import NoInverse
 from step3_defi.worker import Branch
 from tests.step3_defi import test_eval, test_rollout
+from tests.step3_defi.parts import configure
 from tests.step3_defi.rollout_fakes import JudgedPolicy, NoisyPolicy, make_tasks
 
 CHAINS = [[30, 60], [40, 999], [30, 250], [50, 50]]
@@ -114,11 +117,21 @@ def test_a_forward_model_without_pictures_is_refused() -> None:
         Critic(model)
 
 
+def test_a_vpp_policy_is_held_to_pixels_and_actions(tree: Path) -> None:
+    """The one that its config makes, whose inverse model has no visual tokens."""
+    model = instantiate(OmegaConf.to_container(configure("step3_defi", f"paths.ckpts={tree}/ckpts", "policy=vpp").policy, resolve=True)).eval()
+    assert isinstance(model.gidm, NoInverse)
+    pictures = np.random.default_rng(0).integers(0, 255, (2, 200, 200, 3), np.uint8)
+    plan = Plan(np.zeros((10, 7)), "open the drawer", {"rgb_obs": {"rgb_static": pictures[0]}})
+    scores = Critic(model).score(plan, {"frames": [{"rgb_static": pictures[1]}], "actions": np.ones((30, 7))})
+    assert scores.keys() == {"forecast", "action", "direction", "gripper"} and np.isfinite(list(scores.values())).all()
+
+
 @pytest.fixture
-def rolled(tmp_path: Path) -> tuple[Path, Path]:
+def rolled(tmp_path: Path, request: pytest.FixtureRequest) -> tuple[Path, Path]:
     """A policy's folder, and a rollout of it that fails twice: once it sees no future, once it acts backwards."""
     path = artifact.save(torch.nn.Linear(1, 1), tmp_path / "policy", kind="defi", config={})
-    planner = OmegaConf.create({"_target_": "tests.step3_defi.rollout_fakes.JudgedPolicy", "execute": 8})
+    planner = OmegaConf.create({"_target_": f"tests.step3_defi.rollout_fakes.{getattr(request, 'param', 'JudgedPolicy')}", "execute": 8})
     test_eval.run(tmp_path / "run", str(path), env={"chains": CHAINS}, planner=planner, sequences=4, length=2, horizon=280)
     return tmp_path / "run", path
 
@@ -135,6 +148,17 @@ def test_the_program_tells_forecast_from_action(rolled: tuple[Path, Path], tmp_p
     films = list((tmp_path / "out/films").iterdir())
     assert [film.name for film in films] == ["0001_2_task1_999_forecast.mp4"]
     assert read_frames(films[0]).shape == (5 * 4 * 2, 228, 600, 3)
+
+
+@pytest.mark.parametrize("rolled", ["WithoutInverse"], indirect=True)
+def test_the_program_judges_a_policy_without_inverse_model_by_pixels(rolled: tuple[Path, Path], tmp_path: Path) -> None:
+    run, path = rolled
+    with pytest.raises(ValueError, match=r"judged_by names \['forecast_tokens'\]: choose among \['forecast', 'action', 'gripper'\]"):
+        diagnose(run=run, path=path, out=tmp_path / "out", **{**SETTINGS, "judged_by": {"forecast": "forecast_tokens", "action": "action"}})
+    results = diagnose(run=run, path=path, out=tmp_path / "out", **{**SETTINGS, "films": 0})
+    assert {s["task"]: s["verdict"] for s in results["subtasks"] if not s["solved"]} == {"task1_999": "forecast", "task1_250": "action"}
+    text = (tmp_path / "out/table.md").read_text()
+    assert "squared error above copying" in text and "visual tokens" not in text
 
 
 def test_the_program_refuses_what_does_not_belong_together(rolled: tuple[Path, Path], tmp_path: Path) -> None:
