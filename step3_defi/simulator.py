@@ -10,7 +10,9 @@ from multiprocessing.connection import Pipe
 from typing import Any
 
 import numpy as np
+import torch
 
+from step3_defi.gpu import cuda_numbers, drawing
 from step3_defi.worker import Branch, Chain, Setup, Survey
 
 GRACE = 10  # seconds a worker gets to end on its own
@@ -33,7 +35,8 @@ class Worker:
         self.task: Chain | Branch | Survey | None = None
         self.connection, theirs = Pipe()
         # One thread a simulator: the cores belong to the other workers and to the policy.
-        settings = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
+        own = drawing(os.environ, cuda_numbers()) if torch.cuda.is_available() else {}
+        settings = {**os.environ, **own, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
         command = [sys.executable, "-c", "from step3_defi.worker import main; main()", str(theirs.fileno())]
         self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=settings, stdin=subprocess.DEVNULL)
         theirs.close()
