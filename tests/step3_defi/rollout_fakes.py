@@ -11,8 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from step3_defi.vpp import NoInverse
-
 
 def make_tasks(steps: list[int]) -> list[str]:
     return [f"task{number}_{pace}" for number, pace in enumerate(steps)]
@@ -167,11 +165,3 @@ class JudgedPolicy(SteadyPolicy):
     def generate(self, image: Any, text: list[str], *, steps: int, seed: int) -> Any:
         speed = 0.0 if text[0].endswith("_999") else 10 / 255
         return (image / 2 + 0.5)[:, None].repeat(1, 4, 1, 1, 1) + speed * image.new_tensor(range(4)).view(1, 4, 1, 1, 1)
-
-
-class WithoutInverse(JudgedPolicy):
-    """As VPP has it."""
-
-    def __init__(self, folder: str = "", **settings: Any):
-        super().__init__(folder, **settings)
-        self.model.gidm = NoInverse()

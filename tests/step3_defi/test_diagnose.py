@@ -28,6 +28,14 @@ SETTINGS = {"failures": 9, "every": 3, "within": 120, "ahead": 30, "steps": 1, "
             "quantile": 0.9, "workers": 2, "films": 1}
 
 
+class WithoutInverse(JudgedPolicy):
+    """As VPP has it."""
+
+    def __init__(self, folder: str = "", **settings: Any):
+        super().__init__(folder, **settings)
+        self.model.gidm = NoInverse()
+
+
 def branch(past: int, **more: Any) -> Branch:
     return Branch(0, {"index": 0}, "task0_30", np.ones((past, 7)), 30, 10, seed=0, **more)
 
@@ -131,7 +139,7 @@ def test_a_vpp_policy_is_held_to_pixels_and_actions(tree: Path) -> None:
 def rolled(tmp_path: Path, request: pytest.FixtureRequest) -> tuple[Path, Path]:
     """A policy's folder, and a rollout of it that fails twice: once it sees no future, once it acts backwards."""
     path = artifact.save(torch.nn.Linear(1, 1), tmp_path / "policy", kind="defi", config={})
-    planner = OmegaConf.create({"_target_": f"tests.step3_defi.rollout_fakes.{getattr(request, 'param', 'JudgedPolicy')}", "execute": 8})
+    planner = OmegaConf.create({"_target_": getattr(request, "param", "tests.step3_defi.rollout_fakes.JudgedPolicy"), "execute": 8})
     test_eval.run(tmp_path / "run", str(path), env={"chains": CHAINS}, planner=planner, sequences=4, length=2, horizon=280)
     return tmp_path / "run", path
 
@@ -150,7 +158,7 @@ def test_the_program_tells_forecast_from_action(rolled: tuple[Path, Path], tmp_p
     assert read_frames(films[0]).shape == (5 * 4 * 2, 228, 600, 3)
 
 
-@pytest.mark.parametrize("rolled", ["WithoutInverse"], indirect=True)
+@pytest.mark.parametrize("rolled", ["tests.step3_defi.test_diagnose.WithoutInverse"], indirect=True)
 def test_the_program_judges_a_policy_without_inverse_model_by_pixels(rolled: tuple[Path, Path], tmp_path: Path) -> None:
     run, path = rolled
     with pytest.raises(ValueError, match=r"judged_by names \['forecast_tokens'\]: choose among \['forecast', 'action', 'gripper'\]"):
