@@ -50,9 +50,10 @@ def test_a_branch_goes_back_and_on_with_the_expert_or_with_what_was_done() -> No
     assert [found[i]["start"][0] for i in range(4)] == [7, 50, 50, 0] and found[2]["actions"][0, 0] == 2 and found[1]["actions"].shape == (30, 7)
 
 
-def test_a_simulator_that_fails_on_the_way_back_names_the_moment() -> None:
-    with Simulators(test_rollout.config(raise_in=0), count=1) as simulators, pytest.raises(RolloutError, match="sequence 0 .*gone back to step 7"):
-        list(simulators.branch([branch(7)]))
+def test_a_simulator_that_fails_on_the_way_back_names_the_moment(tmp_path: Path) -> None:
+    trouble = {"trouble": [(0, "raise", 1)], "trials": str(tmp_path)}
+    with Simulators(test_rollout.config(**trouble), count=1) as simulators, pytest.raises(RolloutError, match="sequence 0 .*gone back to step 50.*block fell"):
+        list(simulators.branch([branch(50)]))
 
 
 def test_the_way_back_is_what_was_carried_out() -> None:
