@@ -42,7 +42,7 @@ CHANGES = {  # row -> the only subtrees it may touch, besides its name
     "defi/t5_all_no_human": {"policy.gfdm.path", "policy.gidm.path"},
     "defi/t5_gfdm_no_human": {"policy.gfdm.path"},
     "defi/t5_gidm_no_human": {"policy.gidm.path"},
-    "defi/t6_five_steps": {"policy.gfdm.overrides.denoise_steps"},
+    "defi/t6_five_steps": {"policy.gfdm.overrides"},
     **{f"defi/{row}": {"policy.gidm.path"} for row in ("t7_mlp", "t7_transformer", "t8_gaussian_mixture", "t8_binning", "t8_continuous")},
     **{f"defi/t9_{row}": {"policy.trainable"} for row in ("adapter", "gfdm_adapter", "all")},
     **{f"defi/f4_data_{share}": {"data.fraction"} for share in (10, 20, 50)},

@@ -166,7 +166,7 @@ def test_rows_train_and_load(tree: Path, row: str) -> None:
     assert model.alignment_weight == (row == "alignment")
     assert model.blind == (row == "blind") and model.views == (("static",) if row == "t1_third_view" else ("static", "gripper"))
     gfdm = model.gfdm if row == "t9_all" else model.gfdm.module
-    assert gfdm.denoise_steps == (5 if row == "t6_five_steps" else 1)
+    assert (gfdm.denoise_steps, gfdm.schedule_steps) == ((5, 5) if row == "t6_five_steps" else (1, 20))
 
 
 @pytest.mark.parametrize("row", ["official", "vpp"])
