@@ -16,6 +16,8 @@ STEP = {"gfdm": "step1_gfdm", "gidm": "step2_gidm", "defi": "step3_defi"}
 ROWS = sorted(str(p.relative_to(CONFIGS / "experiment").with_suffix("")) for p in (CONFIGS / "experiment").rglob("*.yaml"))
 SCALES = ("tiny", "small", "full")
 
+SHARED_OUT = ("loop.batch_size", "loop.accumulate", "loop.eval_batches")  # a step's samples, where the forward model learns
+
 CHANGES = {  # row -> the only subtrees it may touch, besides its name
     "gfdm/eq3_ddpm": {"gfdm.objective"},
     "gfdm/eq3_ddpm_v": {"gfdm.objective"},
@@ -33,7 +35,7 @@ CHANGES = {  # row -> the only subtrees it may touch, besides its name
     "defi/blind": {"policy.blind"},
     "defi/alignment": {"policy.alignment_weight", "data.future_frames"},
     "defi/joint": {"policy._target_", "policy.gfdm", "policy.gidm", "policy.trainable", "policy.video_weight", "policy.reconstruction_weight",
-                   "data.future_frames"},
+                   "data.future_frames", *SHARED_OUT},
     "defi/official": {"policy", "loop"},
     "defi/vpp": {"policy", "loop"},
     "defi/t1_third_view": {"policy.views", "data.views"},
@@ -44,7 +46,8 @@ CHANGES = {  # row -> the only subtrees it may touch, besides its name
     "defi/t5_gidm_no_human": {"policy.gidm.path"},
     "defi/t6_five_steps": {"policy.gfdm.overrides.denoise_steps"},
     **{f"defi/{row}": {"policy.gidm.path"} for row in ("t7_mlp", "t7_transformer", "t8_gaussian_mixture", "t8_binning", "t8_continuous")},
-    **{f"defi/t9_{row}": {"policy.trainable"} for row in ("adapter", "gfdm_adapter", "all")},
+    "defi/t9_adapter": {"policy.trainable"},
+    **{f"defi/t9_{row}": {"policy.trainable", *SHARED_OUT} for row in ("gfdm_adapter", "all")},
     **{f"defi/f4_data_{share}": {"data.fraction"} for share in (10, 20, 50)},
     **{f"{model}/f8_human_{share}": {"data.human_fraction"} for model in ("gfdm", "gidm") for share in (0, 20, 40, 60, 80)},
     **{f"defi/f8_human_{share}": {"policy.gfdm.path", "policy.gidm.path"} for share in (0, 20, 40, 60, 80)},
@@ -97,6 +100,26 @@ def test_row_changes_only_what_it_claims(row):
     touched = {k for k in base.keys() | changed.keys() if base.get(k) != changed.get(k)} - {"name", "output_dir"}
     assert touched, "the row must change something"
     assert not {k for k in touched if not any(k == a or k.startswith(a + ".") for a in CHANGES[row])}
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_a_scale_says_whether_frozen_features_are_kept_on_the_disk(scale):
+    """At full a window takes 42 MB, packed or not."""
+    assert all(resolved("step3_defi", f"scale={scale}", f"data.pack={pack}")["cache"] is (scale != "full") for pack in ("true", "false"))
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if row.startswith("defi/")])
+def test_a_forward_model_learns_in_batches_as_small_as_step_1s(row):
+    """On 80 GB; a step's samples and a validation's stay those of the other rows, and below full nothing changes."""
+    full = resolved("step3_defi", f"experiment={row}")
+    if "gfdm" not in full["policy"]["trainable"]:
+        return
+    loop, base = full["loop"], resolved("step3_defi")["loop"]
+    assert loop["batch_size"] <= resolved("step1_gfdm")["loop"]["batch_size"]
+    for count in ("accumulate", "eval_batches"):
+        assert loop["batch_size"] * loop[count] == base["batch_size"] * base[count]
+    for scale in ("tiny", "small"):
+        assert resolved("step3_defi", f"experiment={row}", f"scale={scale}")["loop"] == resolved("step3_defi", f"scale={scale}")["loop"]
 
 
 @pytest.mark.parametrize("scale", SCALES)

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 
 from common import artifact
 from common.loop import Loop
+from common.processes import processes
 from step3_defi import DeFI, policy, train
 from step3_defi.vpp_adapter import VPPAdapter
 from tests.step3_defi.parts import PARENT_CONFIGS, configure
@@ -165,6 +167,13 @@ def test_cache_changes_nothing_but_speed(tree: Path) -> None:
     weights = [load_file(run(tree, f"cache_{cache}", f"cache={cache}") / "weights.safetensors") for cache in ("true", "false")]
     for key, value in weights[0].items():
         assert torch.allclose(value.float(), weights[1][key].float(), atol=5e-3), key
+
+
+def test_the_others_wait_for_the_cache_however_long_it_takes(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[timedelta] = []
+    monkeypatch.setattr(train, "processes", lambda timeout=timedelta(minutes=10): asked.append(timeout) or processes())
+    run(tree, "patient", "loop.max_steps=1")
+    assert len(asked) == 1 and asked[0] > timedelta(days=1)
 
 
 @pytest.mark.parametrize("row", ["alignment", "blind", "t1_third_view", "t4_gidm_no_pretrain", "t4_gfdm_no_pretrain", "t6_five_steps", "t9_all"])
