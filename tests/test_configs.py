@@ -36,8 +36,8 @@ CHANGES = {  # row -> the only subtrees it may touch, besides its name
     "defi/alignment": {"policy.alignment_weight", "data.future_frames"},
     "defi/joint": {"policy._target_", "policy.gfdm", "policy.gidm", "policy.trainable", "policy.video_weight", "policy.reconstruction_weight",
                    "data.future_frames", *SHARED_OUT},
-    "defi/official": {"policy", "loop"},
-    "defi/vpp": {"policy", "loop"},
+    "defi/official": {"policy", "loop", "data.min_window"},
+    "defi/vpp": {"policy", "loop", "data.min_window"},
     "defi/t1_third_view": {"policy.views", "data.views"},
     "defi/t4_gfdm_no_pretrain": {"policy.gfdm"},
     "defi/t4_gidm_no_pretrain": {"policy.gidm"},
@@ -131,6 +131,7 @@ def test_published_policies_compose_at_every_scale(choice, scale):
     assert policy["edm"]["sample_sigma_min"] == 1.0 and policy["pair_views"] == ["static"] and not policy["standardize"]
     assert policy["gfdm"]["overrides"] == {"fps": 4} and policy["gidm"].get("overrides", {"clean_text": False}) == {"clean_text": False}
     assert cfg["loop"]["optimizer"].get("betas") == ([0.9, 0.9] if choice.startswith("experiment") else None)
+    assert cfg["data"]["min_window"] == (22 if choice.startswith("experiment") else None)
     for target in set(targets(cfg)):
         assert get_object(target)
 
