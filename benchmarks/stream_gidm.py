@@ -1,11 +1,13 @@
 """How fast step 2 reads its pairs, and in how much memory: the stream against random access, and video, at two sizes of the data.
 
     python -m benchmarks.stream_gidm rlds=<RLDS folder> fps=5 image=observation/image_0 [video=<video set>] [video_fps=]
-        [times=50] [joined=10] [pairs=4000] [block=512] [per_episode=8] [image_size=224] [buffer_gb=0.25] [rounds=3] [workers=0]
+        [times=50] [joined=10] [passes=1] [pairs=4000] [block=512] [per_episode=8] [image_size=224] [buffer_gb=0.25] [rounds=3] [workers=0]
 
 The set is read as it is and with every shard `times` times; and both again with `joined` episodes in one record, since published sets have
-records of 5 to 30 MB. Every reading is a process of its own, forked (memory: its highest resident size). A round reads with all of them in turn;
-ratios are of the same round. Reading checks every payload; what that costs is timed on the records alone.
+records of 5 to 30 MB. A reading takes `per_episode` pairs for every record `passes` times (of the video set, `pairs`), so that all of the data go
+through: memory that follows what was read shows at the larger size. Let `buffer_gb` be less than the smaller. Every reading is a process of its
+own, forked; its memory is the highest resident size above that before the set was opened. A round reads with all of them in turn; ratios are of
+the same round. Reading checks every payload; what that costs is timed on the records alone.
 """
 from __future__ import annotations
 
@@ -31,7 +33,7 @@ from step2_gidm.dataset import mixture
 
 log = logging.getLogger(__name__)
 DEFAULTS = {"rlds": "???", "fps": "???", "image": "observation/image", "text": "language_instruction", "video": None, "video_fps": None, "times": 50,
-            "joined": 10, "pairs": 4000, "block": 512, "per_episode": 8, "image_size": 224, "buffer_gb": 0.25, "rounds": 3, "workers": 0}
+            "joined": 10, "passes": 1, "pairs": 4000, "block": 512, "per_episode": 8, "image_size": 224, "buffer_gb": 0.25, "rounds": 3, "workers": 0}
 
 
 def copy_set(source: Path, out: Path, *, times: int, joined: int) -> Path:
@@ -65,19 +67,23 @@ def _join(payloads: list[bytes]) -> bytes:
     return whole.SerializeToString()
 
 
-def read(options: DictConfig, sets: dict[str, Any], *, stream: bool) -> tuple[float, float, float]:
-    """(pairs a second, peak resident memory in MB, seconds to the first batch)."""
+def read(options: DictConfig, sets: dict[str, Any], pairs: int, *, stream: bool) -> tuple[float, float, float]:
+    """(pairs a second, peak of resident memory above what it was in MB, seconds to the first batch)."""
     plan = {"block": options.block, "pairs": options.per_episode, "buffer_gb": options.buffer_gb} if stream else None
-    start = time.perf_counter()
+    start, before = time.perf_counter(), _peak(resource.RUSAGE_SELF)
     samples = mixture(sets, length=10**6, image_size=options.image_size, stream=plan)
-    count = max(2, options.pairs // 32)
+    count = max(2, pairs // 32)
     batches = loop.Batches(len(samples), 32, seed=0, rank=0, world=1, start=0, stop=count, block=getattr(samples, "block", None),
                            streams=max(1, options.workers))
     times = []
     for _ in loop.loader(samples, batches, workers=options.workers, pin=False):
         times.append(time.perf_counter())
-    whose = resource.RUSAGE_CHILDREN if options.workers else resource.RUSAGE_SELF
-    return 32 * (count - 1) / (times[-1] - times[0]), resource.getrusage(whose).ru_maxrss / 1e3, times[0] - start
+    above = _peak(resource.RUSAGE_CHILDREN if options.workers else resource.RUSAGE_SELF) - before
+    return 32 * (count - 1) / (times[-1] - times[0]), above, times[0] - start
+
+
+def _peak(whose: int) -> float:
+    return resource.getrusage(whose).ru_maxrss / 1e3
 
 
 def check(copy: Path, repeats: int = 20) -> tuple[float]:
@@ -97,34 +103,42 @@ def main() -> None:
     found: dict[str, list[tuple[float, float, float]]] = {}
     checked: dict[str, list[tuple[float]]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        arms: dict[str, tuple[dict[str, Any], bool]] = {}
+        arms: dict[str, tuple[dict[str, Any], int, bool]] = {}
         checks: dict[str, Path] = {}
+        sizes: dict[str, float] = {}
         for joined in dict.fromkeys((1, options.joined)):
             for times in dict.fromkeys((1, options.times)):
                 copy = copy_set(Path(options.rlds).resolve(), Path(folder) / f"{joined}x{times}", times=times, joined=joined)
                 size = next(copy.glob("payloads")).stat().st_size * times / 1e6
                 checks[f"random access, {joined} joined, {size:.0f} MB"] = copy
                 row = {"rlds": str(copy), "fps": options.fps, "image": options.image, "text": options.text}
+                pairs = options.passes * options.per_episode * times * len(rlds.Rlds(copy).shards[0])
                 for stream in (False, True):
-                    arms[f"{'stream' if stream else 'random access'}, {joined} joined, {size:.0f} MB"] = ({"set": row}, stream)
+                    name = f"{'stream' if stream else 'random access'}, {joined} joined, {size:.0f} MB"
+                    arms[name], sizes[name] = ({"set": row}, pairs, stream), size
         if options.video:
-            arms["video, random access"] = ({"set": {"video": options.video, "fps": options.video_fps}}, False)
+            arms["video, random access"] = ({"set": {"video": options.video, "fps": options.video_fps}}, options.pairs, False)
         for _ in tqdm(range(options.rounds), desc="rounds"):
-            for name, (sets, stream) in arms.items():
+            for name, (sets, pairs, stream) in arms.items():
                 with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork")) as pool:
-                    found.setdefault(name, []).append(pool.submit(read, options, sets, stream=stream).result())
+                    found.setdefault(name, []).append(pool.submit(read, options, sets, pairs, stream=stream).result())
                 if name in checks:
                     checked.setdefault(name, []).append(check(checks[name]))
-    log.info("| reading | pairs/s | peak MB | first batch s |\n|---|---|---|---|")
+    log.info("a buffer of %.1f MB\n\n| reading | pairs | pairs/s | MB above before | first batch s |\n|---|---|---|---|---|", 1e3 * options.buffer_gb)
     for name, runs in found.items():
         rate, memory, first = (statistics.median(column) for column in zip(*runs))
-        log.info("| %s | %.0f | %.0f | %.1f |", name, rate, memory, first)
+        log.info("| %s | %d | %.0f | %.1f | %.1f |", name, arms[name][1], rate, memory, first)
     names = [name for name in found if name.startswith("stream")]
     log.info("\n| ratio | median | lowest | highest |\n|---|---|---|---|")
     for name in names:
         _ratio(f"{name}: rate over random access", found[name], found[name.replace("stream", "random access")], 0)
     for small, large in zip(names[::2], names[1::2]):
         _ratio(f"{large}: memory over {small}", found[large], found[small], 1)
+        more = [((many[1] - few[1]) / (sizes[large] - sizes[small]),) for few, many in zip(found[small], found[large])]
+        _ratio(f"{large}: more memory over more data than {small}", more, [(1.0,)] * len(more), 0)
+    if options.video:
+        video = found["video, random access"]
+        _ratio(f"video, random access: rate over {names[0]}", video, found[names[0]], 0)
     for name, rates in checked.items():
         _ratio(f"{name}: time of its checksums over all of it", found[name], rates, 0)
 

@@ -25,6 +25,7 @@ from common.checkpoint import misfit
 
 FORMAT = 1
 KINDS = {"gfdm": "step1_gfdm", "gidm": "step2_gidm", "defi": "step3_defi"}
+EXPERIMENTS = Path(__file__).resolve().parents[1] / "configs/experiment"
 HERE = "${here}"
 BESIDE = ("resume", "parents", "best")  # folders inside an artifact's that are no part of it
 
@@ -127,7 +128,9 @@ def meta(path: str | Path, kind: str | None = None) -> dict[str, Any]:
     file = Path(path) / "meta.json"
     if not file.is_file():
         maker = {"gfdm": "scripts/step1_train_svd.sh", "gidm": "scripts/step2_train_gidm.sh", "defi": "scripts/step3_train_calvin.sh"}
-        hint = f"; make one with {maker[kind]} name={Path(path).name}" if kind in maker else ""
+        name = Path(path).name
+        row = f"experiment={kind}/{name} " if (EXPERIMENTS / str(kind) / f"{name}.yaml").is_file() else ""
+        hint = f"; make one with {maker[kind]} {row}name={name}" if kind in maker else ""
         raise ArtifactError(f"{path}: no artifact here (meta.json is missing){hint}")
     record = json.loads(file.read_text())
     if record.get("format") != FORMAT:

@@ -4,6 +4,7 @@ Batch number b of rank r is a pure function of (seed, b, r): resuming means star
 """
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch.utils.data import DataLoader, Sampler
 from common.mixture import Draws, SampleSet, collate
 
 WITHIN_BLOCK = 4  # a generator of its own: keys of a sample's have three numbers
+VALIDATION_EPOCH = 2**31  # draws of the held-out set never meet draws of training
 
 
 class Batches(Sampler[list[tuple[int, int]]]):
@@ -65,6 +67,19 @@ class Batches(Sampler[list[tuple[int, int]]]):
             epoch, block = divmod(turn * self.lanes + self.rank * self.streams + number % self.streams, self.length // self.block)
             order = block * self.block + np.random.default_rng((self.seed, epoch, block, WITHIN_BLOCK)).permutation(self.block)
             yield [(epoch, int(index)) for index in order[position * self.batch_size:(position + 1) * self.batch_size]]
+
+
+def held_out(length: int, batch_size: int, *, seed: int, rank: int, world: int, most: int) -> list[tuple[list[tuple[int, int]], float]]:
+    """At most `most` batches of keys for one rank, each with its weight in the mean over ranks of the weighted sums: the mean over samples.
+
+    Samples of a held-out set lie in order (windows of one annotation side by side), so they are drawn from all of it, the same at every
+    validation. Every rank has as many batches, because a forward of several processes waits for all of them; one without samples left
+    goes along with a sample that weighs nothing.
+    """
+    order = np.random.default_rng((seed, VALIDATION_EPOCH)).permutation(length)[:most * batch_size * world]
+    mine = order[rank::world]
+    parts = [mine[start:start + batch_size] for start in range(0, math.ceil(len(order) / world), batch_size)]
+    return [([(VALIDATION_EPOCH, int(index)) for index in (part if len(part) else order[:1])], len(part) * world / len(order)) for part in parts]
 
 
 def loader(samples: SampleSet, batches: Batches, *, workers: int, pin: bool) -> DataLoader:

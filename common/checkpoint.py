@@ -7,6 +7,7 @@ from __future__ import annotations
 import pickle
 import re
 import zipfile
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,18 +28,25 @@ class CheckpointError(ValueError):
 class _Blank:
     """Stands where a checkpoint holds an object of a foreign class; keeps nothing of it and runs nothing."""
 
-    def __new__(cls, *_: Any, **__: Any) -> _Blank:
+    def __new__(cls, *_: Any, **__: Any) -> Any:
         return object.__new__(cls)
 
     def __setstate__(self, _: Any) -> None:
         pass
 
 
+class _BlankDict:
+    """Stands where the foreign class is a dictionary's: keeps the items, since torch sets items of its own kinds only."""
+
+    def __new__(cls, *_: Any, **__: Any) -> Any:
+        return OrderedDict()
+
+
 def read_tensors(path: str | Path, *, skip_foreign: bool = False) -> dict[str, Tensor]:
     """The tensors of a checkpoint by dotted name, on the CPU; a state_dict nested under NESTS is found, whatever else lies beside it is left out.
 
     A pickle that holds objects of other classes (Lightning's hyper-parameters, a policy's DictConfig) raises CheckpointError with their
-    names. With `skip_foreign` blanks take their place: their code is neither imported nor run.
+    names. With `skip_foreign` blanks take their place, plain dictionaries that of dictionaries: their code is neither imported nor run.
     """
     path = Path(path)
     if not path.is_file():
@@ -71,6 +79,12 @@ def renamed(name: str, table: Iterable[tuple[str, str]]) -> str:
     return name
 
 
+def counted(tensors: Mapping[str, Tensor], prefixes: Iterable[str]) -> dict[str, int]:
+    """Prefix -> how many numbers stand under it, where there are any."""
+    found = {prefix: sum(tensor.numel() for name, tensor in tensors.items() if name.startswith(prefix)) for prefix in prefixes}
+    return {prefix: count for prefix, count in found.items() if count}
+
+
 def misfit(model: nn.Module, tensors: Mapping[str, Tensor]) -> str:
     """Why `tensors` are not exactly the state of `model`, every key named on one line; empty where they are."""
     own = model.state_dict()
@@ -94,16 +108,31 @@ def _pickled(path: Path, skip_foreign: bool) -> Any:
         if foreign and not skip_foreign:
             raise CheckpointError(f"{path}: holds objects of {', '.join(foreign)} beside its tensors, and only tensors and builtins are unpickled; "
                                   "read past them, their code neither imported nor run, with foreign=skip")
-        with safe_globals([(_Blank, name) for name in foreign]):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped or None)
+        return _past(path, foreign, zipped)
     except CheckpointError:
         raise
+    except (LookupError, TypeError) as error:  # torch's unpickler stumbles over what is no pickle, or over a state of no common form
+        raise CheckpointError(f"{path}: not readable as a checkpoint of tensors ({error!r})") from error
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        reason = next((line for line in lines if "GLOBAL" in line or "WeightsUnpickler" in line), lines[0])  # the rest is torch's advice
-        reason = reason.removeprefix("WeightsUnpickler error: ").split(" was not an allowed")[0].rstrip(".")
+        said = str(error).rpartition("WeightsUnpickler error:")[2]  # what stands before is torch's advice
+        lines = [line.strip() for line in said.splitlines() if line.strip()] or [type(error).__name__]
+        reason = next((line for line in lines if "GLOBAL" in line), lines[0]).split(" was not an allowed")[0].rstrip(".")
         hint = "; where you trust it, save its state_dict alone as .safetensors" if isinstance(error, pickle.UnpicklingError) else ""
         raise CheckpointError(f"{path}: not readable as a checkpoint of tensors ({reason}){hint}") from error
+
+
+def _past(path: Path, foreign: list[str], zipped: bool) -> Any:
+    """What a pickle holds, blanks in place of `foreign` classes. Only in reading does it show which of them are dictionaries."""
+    blanks = {name: type(name.rpartition(".")[2], (_Blank,), {"__module__": name.rpartition(".")[0]}) for name in foreign}
+    while True:
+        try:
+            with safe_globals([(blank, name) for name, blank in blanks.items()]):
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped or None)
+        except pickle.UnpicklingError as error:
+            filled = next((name for name, blank in blanks.items() if "SETITEM" in str(error) and str(blank) in str(error)), None)
+            if filled is None:
+                raise
+            blanks[filled] = _BlankDict
 
 
 def _flat(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:

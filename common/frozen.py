@@ -5,6 +5,7 @@ A path is a local folder in the hub's own format or a hub id; `tiny` stand-ins a
 from __future__ import annotations
 
 import os
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -62,35 +63,48 @@ class Frozen(nn.Module):
 
 
 class TextEncoder(Frozen):
-    """Encodes sentences once and keeps what it saw on the CPU: instruction sets are small and repeat.
+    """Encodes sentences and keeps what it saw on the CPU: instructions repeat.
 
-    What shares a batch changes the last bits. Where results must not depend on the order in which sentences come, as in a
-    rollout that goes on, `alone` has each encoded by itself.
+    Each sentence is encoded by itself, since what shares a batch changes the last bits, even at equal length: a run that goes on,
+    or one that forgot a sentence, gets the same. At most `cache_bytes` are kept (512 MiB: 14,000 sentences of twelve tokens from
+    t5-base) and the sentence that was not asked for the longest goes first.
     """
 
-    alone = False
+    cache_bytes = 512 * 2**20
 
     def __init__(self, module: nn.Module, tokenizer: Any) -> None:
         super().__init__(module)
         self.tokenizer = tokenizer
-        self.cache: dict[str, Any] = {}
+        self.cache: OrderedDict[str, tuple[Tensor, ...]] = OrderedDict()
+        self.held = 0  # bytes of the cache
 
     def unknown(self, text: str) -> set[str]:
         """Characters that the tokenizer has no piece for, so that the encoder cannot tell them apart."""
         unknown = self.tokenizer.unk_token_id
         return {c for c in set(text) if unknown in self.tokenizer(c, add_special_tokens=False)["input_ids"]} if unknown is not None else set()
 
-    def _encode(self, texts: list[str]) -> list[Any]:
+    def _encode(self, texts: list[str]) -> list[tuple[Tensor, ...]]:
         raise NotImplementedError
 
+    def _recall(self, texts: list[str]) -> list[tuple[Tensor, ...]]:
+        rows = {text: self._row(text) for text in dict.fromkeys(texts)}
+        return [rows[text] for text in texts]
+
     @torch.no_grad()
-    def _recall(self, texts: list[str]) -> list[Any]:
-        new = sorted(set(texts) - self.cache.keys())
-        if new:
+    def _row(self, text: str) -> tuple[Tensor, ...]:
+        if text not in self.cache:
             with torch.autocast(self.device.type, enabled=False):  # the same whoever asks first
-                for part in [[text] for text in new] if self.alone else [new]:
-                    self.cache.update(zip(part, self._encode(part)))
-        return [self.cache[text] for text in texts]
+                self.cache[text] = self._encode([text])[0]
+            self.held += _bytes(self.cache[text])
+        self.cache.move_to_end(text)
+        row = self.cache[text]
+        while self.held > self.cache_bytes:
+            self.held -= _bytes(self.cache.popitem(last=False)[1])
+        return row
+
+
+def _bytes(row: tuple[Tensor, ...]) -> int:
+    return sum(tensor.nbytes for tensor in row)
 
 
 def text_encoders(model: nn.Module) -> Iterator[TextEncoder]:
@@ -100,12 +114,6 @@ def text_encoders(model: nn.Module) -> Iterator[TextEncoder]:
             yield part
         elif isinstance(part, Frozen):
             yield from text_encoders(part.module)
-
-
-def encode_alone(model: nn.Module) -> None:
-    """Let every text encoder of a model take its sentences one by one."""
-    for encoder in text_encoders(model):
-        encoder.alone = True
 
 
 class ClipText(TextEncoder):
@@ -132,21 +140,21 @@ class ClipText(TextEncoder):
 
 
 class T5Text(TextEncoder):
-    """T5's encoder, padded to the longest sentence of the batch."""
+    """T5's encoder, its tokens padded to the longest sentence of the batch."""
 
     def __init__(self, module: T5EncoderModel, tokenizer: Any) -> None:
         super().__init__(module, tokenizer)
         self.dim = module.config.d_model
 
-    def _encode(self, texts: list[str]) -> list[Tensor]:
+    def _encode(self, texts: list[str]) -> list[tuple[Tensor]]:
         tokens = self.tokenizer(texts, padding=True, return_tensors="pt")
         mask = tokens["attention_mask"].bool()
         out = self.module(input_ids=tokens["input_ids"].to(self.device), attention_mask=mask.to(self.device))
-        return [hidden[keep].float().cpu() for hidden, keep in zip(out.last_hidden_state, mask)]
+        return [(hidden[keep].float().cpu(),) for hidden, keep in zip(out.last_hidden_state, mask)]
 
     def forward(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         """B strings -> tokens (B, L, dim), zero where padded, and mask (B, L) with True where a token counts."""
-        rows = self._recall(texts)
+        rows = [tokens for tokens, in self._recall(texts)]
         tokens = nn.utils.rnn.pad_sequence(rows, batch_first=True)
         lengths = torch.tensor([len(row) for row in rows])
         mask = torch.arange(tokens.shape[1])[None] < lengths[:, None]

@@ -24,14 +24,13 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from common import optim
-from common.batches import Batches, loader
+from common.batches import Batches, held_out, loader
 from common.mixture import Draws, SampleSet, TooManyUnreadable, collate
 from common.precision import bf16_pays
 from common.processes import processes
 from common.tracking import Tracker
 
 log = logging.getLogger(__name__)
-VALIDATION_EPOCH = 2**31  # draws of the held-out set never meet draws of training
 
 
 class NonFiniteLoss(RuntimeError):
@@ -203,9 +202,9 @@ class Loop:
     @torch.no_grad()
     def _validate(self, wrapped: nn.Module, val_set: SampleSet) -> dict[str, float]:
         """Mean metrics over fixed held-out batches with fixed noise and EMA weights; training's generators stay untouched."""
-        keys = [(VALIDATION_EPOCH, i) for i in range(len(val_set))][self.accelerator.process_index::self.accelerator.num_processes]
-        chunks = [keys[i:i + self.batch_size] for i in range(0, len(keys), self.batch_size)][:self.eval_batches]
-        loader = DataLoader(Draws(val_set, self.seed), batch_sampler=chunks, collate_fn=collate, num_workers=self.num_workers)
+        chunks = held_out(len(val_set), self.batch_size, seed=self.seed, rank=self.accelerator.process_index,
+                          world=self.accelerator.num_processes, most=self.eval_batches)
+        loader = DataLoader(Draws(val_set, self.seed), batch_sampler=[keys for keys, _ in chunks], collate_fn=collate, num_workers=self.num_workers)
         if self.ema:
             self.ema.store(self.trained)
             self.ema.copy_to(self.trained)
@@ -215,12 +214,12 @@ class Loop:
         devices = [self.accelerator.device] if self.accelerator.device.type == "cuda" else []
         with torch.random.fork_rng(devices):
             torch.manual_seed(self.seed)
-            for batch in loader:
+            for (_, weight), batch in zip(chunks, loader):
                 skipped += [line for lines in batch.pop("skipped") for line in lines]
                 with self.accelerator.autocast():
                     metrics = wrapped(send_to_device(batch, self.accelerator.device))
                 for key, value in metrics.items():
-                    sums[key] = sums.get(key, 0) + value.detach().float() / len(chunks)
+                    sums[key] = sums.get(key, 0) + value.detach().float() * weight
         if skipped:
             log.warning("%d unreadable held-out samples replaced, the last: %s", len(skipped), skipped[-1])
         means = {k: float(v) for k, v in self._mean(sums).items()}

@@ -6,6 +6,8 @@ from datetime import timedelta
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 
+SLOWEST = timedelta(days=7)  # for work that one process does while the others wait, or that one ends long before another
+
 
 def processes(timeout: timedelta | None = None) -> PartialState:
     """Which process this is, of how many; `timeout` is how long they wait for each other.

@@ -1,8 +1,15 @@
 #!/usr/bin/env bash
-# Reproduce a row of a table: every step that has a file of that name, then the rollout.   e.g. t8_binning [scale=tiny ...]
+# Reproduce a row of a table: what it stands on and is not there yet, the row itself, its rollout (ROLLOUT="scene=D ..." adds to it).   e.g. t8_binning scale=tiny
 source "$(dirname "$0")/common.sh"
-row="$1"; shift
-test -n "$(ls configs/experiment/*/"$row".yaml 2>/dev/null)" || { echo "no row $row; rows: $(ls configs/experiment/*/ | grep yaml | sort -u | tr '\n' ' ')" >&2; exit 1; }
-run() { test ! -f "configs/experiment/$2/$row.yaml" || "scripts/$1" "experiment=$2/$row" "${@:3}"; }
-run step1_train_svd.sh gfdm "$@" && run step2_train_gidm.sh gidm "$@" && run step3_train_calvin.sh defi "$@"
-test ! -d "ckpts/defi/$row" || scripts/step3_rollout_calvin.sh "policy=ckpts/defi/$row" "out=outputs/$row" ${ROLLOUT:-}
+row="$1" ckpts="${DEFI_CKPTS:-ckpts}"; shift
+models="$(cd configs/experiment && find gfdm gidm -name "$row.yaml" | sed 's/.yaml$//')"
+if [ -f "configs/experiment/defi/$row.yaml" ]; then  # the artifacts that its policy is built from, then the policy
+    models="$(python -m step3_defi.train "experiment=defi/$row" "$@" --cfg job --resolve -p policy | sed -nE 's#^ *path: .*/((gfdm|gidm)/[^/]+)$#\1#p') defi/$row"
+elif [ -z "$models" ]; then echo "no row $row; rows: $(ls configs/experiment/*/ | grep yaml | sort -u | tr '\n' ' ')" >&2; exit 1; fi
+for model in $models; do
+    case "$model" in gfdm/*) script=step1_train_svd ;; gidm/*) script=step2_train_gidm ;; *) script=step3_train_calvin ;; esac
+    if [ -f "configs/experiment/$model.yaml" ]; then words="experiment=$model"; else words=""; fi
+    [ -f "$ckpts/$model/meta.json" ] || "scripts/$script.sh" $words "name=${model#*/}" "$@"
+done
+case " $* " in *" scale=tiny "*|*" scale=small "*) env=playtable ;; *) env=calvin ;; esac
+[ ! -d "$ckpts/defi/$row" ] || scripts/step3_rollout_calvin.sh "env=$env" "policy=$ckpts/defi/$row" "out=outputs/$row" ${ROLLOUT:-}

@@ -4,6 +4,7 @@ B batch, F frames, L tokens of the tapped grid, C channels of the tapped blocks,
 """
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -23,6 +24,10 @@ from step1_gfdm.objective import Net, Objective
 
 # what an SVD pipeline folder holds beside the UNet; the image encoder is never used but lets SVD's own pipeline open ours
 PIPELINE = ("vae", "scheduler", "image_encoder", "feature_extractor", "model_index.json")
+
+# Temporal attention has a row for every pixel of every latent, and SDPA puts rows on an axis of CUDA's grid that ends here (pytorch#146704):
+# at 256 x 256, 64 pictures (a batch of 32 with two views) are one row too many
+MAX_ROWS = 65_535
 
 
 class GFDM(nn.Module):
@@ -76,16 +81,16 @@ class GFDM(nn.Module):
     def imagine(self, image: Tensor, text: list[str], *, seed: int = 0) -> Tensor:
         """(B, 3, H, W) in [-1, 1], B strings -> (B, F, L, C): features of the next frames, no decoding.
 
-        Every item starts from the same noise of `seed`, whatever the batch; several views go on the batch axis.
+        Every item starts from the same noise of `seed`, whatever the batch; several views go on the batch axis. More than one pass of
+        the UNet may hold are shared out evenly over several.
         """
         trains = any(p.requires_grad for p in self.unet.parameters())
         with nullcontext() if trains else torch.no_grad():
             first, tokens = self.encode_image(image), self.encode_text(text)
-            noise = self._start_noise(len(first), seed)
-            x, timestep = self.objective.approach(self._net(first, tokens), noise, schedule_steps=self.schedule_steps,
-                                                  taken=self.denoise_steps - 1)
-            return svd_unet.features(self.unet, self._with_condition(x, first), timestep, text=tokens,
-                                     time_ids=self._ids(len(first)), taps=self.taps, tapped=self._tapped)
+            passes = math.ceil(len(first) / max(1, MAX_ROWS // self.latent_size**2))
+            if passes > 1:
+                return torch.cat([self._features(*part, seed) for part in zip(first.chunk(passes), tokens.chunk(passes))])
+            return self._features(first, tokens, seed)
 
     def compile_unet(self, **options: Any) -> None:
         """Have torch.compile make the pass that `imagine` reads its features from; options are its own."""
@@ -137,6 +142,12 @@ class GFDM(nn.Module):
         """Read the UNet of a pipeline folder, keys strict; nothing to do where it was built from that very folder."""
         if self._untrained or Path(self.svd) != Path(folder):
             self.unet.load_state_dict(svd_unet.load(folder).state_dict())
+
+    def _features(self, first: Tensor, tokens: Tensor, seed: int) -> Tensor:
+        noise = self._start_noise(len(first), seed)
+        x, timestep = self.objective.approach(self._net(first, tokens), noise, schedule_steps=self.schedule_steps, taken=self.denoise_steps - 1)
+        return svd_unet.features(self.unet, self._with_condition(x, first), timestep, text=tokens,
+                                 time_ids=self._ids(len(first)), taps=self.taps, tapped=self._tapped)
 
     def _net(self, first: Tensor, text: Tensor) -> Net:
         """The UNet with its conditions filled in."""

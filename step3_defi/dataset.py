@@ -27,8 +27,9 @@ class CalvinWindows:
 
     A window starts at every `frame_stride`-th annotated frame and may leave its annotation by at most `max_pad` motions.
     Those become no motion (zeros, the last gripper command kept): what follows in the recording belongs to another
-    sentence. `fraction` keeps a share of whole recordings (Fig. 4); smaller shares lie inside larger ones, and the
-    `holdout` share of the "val" split is the same for all of them.
+    sentence. `min_window` asks for more motions up to the annotation's end than that. `fraction` keeps a share of whole
+    recordings (Fig. 4); smaller shares lie inside larger ones, and the `holdout` share of the "val" split is the same for
+    all of them.
 
     With `pack`, the pictures of all splits are packed by `workers` processes (store.py; python -m step3_defi.pack does nothing else);
     without, one npz is opened per sample, unless a pack is there. Both give the same pixels.
@@ -39,11 +40,15 @@ class CalvinWindows:
 
     def __init__(self, root: str | Path, split: str = "train", *, folder: str = "training", lang_folder: str = "lang_annotations",
                  horizon: int = 10, views: Sequence[str] = ("static", "gripper"), image_size: int = 256, fraction: float = 1.0,
-                 holdout: float = 0.02, frame_stride: int = 1, max_pad: int = 0, pack: bool = False,
+                 holdout: float = 0.02, frame_stride: int = 1, max_pad: int = 0, min_window: int | None = None, pack: bool = False,
                  workers: int = 1, future_frames: Sequence[int] | int = (), future_stride: int = 1, val_folder: str | None = None,
                  cache_dir: str | Path | None = None, seed: int = 0) -> None:
         if split not in SPLITS or not 0 < fraction <= 1 or not 0 <= max_pad < horizon:
             raise ValueError(f"CalvinWindows: split {split!r} of {SPLITS}, fraction {fraction} in (0, 1], max_pad {max_pad} in 0..{horizon - 1}")
+        least = horizon - max_pad if min_window is None else min_window
+        if least < horizon - max_pad:
+            raise ValueError(f"CalvinWindows: min_window {min_window} leaves the annotation by more than max_pad {max_pad} of {horizon} motions; "
+                             f"min_window is at least {horizon - max_pad}")
         unknown = sorted(set(views) - KEYS.keys())
         if unknown or not views:
             raise ValueError(f"CalvinWindows: unknown views {unknown}; views: {sorted(KEYS)}")
@@ -56,11 +61,11 @@ class CalvinWindows:
         found = read_annotations(self.folder, self.recordings, lang_folder)
         kept = set(choose_recordings(len(self.recordings), split, fraction=fraction, holdout=holdout, seed=seed))
         self.annotations = [annotation for annotation, row in found if row in kept]
-        self.windows = _windows(self.annotations, horizon - max_pad, frame_stride)  # (W, 2): annotation, frame
+        self.windows = _windows(self.annotations, least, frame_stride)  # (W, 2): annotation, frame
         if not len(self.windows):
-            raise ValueError(f"{self.folder}: no window of {horizon} motions in the {split!r} split ({len(self.annotations)} annotations)")
+            raise ValueError(f"{self.folder}: no window of {least} motions in the {split!r} split ({len(self.annotations)} annotations)")
         self.frames = np.unique(np.concatenate([np.arange(annotation.start, annotation.end + 1) for annotation, _ in found]))
-        everything = _windows([annotation for annotation, _ in found], horizon - max_pad, frame_stride)
+        everything = _windows([annotation for annotation, _ in found], least, frame_stride)
         cache = Path(cache_dir) if cache_dir else self.folder / ".defi_cache"
         if pack:
             self.pack = store.packed(self.folder, self.frames, self._shown(everything), self.keys, cache, workers=workers)

@@ -14,7 +14,6 @@ import logging
 import re
 import sys
 from contextlib import nullcontext
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from tqdm import tqdm
 from common import artifact
 from common.contracts import ChunkPolicy
 from common.files import write_text
-from common.processes import processes
+from common.processes import SLOWEST, processes
 from common.program import program
 from common.video import write_mp4
 from step3_defi import film, journal, stats
@@ -39,7 +38,6 @@ from step3_defi.worker import Chain, Survey
 LOG = logging.getLogger(__name__)
 WITHOUT_MODEL = ("random", "expert")
 FILM_FPS = 15
-SLOWEST = timedelta(days=7)  # a process that finds no sequence left waits for the last ones of the others
 
 
 def evaluate(*, env_config: dict[str, Any], agent: str, planner: DictConfig, tasks: list[str] | None, sequences: int,

@@ -15,7 +15,7 @@ from huggingface_hub.errors import HFValidationError
 
 from common import artifact
 from common.calvin_format import KEYS
-from common.frozen import encode_alone, text_encoders
+from common.frozen import text_encoders
 from common.video import resize
 from step3_defi.model import DeFI
 
@@ -39,7 +39,6 @@ class DeFIPolicy:
         self.model, self.execute, self.seed = model.eval(), execute, seed
         self.origin: Path | None = None  # the artifact it came from, and where its parents were
         self.moved: dict[str, str] = {}
-        encode_alone(self.model)
         self._understood: set[str] = set()
         self.reset()
 

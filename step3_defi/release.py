@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from common.checkpoint import renamed
+from common.checkpoint import counted, renamed
 from step2_gidm import from_univla
 
 # in order: a later line sees what an earlier one made
@@ -78,13 +78,12 @@ def from_release(tensors: Mapping[str, Tensor]) -> Release:
     if "Video_Former.latents" not in tensors or "model.inner_model.action_emb.weight" not in tensors:
         raise ValueError(f"no policy of the release or of VPP (Video_Former.latents, model.inner_model.action_emb.weight) among its {len(tensors)} "
                          f"tensors, which start with: {', '.join(sorted({name.split('.')[0] for name in tensors}))}")
-    left = {prefix: sum(tensor.numel() for name, tensor in tensors.items() if name.startswith(prefix)) for prefix in LEFT}
     inverse = {name: tensor for name, tensor in tensors.items() if name.startswith("lam.")}
     rest = {name: tensor for name, tensor in tensors.items() if not name.startswith(("lam.", *LEFT))}
     state = {f"gidm.{name}": tensor for name, tensor in from_univla(inverse).items()} if inverse else {}
     for name, tensor in rest.items():
         state.update(_ours(name, tensor))
-    return Release(state, {prefix: count for prefix, count in left.items() if count}, bool(inverse))
+    return Release(state, counted(tensors, LEFT), bool(inverse))
 
 
 def _ours(name: str, tensor: Tensor) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from common import artifact
-from common.processes import processes
+from common.processes import SLOWEST, processes
 from common.program import program
 from step3_defi import features, policy
 from step3_defi.model import DeFI
@@ -40,7 +40,7 @@ def main(cfg: DictConfig) -> None:
     if start:
         take(model, start)
         stats["init"] = artifact.sha256(start)
-    if cfg.cache if cfg.cache is not None else cfg.data.pack and "gfdm" not in model.trainable:
+    if cfg.cache and "gfdm" not in model.trainable:
         sets = _cache(sets, model, config, Path(cfg.cache_dir))
     loop = instantiate(cfg.loop, output_dir=cfg.output_dir, seed=cfg.seed)
     record = {"kind": "defi", "config": config, "parents": policy.parents(config), "stats": stats}
@@ -85,7 +85,7 @@ def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
 
 def _cache(sets: dict[str, Any], model: DeFI, config: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Every set behind its cache. One process builds; the others wait and open it. Of an inverse model only the frozen eyes are cached, so all share."""
-    state = processes()
+    state = processes(SLOWEST)
     model.to(state.device)
     gfdm, gidm = config["gfdm"], config["gidm"]
     sources = {"gfdm": artifact.sha256(gfdm["path"]) + repr(gfdm["overrides"]) if policy.is_artifact(gfdm) else repr(gfdm)}

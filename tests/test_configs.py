@@ -16,6 +16,8 @@ STEP = {"gfdm": "step1_gfdm", "gidm": "step2_gidm", "defi": "step3_defi"}
 ROWS = sorted(str(p.relative_to(CONFIGS / "experiment").with_suffix("")) for p in (CONFIGS / "experiment").rglob("*.yaml"))
 SCALES = ("tiny", "small", "full")
 
+SHARED_OUT = ("loop.batch_size", "loop.accumulate", "loop.eval_batches")  # a step's samples, where the forward model learns
+
 CHANGES = {  # row -> the only subtrees it may touch, besides its name
     "gfdm/eq3_ddpm": {"gfdm.objective"},
     "gfdm/eq3_ddpm_v": {"gfdm.objective"},
@@ -33,18 +35,19 @@ CHANGES = {  # row -> the only subtrees it may touch, besides its name
     "defi/blind": {"policy.blind"},
     "defi/alignment": {"policy.alignment_weight", "data.future_frames"},
     "defi/joint": {"policy._target_", "policy.gfdm", "policy.gidm", "policy.trainable", "policy.video_weight", "policy.reconstruction_weight",
-                   "data.future_frames"},
-    "defi/official": {"policy", "loop"},
-    "defi/vpp": {"policy", "loop"},
+                   "data.future_frames", *SHARED_OUT},
+    "defi/official": {"policy", "loop", "data.min_window"},
+    "defi/vpp": {"policy", "loop", "data.min_window"},
     "defi/t1_third_view": {"policy.views", "data.views"},
     "defi/t4_gfdm_no_pretrain": {"policy.gfdm"},
     "defi/t4_gidm_no_pretrain": {"policy.gidm"},
     "defi/t5_all_no_human": {"policy.gfdm.path", "policy.gidm.path"},
     "defi/t5_gfdm_no_human": {"policy.gfdm.path"},
     "defi/t5_gidm_no_human": {"policy.gidm.path"},
-    "defi/t6_five_steps": {"policy.gfdm.overrides.denoise_steps"},
+    "defi/t6_five_steps": {"policy.gfdm.overrides"},
     **{f"defi/{row}": {"policy.gidm.path"} for row in ("t7_mlp", "t7_transformer", "t8_gaussian_mixture", "t8_binning", "t8_continuous")},
-    **{f"defi/t9_{row}": {"policy.trainable"} for row in ("adapter", "gfdm_adapter", "all")},
+    "defi/t9_adapter": {"policy.trainable"},
+    **{f"defi/t9_{row}": {"policy.trainable", *SHARED_OUT} for row in ("gfdm_adapter", "all")},
     **{f"defi/f4_data_{share}": {"data.fraction"} for share in (10, 20, 50)},
     **{f"{model}/f8_human_{share}": {"data.human_fraction"} for model in ("gfdm", "gidm") for share in (0, 20, 40, 60, 80)},
     **{f"defi/f8_human_{share}": {"policy.gfdm.path", "policy.gidm.path"} for share in (0, 20, 40, 60, 80)},
@@ -100,6 +103,26 @@ def test_row_changes_only_what_it_claims(row):
 
 
 @pytest.mark.parametrize("scale", SCALES)
+def test_a_scale_says_whether_frozen_features_are_kept_on_the_disk(scale):
+    """At full a window takes 42 MB, packed or not."""
+    assert all(resolved("step3_defi", f"scale={scale}", f"data.pack={pack}")["cache"] is (scale != "full") for pack in ("true", "false"))
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if row.startswith("defi/")])
+def test_a_forward_model_learns_in_batches_as_small_as_step_1s(row):
+    """On 80 GB; a step's samples and a validation's stay those of the other rows, and below full nothing changes."""
+    full = resolved("step3_defi", f"experiment={row}")
+    if "gfdm" not in full["policy"]["trainable"]:
+        return
+    loop, base = full["loop"], resolved("step3_defi")["loop"]
+    assert loop["batch_size"] <= resolved("step1_gfdm")["loop"]["batch_size"]
+    for count in ("accumulate", "eval_batches"):
+        assert loop["batch_size"] * loop[count] == base["batch_size"] * base[count]
+    for scale in ("tiny", "small"):
+        assert resolved("step3_defi", f"experiment={row}", f"scale={scale}")["loop"] == resolved("step3_defi", f"scale={scale}")["loop"]
+
+
+@pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("choice", ["policy=official", "policy=vpp", "experiment=defi/official", "experiment=defi/vpp"])
 def test_published_policies_compose_at_every_scale(choice, scale):
     cfg = resolved("step3_defi", choice, f"scale={scale}")
@@ -108,6 +131,7 @@ def test_published_policies_compose_at_every_scale(choice, scale):
     assert policy["edm"]["sample_sigma_min"] == 1.0 and policy["pair_views"] == ["static"] and not policy["standardize"]
     assert policy["gfdm"]["overrides"] == {"fps": 4} and policy["gidm"].get("overrides", {"clean_text": False}) == {"clean_text": False}
     assert cfg["loop"]["optimizer"].get("betas") == ([0.9, 0.9] if choice.startswith("experiment") else None)
+    assert cfg["data"]["min_window"] == (22 if choice.startswith("experiment") else None)
     for target in set(targets(cfg)):
         assert get_object(target)
 

@@ -37,6 +37,8 @@ def test_wrong_kind_missing_folder_and_foreign_keys_are_one_clear_line(folder, t
         artifact.load(folder, "gfdm")
     with pytest.raises(ArtifactError, match=r"no artifact here.*step2_train_gidm.sh name=nothing"):
         artifact.load(tmp_path / "nothing", "gidm")
+    with pytest.raises(ArtifactError, match=r"step1_train_svd.sh experiment=gfdm/t5_no_human name=t5_no_human$"):  # a row by its own recipe
+        artifact.meta(tmp_path / "t5_no_human", "gfdm")
     state = load_file(folder / "weights.safetensors")
     state["stranger"] = state.pop("fc1.bias")
     save_file(state, folder / "weights.safetensors")

@@ -4,7 +4,7 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,54 @@ def test_foreign_objects_are_named_and_read_past_only_when_asked(tmp_path: Path)
     assert all(torch.equal(found[key], TENSORS[key]) for key in TENSORS)
 
 
+class Settings(dict):
+    """A dictionary of another class."""
+
+    built = 0
+
+    def __new__(cls, *_: Any) -> Settings:
+        Settings.built += 1
+        return super().__new__(cls)
+
+
+class Ordered(OrderedDict):
+    """Another, with a state of its own beside its items."""
+
+
+class Slotted(dict):
+    """One whose state is none of torch's."""
+
+    __slots__ = ("note",)
+
+
+class Rows(list):
+    """A list of another class."""
+
+
+@pytest.mark.parametrize("make", [lambda items: defaultdict(list, items), Settings, Ordered])
+def test_dictionaries_of_other_classes_are_read_as_plain_ones(make: Any, tmp_path: Path) -> None:
+    held = make({"lr": 1e-4, "rows": make({})})
+    if isinstance(held, Ordered):
+        held.note = "x"
+    torch.save({"state_dict": make(TENSORS), "hyper_parameters": held, "share": Fraction(1, 2)}, tmp_path / "x.ckpt")
+    with pytest.raises(CheckpointError, match=r"holds objects of .*(defaultdict|Settings|Ordered).*foreign=skip$"):
+        read_tensors(tmp_path / "x.ckpt")
+    built = Settings.built
+    found = read_tensors(tmp_path / "x.ckpt", skip_foreign=True)
+    assert found.keys() == TENSORS.keys() and all(torch.equal(found[key], TENSORS[key]) for key in TENSORS)
+    assert Settings.built == built, "foreign code ran"
+
+
+def test_what_cannot_be_read_past_is_named(tmp_path: Path) -> None:
+    slotted = Slotted(a=1)
+    slotted.note = "x"
+    for held, message in ((Rows([1]), r"\(Can only append to lists, but got <class '.*test_checkpoint.Rows'>\)"), (slotted, r"\(TypeError\(.*\)")):
+        torch.save({"state_dict": TENSORS, "hyper_parameters": held}, tmp_path / "x.ckpt")
+        with pytest.raises(CheckpointError, match=f"x.ckpt: not readable as a checkpoint of tensors {message}") as caught:
+            read_tensors(tmp_path / "x.ckpt", skip_foreign=True)
+        assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("zipped", [False, True])
 @pytest.mark.parametrize("function, blocked", [(os.mkdir, True), (shutil.copytree, False)])
 def test_no_code_of_a_checkpoint_runs(function: Any, blocked: bool, zipped: bool, tmp_path: Path) -> None:
@@ -79,10 +127,12 @@ def test_what_is_no_checkpoint_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "empty.pt").write_bytes(b"")
     torch.save(TENSORS, tmp_path / "cut.pt")
     (tmp_path / "cut.pt").write_bytes((tmp_path / "cut.pt").read_bytes()[:300])
+    (tmp_path / "text.pt").write_text("hello world")
     torch.save({"epoch": 3, "loops": {}}, tmp_path / "bare.ckpt")
     torch.save([1, 2], tmp_path / "list.pt")
-    for name, message in {"torn.safetensors": "not readable as safetensors", "empty.pt": "not readable", "cut.pt": "not readable", "none.pt": "no such file",
-                          "bare.ckpt": "no tensors by name .*it holds: epoch, loops", "list.pt": "no tensors by name .*it holds: list"}.items():
+    for name, message in {"torn.safetensors": "not readable as safetensors", "empty.pt": "not readable", "cut.pt": "not readable",
+                          "text.pt": "not readable", "none.pt": "no such file", "bare.ckpt": "no tensors by name .*it holds: epoch, loops",
+                          "list.pt": "no tensors by name .*it holds: list"}.items():
         with pytest.raises(CheckpointError, match=f"{name}: {message}") as caught:
             read_tensors(tmp_path / name)
         assert "\n" not in str(caught.value)

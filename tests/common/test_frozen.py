@@ -1,6 +1,7 @@
 """Frozen encoders: invisible to training, loaded from folders in the hub's own format, caching that changes nothing."""
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -65,25 +66,45 @@ def test_real_tokenizers_load_through_the_same_path(shared_data, hub, tmp_path):
     assert t5(["open the drawer"])["input_ids"][0][-1] == 1
 
 
-def test_a_sentence_may_be_encoded_the_same_whatever_comes_with_it(hub: Path) -> None:
-    class Holder(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            inner = nn.Module()
-            inner.text = frozen.clip_text(hub / "clip")
-            self.gfdm, self.text = frozen.Frozen(inner), frozen.t5_text(hub / "t5")
+WORDS = "open close push lift the red blue block drawer slowly left right".split()
+SENTENCES = [" ".join(WORDS[i:i + 1 + i % 5]) for i in range(len(WORDS))]
 
-    asked: list[list[str]] = []
-    holder = Holder()
-    frozen.encode_alone(holder)
-    for encoder in (holder.gfdm.module.text, holder.text):
-        real = encoder._encode
-        encoder._encode = lambda texts, real=real: asked.append(texts) or real(texts)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            together = encoder(["open the drawer", "go"])
-        encoder.cache.clear()
-        alone = encoder(["go"])
-        together, alone = (value[0] if isinstance(value, tuple) else value for value in (together, alone))
-        assert torch.equal(together[1, :alone.shape[1]], alone[0])
-        encoder(["go", "go"])  # known: not encoded again
-    assert all(len(texts) == 1 for texts in asked) and len(asked) == 6
+
+def rows(encoder: frozen.TextEncoder, texts: list[str]) -> list[torch.Tensor]:
+    """The tokens of each sentence without its padding."""
+    found = encoder(texts)
+    return [tokens[keep] for tokens, keep in zip(*found)] if isinstance(found, tuple) else list(found)
+
+
+@pytest.mark.parametrize("make", [lambda hub: frozen.t5_text(hub / "t5"), lambda hub: frozen.clip_text(hub / "clip")], ids=["t5", "clip"])
+def test_a_sentence_is_encoded_once_and_the_same_whatever_comes_with_it(make: Callable[[Path], frozen.TextEncoder], hub: Path) -> None:
+    encoder, asked = make(hub), []
+    real = encoder._encode
+    encoder._encode = lambda texts: asked.extend(texts) or real(texts)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        together = rows(encoder, SENTENCES)
+    rows(encoder, [*SENTENCES, *SENTENCES])
+    assert len(asked) == len(SENTENCES)
+    for size in (1, 3, 5):  # as runs that go on from elsewhere meet them
+        encoder = make(hub)
+        parts = [row for i in range(0, len(SENTENCES), size) for row in rows(encoder, SENTENCES[i:i + size])]
+        assert all(torch.equal(one, two) for one, two in zip(parts, together, strict=True))
+
+
+@pytest.mark.parametrize("make", [lambda hub: frozen.t5_text(hub / "t5"), lambda hub: frozen.clip_text(hub / "clip")], ids=["t5", "clip"])
+def test_the_cache_stays_below_its_bound_and_what_it_forgets_comes_back_equal(make: Callable[[Path], frozen.TextEncoder], hub: Path) -> None:
+    encoder, bounded, asked = make(hub), make(hub), []
+    expected = rows(encoder, SENTENCES)
+    assert encoder.held == sum(tensor.nbytes for row in encoder.cache.values() for tensor in row) > 0
+    bounded.cache_bytes = encoder.held // 3
+    real = bounded._encode
+    bounded._encode = lambda texts: asked.extend(texts) or real(texts)
+    for _ in range(2):  # more sentences in a batch than the cache holds
+        assert all(torch.equal(one, two) for one, two in zip(rows(bounded, SENTENCES), expected, strict=True))
+        held = sum(tensor.nbytes for row in bounded.cache.values() for tensor in row)
+        assert 0 < held == bounded.held <= bounded.cache_bytes
+    oldest, *_, newest = bounded.cache
+    assert newest == SENTENCES[-1] and SENTENCES[0] not in bounded.cache
+    bounded([oldest]), asked.clear()
+    bounded([SENTENCES[0], SENTENCES[1], oldest])
+    assert asked == SENTENCES[:2], "what was asked for last stays"

@@ -12,7 +12,7 @@ import torch
 from accelerate.utils import DistributedType
 from torch import nn
 
-from common.batches import Batches
+from common.batches import Batches, held_out
 from common.loop import Loop, NonFiniteLoss
 from common.mixture import Mixture, Unreadable
 
@@ -116,6 +116,36 @@ def test_validation_does_not_disturb_training(tmp_path):
     assert any("val/loss" in line for line in (tmp_path / "a/metrics.jsonl").read_text().splitlines())
 
 
+def test_validation_sees_the_same_samples_from_everywhere_in_the_set(tmp_path):
+    class Noted(Line):
+        seen: list[int] = []
+
+        def sample(self, index, rng):
+            self.seen.append(index)
+            return super().sample(index, rng)
+
+    make(tmp_path, max_steps=4, eval_every=2, eval_batches=2).fit(Net(), Line(), Noted(1000))
+    first, second = Noted.seen[:8], Noted.seen[8:]
+    assert first == second and len(set(first)) == 8 and max(first) - min(first) > 300
+
+
+@pytest.mark.parametrize("length, most", [(1000, 3), (29, 16), (8, 16), (1, 16), (3, 16)])
+def test_processes_validate_on_the_same_samples_and_to_the_same_mean(length, most):
+    """As many batches for each, for sets that divide into no whole ones, and for sets of fewer samples than processes."""
+    values = np.random.default_rng(0).normal(size=length)
+
+    def look(world):
+        ranks = [held_out(length, 8 // world, seed=1, rank=rank, world=world, most=most) for rank in range(world)]
+        assert len({len(chunks) for chunks in ranks}) == 1 and all(keys for chunks in ranks for keys, _ in chunks)
+        counted = sorted(index for chunks in ranks for keys, weight in chunks if weight for _, index in keys)
+        return counted, np.mean([sum(weight * values[[index for _, index in keys]].mean() for keys, weight in chunks) for chunks in ranks])
+
+    for world in (2, 4, 8):
+        alone, others = look(1), look(world)
+        assert others[0] == alone[0] and others[1] == pytest.approx(alone[1])
+    assert len(alone[0]) == min(length, 8 * most) and alone[1] == pytest.approx(values[alone[0]].mean())
+
+
 def test_the_best_validation_is_told_of_while_its_averaged_weights_are_in_place(tmp_path):
     """Also over a kill: no worse one is told of afterwards."""
     val = Line(8)
@@ -162,7 +192,7 @@ def test_unreadable_samples_are_counted_and_too_many_stop_the_run(tmp_path):
 
 
 def test_unreadable_held_out_samples_are_counted(tmp_path, caplog):
-    make(tmp_path, max_steps=2, eval_every=2, eval_batches=3).fit(Net(), Line(), Line(unreadable={3}))
+    make(tmp_path, max_steps=2, eval_every=2, eval_batches=10).fit(Net(), Line(), Line(unreadable={3}))
     assert "1 unreadable held-out samples replaced, the last: line/3: torn" in caplog.messages
 
 

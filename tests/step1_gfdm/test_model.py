@@ -39,6 +39,21 @@ def test_imagine_is_seeded_and_independent_of_the_batch(gfdm):
     torch.testing.assert_close(gfdm.imagine(IMAGES[:1].repeat(2, 1, 1, 1), TEXT[:1] * 2).diff(dim=0).abs().max(), torch.tensor(0.0), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("trains", [False, True])
+def test_no_pass_has_more_rows_than_cudas_grid(gfdm, monkeypatch, trains):
+    """A latent of 8 x 8 has 64 rows: three pictures under a limit of 130 are two passes, of like size and with the same outcome."""
+    rows, block = [], gfdm.unet.down_blocks[0].attentions[0].temporal_transformer_blocks[0]
+    handle = block.attn1.register_forward_pre_hook(lambda _, args, options: rows.append((args or tuple(options.values()))[0].shape[0]), with_kwargs=True)
+    gfdm.requires_grad_(trains)
+    whole = gfdm.imagine(IMAGES, TEXT, seed=1)
+    monkeypatch.setattr("step1_gfdm.model.MAX_ROWS", 130)
+    parts = gfdm.imagine(IMAGES, TEXT, seed=1)
+    handle.remove()
+    gfdm.requires_grad_(True)
+    assert rows == [192, 128, 64] and parts.requires_grad == trains
+    torch.testing.assert_close(parts, whole, atol=1e-4, rtol=1e-4)
+
+
 @torch.no_grad()
 def test_text_and_image_matter(gfdm):
     same = IMAGES[:1].repeat(2, 1, 1, 1)

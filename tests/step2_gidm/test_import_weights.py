@@ -83,6 +83,8 @@ def test_a_policys_inverse_model_fits_without_its_decoder() -> None:
     weights = {name: tensor for name, tensor in random_weights(**SIZE).items() if not name.startswith(("lam.decoder.", "lam.patch_up."))}
     policy = {**weights, "Video_Former.latents": torch.ones(2), "model.inner_model.x": torch.ones(1), "lam.text_encoder.shared.weight": torch.ones(1)}
     before = {name: tensor.clone() for name, tensor in policy.items()}
+    with pytest.raises(ValueError, match=r"^1 unexpected beside lam.\*.*: perceiver.x$"):
+        from_univla({**policy, "perceiver.x": torch.ones(1)})
     state = from_univla(policy)
     assert all(torch.equal(policy[name], before[name]) for name in before) and policy.keys() == before.keys()
     model = GIDM(vision=Sight(64, 4), text=Reader(64), quantizer=VectorQuantizer(8, 16), dim=64, heads=HEADS, encoder_layers=2, decoder_layers=2,
@@ -91,12 +93,26 @@ def test_a_policys_inverse_model_fits_without_its_decoder() -> None:
     model.load_state_dict(state, strict=True)
 
 
+def test_what_is_left_out_is_named_and_counted(run: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    weights = random_weights(**SIZE)
+    torch.save({"dino_encoder.norm.weight": torch.ones(5), **{name.removeprefix("lam."): tensor for name, tensor in weights.items()}}, tmp_path / "bare.pt")
+    lightning(tmp_path / "lam_idm.ckpt", weights)
+    for file, left in (("lam_idm.ckpt", {"lam.dino_encoder.": 4, "lam.text_encoder.": 12}), ("bare.pt", {"lam.dino_encoder.": 5})):
+        run(tmp_path / file, f"name={file}", "foreign=skip")
+        source = artifact.meta(tmp_path / "ckpts/gidm" / file)["stats"]["imported"]
+        assert source["file"] == file and source["left"] == left and len(source["sha256"]) == 64
+        told = capsys.readouterr().out
+        assert all(f"left out: {prefix}* ({count} numbers; " in told for prefix, count in left.items())
+
+
 def test_what_does_not_fit_is_one_line_and_leaves_nothing(run: Callable[..., None], tmp_path: Path) -> None:
     weights = random_weights(**SIZE)
     cases = {
         "missing": ({k: v for k, v in weights.items() if "encoder.transformer_blocks.1.norm2" not in k},
                     r"2 missing: encoder.blocks.1.norm_temporal.bias, encoder.blocks.1.norm_temporal.weight$"),
         "unexpected": ({**weights, "lam.view_embed": torch.ones(1), "lam.encoder.stranger": torch.ones(1)}, r"2 unexpected: encoder.stranger, view_embed$"),
+        "beside": ({**weights, "stranger.weight": torch.ones(1), "encoder.ffn.0.weight": torch.ones(64), "dino_encoder.x": torch.ones(1)},
+                   r"3 unexpected beside lam.\*, .*: dino_encoder.x, encoder.ffn.0.weight, stranger.weight$"),
         "shape": ({**weights, "lam.vq.codebook.weight": torch.ones(5, 16)},
                   r"of another shape: quantizer.codebook \(5, 16\) for \(8, 16\), quantizer.counts \(5,\) for \(8,\)$"),
         "second": ({**weights, "lam.vq_action.codebook.weight": torch.ones(8, 16)}, "UniVLA's second stage"),

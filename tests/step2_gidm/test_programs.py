@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from common import artifact
+from common.frozen import t5_text
 from common.loop import Loop
 from common.video import probe
 from step2_gidm import eval as evaluate
@@ -133,13 +134,22 @@ def test_real_data_trains(shared_data: Path, hub: Path, tmp_path: Path) -> None:
     assert {"val/mse", "val/copy_mse", "val/gap", "val/usage", "val/perplexity", *by_query} <= set().union(*rows)
 
 
-def test_resume_equals_unbroken(tmp_path: Path) -> None:
+def test_resume_equals_unbroken(hub: Path, tmp_path: Path) -> None:
+    class Told(Squares):
+        """With sentences of different lengths: a run that goes on meets them anew, and in other company."""
+
+        def sample(self, index: int, rng: np.random.Generator) -> dict:
+            return {**super().sample(index, rng), "text": f"push block {index}" + " to the left" * (index % 11)}
+
     def run(folder: str, steps: int, total: int) -> GIDM:
         torch.manual_seed(0)
         loop = Loop(output_dir=str(tmp_path / folder), max_steps=total, save_every=3, schedule="constant", **LOOP)
         if steps < total:  # stop as SIGTERM does
             loop._everyone_stops = lambda: loop.progress.step == steps
-        return loop.fit(make(dim=16, encoder_layers=1, decoder_layers=1), Squares())
+        model = make(dim=16, encoder_layers=1, decoder_layers=1)
+        model.text = t5_text(hub / "t5")
+        model.text_proj = nn.Linear(model.text.dim, 16)
+        return loop.fit(model, Told())
 
     whole = run("whole", 14, 14)
     with pytest.raises(SystemExit):

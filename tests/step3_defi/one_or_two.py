@@ -1,6 +1,6 @@
 """Trains a tiny policy for a few steps through the program itself, in as many processes as the launcher starts.
 
-    one_or_two.py <tree> <name> <global batch>
+    one_or_two.py <tree> <name> <global batch> [key=value ...]
 """
 import sys
 import zlib
@@ -35,4 +35,5 @@ if __name__ == "__main__":
     train.main.__wrapped__(configure(
         "step3_defi", f"paths.ckpts={tree}/ckpts", f"paths.data={tree}/data", f"name={name}", f"data.root={tree}/data/demonstrations", "data.holdout=0.25",
         "data.frame_stride=4", "loop.max_steps=5", f"loop.batch_size={size // processes}", "loop.eval_every=5", "loop.log_every=1", "loop.warmup_steps=1",
-        "loop.precision=no", "loop.ema_decay=null", "policy.edm._target_=tests.step3_defi.one_or_two.OwnNoise", "wandb.mode=disabled"))
+        "loop.precision=no", "loop.ema_decay=null", "policy.edm._target_=tests.step3_defi.one_or_two.OwnNoise", "wandb.mode=disabled",
+        *sys.argv[4:]))

@@ -26,6 +26,17 @@ def test_windows_stay_inside_their_annotation_unless_padded(calvin: Path) -> Non
     assert len(windows(calvin, frame_stride=8)) == 4 * 3
 
 
+def test_the_releases_windows_are_fewer(tmp_path: Path) -> None:
+    """Theirs start at range(first, last + 1 - 21) of an annotation: 44 of 65 frames, where our chunks of ten fit 56 times."""
+    root = write_calvin(tmp_path / "c", recordings=1, length=70)
+    write_annotations(root / "training", [(102, 166)])
+    assert len(windows(root)) == 56 and windows(root, min_window=22, pack=True).windows[:, 1].tolist() == list(range(102, 166 + 1 - 21))
+    with pytest.raises(ValueError, match="no window of 66 motions"):
+        windows(root, min_window=66)
+    with pytest.raises(ValueError, match="min_window 4 .*at least 5"):
+        windows(root, min_window=4, max_pad=5)
+
+
 def test_sample_is_the_annotated_frame_and_its_motions(calvin: Path) -> None:
     sample = windows(calvin).sample(2, RNG)
     assert sample["id"] == "calvin/training/0000105" and sample["text"] == "push the red block"

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 
 from common import artifact
 from common.loop import Loop
+from common.processes import processes
 from step3_defi import DeFI, policy, train
 from step3_defi.vpp_adapter import VPPAdapter
 from tests.step3_defi.parts import PARENT_CONFIGS, configure
@@ -88,14 +90,15 @@ def test_the_best_policy_is_kept_beside_the_last(tree: Path, monkeypatch: pytest
         run(tree, "unkept", "loop.best=loss_of_actions")
 
 
-def launched(tree: Path, processes: int) -> tuple[dict[str, torch.Tensor], list[dict]]:
+def launched(tree: Path, processes: int, *overrides: str) -> tuple[dict[str, torch.Tensor], list[dict]]:
     """(weights, rows of metrics.jsonl) of one_or_two.py."""
     launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port=29883"]
-    script = [str(Path(__file__).with_name("one_or_two.py")), str(tree), f"processes_{processes}", "4"]
+    name = f"processes_{processes}_{len(overrides)}"
+    script = [str(Path(__file__).with_name("one_or_two.py")), str(tree), name, "4", *overrides]
     root = Path(__file__).resolve().parents[2]
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
     subprocess.run([*launcher, *script], cwd=root, env=environment, check=True, timeout=300)
-    folder = tree / f"ckpts/defi/processes_{processes}"
+    folder = tree / "ckpts/defi" / name
     return load_file(folder / "weights.safetensors"), [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -110,6 +113,13 @@ def test_two_processes_finetune_as_one_with_the_same_global_batch(tree: Path) ->
     for key, value in alone.items():
         torch.testing.assert_close(others[key], value, atol=2e-4, rtol=1e-3, msg=lambda said, key=key: f"{key}: {said}")
     assert not torch.equal(alone["feature_norm.mean"], torch.zeros_like(alone["feature_norm.mean"]))
+
+
+def test_two_processes_validate_on_one_window_as_one_does(tree: Path) -> None:
+    """The second has none of its own, and the first would wait for it."""
+    (_, rows), (_, found) = (launched(tree, processes, "data.frame_stride=40", "loop.max_steps=1", "loop.eval_every=1") for processes in (1, 2))
+    one, two = ([row["val/action_loss"] for row in part if "val/loss" in row] for part in (rows, found))
+    assert len(one) == 1 and two == pytest.approx(one, rel=1e-3)
 
 
 def test_a_policy_may_start_from_another_ones_weights(tree: Path) -> None:
@@ -159,6 +169,13 @@ def test_cache_changes_nothing_but_speed(tree: Path) -> None:
         assert torch.allclose(value.float(), weights[1][key].float(), atol=5e-3), key
 
 
+def test_the_others_wait_for_the_cache_however_long_it_takes(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[timedelta] = []
+    monkeypatch.setattr(train, "processes", lambda timeout=timedelta(minutes=10): asked.append(timeout) or processes())
+    run(tree, "patient", "loop.max_steps=1")
+    assert len(asked) == 1 and asked[0] > timedelta(days=1)
+
+
 @pytest.mark.parametrize("row", ["alignment", "blind", "t1_third_view", "t4_gidm_no_pretrain", "t4_gfdm_no_pretrain", "t6_five_steps", "t9_all"])
 def test_rows_train_and_load(tree: Path, row: str) -> None:
     model = policy.load(run(tree, row, f"experiment=defi/{row}")).model
@@ -166,7 +183,7 @@ def test_rows_train_and_load(tree: Path, row: str) -> None:
     assert model.alignment_weight == (row == "alignment")
     assert model.blind == (row == "blind") and model.views == (("static",) if row == "t1_third_view" else ("static", "gripper"))
     gfdm = model.gfdm if row == "t9_all" else model.gfdm.module
-    assert gfdm.denoise_steps == (5 if row == "t6_five_steps" else 1)
+    assert (gfdm.denoise_steps, gfdm.schedule_steps) == ((5, 5) if row == "t6_five_steps" else (1, 20))
 
 
 @pytest.mark.parametrize("row", ["official", "vpp"])
