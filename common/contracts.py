@@ -142,5 +142,8 @@ class Env(Protocol):
     def versions(self) -> dict[str, str]:
         """Simulator and renderer with their versions, for the result file."""
 
+    def choices(self) -> dict[str, Any]:
+        """Arguments of its constructor in place of what it chose by itself, a renderer: another one made with them draws alike."""
+
     def close(self) -> None:
         """Free the simulator and its GL context."""

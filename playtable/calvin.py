@@ -184,6 +184,10 @@ class Calvin:
         """Simulator and renderer, and what the renderer makes of one fixed state."""
         return {"simulator": self._version, "renderer": self._renderer.name, "reference_frame": self._reference, "python": platform.python_version()}
 
+    def choices(self) -> dict[str, str]:
+        """What "auto" came to, for others that are to draw alike."""
+        return {"renderer": "egl" if self._renderer.egl else "cpu"}
+
     def close(self) -> None:
         """End the simulator; a second call does nothing."""
         if self._sim is not None:

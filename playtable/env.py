@@ -323,6 +323,10 @@ class PlayTable:
         renderer = self._renderer.backend if self._renderer else "none"
         return {"simulator": f"mujoco {mujoco.__version__}", "renderer": renderer, "python": platform.python_version()}
 
+    def choices(self) -> dict[str, Any]:
+        """None: the renderer hangs on the machine and on MUJOCO_GL alone."""
+        return {}
+
     def close(self) -> None:
         """Free the GL context, where one was made."""
         if self._renderer is not None:

@@ -48,6 +48,7 @@ def diagnose(*, run: Path, path: Path, failures: int, every: int, within: int, a
     replay = Replay(journal.read(run / journal.NAME), failures=failures, horizon=settings["horizon"])
     policy = instantiate(OmegaConf.create(settings["planner"]), str(path), device=str(processes().device))
     critic, recorder = Critic(policy.model, steps=steps), Recorder(policy, every=every, within=within)
+    check_rule(**judged_by, quantile=quantile, errors=critic.errors)
     if ahead % (critic.frames - 1) or ahead < recorder.execute:
         raise ValueError(f"ahead={ahead}: a multiple of {critic.frames - 1}, the frames ahead that are imagined, and at least the {recorder.execute} "
                          "actions of a plan")

@@ -22,7 +22,7 @@ from step3_defi.replay import Plan
 from step3_defi.stats import wilson
 
 VERDICTS = ("forecast", "action", "both", "neither")
-ERRORS = ("forecast", "forecast_tokens", "action", "gripper")  # of which greater is worse
+ERRORS = ("forecast", "forecast_tokens", "action", "gripper")  # of which greater is worse; tokens are the inverse model's
 MEASURES = {
     "forecast": "forecast, dB of squared error above copying the present",
     "forecast_tokens": "the same in visual tokens, dB",
@@ -60,6 +60,7 @@ class Critic:
             raise ValueError(f"{type(self.gfdm).__name__} imagines features and no pictures: its forecasts cannot be held against what an expert shows")
         self.key = KEYS[model.views[0]]
         self.frames = self.gfdm.num_frames
+        self.errors = tuple(name for name in ERRORS if model.gidm.num_tokens or name != "forecast_tokens")
 
     @torch.no_grad()
     def imagine(self, plan: Plan) -> Tensor:
@@ -71,13 +72,13 @@ class Critic:
     def score(self, plan: Plan, expert: Mapping[str, Any]) -> dict[str, float]:
         """Forecast in dB of squared error above that of copying the present, in pixels and in visual tokens; action as in `action_errors`.
 
-        Present and truth go through the VAE, too: its blur is not the forecast's fault.
+        A policy without inverse model (VPP) has no visual tokens. Present and truth go through the VAE, too: its blur is not the forecast's fault.
         """
         pictures = self._pictures([plan.observation["rgb_obs"][self.key], expert["frames"][-1][self.key]])
         now, truth = self.gfdm.latent_space.decode(self.gfdm.encode_image(pictures * 2 - 1)[:, None])[:, 0]
         three = torch.stack([self.imagine(plan)[-1], truth, now])
-        return {"forecast": above_copy(*three), "forecast_tokens": above_copy(*self.model.gidm.embed(three)),
-                **action_errors(plan.actions, expert["actions"])}
+        tokens = {"forecast_tokens": above_copy(*self.model.gidm.embed(three))} if "forecast_tokens" in self.errors else {}
+        return {"forecast": above_copy(*three), **tokens, **action_errors(plan.actions, expert["actions"])}
 
     def _pictures(self, pictures: list[np.ndarray]) -> Tensor:
         return resize(np.stack(pictures), self.model.image_size).to(self.model.device)
@@ -108,10 +109,10 @@ def enlarged(video: Tensor, size: int) -> np.ndarray:
     return (F.interpolate(video.float().cpu(), (size, size)) * 255).round().byte().permute(0, 2, 3, 1).numpy()
 
 
-def check_rule(*, forecast: str, action: str, quantile: float) -> None:
-    """ValueError unless both name errors and the quantile is one."""
-    if unknown := {forecast, action} - set(ERRORS):
-        raise ValueError(f"judged_by names {sorted(unknown)}: choose among {list(ERRORS)}")
+def check_rule(*, forecast: str, action: str, quantile: float, errors: Sequence[str] = ERRORS) -> None:
+    """ValueError unless both name errors, of those that a policy can be held to, and the quantile is one."""
+    if unknown := {forecast, action} - set(errors):
+        raise ValueError(f"judged_by names {sorted(unknown)}: choose among {list(errors)}")
     if not 0 < quantile < 1:
         raise ValueError(f"quantile={quantile}: choose one between 0 and 1")
 
@@ -150,7 +151,7 @@ def table(subtasks: Sequence[Subtask]) -> str:
                      for cell in split(group).values()]
             lines.append(f"| {name} | {len(group)} | " + " | ".join(cells) + " |")
     lines += ["", "| median over sub-tasks | failures | successes |", "|---|---|---|"]
-    for name, words in MEASURES.items():
+    for name in (name for name in MEASURES if all(name in moment for subtask in subtasks for moment in subtask.moments)):
         middles = [f"{np.median([subtask.score(name) for subtask in group]):.2f}" if group else "" for group in (failed, solved)]
-        lines.append(f"| {words} | {middles[0]} | {middles[1]} |")
+        lines.append(f"| {MEASURES[name]} | {middles[0]} | {middles[1]} |")
     return "\n".join(lines)

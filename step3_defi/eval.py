@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from accelerate.utils import gather_object
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
@@ -29,9 +30,9 @@ from common.processes import SLOWEST, processes
 from common.program import program
 from common.video import write_mp4
 from step3_defi import film, journal, stats
-from step3_defi.journal import Journal, Record
+from step3_defi.journal import Claims, Journal, Record
 from step3_defi.policy import fetched
-from step3_defi.rollout import RolloutError, Simulators
+from step3_defi.rollout import RolloutError, Simulators, check_alike
 from step3_defi.worker import Chain, Survey
 
 LOG = logging.getLogger(__name__)
@@ -51,12 +52,13 @@ def evaluate(*, env_config: dict[str, Any], agent: str, planner: DictConfig, tas
             raise ValueError(f"{key}={value}: must be at least 1")
     folder = None if agent in WITHOUT_MODEL else _policy_folder(agent)
     sha256 = None if folder is None else artifact.sha256(folder)
-    state = processes(SLOWEST)
+    state, claims = processes(SLOWEST), Claims(out)
     with journal.alone(out) if state.is_main_process else nullcontext():
-        with Simulators(env_config, count=workers, patience=patience) as simulators:
-            world = simulators.survey(Survey(sequences, tasks, length, seed, pictures=bool(sha256 or films["candidates"])))
+        with Simulators(env_config, count=workers, patience=patience, pictures=bool(sha256 or films["candidates"])) as simulators:
+            check_alike({f"process {rank}": versions for rank, versions in enumerate(gather_object([simulators.versions]))})
+            world = simulators.survey(Survey(sequences, tasks, length, seed))
             settings = {
-                "world": world["world"], "versions": world["versions"], "env": env_config,
+                "world": world["world"], "versions": simulators.versions, "env": env_config,
                 "policy": agent if sha256 is None else "artifact", "policy_sha256": sha256,
                 "planner": None if sha256 is None else OmegaConf.to_container(planner, resolve=True),
                 "tasks": tasks, "sequences": sequences, "sequences_sha256": _sha256(world["sequences"]),
@@ -65,29 +67,33 @@ def evaluate(*, env_config: dict[str, Any], agent: str, planner: DictConfig, tas
             if state.is_main_process:
                 journal.claim(out, settings)
                 journal.merge(out)
+                claims.clear()
             state.wait_for_everyone()
             done = journal.read(out / journal.NAME)
             chains = [
                 Chain(index, initial_state, list(chain), "policy" if sha256 else agent, horizon, seed,
-                      slot=index // state.num_processes % workers, film_every=films["every"] if index < films["candidates"] else 0)
+                      slot=index % workers, film_every=films["every"] if index < films["candidates"] else 0)
                 for index, (initial_state, chain) in enumerate(world["sequences"])
-                if index not in done and index % state.num_processes == state.process_index
+                if index not in done
             ]
             policy = instantiate(planner, str(folder), device=str(state.device)) if sha256 and chains else None
-            _roll_out(simulators, chains, policy, out, part=journal.part(out, state.process_index, state.num_processes),
+            _roll_out(simulators, chains, policy, out, claims, part=journal.part(out, state.process_index, state.num_processes),
                       total=sequences, show=state.is_main_process, length=length)
         state.wait_for_everyone()
-        return _report(out, settings, films["keep"]) if state.is_main_process else {}
+        if not state.is_main_process:
+            return {}
+        claims.clear()
+        return _report(out, settings, films["keep"])
 
 
-def _roll_out(simulators: Simulators, chains: list[Chain], policy: ChunkPolicy | None, out: Path, *, part: Path, total: int,
-              show: bool, length: int) -> None:
+def _roll_out(simulators: Simulators, chains: list[Chain], policy: ChunkPolicy | None, out: Path, claims: Claims, *, part: Path,
+              total: int, show: bool, length: int) -> None:
     by_index = {chain.index: chain for chain in chains}
     if not chains:
         return
     with Journal(part) as lines, tqdm(total=len(chains), desc=f"rollout of {total}", unit="chain", disable=not show) as bar:
-        for result in simulators.rollout(chains, policy):
-            bar.update()
+        for result in simulators.rollout(chains, policy, claims.take):
+            bar.update(claims.taken() - bar.n)  # by all processes
             if "failure" in result:
                 continue
             chain = by_index[result["index"]]

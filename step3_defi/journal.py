@@ -2,12 +2,14 @@
 
     rollouts.jsonl     {"index", "initial_state", "tasks", "steps_to_success", "clipped", "seed"} a line
     rollouts.<r>.jsonl the part of process r while several processes share the work
+    .claims/<index>    which sequences of a run under way are taken, by whichever process
     settings.json      what the lines were made with; lines of other settings are never mixed in
 """
 from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -106,6 +108,30 @@ class Journal:
     def _sync(self) -> None:
         self.file.flush()
         os.fsync(self.file.fileno())
+
+
+class Claims:
+    """Who works on which sequence, where several processes share a folder: a sequence is theirs who make its file first."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder / ".claims"
+
+    def clear(self) -> None:
+        """Before the work begins, for a run that was killed leaves its claims, and after it."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def take(self, index: int) -> bool:
+        """Whether the sequence is the caller's from now on."""
+        self.folder.mkdir(exist_ok=True)
+        try:
+            (self.folder / str(index)).touch(exist_ok=False)
+        except FileExistsError:
+            return False
+        return True
+
+    def taken(self) -> int:
+        """How many sequences are somebody's."""
+        return len(os.listdir(self.folder))
 
 
 def part(folder: Path, rank: int, world: int) -> Path:

@@ -9,125 +9,49 @@ does one whose simulators die: a new one takes the sequence up again from its st
 from __future__ import annotations
 
 import logging
-import os
-import subprocess
-import sys
-import time
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
-from multiprocessing.connection import Connection, Pipe, wait
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from multiprocessing.connection import Connection, wait
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 
 from common.contracts import ChunkPolicy
-from step3_defi.worker import ACTION_DIM, Branch, Chain, Survey
+from step3_defi.simulator import RolloutError, SimulatorError, Worker
+from step3_defi.worker import ACTION_DIM, Branch, Chain, Setup, Survey
 
 LOG = logging.getLogger(__name__)
-GRACE = 10  # seconds a worker gets to end on its own
-START = 120  # seconds a simulator gets to its first word, where patience is shorter
 ATTEMPTS = 2  # at a sequence, before it is given up
 HOPELESS = 3  # sequences given up in a row: it is not them
-
-
-class RolloutError(RuntimeError):
-    """Sequences that could not be judged, or a policy whose actions cannot be carried out."""
-
-
-class SimulatorError(RolloutError):
-    """A simulator process that died, hung or reported an error."""
-
-
-class Worker:
-    """A simulator process as the parent sees it. `patience`: seconds without a word from it that count as hanging."""
-
-    def __init__(self, number: int, env_config: dict[str, Any], patience: float):
-        self.number, self.patience, self.started = number, patience, False
-        self.task: Chain | Branch | Survey | None = None
-        self.connection, theirs = Pipe()
-        # One thread a simulator: the cores belong to the other workers and to the policy.
-        settings = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
-        command = [sys.executable, "-c", "from step3_defi.worker import main; main()", str(theirs.fileno())]
-        self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=settings, stdin=subprocess.DEVNULL)
-        theirs.close()
-        self._send(env_config)
-
-    def give(self, task: Chain | Branch | Survey) -> None:
-        """Hand out work."""
-        self.task = task
-        self._send(task)
-
-    def steer(self, actions: np.ndarray) -> None:
-        """Answer a "plan"."""
-        self._send(actions)
-
-    def remaining(self) -> float:
-        """Seconds until its silence counts as hanging."""
-        return max(0.0, self.deadline - time.monotonic())
-
-    def receive(self) -> tuple[str, Any]:
-        """The next answer. Raises SimulatorError where the worker reports an error, died, or stays silent past its deadline."""
-        if not self.connection.poll(self.remaining()):
-            raise SimulatorError(f"{self._where()}: no sign of life; where its pace is more than {self.patience:g} s, raise patience=")
-        try:
-            kind, content = self.connection.recv()
-        except (EOFError, ConnectionError) as error:
-            raise SimulatorError(f"{self._where()}: the process died (exit code {self._exit_code()})") from error
-        if kind == "error":
-            raise SimulatorError(f"{self._where()}: {content}")
-        self.started = True
-        self._wait_from_now()
-        return kind, content
-
-    def close(self) -> None:
-        """Hang up; the worker frees its simulator and ends."""
-        self.connection.close()
-        if self._exit_code() is None:
-            self.kill()
-
-    def kill(self) -> None:
-        """End a worker that answers to nothing else."""
-        self.connection.close()
-        self.process.kill()
-        self.process.wait()
-
-    def _send(self, message: Any) -> None:
-        self._wait_from_now()
-        with suppress(ConnectionError):  # a worker that is gone shows where it is listened to, and may have left word why
-            self.connection.send(message)
-
-    def _wait_from_now(self) -> None:
-        self.deadline = time.monotonic() + (self.patience if self.started else max(self.patience, START))
-
-    def _exit_code(self) -> int | None:
-        try:
-            return self.process.wait(GRACE)
-        except subprocess.TimeoutExpired:
-            return None
-
-    def _where(self) -> str:
-        if isinstance(self.task, Chain):
-            return f"simulator {self.number}, sequence {self.task.index} ({', '.join(self.task.tasks)})"
-        if isinstance(self.task, Branch):
-            return f"simulator {self.number}, sequence {self.task.index} ({self.task.task}, gone back to step {len(self.task.past)})"
-        return f"simulator {self.number}"
 
 
 class Simulators:
     """`count` processes with one environment each, made from a Hydra configuration inside them. A context manager.
 
-    One that dies, reports an error or is silent for `patience` seconds is replaced.
+    The first comes up alone, and what it chooses by itself the others are told: many that look for a GPU at once may find different ones.
+    `versions` are those of all; RolloutError where one that comes up has others. One that dies, reports an error or is silent for `patience`
+    seconds is replaced. `pictures`: each draws one as it comes up.
     """
 
-    def __init__(self, env_config: dict[str, Any], *, count: int, patience: float = 300):
+    def __init__(self, env_config: dict[str, Any], *, count: int, patience: float = 300, pictures: bool = False):
         if count < 1:
             raise ValueError(f"workers={count}: at least one simulator is needed")
-        self.env_config, self.patience = env_config, patience
-        self.workers = [Worker(number, env_config, patience) for number in range(count)]
+        self.count, self.patience, self.setup = count, patience, Setup(env_config, pictures)
+        self.versions: dict[str, str] = {}
+        self.workers: list[Worker] = []
 
     def __enter__(self) -> Simulators:
+        self.workers = [Worker(0, self.setup, self.patience)]
+        try:
+            first = self._ask("up")
+        except RolloutError:
+            self.close()
+            raise
+        self.versions = first["versions"]
+        self.setup = replace(self.setup, env_config={**self.setup.env_config, **first["choices"]})
+        self.workers += [Worker(number, self.setup, self.patience) for number in range(1, self.count)]
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -139,14 +63,31 @@ class Simulators:
             worker.close()
 
     def survey(self, request: Survey) -> dict[str, Any]:
-        """{"world": name, "versions": {...}, "sequences": [(initial state, tasks), ...]} of these environments. SimulatorError: twice in vain."""
-        self.workers[0].give(request)
+        """{"world": name, "sequences": [(initial state, tasks), ...]} of these environments. SimulatorError: twice in vain."""
+        return self._ask("survey", request)
+
+    def _ask(self, kind: str, request: Survey | None = None) -> dict[str, Any]:
+        """What the first simulator says under `kind`. One that fails is replaced, once."""
         try:
-            return self.workers[0].receive()[1]
+            return self._answer(kind, request)
         except SimulatorError as error:
             LOG.warning("%s; a new simulator is asked", error)
-        self._replace(self.workers[0]).give(request)
-        return self.workers[0].receive()[1]
+        self._replace(self.workers[0])
+        return self._answer(kind, request)
+
+    def _answer(self, kind: str, request: Survey | None) -> dict[str, Any]:
+        if request:
+            self.workers[0].give(request)
+        while (said := self._listen(self.workers[0]))[0] != kind:
+            pass
+        return said[1]
+
+    def _listen(self, worker: Worker) -> tuple[str, Any]:
+        """What a worker says; as it comes up it must be like the others."""
+        kind, content = worker.receive()
+        if kind == "up" and self.versions:
+            check_alike({"the first simulator": self.versions, f"simulator {worker.number}": content["versions"]})
+        return kind, content
 
     def branch(self, requests: Sequence[Branch]) -> Iterator[tuple[int, dict[str, Any]]]:
         """(position of the request, what follows its moment) as they get done. Raises SimulatorError naming the sequence."""
@@ -158,26 +99,30 @@ class Simulators:
                 busy[worker], request = waiting.popleft()
                 worker.give(request)
             for worker in _speaking(list(busy)):
-                content = worker.receive()[1]
-                free.append(worker)
-                yield busy.pop(worker), content
+                kind, content = self._listen(worker)
+                if kind == "branch":
+                    free.append(worker)
+                    yield busy.pop(worker), content
 
-    def rollout(self, chains: list[Chain], policy: ChunkPolicy | None = None) -> Iterator[dict[str, Any]]:
+    def rollout(self, chains: list[Chain], policy: ChunkPolicy | None = None, claim: Callable[[int], bool] | None = None) -> Iterator[dict[str, Any]]:
         """Hand chains to workers as they get free; yields {"index", "steps_to_success", "clipped", "film"} as chains end.
 
-        Chains of the agent "policy" need `policy`. A chain whose simulator fails is tried again from its start, in its slot; one that fails
-        twice comes as {"index", "failure": why}. Raises RolloutError where that happens to HOPELESS chains in a row.
+        Chains of the agent "policy" need `policy`; those that `claim` refuses are left to other processes. A chain whose simulator fails is
+        tried again from its start, in its slot; one that fails twice comes as {"index", "failure": why}. Raises RolloutError where that happens
+        to HOPELESS chains in a row.
         """
-        waiting, failures = Waiting(chains), Failures()
-        busy = {worker.connection: worker for worker in self.workers[:len(chains)]}
+        waiting, failures = Waiting(chains, claim), Failures()
+        busy: dict[Connection, Worker] = {}
         asking: dict[Connection, tuple[dict, str]] = {}
-        for slot, worker in enumerate(busy.values()):
-            worker.give(waiting.pop(slot))
+        for slot, worker in enumerate(self.workers):
+            if chain := waiting.pop(slot):
+                busy[worker.connection] = worker
+                worker.give(chain)
         while busy:
             for worker in _speaking([worker for connection, worker in busy.items() if connection not in asking]):
                 chain = worker.task
                 try:
-                    kind, content = worker.receive()
+                    kind, content = self._listen(worker)
                 except SimulatorError as error:
                     del busy[worker.connection]
                     worker = self._replace(worker)
@@ -191,8 +136,8 @@ class Simulators:
                 elif kind == "chain":
                     yield content
                     failures.judged(content)
-                    if waiting:
-                        worker.give(waiting.pop(chain.slot))
+                    if following := waiting.pop(chain.slot):
+                        worker.give(following)
                     else:
                         del busy[worker.connection]
             if asking and len(asking) == len(busy):
@@ -204,8 +149,17 @@ class Simulators:
 
     def _replace(self, worker: Worker) -> Worker:
         worker.kill()
-        new = self.workers[worker.number] = Worker(worker.number, self.env_config, self.patience)
+        new = self.workers[worker.number] = Worker(worker.number, self.setup, self.patience)
         return new
+
+
+def check_alike(versions: dict[str, dict[str, str]]) -> None:
+    """Versions by whose they are. RolloutError, in one line, unless they are equal: scores move with the renderer."""
+    (first, known), *others = versions.items()
+    for name, own in others:
+        if differing := [key for key in sorted({*known, *own}) if known.get(key) != own.get(key)]:
+            raise RolloutError("one table needs simulators of one kind: " + "; ".join(f"{key} is {known.get(key)} in {first}, {own.get(key)} in {name}"
+                               for key in differing) + "; choose the renderer by hand (env.renderer=egl|cpu of CALVIN) or machines that are alike")
 
 
 def _speaking(workers: list[Worker]) -> list[Worker]:
@@ -237,20 +191,21 @@ class Failures:
 
 
 class Waiting:
-    """Chains that nobody works on yet, by slot."""
+    """Chains that nobody works on yet, by slot. `claim`: whether a chain, by its index, is still to be had; all are where it is None."""
 
-    def __init__(self, chains: list[Chain]):
+    def __init__(self, chains: list[Chain], claim: Callable[[int], bool] | None = None):
+        self.claim = claim
         self.queues: dict[int, deque[Chain]] = {}
         for chain in chains:
             self.queues.setdefault(chain.slot, deque()).append(chain)
 
-    def __bool__(self) -> bool:
-        return any(self.queues.values())
-
-    def pop(self, slot: int) -> Chain:
-        """The next chain of this slot, or where there is none of the slot with the most."""
-        queue = self.queues.get(slot) or max(self.queues.values(), key=len)
-        return queue.popleft()
+    def pop(self, slot: int) -> Chain | None:
+        """The next chain of this slot, or where there is none of the slot with the most; None where all are taken."""
+        while any(self.queues.values()):
+            chain = (self.queues.get(slot) or max(self.queues.values(), key=len)).popleft()
+            if self.claim is None or self.claim(chain.index):
+                return chain
+        return None
 
 
 def in_slots(slots: dict[Connection, int]) -> list[dict[int, Connection]]:

@@ -2,8 +2,9 @@
 
 `rollout.Simulators` starts it and talks to it through a pipe; a worker imports the simulator and nothing of the models.
 
-    parent -> worker   the environment's configuration, once; then Survey, Chain or Branch; actions (A, 7) after each "plan"
-    worker -> parent   ("survey", dict) | ("plan", (observation, instruction)) | ("alive", None) | ("chain", dict) | ("branch", dict) | ("error", str)
+    parent -> worker   Setup, once; then Survey, Chain or Branch; actions (A, 7) after each "plan"
+    worker -> parent   ("up", dict), once; then ("survey", dict) | ("plan", (observation, instruction)) | ("alive", None) | ("chain", dict)
+                       | ("branch", dict); at any time ("error", str)
 """
 from __future__ import annotations
 
@@ -30,6 +31,14 @@ ALIVE_EVERY = 100  # control steps between two signs of life
 
 
 @dataclass(frozen=True)
+class Setup:
+    """Which simulator to make, as Hydra configures it."""
+
+    env_config: dict[str, Any]
+    pictures: bool  # draw one at once: a machine without GL should say so now
+
+
+@dataclass(frozen=True)
 class Survey:
     """Ask a worker what its world is and which chains it would be judged on."""
 
@@ -37,7 +46,6 @@ class Survey:
     tasks: list[str] | None
     length: int
     seed: int
-    pictures: bool = False  # draw one at once: a machine without GL should say so now
 
 
 @dataclass(frozen=True)
@@ -205,10 +213,7 @@ def answer(env: Env, request: Survey | Chain | Branch, connection: Connection) -
     """Do what the parent asked and name the kind of the answer."""
     if isinstance(request, Survey):
         sequences = env.sequences(request.count, tasks=request.tasks, length=request.length, seed=request.seed)
-        if request.pictures:
-            env.reset(sequences[0][0])
-            env.observe()
-        return "survey", {"world": env.name, "versions": env.versions(), "sequences": sequences}
+        return "survey", {"world": env.name, "sequences": sequences}
     if isinstance(request, Branch):
         return "branch", run_branch(env, request)
     controllers = {
@@ -245,10 +250,14 @@ class Confession:
 
 
 def serve(connection: Connection) -> None:
-    """Answer requests until the parent hangs up."""
+    """Say what came up, then answer requests until the parent hangs up."""
     with Confession(connection):
-        env = instantiate(connection.recv())
+        setup = connection.recv()
+        env = instantiate(setup.env_config)
         try:
+            if setup.pictures:
+                env.observe()
+            connection.send(("up", {"versions": env.versions(), "choices": env.choices()}))
             while True:
                 connection.send(answer(env, connection.recv(), connection))
         finally:

@@ -202,6 +202,7 @@ def test_versions_name_what_moves_scores(env: Calvin) -> None:
 def test_egl_draws_where_there_is_a_gpu(monkeypatch: pytest.MonkeyPatch, wish: str, device: str, egl: bool) -> None:
     monkeypatch.setenv("FAKE_EGL", device)
     env = Calvin("D", renderer=wish)
+    assert env.choices() == {"renderer": "egl" if egl else "cpu"}
     assert worlds()[0].use_egl is egl and (f"pybullet EGL, {device}, 4.5" == env.versions()["renderer"]) is egl
     env.close()
 

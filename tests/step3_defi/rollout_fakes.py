@@ -28,15 +28,20 @@ class FakeEnv:
     """Tasks named <name>_<steps>: done once the first action entry summed over the sub-task reaches <steps>.
 
     trouble: rows of a sequence, "kill", "hang" or "raise", and in how many of its trials that happens on the 20th step; the trials
-    are counted in the folder `trials`.
+    are counted in the folder `trials`. renderer: "auto" finds egl for the first that starts, as the folder `starts` counts them, and cpu for
+    later ones; drifts: each that starts draws another reference frame.
     """
 
     name = "fake-D"
 
     def __init__(self, chains: list[list[int]], scene: str = "D", log: str | None = None, trouble: Sequence[tuple[int, str, int]] = (),
-                 trials: str | None = None, version: str = "1", refuse: str | None = None, pace: float = 0.0):
+                 trials: str | None = None, version: str = "1", refuse: str | None = None, pace: float = 0.0, renderer: str = "none",
+                 starts: str | None = None, drifts: bool = False):
         if refuse:
             raise RuntimeError(refuse)
+        number = self._count(starts)
+        self.renderer = ("cpu" if number else "egl") if renderer == "auto" else renderer
+        self.frame = {"reference_frame": str(number)} if drifts else {}
         self.chains, self.log, self.version, self.pace = chains, log, version, pace
         self.trouble, self.trials = {index: (kind, times) for index, kind, times in trouble}, trials
         self.name = f"fake-{scene}"
@@ -79,10 +84,20 @@ class FakeEnv:
         return FakeExpert()
 
     def versions(self) -> dict[str, str]:
-        return {"simulator": f"fake {self.version}", "renderer": "none"}
+        return {"simulator": f"fake {self.version}", "renderer": self.renderer, **self.frame}
+
+    def choices(self) -> dict[str, str]:
+        return {"renderer": self.renderer}
 
     def close(self) -> None:
         self._note("close")
+
+    def _count(self, starts: str | None) -> int:
+        if starts is None:
+            return 0
+        before = len(list(Path(starts).iterdir()))
+        (Path(starts) / str(os.getpid())).touch()
+        return before
 
     def _fail(self, kind: str, times: int) -> None:
         mark = Path(self.trials) / str(self.index)
@@ -125,6 +140,14 @@ class NoisyPolicy(SteadyPolicy):
         return np.stack([np.full((self.length, 7), pace) for pace in paces])
 
 
+class RowPolicy(SteadyPolicy):
+    """Its pace is drawn from the rollout key and the row of the batch, for a row's last bits do depend on its place."""
+
+    def plan(self, observations: list[dict], instructions: list[str]) -> np.ndarray:
+        paces = [np.random.default_rng((*o["rollout_key"], row)).uniform(0, 2) for row, o in enumerate(observations)]
+        return np.stack([np.full((self.length, 7), pace) for pace in paces])
+
+
 class JudgedPolicy(SteadyPolicy):
     """The expert's actions, but backwards where the sentence ends in _250. It forecasts a grey level more a step, but nothing new where it ends in _999."""
 
@@ -132,7 +155,7 @@ class JudgedPolicy(SteadyPolicy):
         super().__init__(folder, execute=execute, device=device)
         latents = SimpleNamespace(decode=lambda latents: latents / 2 + 0.5)
         gfdm = SimpleNamespace(generate=self.generate, encode_image=lambda image: image, latent_space=latents, num_frames=4)
-        gidm = SimpleNamespace(embed=lambda pictures: pictures.flatten(2).transpose(1, 2))
+        gidm = SimpleNamespace(embed=lambda pictures: pictures.flatten(2).transpose(1, 2), num_tokens=64)
         self.model = SimpleNamespace(forward_model=gfdm, gidm=gidm, views=("static", "gripper"), image_size=8, imagine_seed=0, device=device)
 
     def plan(self, observations: list[dict], instructions: list[str]) -> np.ndarray:

@@ -8,21 +8,32 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from common import artifact
 from common.video import read_frames
 from step3_defi.diagnose import diagnose
 from step3_defi.diagnosis import Critic, Subtask, above_copy, action_errors, check_rule, judge, split, table
-from step3_defi.replay import Recorder, Replay, followed
+from step3_defi.replay import Plan, Recorder, Replay, followed
 from step3_defi.rollout import RolloutError, Simulators
+from step3_defi.vpp import NoInverse
 from step3_defi.worker import Branch
 from tests.step3_defi import test_eval, test_rollout
+from tests.step3_defi.parts import configure
 from tests.step3_defi.rollout_fakes import JudgedPolicy, NoisyPolicy, make_tasks
 
 CHAINS = [[30, 60], [40, 999], [30, 250], [50, 50]]
 SETTINGS = {"failures": 9, "every": 3, "within": 120, "ahead": 30, "steps": 1, "judged_by": {"forecast": "forecast", "action": "action"},
             "quantile": 0.9, "workers": 2, "films": 1}
+
+
+class WithoutInverse(JudgedPolicy):
+    """As VPP has it."""
+
+    def __init__(self, folder: str = "", **settings: Any):
+        super().__init__(folder, **settings)
+        self.model.gidm = NoInverse()
 
 
 def branch(past: int, **more: Any) -> Branch:
@@ -39,9 +50,10 @@ def test_a_branch_goes_back_and_on_with_the_expert_or_with_what_was_done() -> No
     assert [found[i]["start"][0] for i in range(4)] == [7, 50, 50, 0] and found[2]["actions"][0, 0] == 2 and found[1]["actions"].shape == (30, 7)
 
 
-def test_a_simulator_that_fails_on_the_way_back_names_the_moment() -> None:
-    with Simulators(test_rollout.config(raise_in=0), count=1) as simulators, pytest.raises(RolloutError, match="sequence 0 .*gone back to step 7"):
-        list(simulators.branch([branch(7)]))
+def test_a_simulator_that_fails_on_the_way_back_names_the_moment(tmp_path: Path) -> None:
+    trouble = {"trouble": [(0, "raise", 1)], "trials": str(tmp_path)}
+    with Simulators(test_rollout.config(**trouble), count=1) as simulators, pytest.raises(RolloutError, match="sequence 0 .*gone back to step 50.*block fell"):
+        list(simulators.branch([branch(50)]))
 
 
 def test_the_way_back_is_what_was_carried_out() -> None:
@@ -114,11 +126,21 @@ def test_a_forward_model_without_pictures_is_refused() -> None:
         Critic(model)
 
 
+def test_a_vpp_policy_is_held_to_pixels_and_actions(tree: Path) -> None:
+    """The one that its config makes, whose inverse model has no visual tokens."""
+    model = instantiate(OmegaConf.to_container(configure("step3_defi", f"paths.ckpts={tree}/ckpts", "policy=vpp").policy, resolve=True)).eval()
+    assert isinstance(model.gidm, NoInverse)
+    pictures = np.random.default_rng(0).integers(0, 255, (2, 200, 200, 3), np.uint8)
+    plan = Plan(np.zeros((10, 7)), "open the drawer", {"rgb_obs": {"rgb_static": pictures[0]}})
+    scores = Critic(model).score(plan, {"frames": [{"rgb_static": pictures[1]}], "actions": np.ones((30, 7))})
+    assert scores.keys() == {"forecast", "action", "direction", "gripper"} and np.isfinite(list(scores.values())).all()
+
+
 @pytest.fixture
-def rolled(tmp_path: Path) -> tuple[Path, Path]:
+def rolled(tmp_path: Path, request: pytest.FixtureRequest) -> tuple[Path, Path]:
     """A policy's folder, and a rollout of it that fails twice: once it sees no future, once it acts backwards."""
     path = artifact.save(torch.nn.Linear(1, 1), tmp_path / "policy", kind="defi", config={})
-    planner = OmegaConf.create({"_target_": "tests.step3_defi.rollout_fakes.JudgedPolicy", "execute": 8})
+    planner = OmegaConf.create({"_target_": getattr(request, "param", "tests.step3_defi.rollout_fakes.JudgedPolicy"), "execute": 8})
     test_eval.run(tmp_path / "run", str(path), env={"chains": CHAINS}, planner=planner, sequences=4, length=2, horizon=280)
     return tmp_path / "run", path
 
@@ -135,6 +157,17 @@ def test_the_program_tells_forecast_from_action(rolled: tuple[Path, Path], tmp_p
     films = list((tmp_path / "out/films").iterdir())
     assert [film.name for film in films] == ["0001_2_task1_999_forecast.mp4"]
     assert read_frames(films[0]).shape == (5 * 4 * 2, 228, 600, 3)
+
+
+@pytest.mark.parametrize("rolled", ["tests.step3_defi.test_diagnose.WithoutInverse"], indirect=True)
+def test_the_program_judges_a_policy_without_inverse_model_by_pixels(rolled: tuple[Path, Path], tmp_path: Path) -> None:
+    run, path = rolled
+    with pytest.raises(ValueError, match=r"judged_by names \['forecast_tokens'\]: choose among \['forecast', 'action', 'gripper'\]"):
+        diagnose(run=run, path=path, out=tmp_path / "out", **{**SETTINGS, "judged_by": {"forecast": "forecast_tokens", "action": "action"}})
+    results = diagnose(run=run, path=path, out=tmp_path / "out", **{**SETTINGS, "films": 0})
+    assert {s["task"]: s["verdict"] for s in results["subtasks"] if not s["solved"]} == {"task1_999": "forecast", "task1_250": "action"}
+    text = (tmp_path / "out/table.md").read_text()
+    assert "squared error above copying" in text and "visual tokens" not in text
 
 
 def test_the_program_refuses_what_does_not_belong_together(rolled: tuple[Path, Path], tmp_path: Path) -> None:

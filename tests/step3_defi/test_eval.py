@@ -21,7 +21,9 @@ from common.program import CONFIGS
 from step3_defi import journal, stats
 from step3_defi.eval import evaluate, plain_keys
 from step3_defi.journal import Journal, JournalError
-from step3_defi.rollout import RolloutError
+from step3_defi.replay import Replay
+from step3_defi.rollout import RolloutError, Simulators
+from tests.step3_defi.rollout_fakes import RowPolicy
 
 CHAINS = [[30, 250, 300, 500, 30], [30, 999, 30, 30, 30], [300, 300, 300, 300, 300]]
 FAKES = "tests.step3_defi.rollout_fakes"
@@ -192,11 +194,36 @@ def test_a_policy_comes_from_the_hub(tmp_path: Path, policy: str, monkeypatch: p
 def test_two_processes_make_one_result(tmp_path: Path, policy: str) -> None:
     straight, shared = tmp_path / "straight", tmp_path / "shared"
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29871"]
-    subprocess.run([*launcher, *command(shared, policy)], cwd=ROOT, env=environment(), check=True, timeout=120)
+    subprocess.run([*launcher, *command(shared, policy, f"planner._target_={FAKES}.RowPolicy")], cwd=ROOT, env=environment(), check=True, timeout=300)
     planner = OmegaConf.create(json.loads((shared / "settings.json").read_text())["planner"])
     run(straight, policy, planner=planner, env={"scene": "D"})
     assert {k: v for k, v in files(shared).items() if k != "settings.json"} == {k: v for k, v in files(straight).items() if k != "settings.json"}
     assert not list(shared.glob("rollouts.*.jsonl"))
+    replay = Replay(journal.read(shared / "rollouts.jsonl"), failures=9, horizon=720)
+    with Simulators({"_target_": f"{FAKES}.FakeEnv", "chains": CHAINS}, count=2) as simulators:
+        assert not replay.strayed(simulators.rollout(replay.chains(slots=2), RowPolicy())), "diagnose plans in the rows of the run"
+
+
+def test_two_processes_in_different_worlds_make_none(tmp_path: Path, policy: str) -> None:
+    out = tmp_path / "out"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29872"]
+    ended = subprocess.run([*launcher, *command(out, policy, "+env.version='${oc.env:RANK}'")], cwd=ROOT, env=environment(), check=False, timeout=300,
+                           capture_output=True, text=True)
+    assert ended.returncode and "simulator is fake 0 in process 0, fake 1 in process 1; choose the renderer by hand" in ended.stderr + ended.stdout
+    assert not (out / "settings.json").exists() and not list(out.glob("rollouts*"))
+
+
+def test_a_killed_run_of_two_processes_goes_on_in_one(tmp_path: Path, policy: str) -> None:
+    """Claims of the dead are void, and a plan's row in the batch is the sequence's, whichever process makes it."""
+    out = tmp_path / "out"
+    run(tmp_path / "straight", policy, env={"scene": "D"})
+    whole = (tmp_path / "straight/rollouts.jsonl").read_bytes().splitlines(keepends=True)
+    out.mkdir()
+    shutil.copy(tmp_path / "straight/settings.json", out)
+    (out / "rollouts.1.jsonl").write_bytes(whole[3] + whole[4][:20])
+    assert all(journal.Claims(out).take(index) for index in range(5)) and not journal.Claims(out).take(4)
+    run(out, policy, env={"scene": "D"})
+    assert files(out) == files(tmp_path / "straight") and not (out / ".claims").exists()
 
 
 def test_parts_of_other_processes_are_merged(tmp_path: Path) -> None:

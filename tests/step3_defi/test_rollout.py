@@ -4,17 +4,19 @@ from __future__ import annotations
 import dataclasses
 import re
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from step3_defi.journal import Claims
 from step3_defi.policy import DeFIPolicy
 from step3_defi.rollout import RolloutError, Simulators, plan
 from step3_defi.worker import Chain, Survey
 from tests.step3_defi.parts import SENTENCES, build, wake
-from tests.step3_defi.rollout_fakes import NoisyPolicy, SteadyPolicy, make_tasks
+from tests.step3_defi.rollout_fakes import NoisyPolicy, RowPolicy, SteadyPolicy, make_tasks
 
 CHAINS = [[30, 250, 300, 500, 30], [30, 999, 30, 30, 30], [300, 300, 300, 300, 300]]
 
@@ -27,9 +29,9 @@ def chains(agent: str = "policy", horizon: int = 720, count: int = 3, slots: int
     return [Chain(i, {"index": i}, make_tasks(CHAINS[i % 3]), agent, horizon, seed=5, slot=i % slots, **more) for i in range(count)]
 
 
-def run(work: list[Chain], policy: Any = None, *, workers: int = 1, patience: float = 60, **arguments: Any) -> dict[int, Any]:
+def run(work: list[Chain], policy: Any = None, *, workers: int = 1, patience: float = 60, claim: Any = None, **arguments: Any) -> dict[int, Any]:
     with Simulators(config(**arguments), count=workers, patience=patience) as simulators:
-        return {r["index"]: r for r in simulators.rollout(work, policy)}
+        return {r["index"]: r for r in simulators.rollout(work, policy, claim)}
 
 
 def notes(log: Path) -> list[str]:
@@ -74,6 +76,16 @@ def test_two_workers_get_what_one_gets() -> None:
     assert len({tuple(r["steps_to_success"]) for r in one.values()}) > 3  # the noise does something
 
 
+def test_processes_share_work_as_they_get_free_and_come_to_the_same(tmp_path: Path) -> None:
+    """Two that take from one folder, one of them in a slow world."""
+    work, claims = chains(count=12, slots=2, horizon=60), Claims(tmp_path)
+    straight = run(work, RowPolicy(), workers=2)
+    with ThreadPoolExecutor() as pool:
+        slow, fast = pool.map(lambda pace: run(work, RowPolicy(), workers=2, pace=pace, claim=claims.take), (0.02, 0.0))
+    assert not slow.keys() & fast.keys() and {**slow, **fast} == straight
+    assert 1 <= len(slow) < len(fast)
+
+
 def test_all_batches_have_one_size() -> None:
     policy = SteadyPolicy()
     run(chains(count=4, slots=3), policy, workers=3)
@@ -104,7 +116,7 @@ def test_films_hold_every_second_frame_with_a_caption() -> None:
 def test_survey() -> None:
     with Simulators(config(scene="A"), count=2) as simulators:
         survey = simulators.survey(Survey(4, None, 2, 9))
-    assert survey["world"] == "fake-A" and survey["versions"]["simulator"] == "fake 1"
+    assert survey["world"] == "fake-A" and simulators.versions["simulator"] == "fake 1"
     assert survey["sequences"][3] == ({"index": 3, "seed": 9}, make_tasks([30, 250]))
 
 
@@ -158,8 +170,27 @@ def test_a_simulator_that_dies_before_it_answers_is_replaced() -> None:
 
 
 def test_a_simulator_that_does_not_start_says_why() -> None:
-    with Simulators(config(refuse="no GL: install libosmesa6"), count=1) as simulators, pytest.raises(RolloutError, match="no GL: install"):
-        simulators.survey(Survey(1, None, 5, 0))
+    with pytest.raises(RolloutError, match="no GL: install"), Simulators(config(refuse="no GL: install libosmesa6"), count=1):
+        pass
+
+
+def test_what_the_first_simulator_chooses_all_draw_with(tmp_path: Path) -> None:
+    """Also one that takes a dead one's place; alone each later one would fall back to the CPU."""
+    (tmp_path / "starts").mkdir()
+    trouble = {"trouble": [(1, "kill", 1)], "trials": str(tmp_path)}
+    with Simulators(config(renderer="auto", starts=str(tmp_path / "starts"), **trouble), count=3) as simulators:
+        assert len(list(simulators.rollout(chains(count=4, slots=3), SteadyPolicy()))) == 4
+    assert simulators.versions["renderer"] == "egl" and len(list((tmp_path / "starts").iterdir())) == 4
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_simulator_that_draws_differently_ends_the_run(workers: int, tmp_path: Path) -> None:
+    """The second, or where there is one only, the one that takes its place after a death."""
+    (tmp_path / "starts").mkdir()
+    trouble = {"trouble": [(0, "kill", workers % 2)], "trials": str(tmp_path)}
+    with pytest.raises(RolloutError, match=r"reference_frame is 0 in the first simulator, 1 in simulator \d; choose the renderer by hand") as caught:
+        run(chains(count=4, slots=workers), SteadyPolicy(), workers=workers, starts=str(tmp_path / "starts"), drifts=True, **trouble)
+    assert "\n" not in str(caught.value)
 
 
 def test_processes_end_with_their_context() -> None:
