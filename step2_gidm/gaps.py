@@ -5,6 +5,8 @@ Unreadable for an episode that has no pair.
 """
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from common.mixture import Unreadable
@@ -17,14 +19,12 @@ class Seconds:
     gap, with less short clips (Kuka, Ego4D) stay in use.
     """
 
-    def __init__(self, *, seconds: float, jitter: float, least: float, window: int) -> None:
+    def __init__(self, *, seconds: float, jitter: float, least: float, **_: Any) -> None:
         self.seconds, self.jitter, self.least = seconds, jitter, least
 
     def __call__(self, id: str, length: int, fps: float, rng: np.random.Generator) -> tuple[int, int]:
         """See the module."""
-        if fps <= 0:
-            raise Unreadable(id, "its frame rate is unknown; give the set fps=")
-        gap = max(1, round(fps * self.seconds))
+        gap = _steps(id, self.seconds, fps)
         wanted = max(1, round(gap * (1 + self.jitter * rng.uniform(-1, 1))))
         n = min(wanted, length - 1)
         if n < max(1, round(self.least * gap)):
@@ -35,19 +35,26 @@ class Seconds:
 class Windows:
     """The release's: the first and last frame of a window of `window` frames, whatever the set's clock.
 
-    A window that leaves the episode ends at its last frame, so pairs get shorter there, down to a frame beside itself.
+    `window_seconds` stands for it where a set keeps other frames than the release did (Ego4D: every 15th). A window that leaves the episode ends at its last frame, so pairs get shorter there, down to a frame beside itself.
     """
 
-    def __init__(self, *, seconds: float, jitter: float, least: float, window: int) -> None:
+    def __init__(self, *, window: int, window_seconds: float | None, **_: Any) -> None:
         if window < 2:
             raise ValueError(f"a window of {window} frames holds no pair")
-        self.window = window
+        self.window, self.seconds = window, window_seconds
 
     def __call__(self, id: str, length: int, fps: float, rng: np.random.Generator) -> tuple[int, int]:
         """See the module."""
         if length < 1:
             raise Unreadable(id, "an episode without frames")
-        return self.window - 1, length
+        return self.window - 1 if self.seconds is None else _steps(id, self.seconds, fps), length
+
+
+def _steps(id: str, seconds: float, fps: float) -> int:
+    """Frames in so many seconds, at least one."""
+    if fps <= 0:
+        raise Unreadable(id, "its frame rate is unknown; give the set fps=")
+    return max(1, round(fps * seconds))
 
 
 GAPS = {"seconds": Seconds, "official": Windows}

@@ -91,10 +91,21 @@ def test_official_gap_is_a_window_that_the_episode_cuts_off() -> None:
 def test_official_windows_follow_the_lists_of_the_release() -> None:
     slow = {"fractal", "berkeley_autolab_ur5", "nyu_franka_play", "ucsd_kitchen", "dlr_edan", "dobbe"}
     fast = {"toto", "viola", "austin_sailor", "iamlab_pickup_insert", "utaustin_mutex"}
-    ranges = {name: range(3, 6) if name in slow else range(15, 21) if name in fast else range(10, 11) for name in OXE} | {"ego4d": range(2, 3)}
+    ranges = {name: range(3, 6) if name in slow else range(15, 21) if name in fast else range(10, 11) for name in OXE}
     many = [official_windows(seed) for seed in range(200)]
     assert all({draw[name] for draw in many} == set(windows) for name, windows in ranges.items())
     assert official_windows() == official_windows(), "one draw a run"
+
+
+@pytest.mark.parametrize("fps, distance", [(30, 15), (2, 1), (1, 1)])
+def test_official_ego4d_pairs_lie_half_a_second_apart_at_any_rate(tmp_path: Path, fps: float, distance: int) -> None:
+    human = video_set(tmp_path / "ego4d", 3, length=20, fps=fps)
+    clips = open_x(tmp_path, human_root=human, names=[], gap="official", image_size=32).sets[0]
+    drawn = {clips.draw("x", 20, fps, np.random.default_rng(seed))[0] for seed in range(300)}
+    assert drawn == {(t, min(t + distance, 19)) for t in range(20)}
+    assert clips.walk(0, 1)["frames"].mean((2, 3, 4)).mul(255 / 8).round().diff(dim=1).item() == distance
+    with pytest.raises(Unreadable, match="frame rate is unknown"):
+        clips.draw("x", 20, 0, np.random.default_rng(0))
 
 
 def test_video_pairs_are_the_frames_they_say(tmp_path: Path) -> None:
