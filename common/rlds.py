@@ -227,14 +227,19 @@ def splits(folder: str | Path) -> list[str]:
     return [name for name in named if any(path for format in FORMATS for path in folder.glob(f"*-{name}.{format}-*"))]
 
 
-def find(root: str | Path, names: Iterable[str]) -> Path:
-    """The newest version folder of the first of `names` that lies under `root`, DOWNLOAD_DIR or CONVERSION_DIR."""
-    names = list(names)
+def find(root: str | Path, names: Iterable[str], version: str | None = None) -> Path:
+    """The version folder, without `version` the newest, of the first of `names` that lies under `root`, DOWNLOAD_DIR or CONVERSION_DIR."""
+    names, others = list(names), []
     for name in names:
         for place in (Path(root), Path(root) / "DOWNLOAD_DIR", Path(root) / "CONVERSION_DIR"):
             versions = [p.parent for p in (place / name).glob("*/dataset_info.json")]
-            if versions:
-                return max(versions, key=lambda p: [int(n) for n in re.findall(r"\d+", p.name)])
+            wanted = [p for p in versions if version in (None, p.name)]
+            if wanted:
+                return max(wanted, key=lambda p: [int(n) for n in re.findall(r"\d+", p.name)])
+            others += versions
+    if others:
+        raise FileNotFoundError(f"{others[0].parent}: version {version} is wanted, there is {', '.join(sorted(p.name for p in others))}; "
+                                f"fetch {names[0]}/{version}, or leave the set out of the mixture")
     raise FileNotFoundError(f"no RLDS folder <name>/<version>/dataset_info.json for {' or '.join(names)} under {root}, "
                             f"{root}/DOWNLOAD_DIR or {root}/CONVERSION_DIR; fetch it, or leave the set out of the mixture")
 

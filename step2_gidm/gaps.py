@@ -15,8 +15,8 @@ from common.mixture import Unreadable
 class Seconds:
     """`seconds` times the set's frame rate, at least one step; `jitter` varies it by up to that fraction. Both frames lie inside the episode.
 
-    An episode shorter than the gap gives its longest pair if that is at least `least` of the gap: with 1.0 every pair spans the full
-    gap, with less short clips (Kuka, Ego4D) stay in use.
+    No pair spans less than `least` of the gap. An episode shorter than what is drawn gives its longest pair, so that short clips (Kuka,
+    Ego4D) stay in use; one that is too short for `least` gives none.
     """
 
     def __init__(self, *, seconds: float, jitter: float, least: float, **_: Any) -> None:
@@ -25,17 +25,19 @@ class Seconds:
     def __call__(self, id: str, length: int, fps: float, rng: np.random.Generator) -> tuple[int, int]:
         """See the module."""
         gap = _steps(id, self.seconds, fps)
-        wanted = max(1, round(gap * (1 + self.jitter * rng.uniform(-1, 1))))
-        n = min(wanted, length - 1)
-        if n < max(1, round(self.least * gap)):
+        least = max(1, round(self.least * gap))
+        if length - 1 < least:
             raise Unreadable(id, f"{length} frames are too few for pairs {gap} apart (min_gap={self.least})")
+        wanted = round(gap * (1 + self.jitter * rng.uniform(-1, 1)))
+        n = min(max(wanted, least), length - 1)
         return n, length - n
 
 
 class Windows:
     """The release's: the first and last frame of a window of `window` frames, whatever the set's clock.
 
-    `window_seconds` stands for it where a set keeps other frames than the release did (Ego4D: every 15th). A window that leaves the episode ends at its last frame, so pairs get shorter there, down to a frame beside itself.
+    `window_seconds` stands for it where a set keeps other frames than the release did (Ego4D: every 15th). A window that leaves the
+    episode ends at its last frame, so pairs get shorter there, down to a frame beside itself.
     """
 
     def __init__(self, *, window: int, window_seconds: float | None, **_: Any) -> None:

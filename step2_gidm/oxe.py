@@ -23,6 +23,7 @@ class OxeSet(NamedTuple):
     hz: float  # control steps a second
     image: str = "observation/image"
     text: str = INSTRUCTION
+    version: str | None = None  # None: the newest on disk
     window: tuple[int, int] = (10, 10)  # fewest and most frames that the release's pairs span, both included
 
 
@@ -38,7 +39,7 @@ OXE: dict[str, OxeSet] = {
     # unfiltered: OpenVLA's successes only (2,455,879) would have a share of 2.1
     "kuka": OxeSet(("kuka",), 7.4, 0.1, 8_590_000, 10, text=OBSERVED),
     # OXE's `bridge` 0.1.0; bridge_orig (2,135,463) would have a share of 18
-    "bridge": OxeSet(("bridge", "bridge_oxe"), 8.0, 1.0, 928_000, 5, text=OBSERVED),
+    "bridge": OxeSet(("bridge", "bridge_oxe"), 8.0, 1.0, 928_000, 5, text=OBSERVED, version="0.1.0"),
     "taco_play": OxeSet(("taco_play",), 4.1, 2.0, 237_798, 15, "observation/rgb_static", OBSERVED),
     "jaco_play": OxeSet(("jaco_play",), 0.7, 1.0, 77_965, 10, text=OBSERVED),
     "berkeley_cable_routing": OxeSet(("berkeley_cable_routing",), 0.4, 1.0, 42_328, 10, text=OBSERVED),
@@ -59,11 +60,12 @@ OXE: dict[str, OxeSet] = {
     "utaustin_mutex": OxeSet(("utaustin_mutex",), 3.0, 1.0, 361_883, 20, window=FAST),
     "berkeley_fanuc": OxeSet(("berkeley_fanuc_manipulation",), 1.1, 2.0, 62_613, 10),
     "cmu_stretch": OxeSet(("cmu_stretch",), 0.2, 1.0, 25_016, 10),
-    "bc_z": OxeSet(("bc_z",), 10.3, 0.2, 6_015_535, 10, text=OBSERVED),
+    "bc_z": OxeSet(("bc_z",), 10.3, 0.2, 6_015_535, 10, text=OBSERVED, version="0.1.0"),  # later versions are broken (OpenVLA)
     "fmb": OxeSet(("fmb", "fmb_dataset"), 9.8, 1.0, 1_137_459, 10, "observation/image_side_1"),
     "dobbe": OxeSet(("dobbe",), 2.0, 0.2, 1_139_911, 3.75, "observation/wrist_image", window=SLOW),
 }
 HUMAN_SHARE = 3.5  # Ego4D, Table 12; all shares sum to 99.9
+HUMAN_TRANSITIONS = 406_000  # implied by that share
 HUMAN_SECONDS = 0.5  # that the release's Ego4D pairs span: a window of 2 of the 2 frames a second that it keeps; ours keep the clip's own rate
 
 

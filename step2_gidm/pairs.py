@@ -41,8 +41,8 @@ class Transitions:
     """How pairs are drawn and pictured; subclasses say where frames come from.
 
     `gap` is "seconds" or "official" (step2_gidm.gaps). `gap_seconds`, `jitter` and `min_gap` belong to the first, `window`, in frames, and
-    `window_seconds`, which wins, to the second. With `labelled` pairs also carry what evaluation knows them by, where the set has it: episode, scene, view, phase (where in the
-    episode the pair starts, 0 to 1) and state (2, D), the robot's readings at both moments.
+    `window_seconds`, which wins, to the second. With `labelled` pairs also carry what evaluation knows them by, where the set has it:
+    episode, scene, view, phase (where in the episode the pair starts, 0 to 1) and state (2, D), the robot's readings at both moments.
     """
 
     def __init__(self, *, image_size: int, gap: str = "seconds", gap_seconds: float = 1.0, jitter: float = 0.0, min_gap: float = 0.5,

@@ -17,7 +17,7 @@ from common.mixture import Unreadable
 from common.video import write_mp4
 from step2_gidm import dataset
 from step2_gidm.dataset import mixture, open_x
-from step2_gidm.oxe import HUMAN_SHARE, OXE, official_windows
+from step2_gidm.oxe import HUMAN_SHARE, HUMAN_TRANSITIONS, OXE, official_windows
 from step2_gidm.pairs import Transitions, perturb
 from step2_gidm.transitions import CalvinTransitions, RldsTransitions, VideoTransitions
 from tests.common.test_rlds import record, write_set
@@ -64,6 +64,12 @@ def test_jitter_varies_the_gap_within_its_bounds() -> None:
     pairs = Transitions(image_size=8, jitter=0.2)
     gaps = {end - start for start, end in pairs.draw("x", 100, 30, rng, 500)}
     assert min(gaps) == 24 and max(gaps) == 36
+    wide = Transitions(image_size=8, jitter=0.6)
+    gaps = [end - start for start, end in wide.draw("x", 1000, 10, rng, 2000)]
+    assert min(gaps) == 5 and max(gaps) == 16, "no drawn gap makes a long episode too short"
+    assert {wide.draw("x", 7, 10, rng)[0] for _ in range(300)} <= {(0, 6), (0, 5), (1, 6)}
+    with pytest.raises(Unreadable, match="x: 5 frames are too few"):
+        wide.draw("x", 5, 10, rng)
 
 
 def test_several_pairs_of_an_episode_are_spread_over_it() -> None:
@@ -252,10 +258,12 @@ def test_mixture_weights_and_human_fraction(tmp_path: Path) -> None:
 def test_table_12() -> None:
     assert len(OXE) == 26
     assert sum(row.share for row in OXE.values()) + HUMAN_SHARE == pytest.approx(99.9)
-    sizes = {name: row.weight * row.transitions for name, row in OXE.items()}
-    total = sum(sizes.values()) + 406_000  # Ego4D, implied
-    off = {name: round(100 * size / total - OXE[name].share, 2) for name, size in sizes.items() if abs(100 * size / total - OXE[name].share) > 0.13}
+    sizes = {name: row.weight * row.transitions for name, row in OXE.items()} | {"ego4d": HUMAN_TRANSITIONS}
+    paper = {name: row.share for name, row in OXE.items()} | {"ego4d": HUMAN_SHARE}
+    shares = {name: 100 * size / sum(sizes.values()) for name, size in sizes.items()}
+    off = {name: round(share - paper[name], 2) for name, share in shares.items() if abs(share - paper[name]) > 0.13}
     assert not off, f"weight x transitions does not give the paper's share (difference): {off}"
+    assert HUMAN_SHARE == 3.5 and sum(sizes.values()) == pytest.approx(11.6e6, rel=1e-3), "transitions that 100 % stand for"
 
 
 def test_calvin_pairs_lie_inside_their_annotation(tmp_path: Path) -> None:
@@ -343,6 +351,11 @@ def test_open_x_finds_sets_by_table(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert made["dobbe"]["fps"] == 3.75 and 3 <= made["dobbe"]["window"] <= 5 and made["dobbe"]["image"] == "observation/wrist_image"
     assert made["fractal20220817_data"]["text"] == "observation/natural_language_instruction"
     assert open_x(tmp_path, human_root="nowhere", names=["dobbe"], human_fraction=0, image_size=32).names == ["dobbe"]
+    assert OXE["bc_z"].version == OXE["bridge"].version == "0.1.0"
+    (tmp_path / "CONVERSION_DIR" / "bc_z" / "1.0.1").mkdir(parents=True)
+    (tmp_path / "CONVERSION_DIR" / "bc_z" / "1.0.1" / "dataset_info.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match="bc_z: version 0.1.0 is wanted, there is 1.0.1"):
+        open_x(tmp_path, human_root=human, names=["bc_z"], image_size=32)
     with pytest.raises(FileNotFoundError, match="kuka"):
         open_x(tmp_path, human_root=human, names=["kuka"], image_size=32)
     with pytest.raises(ValueError, match="unknown Open X-Embodiment sets \\['dob'\\]"):
