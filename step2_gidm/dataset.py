@@ -72,6 +72,6 @@ def open_x(root: str | Path, *, human_root: str | Path, names: Collection[str] |
     for name in names:
         row = OXE[name]
         sets[name] = {"rlds": rlds.find(root, row.folders, row.version), "weight": row.share, "fps": row.hz, "image": row.image, "text": row.text,
-                      "window": windows[name]}
+                      "encoding": row.encoding, "window": windows[name]}
     sets["ego4d"] = {"video": human_root, "weight": HUMAN_SHARE, "human": True, "window_seconds": HUMAN_SECONDS}
     return mixture(sets, human_fraction=human_fraction, **options)

@@ -23,6 +23,7 @@ class OxeSet(NamedTuple):
     hz: float  # control steps a second
     image: str = "observation/image"
     text: str = INSTRUCTION
+    encoding: str = "text"  # of the sentence, common.rlds.ENCODINGS
     version: str | None = None  # None: the newest on disk
     window: tuple[int, int] = (10, 10)  # fewest and most frames that the release's pairs span, both included
 
@@ -47,7 +48,7 @@ OXE: dict[str, OxeSet] = {
     "viola": OxeSet(("viola",), 1.3, 2.0, 76_324, 20, "observation/agentview_rgb", OBSERVED, window=FAST),
     "berkeley_autolab_ur5": OxeSet(("berkeley_autolab_ur5",), 1.6, 2.0, 97_939, 5, text=OBSERVED, window=SLOW),
     "toto": OxeSet(("toto",), 2.8, 1.0, 325_699, 30, text=OBSERVED, window=FAST),
-    "language_table": OxeSet(("language_table",), 6.1, 0.1, 7_045_476, 10, "observation/rgb", "observation/instruction"),
+    "language_table": OxeSet(("language_table",), 6.1, 0.1, 7_045_476, 10, "observation/rgb", "observation/instruction", "code_points"),
     "stanford_hydra": OxeSet(_rlds("stanford_hydra_dataset"), 6.2, 2.0, 358_234, 10),
     "austin_buds": OxeSet(_rlds("austin_buds_dataset"), 0.4, 1.0, 34_112, 20),
     "nyu_franka_play": OxeSet(_rlds("nyu_franka_play_dataset"), 1.2, 3.0, 44_875, 3, window=SLOW),

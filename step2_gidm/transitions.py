@@ -144,15 +144,17 @@ class CalvinTransitions(Transitions):
 
 
 class RldsTransitions(Transitions):
-    """An RLDS folder. `image` and `text` are paths inside a step, `fps` the control rate.
+    """An RLDS folder. `image` and `text` are paths inside a step, `encoding` is that of the sentence (common.rlds), `fps` the control rate.
 
     Episodes without an instruction are Unreadable, as UniVLA drops them.
     """
 
     def __init__(self, folder: str | Path, split: str = "train", *, fps: float, image: str = "observation/image",
-                 text: str = "language_instruction", **pairs: Any) -> None:
+                 text: str = "language_instruction", encoding: str = "text", **pairs: Any) -> None:
         super().__init__(**pairs)
-        self.fps, self.image, self.text = fps, image, text
+        if encoding not in rlds.ENCODINGS:
+            raise ValueError(f"unknown encoding {encoding!r} of sentences; use {', '.join(rlds.ENCODINGS)}")
+        self.fps, self.image, self.text, self.encoding = fps, image, text, encoding
         own = "val" in rlds.splits(folder)
         self.episodes = rlds.Rlds(folder, split if own else "train")
         self.kept = np.arange(len(self.episodes)) if own else _part(len(self.episodes), split)
@@ -170,7 +172,7 @@ class RldsTransitions(Transitions):
 
         def pair(start: int, end: int) -> Pair:
             try:
-                text = episode.text(self.text, start)
+                text = episode.text(self.text, start, self.encoding)
                 frames = tuple(episode.encoded(self.image, i) for i in (start, end))
             except rlds.RldsError as error:
                 raise Unreadable(name, str(error)) from error

@@ -24,6 +24,7 @@ from tests.common.test_rlds import record, write_set
 from tests.step3_defi.parts import write_calvin
 
 PAIRS = {"image_size": 32}
+TOY = {"image": "observation/image", "text": "instruction", "encoding": "code_points"}  # what write_set writes
 
 
 def video_set(folder: Path, count: int = 2, *, length: int = 20, fps: float = 10.0, split: str = "train", views: int = 1) -> Path:
@@ -161,7 +162,7 @@ def test_a_walk_shows_the_pairs_of_a_clip_in_order(tmp_path: Path) -> None:
 
 
 def test_every_kind_of_set_walks(tmp_path: Path) -> None:
-    toy = RldsTransitions(write_set(tmp_path / "toy" / "1.0.0", shards=(2, 1)), fps=1, image="observation/image", text="instruction", augment=True, **PAIRS)
+    toy = RldsTransitions(write_set(tmp_path / "toy" / "1.0.0", shards=(2, 1)), fps=1, augment=True, **TOY, **PAIRS)
     clip = toy.walk(1, 2)
     assert (clip["frames"].mean((2, 3, 4)) * 255).round().tolist() == [[10, 11], [12, 13]] and clip["text"] == "päck"
     assert len(toy.walk(1, 50)["frames"]) == 3 and clip["id"] == "toy/1"
@@ -398,13 +399,28 @@ def test_corrupt_record_is_reported_by_id(shared_data: Path, tmp_path: Path) -> 
 
 def test_an_episode_without_a_sentence_is_reported(tmp_path: Path) -> None:
     folder = write_set(tmp_path / "toy" / "1.0.0")
-    samples = RldsTransitions(folder, fps=1, image="observation/image", text="instruction", **PAIRS)
+    samples = RldsTransitions(folder, fps=1, **TOY, **PAIRS)
     assert samples.sample(0, np.random.default_rng(0))["text"] == "päck"
     for path in folder.glob("*.tfrecord-*"):
         file = rlds.TFRecordFile(path)
         path.write_bytes(b"".join(record(silent(file[i])) for i in range(len(file))))
     with pytest.raises(Unreadable, match="toy/0: no instruction under instruction"):
-        RldsTransitions(folder, fps=1, image="observation/image", text="instruction", **PAIRS).sample(0, np.random.default_rng(0))
+        RldsTransitions(folder, fps=1, **TOY, **PAIRS).sample(0, np.random.default_rng(0))
+
+
+def test_a_sentence_is_read_as_the_table_says_and_a_contradiction_is_one_line(tmp_path: Path) -> None:
+    assert {name for name, row in OXE.items() if row.encoding == "code_points"} == {"language_table"} and OXE["language_table"].text.endswith("/instruction")
+    folder, rng = write_set(tmp_path / "toy" / "1.0.0"), np.random.default_rng(0)
+    assert RldsTransitions(folder, fps=1, text="observation/wide", **PAIRS).sample(0, rng)["text"] == "ab\0c"
+    with pytest.raises(Unreadable, match=r"toy/train/0: instruction is not encoded as text, it holds int32 of shape \(8,\); name its encoding") as caught:
+        RldsTransitions(folder, fps=1, **{**TOY, "encoding": "text"}, **PAIRS).sample(0, rng)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(Unreadable, match="observation/wide is not encoded as code_points, it holds bytes"):
+        RldsTransitions(folder, fps=1, **{**TOY, "text": "observation/wide"}, **PAIRS).sample(0, rng)
+    with pytest.raises(Unreadable, match=r"action is not encoded as code_points, it holds float32 of shape \(2,\)"):
+        RldsTransitions(folder, fps=1, **{**TOY, "text": "action"}, **PAIRS).sample(0, rng)
+    with pytest.raises(ValueError, match="unknown encoding 'ascii' of sentences; use text, code_points"):
+        RldsTransitions(folder, fps=1, **{**TOY, "encoding": "ascii"}, **PAIRS)
 
 
 def silent(payload: bytes) -> bytes:
@@ -416,7 +432,7 @@ def silent(payload: bytes) -> bytes:
 
 
 def test_empty_shards_are_passed_over_and_an_empty_set_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    toy = {"fps": 1, "image": "observation/image", "text": "instruction"}
+    toy = {"fps": 1, **TOY}
     samples = RldsTransitions(write_set(tmp_path / "some" / "1.0.0", shards=(0, 2, 0, 2)), **toy, **PAIRS)
     assert len(samples) == 3 and [samples.walk(i, 1)["frames"][0, 0].mean().mul(255).round().item() for i in range(3)] == [0, 10, 20]
     sets = {"some": {"rlds": tmp_path / "some/1.0.0", **toy}, "none": {"rlds": write_set(tmp_path / "none" / "1.0.0", shards=(0,)), **toy}}

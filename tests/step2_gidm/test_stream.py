@@ -22,7 +22,7 @@ from tests.common.test_rlds import record, write_set
 from tests.step2_gidm.test_dataset import PAIRS, video_set
 
 EPISODES, ROOM = 12, 3  # of four frames at 1 Hz: three pairs each
-TOY = {"fps": 1, "image": "observation/image", "text": "instruction"}
+TOY = {"fps": 1, "image": "observation/image", "text": "instruction", "encoding": "code_points"}
 
 
 @pytest.fixture
