@@ -29,7 +29,7 @@ from tqdm import tqdm
 from common import video
 from common.calvin_format import CalvinFormatError
 from common.files import write_text
-from common.mixture import Unreadable
+from common.mixture import LeftOut, Unreadable
 from common.program import program
 from common.rlds import RldsError
 from common.workers import pool
@@ -116,8 +116,7 @@ def _one(source: Source, out: Path, entry: Listed, options: dict[str, Any]) -> t
         if len(set(lengths)) != 1:
             raise Unreadable(entry.id, f"its cameras have {lengths} frames")
     except BAD as error:
-        by_rule = isinstance(error, Unreadable) and error.reason in BY_RULE
-        return error.reason if by_rule else "unreadable", 0, str(error)
+        return error.reason if isinstance(error, LeftOut) else "unreadable", 0, str(error)
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise ValueError(f"{out}: the disk is full; free space and run the same command, finished episodes are kept") from error

@@ -17,7 +17,7 @@ import numpy as np
 
 from common import calvin_format as calvin
 from common import rlds, video
-from common.mixture import Unreadable
+from common.mixture import LeftOut, Unreadable
 
 BATCH = 64  # frames
 NO_CAPTION, SCENE_D = "no caption", "scene D"
@@ -165,7 +165,7 @@ class Rlds:
         episode = self.sets[split][index]
         text = episode.text(_first(episode, self.text)).strip()
         if not text:
-            raise Unreadable(episode.id, NO_CAPTION)
+            raise LeftOut(episode.id, NO_CAPTION)
         state = next((episode.values(name) for name in self.state if episode.has(name)), None)
         return Episode([text], [self._camera(episode, _first(episode, image)) for image in self.images], state)
 

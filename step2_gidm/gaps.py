@@ -1,7 +1,7 @@
 """How far apart the two frames of a pair lie: about a second (Sec. 3.2, A.2), or the release's windows of frames.
 
 A gap takes (id, frames of the episode, frames a second, rng) and gives (distance, number of first frames to choose from). It raises
-Unreadable for an episode that has no pair.
+LeftOut for an episode that is too short for a pair, Unreadable where the clip is broken.
 """
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from common.mixture import Unreadable
+from common.mixture import LeftOut, Unreadable
 
 
 class Seconds:
@@ -27,7 +27,7 @@ class Seconds:
         gap = _steps(id, self.seconds, fps)
         least = max(1, round(self.least * gap))
         if length - 1 < least:
-            raise Unreadable(id, f"{length} frames are too few for pairs {gap} apart (min_gap={self.least})")
+            raise LeftOut(id, f"{length} frames are too few for pairs {gap} apart (min_gap={self.least})")
         wanted = round(gap * (1 + self.jitter * rng.uniform(-1, 1)))
         n = min(max(wanted, least), length - 1)
         return n, length - n

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from common import calvin_format, rlds
-from common.mixture import Unreadable
+from common.mixture import LeftOut, Unreadable
 from common.video import VideoError, probe, read_frames
 from step2_gidm.pairs import Clip, Pair, Transitions
 
@@ -116,7 +116,7 @@ class CalvinTransitions(Transitions):
         name = f"{self.folder.parent.name}/{self.folder.name}"
         id, length = f"{name}/{note.start:07d}-{note.end:07d}", note.end - note.start + 1
         if not note.text.strip():
-            raise Unreadable(id, "an annotation without a sentence")
+            raise LeftOut(id, "an annotation without a sentence")
 
         def pair(start: int, end: int) -> Pair:
             frames = note.start + start, note.start + end
@@ -146,7 +146,7 @@ class CalvinTransitions(Transitions):
 class RldsTransitions(Transitions):
     """An RLDS folder. `image` and `text` are paths inside a step, `encoding` is that of the sentence (common.rlds), `fps` the control rate.
 
-    Episodes without an instruction are Unreadable, as UniVLA drops them.
+    Episodes without an instruction are LeftOut, as UniVLA drops them.
     """
 
     def __init__(self, folder: str | Path, split: str = "train", *, fps: float, image: str = "observation/image",
@@ -177,7 +177,7 @@ class RldsTransitions(Transitions):
             except rlds.RldsError as error:
                 raise Unreadable(name, str(error)) from error
             if not text.strip():
-                raise Unreadable(name, f"no instruction under {self.text}")
+                raise LeftOut(name, f"no instruction under {self.text}")
             size = sum(frame.nbytes if isinstance(frame, np.ndarray) else len(frame) for frame in frames)
             about = {} if not self.labelled else {"episode": name, "scene": str(self.episodes.folder), "view": 0,
                                                   "phase": start / max(1, len(episode) - 1)}
@@ -213,5 +213,5 @@ def _annotation(id: str, file: Path) -> tuple[str, list[str], list[list[float]]]
     if not record.get("videos"):
         raise Unreadable(id, f"{file} has no 'videos'")
     if not str(record["texts"][0]).strip():
-        raise Unreadable(id, f"{file} has an empty sentence")
+        raise LeftOut(id, f"{file} has an empty sentence")
     return record["texts"][0], [video["video_path"] for video in record["videos"]], record.get("state") or []

@@ -13,7 +13,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from common import rlds
 from common.calvin_format import CalvinFormatError
-from common.mixture import Unreadable
+from common.mixture import LeftOut, Unreadable
 from common.video import write_mp4
 from step2_gidm import dataset
 from step2_gidm.dataset import mixture, open_x
@@ -52,7 +52,7 @@ def test_gap_is_a_second_by_the_sets_own_clock(fps: float, gap_seconds: float, n
 def test_short_episodes_give_their_longest_pair_or_are_reported() -> None:
     rng = np.random.default_rng(0)
     assert Transitions(image_size=8).draw("x", 7, 10, rng) == [(0, 6)]
-    with pytest.raises(Unreadable, match="x: 5 frames are too few for pairs 10 apart"):
+    with pytest.raises(LeftOut, match="x: 5 frames are too few for pairs 10 apart"):
         Transitions(image_size=8).draw("x", 5, 10, rng)
     with pytest.raises(Unreadable):
         Transitions(image_size=8, min_gap=1.0).draw("x", 10, 10, rng)
@@ -316,7 +316,7 @@ def test_bad_calvin_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(Unreadable, match="33 frames are too few for pairs 90 apart"):
         CalvinTransitions(root, fps=90, **PAIRS).sample(1, rng)
     samples.segments[0] = replace(samples.segments[0], text=" ")
-    with pytest.raises(Unreadable, match="without a sentence"):
+    with pytest.raises(LeftOut, match="without a sentence"):
         samples.sample(0, rng)
     with pytest.raises(ValueError, match="unknown view 'wrist'; use static, gripper or null"):
         CalvinTransitions(root, view="wrist", **PAIRS)
@@ -404,7 +404,7 @@ def test_an_episode_without_a_sentence_is_reported(tmp_path: Path) -> None:
     for path in folder.glob("*.tfrecord-*"):
         file = rlds.TFRecordFile(path)
         path.write_bytes(b"".join(record(silent(file[i])) for i in range(len(file))))
-    with pytest.raises(Unreadable, match="toy/0: no instruction under instruction"):
+    with pytest.raises(LeftOut, match="toy/0: no instruction under instruction"):
         RldsTransitions(folder, fps=1, **TOY, **PAIRS).sample(0, np.random.default_rng(0))
 
 
