@@ -1,6 +1,6 @@
 """Program: data sets as published -> video sets (A.2).   python -m step1_gfdm.convert source=bridge in=<folder> out=<set>
 
-    <out>/annotation/{train,val}/<id>.json     texts, videos[].video_path, episode_id, video_length, fps
+    <out>/annotation/{train,val}/<id>.json     texts, videos[].video_path, episode_id, video_length, fps[, state, scene]
     <out>/videos/{train,val}/<id>/<camera>.mp4
 
 The annotation is written last: with it, an episode is whole. What is there is skipped, so a stopped run goes on. Processes of
@@ -125,6 +125,8 @@ def _one(source: Source, out: Path, entry: Listed, options: dict[str, Any]) -> t
               "episode_id": entry.id, "video_length": lengths[0], "fps": episode.cameras[0].fps}
     if episode.state is not None:
         record["state"] = np.asarray(episode.state, np.float64).round(5).tolist()
+    if episode.scene is not None:
+        record["scene"] = episode.scene
     write_text(annotation, json.dumps(record) + "\n")
     return "converted", lengths[0], ""
 

@@ -47,11 +47,12 @@ class Camera(NamedTuple):
 
 
 class Episode(NamedTuple):
-    """Sentences, cameras and, where the set has them, the robot's readings (T, D), the hand's position first."""
+    """Sentences, cameras and, where the set has them, the robot's readings (T, D), the hand's position first, and the name of its scene."""
 
     texts: list[str]
     cameras: list[Camera]
     state: np.ndarray | None = None
+    scene: str | None = None
 
 
 class Source(Protocol):
@@ -190,22 +191,24 @@ class Calvin:
         found = []
         for split, name in [("training", "train")] + [("validation", "val")] * self.scene_d:
             folder = self.root / split
-            withheld = () if self.scene_d else _frames_of_d(folder)
+            scenes = calvin.read_scenes(folder)
+            withheld = [span for scene, span in scenes.items() if scene.upper().endswith("D") and not self.scene_d]
             for number, (note, _) in enumerate(calvin.read_annotations(folder, calvin.read_recordings(folder), self.lang_folder)):
                 in_d = any(note.start <= last and note.end >= first for first, last in withheld)
-                found.append(Listed(f"{name}_{number:06d}", name, SCENE_D if in_d else None, (split, note.start, note.end, note.text)))
+                key = (split, note.start, note.end, note.text, calvin.scene_of(note.start, scenes))
+                found.append(Listed(f"{name}_{number:06d}", name, SCENE_D if in_d else None, key))
         return found
 
     def read(self, listed: Listed) -> Episode:
         """See Source."""
-        split, start, end, text = listed.key
+        split, start, end, text, scene = listed.key
 
         def camera(key: str) -> Camera:
             length = end - start + 1
             return Camera(length, self.FPS, _batches(length, lambda place: calvin.read_frame(self.root / split, start + place, [key])[key]))
 
         state = np.stack([calvin.read_frame(self.root / split, frame, ["robot_obs"])["robot_obs"] for frame in range(start, end + 1)])
-        return Episode([text], [camera(key) for key in calvin.KEYS.values()], state)
+        return Episode([text], [camera(key) for key in calvin.KEYS.values()], state, scene)
 
 
 class Ego4d:
@@ -274,14 +277,6 @@ def _file(path: str, start: float | None = None, end: float | None = None) -> Ca
     if not 0 <= first < last:
         raise Unreadable(path, f"{start}..{end} s is no part of {length / fps if fps else 0:.1f} s")
     return Camera(last - first, fps, video.read_batches(path, first, last - 1, BATCH))
-
-
-def _frames_of_d(folder: Path) -> list[tuple[int, int]]:
-    path = folder / "scene_info.npy"
-    scenes = calvin.load_npy(path) if path.is_file() else {}
-    if not isinstance(scenes, dict):
-        raise calvin.CalvinFormatError(f"{path}: expected a dictionary of scenes and their first and last frames")
-    return [(int(span[0]), int(span[1])) for name, span in scenes.items() if str(name).upper().endswith("D")]
 
 
 def _json(path: Path, kind: type | tuple[type, ...]) -> Any:

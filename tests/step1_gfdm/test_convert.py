@@ -18,6 +18,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from common import video
+from common.calvin_format import CalvinFormatError
 from common.program import CONFIGS
 from step1_gfdm import convert as program
 from step1_gfdm.convert import convert
@@ -109,6 +110,13 @@ def test_calvin_leaves_scene_d_out(tmp_path: Path) -> None:
     assert counts["converted"] == 2 and counts["scene D"] == 2 and counts["frames"] == 66
     record = read_annotation(tmp_path / "out/annotation/train/train_000000.json")
     assert len(record["videos"]) == 2 and record["video_length"] == 33 and record["fps"] == 30 and record["state"] == [[0.0] * 15] * 33
+    assert record["scene"] == "calvin_scene_A"
+    np.save(root / "training/scene_info.npy", np.array({"calvin_scene_A": 100}, dtype=object), allow_pickle=True)
+    with pytest.raises(CalvinFormatError, match="scene_info.npy: expected a dictionary of scenes"):
+        Calvin(root).episodes()
+    (root / "training/scene_info.npy").unlink()
+    convert(Calvin(root), tmp_path / "untold", image_size=16, limit=1)
+    assert "scene" not in read_annotation(tmp_path / "untold/annotation/train/train_000000.json")
     os.symlink(root / "training", root / "validation")
     asked = Calvin(root, scene_d=True).episodes()
     assert Counter(entry.split for entry in asked) == {"train": 4, "val": 4} and not any(entry.reason for entry in asked)

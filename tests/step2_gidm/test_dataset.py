@@ -12,7 +12,7 @@ import torch
 from tensorflow_datasets.proto import tf_example_pb2
 
 from common import rlds
-from common.calvin_format import CalvinFormatError
+from common.calvin_format import CalvinFormatError, read_annotations, read_recordings
 from common.mixture import LeftOut, Unreadable
 from common.video import write_mp4
 from step2_gidm import dataset
@@ -150,6 +150,23 @@ def test_labelled_pairs_say_what_they_are_of(tmp_path: Path) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text()), "state": [[0.0]] * 3}))
     with pytest.raises(Unreadable, match="3 readings of the robot for 20 frames"):
         samples.sample(1, rng)
+
+
+def test_scenes_are_told_apart_within_a_set(tmp_path: Path) -> None:
+    folder, rng = video_set(tmp_path / "toy", 3), np.random.default_rng(0)
+    file = folder / "annotation/train/1.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "scene": "calvin_scene_B"}))
+    samples = VideoTransitions(folder, labelled=True, **PAIRS)
+    assert [samples.sample(i, rng)["scene"] for i in range(2)] == [str(folder), "calvin_scene_B"]
+    root = write_calvin(tmp_path / "calvin") / "training"  # recordings from frames 100, 145, 190, 235
+    assert CalvinTransitions(root, fps=10, labelled=True, **PAIRS).sample(0, rng)["scene"] == str(root)
+    np.save(root / "scene_info.npy", np.array({"calvin_scene_B": [100, 189], "calvin_scene_A": [190, 230]}, dtype=object), allow_pickle=True)
+    samples = CalvinTransitions(root, fps=10, labelled=True, **PAIRS)
+    samples.segments = [note for note, _ in read_annotations(root, read_recordings(root))]
+    assert [samples.sample(i, rng)["scene"] for i in range(4)] == ["calvin_scene_B", "calvin_scene_B", "calvin_scene_A", str(root)]
+    np.save(root / "scene_info.npy", np.array([rng], dtype=object), allow_pickle=True)
+    with pytest.raises(CalvinFormatError, match="scene_info.npy cannot be read: it asks for"):
+        CalvinTransitions(root, fps=10, **PAIRS)
 
 
 def test_a_walk_shows_the_pairs_of_a_clip_in_order(tmp_path: Path) -> None:

@@ -151,14 +151,14 @@ def test_bad_episodes_are_replaced_and_named(toy: Path) -> None:
 
 
 def test_episodes_without_a_sentence_and_short_ones_stop_no_run(toy: Path, tmp_path: Path) -> None:
-    for number, path in enumerate(sorted(toy.glob("*.tfrecord-*"))):
+    for path in sorted(toy.glob("*.tfrecord-*")):
         file = rlds.TFRecordFile(path)
         path.write_bytes(b"".join(record(silent(file[i]) if i < 3 else file[i]) for i in range(len(file))))
     short = {"rlds": write_set(tmp_path / "short" / "1.0.0", shards=(6,), steps=2), "weight": 1, **TOY, "fps": 4}
-    samples = mixture({"toy": {"rlds": toy, "weight": 9, **TOY}, "short": short}, length=36, stream={"block": 6, "pairs": ROOM}, **PAIRS, min_gap=0.25)
+    samples = mixture({"toy": {"rlds": toy, "weight": 9, **TOY}, "short": short}, length=36, stream={"block": 6, "pairs": ROOM}, min_gap=0.25, **PAIRS)
     skipped = [each for batch in read(samples) for entries in batch["skipped"] for each in entries]
     assert len(skipped) > 12 and all(each.by_rule and "no instruction under" in each.line for each in skipped)
-    with pytest.raises(RuntimeError, match="1000 episodes in a row were left out, the last: short/.: 2 frames are too few for pairs 4 apart"):
+    with pytest.raises(RuntimeError, match="1000 episodes in a row were left out, the last: toy/.: 2 frames are too few for pairs 4 apart"):
         read(mixture({"short": short}, length=36, stream={"block": 6, "pairs": ROOM}, **PAIRS))
     run(tmp_path / "run", samples, max_bad_share=0.0)
 
