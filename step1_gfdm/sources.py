@@ -212,27 +212,29 @@ class Calvin:
 
 
 class Ego4d:
-    """Ego4D's hand-object benchmark: clips/<clip_uid>.mp4, cut around each narrated action of fho_main.json.
+    """Ego4D's hand-object benchmark: clips/<clip_uid>.mp4 or full_scale/<video_uid>.mp4, cut around each narrated action of fho_main.json.
 
-    A cut is the action's pre to post frame, or its start to end where those are not annotated. Only what the camera wearer does
-    ("#C C cuts the carrot" -> "cuts the carrot"), neither rejected nor invalid.
+    Where both are there, the clip is read. A cut is the action's pre to post frame, or its start to end where those are not annotated.
+    Only what the camera wearer does ("#C C cuts the carrot" -> "cuts the carrot"), neither rejected nor invalid.
     """
 
     WEARER = re.compile(r"^\s*#c\s+c\s+", re.IGNORECASE)
     TAG = re.compile(r"#\w+")
 
-    def __init__(self, root: str | Path, *, clips: str = "clips", annotations: str = "annotations/fho_main.json") -> None:
-        self.root, self.clips, self.annotations = Path(root), clips, annotations
+    def __init__(self, root: str | Path, *, clips: str = "clips", videos: str = "full_scale", annotations: str = "annotations/fho_main.json") -> None:
+        self.root, self.clips, self.videos, self.annotations = Path(root), clips, videos, annotations
 
     def episodes(self) -> list[Listed]:
         """See Source."""
         content = _json(self.root / self.annotations, dict)
         found, number = [], {}
-        for interval in (interval for entry in content.get("videos", []) for interval in entry.get("annotated_intervals", [])):
+        intervals = [(entry.get("video_uid"), interval) for entry in content.get("videos", []) for interval in entry.get("annotated_intervals", [])]
+        for whole, interval in intervals:
+            name = str(interval.get("clip_uid") or whole)
+            path, counted = self._file(interval.get("clip_uid"), whole)
             for action in interval.get("narrated_actions") or []:
-                clip = str(interval.get("clip_uid"))
-                number[clip] = number.get(clip, -1) + 1
-                found.append(self._listed(f"{clip}_{number[clip]:03d}", clip, action))
+                number[name] = number.get(name, -1) + 1
+                found.append(self._listed(f"{name}_{number[name]:03d}", path, counted, action))
         return found or _nothing(self.root, f"narrated actions in {self.annotations}")
 
     def read(self, listed: Listed) -> Episode:
@@ -243,18 +245,24 @@ class Ego4d:
             raise Unreadable(listed.id, f"frames {first}..{last} of a clip of {length}")
         return Episode([text], [Camera(last - first + 1, fps, video.read_batches(path, first, last, BATCH))])
 
-    def _listed(self, id: str, clip: str, action: dict[str, Any]) -> Listed:
+    def _file(self, clip: str | None, whole: str | None) -> tuple[str, str]:
+        """The file of an interval, and what the keys of its frame numbers begin with: those of a clip count from the clip's first."""
+        cut, uncut = self.root / self.clips / f"{clip}.mp4", self.root / self.videos / f"{whole}.mp4"
+        return (str(uncut), "") if uncut.is_file() and not cut.is_file() else (str(cut), "clip_")
+
+    def _listed(self, id: str, path: str, counted: str, action: dict[str, Any]) -> Listed:
         text = str(action.get("narration_text") or "")
         if action.get("is_rejected") or action.get("is_invalid_annotation") or action.get("is_valid_action") is False:
             return Listed(id, reason=REJECTED)
         if not self.WEARER.match(text):
             return Listed(id, reason=NOT_WEARER if text.strip() else NO_CAPTION)
         sentence = " ".join(self.TAG.sub(" ", self.WEARER.sub("", text)).split()).strip(" .")
-        critical = action.get("clip_critical_frames") or {}
-        first, last = critical.get("pre_frame", action.get("clip_start_frame")), critical.get("post_frame", action.get("clip_end_frame"))
+        critical = action.get(f"{counted}critical_frames") or {}
+        first, last = (action.get(f"{counted}{edge}_frame") if critical.get(key) is None else critical[key]
+                       for key, edge in (("pre_frame", "start"), ("post_frame", "end")))
         if first is None or last is None or not sentence:
             return Listed(id, reason=NO_CAPTION if not sentence else NO_FRAMES)
-        return Listed(id, key=(str(self.root / self.clips / f"{clip}.mp4"), sentence, int(first), int(last)))
+        return Listed(id, key=(path, sentence, int(first), int(last)))
 
 
 def _first(episode: rlds.Episode, names: Sequence[str]) -> str:

@@ -143,6 +143,24 @@ def test_ego4d_cuts_around_the_narrated_action(tmp_path: Path) -> None:
     assert abs(shown.mean((1, 2)) - truth.mean((1, 2))).max() < 8
 
 
+def test_ego4d_cuts_whole_videos_by_their_own_frames(tmp_path: Path) -> None:
+    root = tmp_path / "in"
+    film(root / "full_scale/v.mp4", 80)
+    film(root / "clips/both.mp4", 30, seed=1)
+    (root / "annotations").mkdir()
+    action = {"narration_text": "#C C picks a cup", "start_frame": 40, "end_frame": 75, "critical_frames": {"pre_frame": 45, "post_frame": None},
+              "clip_start_frame": 2, "clip_end_frame": 25, "clip_critical_frames": {"pre_frame": None, "post_frame": 20}}
+    intervals = [{"clip_uid": name, "narrated_actions": [action]} for name in ("gone", None, "both")]
+    content = {"videos": [{"video_uid": "v", "annotated_intervals": intervals}, {"video_uid": "w", "annotated_intervals": intervals[:1]}]}
+    (root / "annotations/fho_main.json").write_text(json.dumps(content))
+    counts = convert(Ego4d(root), tmp_path / "out", image_size=16, max_bad_share=0.5)
+    assert counts == {"converted": 3, "frames": 2 * 31 + 19, "unreadable": 1}, "the fourth has neither file"
+    for name, path, first in (("gone_000", "full_scale/v", 45), ("v_000", "full_scale/v", 45), ("both_000", "clips/both", 2)):
+        record = read_annotation(tmp_path / f"out/annotation/train/{name}.json")
+        shown = video.read_frames(tmp_path / "out" / record["videos"][0]["video_path"], [0, 18])
+        assert abs(shown.mean((1, 2)) - video.read_frames(root / f"{path}.mp4", [first, first + 18]).mean((1, 2))).max() < 8
+
+
 def test_bad_episodes_are_counted_and_named_and_leave_nothing(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     root = tmp_path / "in"
     whole = film(root / "whole.mp4")
