@@ -2,6 +2,7 @@
 
     <root>/<folder>/episode_0000123.npz                    one frame: rgb_static, rgb_gripper, rel_actions, ...
     <root>/<folder>/ep_start_end_ids.npy                   (n, 2) first and last frame of every recording, inclusive
+    <root>/<folder>/scene_info.npy                         {name of a scene: (first, last) frame}; not everywhere
     <root>/<folder>/lang_annotations/auto_lang_ann.npy     {"language": {"ann", "task"}, "info": {"indx": [(start, end)]}}
 """
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import pickle
 import zipfile
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -108,6 +110,21 @@ def read_recordings(folder: Path) -> np.ndarray:
     if spans.ndim != 2 or spans.shape[1] != 2 or not np.issubdtype(spans.dtype, np.integer) or (spans[:, 0] > spans[:, 1]).any():
         raise CalvinFormatError(f"{folder / 'ep_start_end_ids.npy'}: expected integer rows of first <= last, got shape {spans.shape}, {spans.dtype}")
     return spans[np.argsort(spans[:, 0])].astype(np.int64)
+
+
+def read_scenes(folder: Path) -> dict[str, tuple[int, int]]:
+    """First and last frame of every scene; empty where the folder does not tell."""
+    path = folder / "scene_info.npy"
+    content = load_npy(path) if path.is_file() else {}
+    try:
+        return {str(name): (int(first), int(last)) for name, (first, last) in content.items()}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise CalvinFormatError(f"{path}: expected a dictionary of scenes and their first and last frames ({error})") from error
+
+
+def scene_of(frame: int, scenes: Mapping[str, tuple[int, int]]) -> str | None:
+    """The name of the scene that a frame lies in, where it is known."""
+    return next((name for name, (first, last) in scenes.items() if first <= frame <= last), None)
 
 
 def read_annotations(folder: Path, recordings: np.ndarray, lang_folder: str = "lang_annotations") -> list[tuple[Annotation, int]]:

@@ -25,12 +25,13 @@ from tqdm.auto import tqdm
 
 from common import optim
 from common.batches import Batches, held_out, loader
-from common.mixture import Draws, SampleSet, TooManyUnreadable, collate
+from common.mixture import Draws, SampleSet, Skipped, TooManyUnreadable, collate
 from common.precision import bf16_pays
 from common.processes import processes
 from common.tracking import Tracker
 
 log = logging.getLogger(__name__)
+PATIENCE = 5000  # draws of a process, some hundred episodes of a stream, before their share of damaged ones says anything
 
 
 class NonFiniteLoss(RuntimeError):
@@ -41,7 +42,7 @@ class Progress:
     """Where a run stands, saved with accelerate's state."""
 
     def __init__(self, plan: dict[str, Any]) -> None:
-        self.step, self.skipped, self.drawn, self.plan = 0, 0, 0, plan
+        self.step, self.skipped, self.left_out, self.drawn, self.plan = 0, 0, 0, 0, plan
         self.best = math.inf
 
     def state_dict(self) -> dict[str, Any]:
@@ -52,7 +53,7 @@ class Progress:
         if other:
             raise ValueError(f"resume state belongs to another run (then, now): {other}; choose another name= or delete its resume folder")
         self.step, self.skipped, self.drawn = state["step"], state["skipped"], state["drawn"]
-        self.best = state.get("best", math.inf)
+        self.left_out, self.best = state.get("left_out", 0), state.get("best", math.inf)
 
 
 class Loop:
@@ -61,6 +62,7 @@ class Loop:
     `batch_size` is per process. `max_steps` counts optimizer steps and wins over `epochs`. `precision` is accelerate's
     ("no", "bf16", "fp16"), or "auto": bf16 where the machine has it. `ema_decay` keeps an exponential moving average of what
     trains; validation and the returned model use it. `best` names the held-out metric whose lowest values `fit` tells of.
+    `max_bad_share` is the share of a process's draws that may be damaged; what a rule leaves out does not count.
     A run that was stopped goes on from `output_dir/resume` with the same result as an unbroken one.
     """
 
@@ -79,7 +81,7 @@ class Loop:
         self.log_every, self.eval_every, self.eval_batches, self.save_every = log_every, eval_every, eval_batches, save_every
         self.compile, self.max_bad_share, self.wandb = compile, max_bad_share, wandb
         self.best, self.step = best, 0
-        self._stop_asked = False
+        self._stop_asked, self._left_out = False, ""
 
     def fit(self, model: nn.Module, train_set: SampleSet, val_set: SampleSet | None = None, *,
             keep: Callable[[int], Any] | None = None) -> nn.Module:
@@ -150,8 +152,11 @@ class Loop:
                 row = {f"train/{k}": float(v) / since for k, v in self._mean(sums).items()}
                 row |= {f"train/{k}": float(v) for k, v in (extra or {}).items()}
                 row |= {"lr": scheduler.get_last_lr()[0], "steps_per_second": since / (time.perf_counter() - clock),
-                        "data/skipped": progress.skipped} | ({"grad_norm": float(norm)} if norm is not None else {})
+                        "data/skipped": progress.skipped, "data/left_out": progress.left_out} | ({"grad_norm": float(norm)} if norm is not None else {})
                 bar.set_postfix(loss=f"{row['train/loss']:.4f}")
+                if self._left_out:
+                    log.info("%d of %d draws left out by rule and replaced, the last: %s", progress.left_out, progress.drawn, self._left_out)
+                    self._left_out = ""
                 if tracker:
                     tracker.log(progress.step, row)
                 sums, since, clock = {}, 0, time.perf_counter()
@@ -182,15 +187,17 @@ class Loop:
 
     def _take(self, batches: Iterator[dict]) -> dict[str, Any]:
         batch = next(batches)
-        skipped = [line for lines in batch.pop("skipped") for line in lines]
+        damaged, left_out = _apart(batch.pop("skipped"))
         progress = self.progress
-        progress.skipped += len(skipped)
-        progress.drawn += len(batch["id"]) + len(skipped)
-        for line in skipped:
+        progress.skipped += len(damaged)
+        progress.left_out += len(left_out)
+        progress.drawn += len(batch["id"]) + len(damaged) + len(left_out)
+        self._left_out = left_out[-1] if left_out else self._left_out
+        for line in damaged:
             log.warning("unreadable sample replaced: %s", line)
-        if progress.skipped > max(10, self.max_bad_share * progress.drawn):
-            raise TooManyUnreadable(f"{progress.skipped} of {progress.drawn} samples were unreadable, more than "
-                                    f"{self.max_bad_share:.0%}; the last: {skipped[-1] if skipped else '(earlier)'}")
+        if progress.skipped > self.max_bad_share * max(PATIENCE, progress.drawn):
+            raise TooManyUnreadable(f"{progress.skipped} of {progress.drawn} samples were unreadable, more than loop.max_bad_share={self.max_bad_share}: "
+                                    f"mend the data or raise it; the last: {damaged[-1] if damaged else '(earlier)'}")
         return send_to_device(batch, self.accelerator.device)
 
     def _loader(self, samples: SampleSet, start: int, stop: int) -> DataLoader:
@@ -210,18 +217,21 @@ class Loop:
             self.ema.copy_to(self.trained)
         wrapped.eval()
         sums: dict[str, Any] = {}
-        skipped: list[str] = []
+        skipped: list[list[Skipped]] = []
         devices = [self.accelerator.device] if self.accelerator.device.type == "cuda" else []
         with torch.random.fork_rng(devices):
             torch.manual_seed(self.seed)
             for (_, weight), batch in zip(chunks, loader):
-                skipped += [line for lines in batch.pop("skipped") for line in lines]
+                skipped += batch.pop("skipped")
                 with self.accelerator.autocast():
                     metrics = wrapped(send_to_device(batch, self.accelerator.device))
                 for key, value in metrics.items():
                     sums[key] = sums.get(key, 0) + value.detach().float() * weight
-        if skipped:
-            log.warning("%d unreadable held-out samples replaced, the last: %s", len(skipped), skipped[-1])
+        damaged, left_out = _apart(skipped)
+        if damaged:
+            log.warning("%d unreadable held-out samples replaced, the last: %s", len(damaged), damaged[-1])
+        if left_out:
+            log.info("%d held-out samples left out by rule and replaced, the last: %s", len(left_out), left_out[-1])
         means = {k: float(v) for k, v in self._mean(sums).items()}
         self._note_best(means)
         wrapped.train()
@@ -273,6 +283,12 @@ class Loop:
         if states:
             self.accelerator.load_state(str(states[-1]))
             log.info("resumed %s at step %d", self.output_dir, self.progress.step)
+
+
+def _apart(skipped: list[list[Skipped]]) -> tuple[list[str], list[str]]:
+    """The lines of what is damaged, and of what a rule leaves out."""
+    found = [each for entries in skipped for each in entries]
+    return [each.line for each in found if not each.by_rule], [each.line for each in found if each.by_rule]
 
 
 def _gather(model: nn.Module) -> None:

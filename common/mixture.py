@@ -6,10 +6,12 @@ random access has a `block` besides: the number of its indices that are cheap to
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from torch.utils.data import Dataset, default_collate
+
+RULE_TRIES = 50  # times as many as of damaged ones: a rule may well leave out most of a set
 
 
 class Unreadable(ValueError):
@@ -23,8 +25,29 @@ class Unreadable(ValueError):
         return type(self), (self.id, self.reason)
 
 
+class LeftOut(Unreadable):
+    """One sample is whole, but a rule does not admit it (no sentence, too short). It is replaced, too, but counted apart, and stops no run."""
+
+
 class TooManyUnreadable(RuntimeError):
     """So much cannot be read that the data need a look before training goes on."""
+
+
+class Skipped(NamedTuple):
+    """What another draw replaces; `by_rule` tells what is left out from what is damaged."""
+
+    line: str
+    by_rule: bool
+
+
+def skip(skipped: list[Skipped], error: Unreadable, tries: int, what: str) -> None:
+    """Add one of those that a draw replaces. Raises TooManyUnreadable at `tries` damaged ones, or where rules leave out nearly everything."""
+    skipped.append(Skipped(str(error), isinstance(error, LeftOut)))
+    damaged = sum(not each.by_rule for each in skipped)
+    if damaged >= tries:
+        raise TooManyUnreadable(f"{damaged} unreadable {what} in a row, the last: {error}") from error
+    if len(skipped) >= RULE_TRIES * tries:
+        raise TooManyUnreadable(f"{len(skipped)} {what} in a row were left out, the last: {error}") from error
 
 
 class SampleSet(Protocol):
@@ -39,7 +62,7 @@ class BlockReader(Protocol):
     """One process's view of a block set; it keeps what it has read until that is drawn."""
 
     def sample(self, epoch: int, index: int, rng: np.random.Generator) -> dict[str, Any]:
-        """As SampleSet.sample; lines about unreadable data that it replaced itself stand under "skipped"."""
+        """As SampleSet.sample; what it replaced itself stands under "skipped", each a Skipped."""
 
 
 class BlockSet(SampleSet, Protocol):
@@ -90,19 +113,17 @@ class Draws(Dataset):
         return len(self.samples)
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
-        """The sample, with the ids and reasons of unreadable ones that it replaces under "skipped"."""
+        """The sample, with what it replaces under "skipped", each a Skipped."""
         epoch, index = key
         rng = np.random.default_rng((self.seed, epoch, index))
         first, count = (index // self.block * self.block, self.block) if self.block else (0, len(self.samples))
-        skipped: list[str] = []
+        skipped: list[Skipped] = []
         while True:
             try:
                 sample = self.reader.sample(epoch, index, rng) if self.reader else self.samples.sample(index, rng)
                 return {**sample, "skipped": skipped + sample.get("skipped", [])}
             except Unreadable as error:
-                skipped.append(str(error))
-                if len(skipped) >= self.max_tries:
-                    raise TooManyUnreadable(f"{len(skipped)} unreadable samples in a row, the last: {error}") from error
+                skip(skipped, error, self.max_tries, "samples")
                 index = first + int(rng.integers(count))
 
 

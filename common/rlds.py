@@ -108,6 +108,21 @@ class ArrayRecordFile:
 FORMATS = {"tfrecord": TFRecordFile, "array_record": ArrayRecordFile}  # fileFormat in dataset_info.json, which shards are named after
 
 
+def _text(value: Any) -> str | None:
+    if isinstance(value, bytes):
+        value = value.decode(errors="replace")
+    return value.rstrip("\0") if isinstance(value, str) else None
+
+
+def _code_points(value: Any) -> str | None:
+    whole = isinstance(value, np.ndarray) and value.ndim == 1 and np.issubdtype(value.dtype, np.integer)
+    return "".join(map(chr, value[value > 0])) if whole else None
+
+
+# How a sentence is stored: UTF-8, or as Language Table writes it, a zero-padded array of numbers. None where a value is not of the kind.
+ENCODINGS = {"text": _text, "code_points": _code_points}
+
+
 class Episode:
     """One episode, decoded step by step. Keys are paths inside a step, such as "observation/image"."""
 
@@ -133,12 +148,14 @@ class Episode:
         """(T, ...) of a numeric feature over all steps."""
         return np.stack([self._value(key, index) for index in range(len(self))])
 
-    def text(self, key: str, index: int = 0) -> str:
-        """A sentence, as bytes or as Language Table writes it: code points in a zero-padded array."""
+    def text(self, key: str, index: int = 0, encoding: str = "text") -> str:
+        """A sentence without its padding; see ENCODINGS. Raises RldsError where the feature is encoded otherwise."""
         value = self._value(key, index)
-        if isinstance(value, np.ndarray):
-            return "".join(map(chr, value[value > 0]))
-        return (value.decode(errors="replace") if isinstance(value, bytes) else str(value)).rstrip("\0")
+        sentence = ENCODINGS[encoding](value)
+        if sentence is None:
+            found = f"{value.dtype} of shape {value.shape}" if isinstance(value, np.ndarray) else type(value).__name__
+            raise RldsError(f"{self.id}: {key} is not encoded as {encoding}, it holds {found}; name its encoding, one of {', '.join(ENCODINGS)}")
+        return sentence
 
     def _value(self, key: str, index: int) -> Any:
         value, missing = _find(self._step(index), key)
@@ -227,14 +244,19 @@ def splits(folder: str | Path) -> list[str]:
     return [name for name in named if any(path for format in FORMATS for path in folder.glob(f"*-{name}.{format}-*"))]
 
 
-def find(root: str | Path, names: Iterable[str]) -> Path:
-    """The newest version folder of the first of `names` that lies under `root`, DOWNLOAD_DIR or CONVERSION_DIR."""
-    names = list(names)
+def find(root: str | Path, names: Iterable[str], version: str | None = None) -> Path:
+    """The version folder, without `version` the newest, of the first of `names` that lies under `root`, DOWNLOAD_DIR or CONVERSION_DIR."""
+    names, others = list(names), []
     for name in names:
         for place in (Path(root), Path(root) / "DOWNLOAD_DIR", Path(root) / "CONVERSION_DIR"):
             versions = [p.parent for p in (place / name).glob("*/dataset_info.json")]
-            if versions:
-                return max(versions, key=lambda p: [int(n) for n in re.findall(r"\d+", p.name)])
+            wanted = [p for p in versions if version in (None, p.name)]
+            if wanted:
+                return max(wanted, key=lambda p: [int(n) for n in re.findall(r"\d+", p.name)])
+            others += versions
+    if others:
+        raise FileNotFoundError(f"{others[0].parent}: version {version} is wanted, there is {', '.join(sorted(p.name for p in others))}; "
+                                f"fetch {names[0]}/{version}, or leave the set out of the mixture")
     raise FileNotFoundError(f"no RLDS folder <name>/<version>/dataset_info.json for {' or '.join(names)} under {root}, "
                             f"{root}/DOWNLOAD_DIR or {root}/CONVERSION_DIR; fetch it, or leave the set out of the mixture")
 

@@ -94,9 +94,9 @@ def write_world(folder: Path, scenes: list[str], world: str, versions: dict[str,
     write_text(folder / ".hydra" / "merged_config.yaml", yaml.safe_dump(config, sort_keys=False))
 
 
-def write_annotation(root: Path, split: str, name: str, sentence: str, states: np.ndarray) -> None:
-    """The json of one video, as VPP and the official release lay it out; states (T, 15) are robot_obs."""
-    record = {"task": "robot_trajectory_prediction", "texts": [sentence], "episode_id": name, "video_length": len(states),
+def write_annotation(root: Path, split: str, name: str, sentence: str, scene: str, states: np.ndarray) -> None:
+    """The json of one video, as VPP and the official release lay it out, and its scene; states (T, 15) are robot_obs."""
+    record = {"task": "robot_trajectory_prediction", "texts": [sentence], "episode_id": name, "video_length": len(states), "scene": scene,
               "state": states.round(5).tolist(),
               "videos": [{"video_path": f"videos/{split}/{name}/{camera}.mp4"} for camera in (0, 1)],
               "latent_videos": [{"latent_video_path": f"latent_videos/{split}/{name}/{camera}.pt"}

@@ -225,15 +225,16 @@ def _assemble(chains: list[dict[str, Any]], out: Path, share: float, *, videos: 
         scenes: dict[str, list[int]] = {}
         target.mkdir(parents=True, exist_ok=True)
         for summary in chosen:
+            scene = f"calvin_scene_{summary['scene']}"
             for index, segment in enumerate(summary["segments"]):
                 source, last = out / ".parts" / summary["folder"] / str(index), first + segment["length"] - 1
                 vectors.append(_move_frames(source, target, first, segment["length"]))
                 if videos:
                     name = f"{len(episodes):06d}"
                     _move_films(source, out / "videos_set", f"{split}/{name}")
-                    files.write_annotation(out / "videos_set", split, name, segment["sentence"], vectors[-1]["robot_obs"])
+                    files.write_annotation(out / "videos_set", split, name, segment["sentence"], scene, vectors[-1]["robot_obs"])
                 episodes.append({"start": first, "end": last, **segment})
-                scenes.setdefault(f"calvin_scene_{summary['scene']}", [first, last])[1] = last
+                scenes.setdefault(scene, [first, last])[1] = last
                 first = last + 1
         tasks.update(episode["task"] for episode in episodes)
         if episodes:

@@ -1,6 +1,6 @@
 """Program: data sets as published -> video sets (A.2).   python -m step1_gfdm.convert source=bridge in=<folder> out=<set>
 
-    <out>/annotation/{train,val}/<id>.json     texts, videos[].video_path, episode_id, video_length, fps
+    <out>/annotation/{train,val}/<id>.json     texts, videos[].video_path, episode_id, video_length, fps[, state, scene]
     <out>/videos/{train,val}/<id>/<camera>.mp4
 
 The annotation is written last: with it, an episode is whole. What is there is skipped, so a stopped run goes on. Processes of
@@ -29,7 +29,7 @@ from tqdm import tqdm
 from common import video
 from common.calvin_format import CalvinFormatError
 from common.files import write_text
-from common.mixture import Unreadable
+from common.mixture import LeftOut, Unreadable
 from common.program import program
 from common.rlds import RldsError
 from common.workers import pool
@@ -116,8 +116,7 @@ def _one(source: Source, out: Path, entry: Listed, options: dict[str, Any]) -> t
         if len(set(lengths)) != 1:
             raise Unreadable(entry.id, f"its cameras have {lengths} frames")
     except BAD as error:
-        by_rule = isinstance(error, Unreadable) and error.reason in BY_RULE
-        return error.reason if by_rule else "unreadable", 0, str(error)
+        return error.reason if isinstance(error, LeftOut) else "unreadable", 0, str(error)
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise ValueError(f"{out}: the disk is full; free space and run the same command, finished episodes are kept") from error
@@ -126,6 +125,8 @@ def _one(source: Source, out: Path, entry: Listed, options: dict[str, Any]) -> t
               "episode_id": entry.id, "video_length": lengths[0], "fps": episode.cameras[0].fps}
     if episode.state is not None:
         record["state"] = np.asarray(episode.state, np.float64).round(5).tolist()
+    if episode.scene is not None:
+        record["scene"] = episode.scene
     write_text(annotation, json.dumps(record) + "\n")
     return "converted", lengths[0], ""
 

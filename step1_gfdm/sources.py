@@ -17,7 +17,7 @@ import numpy as np
 
 from common import calvin_format as calvin
 from common import rlds, video
-from common.mixture import Unreadable
+from common.mixture import LeftOut, Unreadable
 
 BATCH = 64  # frames
 NO_CAPTION, SCENE_D = "no caption", "scene D"
@@ -47,11 +47,12 @@ class Camera(NamedTuple):
 
 
 class Episode(NamedTuple):
-    """Sentences, cameras and, where the set has them, the robot's readings (T, D), the hand's position first."""
+    """Sentences, cameras and, where the set has them, the robot's readings (T, D), the hand's position first, and the name of its scene."""
 
     texts: list[str]
     cameras: list[Camera]
     state: np.ndarray | None = None
+    scene: str | None = None
 
 
 class Source(Protocol):
@@ -165,7 +166,7 @@ class Rlds:
         episode = self.sets[split][index]
         text = episode.text(_first(episode, self.text)).strip()
         if not text:
-            raise Unreadable(episode.id, NO_CAPTION)
+            raise LeftOut(episode.id, NO_CAPTION)
         state = next((episode.values(name) for name in self.state if episode.has(name)), None)
         return Episode([text], [self._camera(episode, _first(episode, image)) for image in self.images], state)
 
@@ -190,46 +191,50 @@ class Calvin:
         found = []
         for split, name in [("training", "train")] + [("validation", "val")] * self.scene_d:
             folder = self.root / split
-            withheld = () if self.scene_d else _frames_of_d(folder)
+            scenes = calvin.read_scenes(folder)
+            withheld = [span for scene, span in scenes.items() if scene.upper().endswith("D") and not self.scene_d]
             for number, (note, _) in enumerate(calvin.read_annotations(folder, calvin.read_recordings(folder), self.lang_folder)):
                 in_d = any(note.start <= last and note.end >= first for first, last in withheld)
-                found.append(Listed(f"{name}_{number:06d}", name, SCENE_D if in_d else None, (split, note.start, note.end, note.text)))
+                key = (split, note.start, note.end, note.text, calvin.scene_of(note.start, scenes))
+                found.append(Listed(f"{name}_{number:06d}", name, SCENE_D if in_d else None, key))
         return found
 
     def read(self, listed: Listed) -> Episode:
         """See Source."""
-        split, start, end, text = listed.key
+        split, start, end, text, scene = listed.key
 
         def camera(key: str) -> Camera:
             length = end - start + 1
             return Camera(length, self.FPS, _batches(length, lambda place: calvin.read_frame(self.root / split, start + place, [key])[key]))
 
         state = np.stack([calvin.read_frame(self.root / split, frame, ["robot_obs"])["robot_obs"] for frame in range(start, end + 1)])
-        return Episode([text], [camera(key) for key in calvin.KEYS.values()], state)
+        return Episode([text], [camera(key) for key in calvin.KEYS.values()], state, scene)
 
 
 class Ego4d:
-    """Ego4D's hand-object benchmark: clips/<clip_uid>.mp4, cut around each narrated action of fho_main.json.
+    """Ego4D's hand-object benchmark: clips/<clip_uid>.mp4 or full_scale/<video_uid>.mp4, cut around each narrated action of fho_main.json.
 
-    A cut is the action's pre to post frame, or its start to end where those are not annotated. Only what the camera wearer does
-    ("#C C cuts the carrot" -> "cuts the carrot"), neither rejected nor invalid.
+    Where both are there, the clip is read. A cut is the action's pre to post frame, or its start to end where those are not annotated.
+    Only what the camera wearer does ("#C C cuts the carrot" -> "cuts the carrot"), neither rejected nor invalid.
     """
 
     WEARER = re.compile(r"^\s*#c\s+c\s+", re.IGNORECASE)
     TAG = re.compile(r"#\w+")
 
-    def __init__(self, root: str | Path, *, clips: str = "clips", annotations: str = "annotations/fho_main.json") -> None:
-        self.root, self.clips, self.annotations = Path(root), clips, annotations
+    def __init__(self, root: str | Path, *, clips: str = "clips", videos: str = "full_scale", annotations: str = "annotations/fho_main.json") -> None:
+        self.root, self.clips, self.videos, self.annotations = Path(root), clips, videos, annotations
 
     def episodes(self) -> list[Listed]:
         """See Source."""
         content = _json(self.root / self.annotations, dict)
         found, number = [], {}
-        for interval in (interval for entry in content.get("videos", []) for interval in entry.get("annotated_intervals", [])):
+        intervals = [(entry.get("video_uid"), interval) for entry in content.get("videos", []) for interval in entry.get("annotated_intervals", [])]
+        for whole, interval in intervals:
+            name = str(interval.get("clip_uid") or whole)
+            path, counted = self._file(interval.get("clip_uid"), whole)
             for action in interval.get("narrated_actions") or []:
-                clip = str(interval.get("clip_uid"))
-                number[clip] = number.get(clip, -1) + 1
-                found.append(self._listed(f"{clip}_{number[clip]:03d}", clip, action))
+                number[name] = number.get(name, -1) + 1
+                found.append(self._listed(f"{name}_{number[name]:03d}", path, counted, action))
         return found or _nothing(self.root, f"narrated actions in {self.annotations}")
 
     def read(self, listed: Listed) -> Episode:
@@ -240,18 +245,24 @@ class Ego4d:
             raise Unreadable(listed.id, f"frames {first}..{last} of a clip of {length}")
         return Episode([text], [Camera(last - first + 1, fps, video.read_batches(path, first, last, BATCH))])
 
-    def _listed(self, id: str, clip: str, action: dict[str, Any]) -> Listed:
+    def _file(self, clip: str | None, whole: str | None) -> tuple[str, str]:
+        """The file of an interval, and what the keys of its frame numbers begin with: those of a clip count from the clip's first."""
+        cut, uncut = self.root / self.clips / f"{clip}.mp4", self.root / self.videos / f"{whole}.mp4"
+        return (str(uncut), "") if uncut.is_file() and not cut.is_file() else (str(cut), "clip_")
+
+    def _listed(self, id: str, path: str, counted: str, action: dict[str, Any]) -> Listed:
         text = str(action.get("narration_text") or "")
         if action.get("is_rejected") or action.get("is_invalid_annotation") or action.get("is_valid_action") is False:
             return Listed(id, reason=REJECTED)
         if not self.WEARER.match(text):
             return Listed(id, reason=NOT_WEARER if text.strip() else NO_CAPTION)
         sentence = " ".join(self.TAG.sub(" ", self.WEARER.sub("", text)).split()).strip(" .")
-        critical = action.get("clip_critical_frames") or {}
-        first, last = critical.get("pre_frame", action.get("clip_start_frame")), critical.get("post_frame", action.get("clip_end_frame"))
+        critical = action.get(f"{counted}critical_frames") or {}
+        first, last = (action.get(f"{counted}{edge}_frame") if critical.get(key) is None else critical[key]
+                       for key, edge in (("pre_frame", "start"), ("post_frame", "end")))
         if first is None or last is None or not sentence:
             return Listed(id, reason=NO_CAPTION if not sentence else NO_FRAMES)
-        return Listed(id, key=(str(self.root / self.clips / f"{clip}.mp4"), sentence, int(first), int(last)))
+        return Listed(id, key=(path, sentence, int(first), int(last)))
 
 
 def _first(episode: rlds.Episode, names: Sequence[str]) -> str:
@@ -274,14 +285,6 @@ def _file(path: str, start: float | None = None, end: float | None = None) -> Ca
     if not 0 <= first < last:
         raise Unreadable(path, f"{start}..{end} s is no part of {length / fps if fps else 0:.1f} s")
     return Camera(last - first, fps, video.read_batches(path, first, last - 1, BATCH))
-
-
-def _frames_of_d(folder: Path) -> list[tuple[int, int]]:
-    path = folder / "scene_info.npy"
-    scenes = calvin.load_npy(path) if path.is_file() else {}
-    if not isinstance(scenes, dict):
-        raise calvin.CalvinFormatError(f"{path}: expected a dictionary of scenes and their first and last frames")
-    return [(int(span[0]), int(span[1])) for name, span in scenes.items() if str(name).upper().endswith("D")]
 
 
 def _json(path: Path, kind: type | tuple[type, ...]) -> Any:

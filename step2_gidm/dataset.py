@@ -8,7 +8,7 @@ from typing import Any
 
 from common import rlds
 from common.mixture import Mixture
-from step2_gidm.oxe import HUMAN_SHARE, OXE, official_windows
+from step2_gidm.oxe import HUMAN_SECONDS, HUMAN_SHARE, OXE, official_windows
 from step2_gidm.pairs import Transitions
 from step2_gidm.stream import Stream
 from step2_gidm.transitions import CalvinTransitions, RldsTransitions, VideoTransitions
@@ -71,7 +71,7 @@ def open_x(root: str | Path, *, human_root: str | Path, names: Collection[str] |
     windows = official_windows()
     for name in names:
         row = OXE[name]
-        sets[name] = {"rlds": rlds.find(root, row.folders), "weight": row.share, "fps": row.hz, "image": row.image, "text": row.text,
-                      "window": windows[name]}
-    sets["ego4d"] = {"video": human_root, "weight": HUMAN_SHARE, "human": True, "window": windows["ego4d"]}
+        sets[name] = {"rlds": rlds.find(root, row.folders, row.version), "weight": row.share, "fps": row.hz, "image": row.image, "text": row.text,
+                      "encoding": row.encoding, "window": windows[name]}
+    sets["ego4d"] = {"video": human_root, "weight": HUMAN_SHARE, "human": True, "window_seconds": HUMAN_SECONDS}
     return mixture(sets, human_fraction=human_fraction, **options)

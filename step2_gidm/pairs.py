@@ -40,17 +40,17 @@ class Clip(NamedTuple):
 class Transitions:
     """How pairs are drawn and pictured; subclasses say where frames come from.
 
-    `gap` is "seconds" or "official" (step2_gidm.gaps). `gap_seconds`, `jitter` and `min_gap` belong to the first, `window`, in frames, to
-    the second. With `labelled` pairs also carry what evaluation knows them by, where the set has it: episode, scene, view, phase (where in the
-    episode the pair starts, 0 to 1) and state (2, D), the robot's readings at both moments.
+    `gap` is "seconds" or "official" (step2_gidm.gaps). `gap_seconds`, `jitter` and `min_gap` belong to the first, `window`, in frames, and
+    `window_seconds`, which wins, to the second. With `labelled` pairs also carry what evaluation knows them by, where the set has it:
+    episode, scene, view, phase (where in the episode the pair starts, 0 to 1) and state (2, D), the robot's readings at both moments.
     """
 
     def __init__(self, *, image_size: int, gap: str = "seconds", gap_seconds: float = 1.0, jitter: float = 0.0, min_gap: float = 0.5,
-                 window: int = 10, augment: bool = False, labelled: bool = False) -> None:
+                 window: int = 10, window_seconds: float | None = None, augment: bool = False, labelled: bool = False) -> None:
         if gap not in GAPS:
             raise ValueError(f"unknown gap {gap!r}; use one of {', '.join(GAPS)}")
         self.image_size, self.augment, self.labelled = image_size, augment, labelled
-        self.gap = GAPS[gap](seconds=gap_seconds, jitter=jitter, least=min_gap, window=window)
+        self.gap = GAPS[gap](seconds=gap_seconds, jitter=jitter, least=min_gap, window=window, window_seconds=window_seconds)
 
     def __len__(self) -> int:
         raise NotImplementedError

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch.utils.data import get_worker_info
 
-from common.mixture import Mixture, TooManyUnreadable, Unreadable
+from common.mixture import Mixture, Skipped, Unreadable, skip
 
 PLAN, ORDER, RUN = 1, 2, 3  # the last of four numbers of a generator's key: what it is for (common.batches has 4)
 MAX_TRIES = 20
@@ -22,11 +22,11 @@ log = logging.getLogger(__name__)
 
 
 class Slot(NamedTuple):
-    """A pair of the set number `set`, and the lines of what was unreadable in its place."""
+    """A pair of the set number `set`, and what it replaces."""
 
     set: int
     pair: Any
-    skipped: list[str]
+    skipped: list[Skipped]
 
 
 class Stream:
@@ -127,7 +127,7 @@ class Reader:
         try:
             sample = self.stream.mixture.sets[slot.set].show(slot.pair, rng)
         except Unreadable as error:
-            raise Unreadable(error.id, "; ".join([error.reason, *slot.skipped])) from error
+            raise Unreadable(error.id, "; ".join([error.reason, *(each.line for each in slot.skipped)])) from error
         return {**sample, "skipped": slot.skipped}
 
     def _turn_to(self, number: int) -> None:
@@ -169,9 +169,7 @@ class Reader:
             try:
                 return [Slot(which, pair, skipped) for pair in members.pairs(episode, rng, self.stream.pairs)]
             except Unreadable as error:
-                skipped.append(str(error))
-                if len(skipped) >= MAX_TRIES:
-                    raise TooManyUnreadable(f"{len(skipped)} unreadable episodes in a row, the last: {error}") from error
+                skip(skipped, error, MAX_TRIES, "episodes")
                 episode = int(rng.integers(len(members)))
 
 

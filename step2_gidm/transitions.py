@@ -1,6 +1,6 @@
 """Where pairs of frames and their instruction come from: RLDS, videos, CALVIN's npz (Sec. 3.2, A.2). How they are drawn: step2_gidm.pairs.
 
-A set without a val split of its own holds out every twentieth episode.
+A set without a val split of its own holds out every twentieth episode. Where a set does not name its scenes, it counts as one.
 """
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from common import calvin_format, rlds
-from common.mixture import Unreadable
+from common.mixture import LeftOut, Unreadable
 from common.video import VideoError, probe, read_frames
 from step2_gidm.pairs import Clip, Pair, Transitions
 
@@ -51,14 +51,15 @@ class VideoTransitions(Transitions):
         """See Transitions. Frames stay in their video: it is small, and seeks are cheap."""
         file = self.files[index]
         id = f"{self.folder.name}/{file.stem}"
-        text, videos, states = _annotation(id, file)
+        text, videos, states, scene = _annotation(id, file)
         view = self.view if self.view is not None else int(rng.integers(len(videos))) if rng else 0
         path, length, fps = self._video(id, videos, view)
         if self.labelled and states and len(states) != length:
             raise Unreadable(id, f"{len(states)} readings of the robot for {length} frames")
 
         def pair(start: int, end: int) -> Pair:
-            about = {"episode": str(file), "scene": str(self.folder), "view": view, "phase": start / max(1, length - 1)} if self.labelled else {}
+            about = {} if not self.labelled else {"episode": str(file), "scene": scene or str(self.folder), "view": view,
+                                                  "phase": start / max(1, length - 1)}
             if about and states:
                 about["state"] = np.asarray([states[start], states[end]], np.float64)
             return Pair(f"{id}/{view}@{start}+{end - start}", text, (path, start, end), about=about)
@@ -102,6 +103,7 @@ class CalvinTransitions(Transitions):
         self.folder, self.fps = Path(folder), fps
         self.views = [view] if view else list(calvin_format.KEYS)
         recordings = calvin_format.read_recordings(self.folder)
+        self.scenes = calvin_format.read_scenes(self.folder)
         found = calvin_format.read_annotations(self.folder, recordings, lang_folder)
         kept = set(_part(len(recordings) if len(recordings) > 1 else len(found), split).tolist())
         self.segments = [note for number, (note, row) in enumerate(found) if (row if len(recordings) > 1 else number) in kept]
@@ -116,11 +118,12 @@ class CalvinTransitions(Transitions):
         name = f"{self.folder.parent.name}/{self.folder.name}"
         id, length = f"{name}/{note.start:07d}-{note.end:07d}", note.end - note.start + 1
         if not note.text.strip():
-            raise Unreadable(id, "an annotation without a sentence")
+            raise LeftOut(id, "an annotation without a sentence")
 
         def pair(start: int, end: int) -> Pair:
             frames = note.start + start, note.start + end
-            about = {} if not self.labelled else {"episode": id, "scene": str(self.folder), "view": view, "phase": start / max(1, length - 1),
+            scene = calvin_format.scene_of(frames[0], self.scenes) or str(self.folder)
+            about = {} if not self.labelled else {"episode": id, "scene": scene, "view": view, "phase": start / max(1, length - 1),
                                                   "state": self._states(id, frames)}
             return Pair(f"{name}/{frames[0]:07d}/{view}+{end - start}", note.text, (*frames, calvin_format.KEYS[view]), about=about)
 
@@ -144,15 +147,17 @@ class CalvinTransitions(Transitions):
 
 
 class RldsTransitions(Transitions):
-    """An RLDS folder. `image` and `text` are paths inside a step, `fps` the control rate.
+    """An RLDS folder. `image` and `text` are paths inside a step, `encoding` is that of the sentence (common.rlds), `fps` the control rate.
 
-    Episodes without an instruction are Unreadable, as UniVLA drops them.
+    Episodes without an instruction are LeftOut, as UniVLA drops them.
     """
 
     def __init__(self, folder: str | Path, split: str = "train", *, fps: float, image: str = "observation/image",
-                 text: str = "language_instruction", **pairs: Any) -> None:
+                 text: str = "language_instruction", encoding: str = "text", **pairs: Any) -> None:
         super().__init__(**pairs)
-        self.fps, self.image, self.text = fps, image, text
+        if encoding not in rlds.ENCODINGS:
+            raise ValueError(f"unknown encoding {encoding!r} of sentences; use {', '.join(rlds.ENCODINGS)}")
+        self.fps, self.image, self.text, self.encoding = fps, image, text, encoding
         own = "val" in rlds.splits(folder)
         self.episodes = rlds.Rlds(folder, split if own else "train")
         self.kept = np.arange(len(self.episodes)) if own else _part(len(self.episodes), split)
@@ -170,12 +175,12 @@ class RldsTransitions(Transitions):
 
         def pair(start: int, end: int) -> Pair:
             try:
-                text = episode.text(self.text, start)
+                text = episode.text(self.text, start, self.encoding)
                 frames = tuple(episode.encoded(self.image, i) for i in (start, end))
             except rlds.RldsError as error:
                 raise Unreadable(name, str(error)) from error
             if not text.strip():
-                raise Unreadable(name, f"no instruction under {self.text}")
+                raise LeftOut(name, f"no instruction under {self.text}")
             size = sum(frame.nbytes if isinstance(frame, np.ndarray) else len(frame) for frame in frames)
             about = {} if not self.labelled else {"episode": name, "scene": str(self.episodes.folder), "view": 0,
                                                   "phase": start / max(1, len(episode) - 1)}
@@ -200,8 +205,8 @@ def _part(count: int, split: str) -> np.ndarray:
     return np.flatnonzero(held_out == (split == "val"))
 
 
-def _annotation(id: str, file: Path) -> tuple[str, list[str], list[list[float]]]:
-    """The first sentence, the video paths and the robot's readings (none: empty) of an annotation."""
+def _annotation(id: str, file: Path) -> tuple[str, list[str], list[list[float]], str]:
+    """The first sentence, the video paths, and where it tells them the robot's readings and the name of the scene (both else empty)."""
     try:
         record = json.loads(file.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -211,5 +216,5 @@ def _annotation(id: str, file: Path) -> tuple[str, list[str], list[list[float]]]
     if not record.get("videos"):
         raise Unreadable(id, f"{file} has no 'videos'")
     if not str(record["texts"][0]).strip():
-        raise Unreadable(id, f"{file} has an empty sentence")
-    return record["texts"][0], [video["video_path"] for video in record["videos"]], record.get("state") or []
+        raise LeftOut(id, f"{file} has an empty sentence")
+    return record["texts"][0], [video["video_path"] for video in record["videos"]], record.get("state") or [], str(record.get("scene") or "")

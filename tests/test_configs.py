@@ -168,6 +168,11 @@ def test_scales_compose_and_every_target_exists(step, scale):
         assert get_object(target) or get_class(target)
 
 
+@pytest.mark.parametrize("step", STEP.values())
+def test_the_share_of_damaged_draws_is_a_key(step):
+    assert resolved(step)["loop"]["max_bad_share"] == 0.05 and resolved(step, "scale=full", "loop.max_bad_share=0.2")["loop"]["max_bad_share"] == 0.2
+
+
 @pytest.mark.parametrize("data, root", [("calvin_abc", "task_ABC_D"), ("calvin_d", "task_D_D"), ("calvin_debug", "calvin_debug_dataset")])
 def test_calvins_sets_have_one_reader(data, root):
     found, base = (resolved("step3_pack", "scale=full", f"data={name}")["data"] for name in (data, "calvin_abc"))

@@ -14,14 +14,15 @@ from torch import nn
 
 from common.batches import Batches, held_out
 from common.loop import Loop, NonFiniteLoss
-from common.mixture import Mixture, Unreadable
+from common.mixture import LeftOut, Mixture, Unreadable
 
 
 class Line:
-    """y = 3x with a dropout-sensitive model; sample 7 can be made poisonous or unreadable."""
+    """y = 3x with a dropout-sensitive model; samples can be made poisonous, unreadable, or left out by rule."""
 
-    def __init__(self, length: int = 40, poison: int | None = None, unreadable: set[int] = frozenset()) -> None:
-        self.length, self.poison, self.unreadable = length, poison, unreadable
+    def __init__(self, length: int = 40, poison: int | None = None, unreadable: set[int] = frozenset(),
+                 short: set[int] = frozenset()) -> None:
+        self.length, self.poison, self.unreadable, self.short = length, poison, unreadable, short
 
     def __len__(self) -> int:
         return self.length
@@ -29,6 +30,8 @@ class Line:
     def sample(self, index: int, rng: np.random.Generator) -> dict:
         if index in self.unreadable:
             raise Unreadable(f"line/{index}", "torn")
+        if index in self.short:
+            raise LeftOut(f"line/{index}", "too short")
         x = np.float32(rng.normal())
         return {"id": f"line/{index}", "x": torch.tensor([float("nan") if index == self.poison else x]), "y": torch.tensor([3 * x])}
 
@@ -187,8 +190,27 @@ def test_unreadable_samples_are_counted_and_too_many_stop_the_run(tmp_path):
     make(tmp_path / "few", max_steps=10, max_bad_share=0.5).fit(Net(), Line(unreadable={3}))
     last = json.loads((tmp_path / "few/metrics.jsonl").read_text().splitlines()[-1])
     assert last["data/skipped"] == 1
-    with pytest.raises(RuntimeError, match="unreadable"):
-        make(tmp_path / "many", max_steps=40).fit(Net(), Line(unreadable=set(range(20))))
+    says = r"25\d of \d+ samples were unreadable, more than loop.max_bad_share=0.05: mend the data or raise it; the last: line/"
+    with pytest.raises(RuntimeError, match=says):
+        make(tmp_path / "many", max_steps=100, batch_size=1, save_every=None).fit(Net(), Line(unreadable=set(range(30))))
+
+
+def test_the_first_draws_say_nothing_about_the_share_of_damage(tmp_path):
+    make(tmp_path, max_steps=40).fit(Net(), Line(unreadable=set(range(8))))
+    assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])["data/skipped"] > 20
+
+
+def test_what_a_rule_leaves_out_is_counted_apart_and_stops_no_run(tmp_path, caplog):
+    caplog.set_level("INFO", "common.loop")
+    make(tmp_path / "some", max_steps=40, eval_every=40, eval_batches=2).fit(Net(), Line(unreadable={39}, short=set(range(35))), Line(8, short={3, 4}))
+    last = [json.loads(line) for line in (tmp_path / "some/metrics.jsonl").read_text().splitlines() if "data/left_out" in line][-1]
+    assert last["data/left_out"] > 500 and 0 < last["data/skipped"] < last["data/left_out"] / 10
+    assert any(message.startswith(f"{last['data/left_out']} of ") and "draws left out by rule and replaced, the last: line/" in message
+               for message in caplog.messages)
+    assert any("held-out samples left out by rule and replaced, the last: line/" in message for message in caplog.messages)
+    assert sum("unreadable sample replaced: line/39: torn" in message for message in caplog.messages) == last["data/skipped"]
+    with pytest.raises(RuntimeError, match="1000 samples in a row were left out, the last: line/.*: too short"):
+        make(tmp_path / "all").fit(Net(), Line(short=set(range(40))))
 
 
 def test_unreadable_held_out_samples_are_counted(tmp_path, caplog):

@@ -76,8 +76,9 @@ def test_episodes_over_shards(toy: Path) -> None:
         assert len(episode) == 4
         assert np.array_equal(episode.values("action"), [[index, t] for t in range(4)])
         assert (episode.image("observation/image", 2) == 10 * index + 2).all()
-    assert episode.text("instruction") == "päck"
-    assert episode.text("observation/wide") == "ab\0c", "inner NULs survive, padding goes"
+    assert episode.text("instruction", encoding="code_points") == "päck"
+    assert episode.encoded("observation/wide", 0) == b"ab\0c\0\0", "NULs survive, inner ones and those at the end"
+    assert episode.text("observation/wide") == "ab\0c", "a sentence goes without its padding"
     with pytest.raises(IndexError):
         episodes[3]
 
@@ -87,7 +88,7 @@ def test_only_the_wanted_image_is_decoded(toy: Path, monkeypatch: pytest.MonkeyP
     real = Image.open
     monkeypatch.setattr(Image, "open", lambda *args: opened.append(1) or real(*args))
     episode = Rlds(toy)[1]
-    episode.values("action"), episode.text("instruction")
+    episode.values("action"), episode.text("observation/wide")
     assert not opened
     episode.image("observation/image", 0)
     assert len(opened) == 1
@@ -103,6 +104,12 @@ def test_find_looks_where_oxe_scripts_leave_things(toy: Path) -> None:
     (root / "CONVERSION_DIR" / "moved").mkdir(parents=True)
     shutil.move(toy, root / "CONVERSION_DIR" / "moved" / "0.1.0")
     assert find(root, ["moved"]) == root / "CONVERSION_DIR" / "moved" / "0.1.0"
+    assert find(root, ["toy"], "0.9.0").name == "0.9.0", "a version that is asked for, and not the newest"
+    with pytest.raises(FileNotFoundError, match=r"oxe/toy: version 0.1.0 is wanted, there is 0.10.0, 0.9.0; fetch toy/0.1.0, or leave") as caught:
+        find(root, ["toy"], "0.1.0")
+    assert "\n" not in str(caught.value)
+    shutil.copytree(root / "toy" / "0.9.0", root / "CONVERSION_DIR" / "toy" / "0.1.0")
+    assert find(root, ["toy"], "0.1.0") == root / "CONVERSION_DIR" / "toy" / "0.1.0", "wherever it lies"
     with pytest.raises(FileNotFoundError, match="no RLDS folder .* for nothing or none"):
         find(root, ["nothing", "none"])
 
@@ -205,7 +212,7 @@ def test_array_record_gives_the_same_episodes(toy: Path, tmp_path: Path) -> None
     one, other = Rlds(toy), Rlds(copy)
     assert find(tmp_path, ["toy"]) == copy and splits(copy) == ["train"] and len(one) == len(other) == 3
     for index in range(3):
-        assert other.shards[0].path.suffix != one.shards[0].path.suffix and one[index].text("observation/wide") == other[index].text("observation/wide")
+        assert other.shards[0].path.suffix != one.shards[0].path.suffix and other[index].encoded("observation/wide", 2) == b"ab\0c\0\0"
         assert one[index].encoded("observation/image", 2) == other[index].encoded("observation/image", 2)
 
 
@@ -254,5 +261,5 @@ def test_unknown_codec(toy: Path) -> None:
 
 def test_no_tensorflow(toy: Path) -> None:
     code = ("import sys; from common.rlds import Rlds; import step2_gidm.dataset, common.loop; episode = Rlds(sys.argv[1])[0];"
-            "episode.image('observation/image', 1), episode.text('instruction'); sys.exit('tensorflow' in sys.modules)")
+            "episode.image('observation/image', 1), episode.text('observation/wide'); sys.exit('tensorflow' in sys.modules)")
     assert subprocess.run([sys.executable, "-c", code, str(toy)], cwd=Path(__file__).resolve().parents[2], check=False).returncode == 0

@@ -98,11 +98,13 @@ def test_actions_are_the_next_pose_and_the_clean_command(recording: tuple[Path, 
 
 def test_the_video_set_has_its_layout(recording: tuple[Path, dict]) -> None:
     root = recording[0] / "videos_set"
-    for split in ("train", "val"):
+    for split, folder in (("train", "training"), ("val", "validation")):
         for path in sorted((root / "annotation" / split).glob("*.json")):
             annotation = json.loads(path.read_text())
             assert annotation["texts"][0] in INSTRUCTIONS.values() and annotation["episode_id"] == path.stem
             assert annotation["latent_videos"][1]["latent_video_path"] == f"latent_videos/{split}/{path.stem}/1.pt"
+            scenes, spans = unpickled(recording[0] / folder / "scene_info.npy"), np.load(recording[0] / folder / "ep_start_end_ids.npy")
+            assert scenes[annotation["scene"]][0] <= spans[int(path.stem)][0] and spans[int(path.stem)][1] <= scenes[annotation["scene"]][1]
             assert np.shape(annotation["state"]) == (annotation["video_length"], 15)
             for entry, edge in zip(annotation["videos"], (200, 84)):
                 with av.open(str(root / entry["video_path"])) as film:

@@ -18,6 +18,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from common import video
+from common.calvin_format import CalvinFormatError
 from common.program import CONFIGS
 from step1_gfdm import convert as program
 from step1_gfdm.convert import convert
@@ -109,6 +110,13 @@ def test_calvin_leaves_scene_d_out(tmp_path: Path) -> None:
     assert counts["converted"] == 2 and counts["scene D"] == 2 and counts["frames"] == 66
     record = read_annotation(tmp_path / "out/annotation/train/train_000000.json")
     assert len(record["videos"]) == 2 and record["video_length"] == 33 and record["fps"] == 30 and record["state"] == [[0.0] * 15] * 33
+    assert record["scene"] == "calvin_scene_A"
+    np.save(root / "training/scene_info.npy", np.array({"calvin_scene_A": 100}, dtype=object), allow_pickle=True)
+    with pytest.raises(CalvinFormatError, match="scene_info.npy: expected a dictionary of scenes"):
+        Calvin(root).episodes()
+    (root / "training/scene_info.npy").unlink()
+    convert(Calvin(root), tmp_path / "untold", image_size=16, limit=1)
+    assert "scene" not in read_annotation(tmp_path / "untold/annotation/train/train_000000.json")
     os.symlink(root / "training", root / "validation")
     asked = Calvin(root, scene_d=True).episodes()
     assert Counter(entry.split for entry in asked) == {"train": 4, "val": 4} and not any(entry.reason for entry in asked)
@@ -133,6 +141,24 @@ def test_ego4d_cuts_around_the_narrated_action(tmp_path: Path) -> None:
     shown = video.read_frames(tmp_path / "out" / record["videos"][0]["video_path"], [0, 24])
     truth = video.read_frames(root / "clips/abc.mp4", [10, 34])
     assert abs(shown.mean((1, 2)) - truth.mean((1, 2))).max() < 8
+
+
+def test_ego4d_cuts_whole_videos_by_their_own_frames(tmp_path: Path) -> None:
+    root = tmp_path / "in"
+    film(root / "full_scale/v.mp4", 80)
+    film(root / "clips/both.mp4", 30, seed=1)
+    (root / "annotations").mkdir()
+    action = {"narration_text": "#C C picks a cup", "start_frame": 40, "end_frame": 75, "critical_frames": {"pre_frame": 45, "post_frame": None},
+              "clip_start_frame": 2, "clip_end_frame": 25, "clip_critical_frames": {"pre_frame": None, "post_frame": 20}}
+    intervals = [{"clip_uid": name, "narrated_actions": [action]} for name in ("gone", None, "both")]
+    content = {"videos": [{"video_uid": "v", "annotated_intervals": intervals}, {"video_uid": "w", "annotated_intervals": intervals[:1]}]}
+    (root / "annotations/fho_main.json").write_text(json.dumps(content))
+    counts = convert(Ego4d(root), tmp_path / "out", image_size=16, max_bad_share=0.5)
+    assert counts == {"converted": 3, "frames": 2 * 31 + 19, "unreadable": 1}, "the fourth has neither file"
+    for name, path, first in (("gone_000", "full_scale/v", 45), ("v_000", "full_scale/v", 45), ("both_000", "clips/both", 2)):
+        record = read_annotation(tmp_path / f"out/annotation/train/{name}.json")
+        shown = video.read_frames(tmp_path / "out" / record["videos"][0]["video_path"], [0, 18])
+        assert abs(shown.mean((1, 2)) - video.read_frames(root / f"{path}.mp4", [first, first + 18]).mean((1, 2))).max() < 8
 
 
 def test_bad_episodes_are_counted_and_named_and_leave_nothing(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -21,7 +21,7 @@ if __name__ == "__main__":
     processes = PartialState(cpu=True).num_processes
     shared = {"seed": 3, "max_steps": 5, "optimizer": {"lr": 1e-3, "weight_decay": 1e-2}, "log_every": 1, "save_every": None}
     alone = {1: {"batch_size": 4, "accumulate": 2, "num_workers": 2}, 2: {"batch_size": 4}}[processes]
-    sets = {"toy": {"rlds": folder, "fps": 1, "image": "observation/image", "text": "instruction"}}
+    sets = {"toy": {"rlds": folder, "fps": 1, "image": "observation/image", "text": "instruction", "encoding": "code_points"}}
     for kind, batch, stream in (("drawn", {"batch_size": 8 // processes}, None), ("streamed", alone, {"block": 12, "pairs": 3})):
         set_seed(0)
         model = make()

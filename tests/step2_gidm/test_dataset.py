@@ -12,18 +12,19 @@ import torch
 from tensorflow_datasets.proto import tf_example_pb2
 
 from common import rlds
-from common.calvin_format import CalvinFormatError
-from common.mixture import Unreadable
+from common.calvin_format import CalvinFormatError, read_annotations, read_recordings
+from common.mixture import LeftOut, Unreadable
 from common.video import write_mp4
 from step2_gidm import dataset
 from step2_gidm.dataset import mixture, open_x
-from step2_gidm.oxe import HUMAN_SHARE, OXE, official_windows
+from step2_gidm.oxe import HUMAN_SHARE, HUMAN_TRANSITIONS, OXE, official_windows
 from step2_gidm.pairs import Transitions, perturb
 from step2_gidm.transitions import CalvinTransitions, RldsTransitions, VideoTransitions
 from tests.common.test_rlds import record, write_set
 from tests.step3_defi.parts import write_calvin
 
 PAIRS = {"image_size": 32}
+TOY = {"image": "observation/image", "text": "instruction", "encoding": "code_points"}  # what write_set writes
 
 
 def video_set(folder: Path, count: int = 2, *, length: int = 20, fps: float = 10.0, split: str = "train", views: int = 1) -> Path:
@@ -51,7 +52,7 @@ def test_gap_is_a_second_by_the_sets_own_clock(fps: float, gap_seconds: float, n
 def test_short_episodes_give_their_longest_pair_or_are_reported() -> None:
     rng = np.random.default_rng(0)
     assert Transitions(image_size=8).draw("x", 7, 10, rng) == [(0, 6)]
-    with pytest.raises(Unreadable, match="x: 5 frames are too few for pairs 10 apart"):
+    with pytest.raises(LeftOut, match="x: 5 frames are too few for pairs 10 apart"):
         Transitions(image_size=8).draw("x", 5, 10, rng)
     with pytest.raises(Unreadable):
         Transitions(image_size=8, min_gap=1.0).draw("x", 10, 10, rng)
@@ -64,6 +65,12 @@ def test_jitter_varies_the_gap_within_its_bounds() -> None:
     pairs = Transitions(image_size=8, jitter=0.2)
     gaps = {end - start for start, end in pairs.draw("x", 100, 30, rng, 500)}
     assert min(gaps) == 24 and max(gaps) == 36
+    wide = Transitions(image_size=8, jitter=0.6)
+    gaps = [end - start for start, end in wide.draw("x", 1000, 10, rng, 2000)]
+    assert min(gaps) == 5 and max(gaps) == 16, "no drawn gap makes a long episode too short"
+    assert {wide.draw("x", 7, 10, rng)[0] for _ in range(300)} <= {(0, 6), (0, 5), (1, 6)}
+    with pytest.raises(Unreadable, match="x: 5 frames are too few"):
+        wide.draw("x", 5, 10, rng)
 
 
 def test_several_pairs_of_an_episode_are_spread_over_it() -> None:
@@ -91,10 +98,21 @@ def test_official_gap_is_a_window_that_the_episode_cuts_off() -> None:
 def test_official_windows_follow_the_lists_of_the_release() -> None:
     slow = {"fractal", "berkeley_autolab_ur5", "nyu_franka_play", "ucsd_kitchen", "dlr_edan", "dobbe"}
     fast = {"toto", "viola", "austin_sailor", "iamlab_pickup_insert", "utaustin_mutex"}
-    ranges = {name: range(3, 6) if name in slow else range(15, 21) if name in fast else range(10, 11) for name in OXE} | {"ego4d": range(2, 3)}
+    ranges = {name: range(3, 6) if name in slow else range(15, 21) if name in fast else range(10, 11) for name in OXE}
     many = [official_windows(seed) for seed in range(200)]
     assert all({draw[name] for draw in many} == set(windows) for name, windows in ranges.items())
     assert official_windows() == official_windows(), "one draw a run"
+
+
+@pytest.mark.parametrize("fps, distance", [(30, 15), (2, 1), (1, 1)])
+def test_official_ego4d_pairs_lie_half_a_second_apart_at_any_rate(tmp_path: Path, fps: float, distance: int) -> None:
+    human = video_set(tmp_path / "ego4d", 3, length=20, fps=fps)
+    clips = open_x(tmp_path, human_root=human, names=[], gap="official", image_size=32).sets[0]
+    drawn = {clips.draw("x", 20, fps, np.random.default_rng(seed))[0] for seed in range(300)}
+    assert drawn == {(t, min(t + distance, 19)) for t in range(20)}
+    assert clips.walk(0, 1)["frames"].mean((2, 3, 4)).mul(255 / 8).round().diff(dim=1).item() == distance
+    with pytest.raises(Unreadable, match="frame rate is unknown"):
+        clips.draw("x", 20, 0, np.random.default_rng(0))
 
 
 def test_video_pairs_are_the_frames_they_say(tmp_path: Path) -> None:
@@ -134,6 +152,23 @@ def test_labelled_pairs_say_what_they_are_of(tmp_path: Path) -> None:
         samples.sample(1, rng)
 
 
+def test_scenes_are_told_apart_within_a_set(tmp_path: Path) -> None:
+    folder, rng = video_set(tmp_path / "toy", 3), np.random.default_rng(0)
+    file = folder / "annotation/train/1.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "scene": "calvin_scene_B"}))
+    samples = VideoTransitions(folder, labelled=True, **PAIRS)
+    assert [samples.sample(i, rng)["scene"] for i in range(2)] == [str(folder), "calvin_scene_B"]
+    root = write_calvin(tmp_path / "calvin") / "training"  # recordings from frames 100, 145, 190, 235
+    assert CalvinTransitions(root, fps=10, labelled=True, **PAIRS).sample(0, rng)["scene"] == str(root)
+    np.save(root / "scene_info.npy", np.array({"calvin_scene_B": [100, 189], "calvin_scene_A": [190, 230]}, dtype=object), allow_pickle=True)
+    samples = CalvinTransitions(root, fps=10, labelled=True, **PAIRS)
+    samples.segments = [note for note, _ in read_annotations(root, read_recordings(root))]
+    assert [samples.sample(i, rng)["scene"] for i in range(4)] == ["calvin_scene_B", "calvin_scene_B", "calvin_scene_A", str(root)]
+    np.save(root / "scene_info.npy", np.array([rng], dtype=object), allow_pickle=True)
+    with pytest.raises(CalvinFormatError, match="scene_info.npy cannot be read: it asks for"):
+        CalvinTransitions(root, fps=10, **PAIRS)
+
+
 def test_a_walk_shows_the_pairs_of_a_clip_in_order(tmp_path: Path) -> None:
     clip = VideoTransitions(video_set(tmp_path / "toy"), **PAIRS).walk(0, 5)
     brightness = (clip["frames"].mean((2, 3, 4)) * 255 / 8).round()
@@ -144,7 +179,7 @@ def test_a_walk_shows_the_pairs_of_a_clip_in_order(tmp_path: Path) -> None:
 
 
 def test_every_kind_of_set_walks(tmp_path: Path) -> None:
-    toy = RldsTransitions(write_set(tmp_path / "toy" / "1.0.0", shards=(2, 1)), fps=1, image="observation/image", text="instruction", augment=True, **PAIRS)
+    toy = RldsTransitions(write_set(tmp_path / "toy" / "1.0.0", shards=(2, 1)), fps=1, augment=True, **TOY, **PAIRS)
     clip = toy.walk(1, 2)
     assert (clip["frames"].mean((2, 3, 4)) * 255).round().tolist() == [[10, 11], [12, 13]] and clip["text"] == "päck"
     assert len(toy.walk(1, 50)["frames"]) == 3 and clip["id"] == "toy/1"
@@ -241,10 +276,12 @@ def test_mixture_weights_and_human_fraction(tmp_path: Path) -> None:
 def test_table_12() -> None:
     assert len(OXE) == 26
     assert sum(row.share for row in OXE.values()) + HUMAN_SHARE == pytest.approx(99.9)
-    sizes = {name: row.weight * row.transitions for name, row in OXE.items()}
-    total = sum(sizes.values()) + 406_000  # Ego4D, implied
-    off = {name: round(100 * size / total - OXE[name].share, 2) for name, size in sizes.items() if abs(100 * size / total - OXE[name].share) > 0.13}
+    sizes = {name: row.weight * row.transitions for name, row in OXE.items()} | {"ego4d": HUMAN_TRANSITIONS}
+    paper = {name: row.share for name, row in OXE.items()} | {"ego4d": HUMAN_SHARE}
+    shares = {name: 100 * size / sum(sizes.values()) for name, size in sizes.items()}
+    off = {name: round(share - paper[name], 2) for name, share in shares.items() if abs(share - paper[name]) > 0.13}
     assert not off, f"weight x transitions does not give the paper's share (difference): {off}"
+    assert HUMAN_SHARE == 3.5 and sum(sizes.values()) == pytest.approx(11.6e6, rel=1e-3), "transitions that 100 % stand for"
 
 
 def test_calvin_pairs_lie_inside_their_annotation(tmp_path: Path) -> None:
@@ -296,7 +333,7 @@ def test_bad_calvin_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(Unreadable, match="33 frames are too few for pairs 90 apart"):
         CalvinTransitions(root, fps=90, **PAIRS).sample(1, rng)
     samples.segments[0] = replace(samples.segments[0], text=" ")
-    with pytest.raises(Unreadable, match="without a sentence"):
+    with pytest.raises(LeftOut, match="without a sentence"):
         samples.sample(0, rng)
     with pytest.raises(ValueError, match="unknown view 'wrist'; use static, gripper or null"):
         CalvinTransitions(root, view="wrist", **PAIRS)
@@ -332,6 +369,11 @@ def test_open_x_finds_sets_by_table(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert made["dobbe"]["fps"] == 3.75 and 3 <= made["dobbe"]["window"] <= 5 and made["dobbe"]["image"] == "observation/wrist_image"
     assert made["fractal20220817_data"]["text"] == "observation/natural_language_instruction"
     assert open_x(tmp_path, human_root="nowhere", names=["dobbe"], human_fraction=0, image_size=32).names == ["dobbe"]
+    assert OXE["bc_z"].version == OXE["bridge"].version == "0.1.0"
+    (tmp_path / "CONVERSION_DIR" / "bc_z" / "1.0.1").mkdir(parents=True)
+    (tmp_path / "CONVERSION_DIR" / "bc_z" / "1.0.1" / "dataset_info.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match="bc_z: version 0.1.0 is wanted, there is 1.0.1"):
+        open_x(tmp_path, human_root=human, names=["bc_z"], image_size=32)
     with pytest.raises(FileNotFoundError, match="kuka"):
         open_x(tmp_path, human_root=human, names=["kuka"], image_size=32)
     with pytest.raises(ValueError, match="unknown Open X-Embodiment sets \\['dob'\\]"):
@@ -374,13 +416,28 @@ def test_corrupt_record_is_reported_by_id(shared_data: Path, tmp_path: Path) -> 
 
 def test_an_episode_without_a_sentence_is_reported(tmp_path: Path) -> None:
     folder = write_set(tmp_path / "toy" / "1.0.0")
-    samples = RldsTransitions(folder, fps=1, image="observation/image", text="instruction", **PAIRS)
+    samples = RldsTransitions(folder, fps=1, **TOY, **PAIRS)
     assert samples.sample(0, np.random.default_rng(0))["text"] == "päck"
     for path in folder.glob("*.tfrecord-*"):
         file = rlds.TFRecordFile(path)
         path.write_bytes(b"".join(record(silent(file[i])) for i in range(len(file))))
-    with pytest.raises(Unreadable, match="toy/0: no instruction under instruction"):
-        RldsTransitions(folder, fps=1, image="observation/image", text="instruction", **PAIRS).sample(0, np.random.default_rng(0))
+    with pytest.raises(LeftOut, match="toy/0: no instruction under instruction"):
+        RldsTransitions(folder, fps=1, **TOY, **PAIRS).sample(0, np.random.default_rng(0))
+
+
+def test_a_sentence_is_read_as_the_table_says_and_a_contradiction_is_one_line(tmp_path: Path) -> None:
+    assert {name for name, row in OXE.items() if row.encoding == "code_points"} == {"language_table"} and OXE["language_table"].text.endswith("/instruction")
+    folder, rng = write_set(tmp_path / "toy" / "1.0.0"), np.random.default_rng(0)
+    assert RldsTransitions(folder, fps=1, text="observation/wide", **PAIRS).sample(0, rng)["text"] == "ab\0c"
+    with pytest.raises(Unreadable, match=r"toy/train/0: instruction is not encoded as text, it holds int32 of shape \(8,\); name its encoding") as caught:
+        RldsTransitions(folder, fps=1, **{**TOY, "encoding": "text"}, **PAIRS).sample(0, rng)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(Unreadable, match="observation/wide is not encoded as code_points, it holds bytes"):
+        RldsTransitions(folder, fps=1, **{**TOY, "text": "observation/wide"}, **PAIRS).sample(0, rng)
+    with pytest.raises(Unreadable, match=r"action is not encoded as code_points, it holds float32 of shape \(2,\)"):
+        RldsTransitions(folder, fps=1, **{**TOY, "text": "action"}, **PAIRS).sample(0, rng)
+    with pytest.raises(ValueError, match="unknown encoding 'ascii' of sentences; use text, code_points"):
+        RldsTransitions(folder, fps=1, **{**TOY, "encoding": "ascii"}, **PAIRS)
 
 
 def silent(payload: bytes) -> bytes:
@@ -392,7 +449,7 @@ def silent(payload: bytes) -> bytes:
 
 
 def test_empty_shards_are_passed_over_and_an_empty_set_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    toy = {"fps": 1, "image": "observation/image", "text": "instruction"}
+    toy = {"fps": 1, **TOY}
     samples = RldsTransitions(write_set(tmp_path / "some" / "1.0.0", shards=(0, 2, 0, 2)), **toy, **PAIRS)
     assert len(samples) == 3 and [samples.walk(i, 1)["frames"][0, 0].mean().mul(255).round().item() for i in range(3)] == [0, 10, 20]
     sets = {"some": {"rlds": tmp_path / "some/1.0.0", **toy}, "none": {"rlds": write_set(tmp_path / "none" / "1.0.0", shards=(0,)), **toy}}

@@ -206,7 +206,7 @@ def test_pairs_need_data() -> None:
 
 
 def test_films_of_every_kind_of_set(tmp_path: Path) -> None:
-    toy = {"rlds": write_set(tmp_path / "toy" / "1.0.0"), "fps": 1, "image": "observation/image", "text": "instruction"}
+    toy = {"rlds": write_set(tmp_path / "toy" / "1.0.0"), "fps": 1, "image": "observation/image", "text": "instruction", "encoding": "code_points"}
     sets = {"toy": toy, "calvin": {"calvin": write_calvin(tmp_path / "calvin", recordings=2) / "training", "fps": 10},
             "short": {"video": video_set(tmp_path / "short", 2, length=3)}}
     cfg = OmegaConf.create({"films": 1, "film_steps": 4, "fps": 8, "batch_size": 4})

@@ -19,10 +19,10 @@ from step2_gidm.dataset import mixture
 from step2_gidm.stream import Plan, Stream
 from step2_gidm.transitions import RldsTransitions
 from tests.common.test_rlds import record, write_set
-from tests.step2_gidm.test_dataset import PAIRS, video_set
+from tests.step2_gidm.test_dataset import PAIRS, silent, video_set
 
 EPISODES, ROOM = 12, 3  # of four frames at 1 Hz: three pairs each
-TOY = {"fps": 1, "image": "observation/image", "text": "instruction"}
+TOY = {"fps": 1, "image": "observation/image", "text": "instruction", "encoding": "code_points"}
 
 
 @pytest.fixture
@@ -142,12 +142,25 @@ def break_records(folder: Path, episodes: set[int]) -> None:
 def test_bad_episodes_are_replaced_and_named(toy: Path) -> None:
     break_records(toy, {4})
     found = read(stream(toy))
-    lines = [line for batch in found for lines in batch["skipped"] for line in lines]
+    lines = [each.line for batch in found for skipped in batch["skipped"] for each in skipped if not each.by_rule]
     assert len(ids(found)) == 36 and not any(id.startswith("toy/4@") for id in ids(found))
     assert len(lines) == ROOM and all(line.startswith("toy/4: toy/train/4 in ") and "\n" not in line for line in lines), "as many as there were pairs"
     break_records(toy, set(range(13)))
     with pytest.raises(RuntimeError, match="20 unreadable episodes in a row, the last: toy/"):
         read(stream(toy))
+
+
+def test_episodes_without_a_sentence_and_short_ones_stop_no_run(toy: Path, tmp_path: Path) -> None:
+    for path in sorted(toy.glob("*.tfrecord-*")):
+        file = rlds.TFRecordFile(path)
+        path.write_bytes(b"".join(record(silent(file[i]) if i < 3 else file[i]) for i in range(len(file))))
+    short = {"rlds": write_set(tmp_path / "short" / "1.0.0", shards=(6,), steps=2), "weight": 1, **TOY, "fps": 4}
+    samples = mixture({"toy": {"rlds": toy, "weight": 9, **TOY}, "short": short}, length=36, stream={"block": 6, "pairs": ROOM}, min_gap=0.25, **PAIRS)
+    skipped = [each for batch in read(samples) for entries in batch["skipped"] for each in entries]
+    assert len(skipped) > 12 and all(each.by_rule and "no instruction under" in each.line for each in skipped)
+    with pytest.raises(RuntimeError, match="1000 episodes in a row were left out, the last: toy/.: 2 frames are too few for pairs 4 apart"):
+        read(mixture({"short": short}, length=36, stream={"block": 6, "pairs": ROOM}, **PAIRS))
+    run(tmp_path / "run", samples, max_bad_share=0.0)
 
 
 def test_a_record_that_decodes_but_was_damaged_is_never_trained_on(toy: Path) -> None:
@@ -157,7 +170,7 @@ def test_a_record_that_decodes_but_was_damaged_is_never_trained_on(toy: Path) ->
     data[action] ^= 1
     path.write_bytes(bytes(data))
     found = read(stream(toy))
-    lines = {line for batch in found for lines in batch["skipped"] for line in lines}
+    lines = {each.line for batch in found for skipped in batch["skipped"] for each in skipped}
     assert not any(id.startswith("toy/4@") for id in ids(found)) and len(ids(found)) == 36
     assert lines == {f"toy/4: {path}: record 4 is corrupt (crc differs); download the shard again"}
 
@@ -175,7 +188,7 @@ def test_a_picture_that_breaks_late_is_replaced_within_its_block(toy: Path, monk
     for keys in batches(samples):
         for key in keys:
             sample = draws[key]
-            assert not sample["skipped"] or sample["skipped"][0].startswith(("toy/4@1+1: ", "toy/4@2+1: "))
+            assert not sample["skipped"] or sample["skipped"][0].line.startswith(("toy/4@1+1: ", "toy/4@2+1: "))
             assert draws.reader.now.number == key[1] // samples.block
 
 
@@ -212,9 +225,9 @@ class Grey(nn.Module):
         return {"loss": (self.net(now[:, None])[:, 0] - future).square().mean()}
 
 
-def run(folder: Path, samples: Stream, *, stop: int | None = None, workers: int = 2) -> nn.Module:
+def run(folder: Path, samples: Stream, *, stop: int | None = None, workers: int = 2, max_bad_share: float = 0.9) -> nn.Module:
     trainer = Loop(output_dir=str(folder), max_steps=9, batch_size=3, optimizer={"lr": 1e-2, "weight_decay": 0.0}, log_every=1, save_every=None,
-                   num_workers=workers, seed=5, max_bad_share=0.9)
+                   num_workers=workers, seed=5, max_bad_share=max_bad_share)
     if stop:
         trainer._everyone_stops = lambda: trainer.progress.step == stop
     return trainer.fit(Grey(), samples)
