@@ -21,7 +21,7 @@ class Bottleneck(NamedTuple):
     quantized: Tensor  # (B, K, d), gradients reach z
     loss: Tensor  # ()
     codes: Tensor | None  # (B, K) indices, None where there are none
-    stats: dict[str, Tensor]  # codebook and commitment always; with codes usage (share of codes) and perplexity, also by position: usage_0 ...
+    stats: dict[str, Tensor]  # codebook and commitment
 
 
 class Quantizer(Protocol):
@@ -65,7 +65,7 @@ class VectorQuantizer(nn.Module):
             counts = (codes.flatten()[:, None] == torch.arange(self.size, device=codes.device)).sum(0)  # bincount waits for the device
             self._recent = counts if self._recent is None else self._recent + counts
             self._latest = z.detach().flatten(0, 1)
-        stats = {"codebook": codebook.detach(), "commitment": commitment.detach(), **code_stats(codes, self.size)}
+        stats = {"codebook": codebook.detach(), "commitment": commitment.detach()}
         return Bottleneck(quantized, codebook + self.beta * commitment, codes, stats)
 
     @torch.no_grad()
@@ -123,7 +123,7 @@ class GaussianMixture(nn.Module):
             commitment = F.mse_loss(z, mean)
             quantized = z + (mean - z).detach()
         codes = share.argmax(1).view(z.shape[:2])
-        stats = {"codebook": fit.detach(), "commitment": commitment.detach(), **code_stats(codes, self.size)}
+        stats = {"codebook": fit.detach(), "commitment": commitment.detach()}
         return Bottleneck(quantized, fit + self.beta * commitment, codes, stats)
 
     def _log_joint(self, z: Tensor) -> Tensor:
@@ -158,7 +158,7 @@ class Binning(nn.Module):
         index = ((squashed.detach() + 1) * self.bins / 2).long().clamp(0, self.bins - 1)
         centres = (2 * index + 1) / self.bins - 1
         codes = (index * self.radix).sum(-1)
-        stats = {"codebook": z.new_zeros(()), "commitment": z.new_zeros(()), **code_stats(codes, self.size)}
+        stats = {"codebook": z.new_zeros(()), "commitment": z.new_zeros(())}
         return Bottleneck(squashed + (centres - squashed).detach(), z.new_zeros(()), codes, stats)
 
     def on_step(self, step: int) -> dict[str, float]:
@@ -167,7 +167,7 @@ class Binning(nn.Module):
 
 
 class Continuous(nn.Module):
-    """Continuous latent action: no bottleneck but the width. No codes, so no usage and no perplexity."""
+    """Continuous latent action: no bottleneck but the width, and no codes."""
 
     size = None
 
@@ -183,23 +183,3 @@ class Continuous(nn.Module):
     def on_step(self, step: int) -> dict[str, float]:
         """Nothing to restart."""
         return {}
-
-
-def code_stats(codes: Tensor, size: int) -> dict[str, Tensor]:
-    """Indices (B, K) -> share of the `size` codes in use, and perplexity: over all positions, and by position as usage_0, perplexity_0 ...
-
-    A code is counted where it occurs, by comparing every pair, so that no shape hangs on the data and nothing waits for the device.
-    """
-    stats = {}
-    for end, part in (("", codes.flatten()), *((f"_{i}", column) for i, column in enumerate(codes.unbind(1)))):
-        alike = (part[:, None] == part).sum(1)
-        stats[f"usage{end}"] = alike.float().reciprocal().sum().round() / size
-        stats[f"perplexity{end}"] = (alike / len(part)).log().mean().neg().exp()
-    return stats
-
-
-def perplexity(counts: Tensor) -> Tensor:
-    """exp of the entropy of a histogram: how many codes are in even use."""
-    share = counts[counts > 0].float()
-    share = share / share.sum()
-    return (-(share * share.log()).sum()).exp()
