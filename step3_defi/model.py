@@ -14,8 +14,9 @@ from common.contracts import FutureDynamics, InverseDynamics, PolicyBatch
 from common.frozen import ClipText, Frozen
 from common.metrics import code_counts, perplexity
 from common.precision import bf16_pays
+from common.standardize import Standardize
 from step3_defi.edm import EDM, seeded_noise
-from step3_defi.projector import Standardize, pool_grid
+from step3_defi.projector import pool_grid
 
 PARTS = ("gfdm", "gidm", "projector", "video_former", "adapter")
 
