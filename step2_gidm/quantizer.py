@@ -167,10 +167,10 @@ class GaussianMixture(Restarting):
 class Binning(nn.Module):
     """Simple binning: the nearest of `bins` even levels in each of `dim` numbers, straight-through (our definition).
 
-    Every number is brought to mean 0 and deviation 1 by running statistics, and by the normal distribution's erf(x / sqrt 2) into [-1, 1]:
-    a normal number falls into all bins equally often, from the first step. A bare tanh puts most of a narrow number into the centre bin.
-    No learned table and no loss. Levels are the centres of equal bins of [-1, 1]. The joint index over the numbers is
-    the code: 5 bins x 3 numbers are 125 codes, the information of a 128-code book.
+    Every number is brought to mean 0 and deviation 1 over all positions by running statistics, and by erf(x / sqrt 2) into [-1, 1]: there
+    a normal number falls into all bins equally often, where a bare tanh puts most of a narrow one into the centre bin. No learned
+    table and no loss. Levels are the centres of equal bins of [-1, 1]. The joint index over the numbers is the code: 5 bins x 3 numbers
+    are 125 codes, the information of a 128-code book.
     """
 
     def __init__(self, bins: int, dim: int) -> None:
