@@ -279,10 +279,10 @@ class Loop:
 
 
 def _add(sums: dict[str, torch.Tensor], metrics: dict[str, torch.Tensor], share: float = 1.0) -> None:
-    """Add the metrics of a batch, those of integers whole."""
+    """Add the metrics of a batch: numbers by its share in their mean, integers whole where it has one."""
     for key, value in metrics.items():
         value = value.detach()
-        sums[key] = sums.get(key, 0) + (value.float() * share if value.is_floating_point() else value)
+        sums[key] = sums.get(key, 0) + (value.float() * share if value.is_floating_point() else value * (share > 0))
 
 
 def _gather(model: nn.Module) -> None:
