@@ -74,6 +74,7 @@ class InverseDynamics(Protocol):
     embed_dim: int
     num_tokens: int  # N, visual tokens of a picture
     num_actions: int  # K
+    num_codes: int  # C, 0 where latent actions are continuous
 
     def embed(self, image: Tensor) -> Tensor:
         """(B, 3, H, W) in [0, 1] -> (B, N, embed_dim) frozen visual tokens."""

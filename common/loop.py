@@ -59,6 +59,8 @@ class Progress:
 class Loop:
     """Trains a model whose forward returns {"loss": scalar, **metrics} on a sample set.
 
+    Metrics are averaged over the batches between two log lines, or of a validation, and over the ranks. Those of integers are counts:
+    they are added up instead, and the model's `count_metrics` makes numbers of the sums.
     `batch_size` is per process. `max_steps` counts optimizer steps and wins over `epochs`. `precision` is accelerate's
     ("no", "bf16", "fp16"), or "auto": bf16 where the machine has it. `ema_decay` keeps an exponential moving average of what
     trains; validation and the returned model use it. `best` names the held-out metric whose lowest values `fit` tells of.
@@ -137,8 +139,7 @@ class Loop:
         wrapped.train()
         while progress.step < total:
             for metrics in self._accumulated(wrapped, batches):
-                for key, value in metrics.items():
-                    sums[key] = sums.get(key, 0) + value.detach().float() / self.accumulate
+                _add(sums, metrics, 1 / self.accumulate)
             norm = self.accelerator.clip_grad_norm_(self.trained, self.max_grad_norm) if self.max_grad_norm else None
             optimizer.step()
             scheduler.step()
@@ -149,8 +150,7 @@ class Loop:
             extra = model.on_step(progress.step, self.accelerator) if hasattr(model, "on_step") else None
             bar.update()
             if progress.step % self.log_every == 0 or progress.step == total:
-                row = {f"train/{k}": float(v) / since for k, v in self._mean(sums).items()}
-                row |= {f"train/{k}": float(v) for k, v in (extra or {}).items()}
+                row = {f"train/{k}": float(v) for k, v in (self._metrics(model, sums, since) | (extra or {})).items()}
                 row |= {"lr": scheduler.get_last_lr()[0], "steps_per_second": since / (time.perf_counter() - clock),
                         "data/skipped": progress.skipped, "data/left_out": progress.left_out} | ({"grad_norm": float(norm)} if norm is not None else {})
                 bar.set_postfix(loss=f"{row['train/loss']:.4f}")
@@ -161,7 +161,7 @@ class Loop:
                     tracker.log(progress.step, row)
                 sums, since, clock = {}, 0, time.perf_counter()
             if val_set is not None and self.eval_every and (progress.step % self.eval_every == 0 or progress.step == total):
-                row = self._validate(wrapped, val_set)
+                row = self._validate(model, wrapped, val_set)
                 if tracker:
                     tracker.log(progress.step, row)
             stop = self._everyone_stops()
@@ -207,8 +207,8 @@ class Loop:
         return loader(samples, batches, workers=self.num_workers, pin=self.accelerator.device.type == "cuda")
 
     @torch.no_grad()
-    def _validate(self, wrapped: nn.Module, val_set: SampleSet) -> dict[str, float]:
-        """Mean metrics over fixed held-out batches with fixed noise and EMA weights; training's generators stay untouched."""
+    def _validate(self, model: nn.Module, wrapped: nn.Module, val_set: SampleSet) -> dict[str, float]:
+        """Metrics over fixed held-out batches with fixed noise and EMA weights; training's generators stay untouched."""
         chunks = held_out(len(val_set), self.batch_size, seed=self.seed, rank=self.accelerator.process_index,
                           world=self.accelerator.num_processes, most=self.eval_batches)
         loader = DataLoader(Draws(val_set, self.seed), batch_sampler=[keys for keys, _ in chunks], collate_fn=collate, num_workers=self.num_workers)
@@ -225,32 +225,34 @@ class Loop:
                 skipped += batch.pop("skipped")
                 with self.accelerator.autocast():
                     metrics = wrapped(send_to_device(batch, self.accelerator.device))
-                for key, value in metrics.items():
-                    sums[key] = sums.get(key, 0) + value.detach().float() * weight
+                _add(sums, metrics, weight)
         damaged, left_out = _apart(skipped)
         if damaged:
             log.warning("%d unreadable held-out samples replaced, the last: %s", len(damaged), damaged[-1])
         if left_out:
             log.info("%d held-out samples left out by rule and replaced, the last: %s", len(left_out), left_out[-1])
-        means = {k: float(v) for k, v in self._mean(sums).items()}
-        self._note_best(means)
+        row = {k: float(v) for k, v in self._metrics(model, sums, 1).items()}
+        self._note_best(row)
         wrapped.train()
         if self.ema:
             self.ema.restore(self.trained)
-        return {f"val/{k}": v for k, v in means.items()}
+        return {f"val/{k}": v for k, v in row.items()}
 
-    def _note_best(self, means: dict[str, float]) -> None:
+    def _note_best(self, row: dict[str, float]) -> None:
         if self.best is None or self.keep is None:
             return
-        if self.best not in means:
-            raise ValueError(f"loop.best={self.best}: the model reports no such metric; it reports {', '.join(means)}")
-        if means[self.best] < self.progress.best:
-            self.progress.best = means[self.best]
+        if self.best not in row:
+            raise ValueError(f"loop.best={self.best}: the model reports no such metric; it reports {', '.join(row)}")
+        if row[self.best] < self.progress.best:
+            self.progress.best = row[self.best]
             if self.accelerator.is_main_process:
                 self.keep(self.progress.step)
 
-    def _mean(self, sums: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return {k: self.accelerator.reduce(v, reduction="mean") for k, v in sums.items()}
+    def _metrics(self, model: nn.Module, sums: dict[str, torch.Tensor], batches: int) -> dict[str, Any]:
+        """Means over `batches` and ranks, and what the model makes of the counts of all ranks."""
+        counts = {k: self.accelerator.reduce(v, reduction="sum") for k, v in sums.items() if not v.is_floating_point()}
+        means = {k: self.accelerator.reduce(v, reduction="mean") / batches for k, v in sums.items() if k not in counts}
+        return means | (model.count_metrics(counts) if counts else {})
 
     def _on_sigterm(self, *_: Any) -> None:
         self._stop_asked = True
@@ -289,6 +291,13 @@ def _apart(skipped: list[list[Skipped]]) -> tuple[list[str], list[str]]:
     """The lines of what is damaged, and of what a rule leaves out."""
     found = [each for entries in skipped for each in entries]
     return [each.line for each in found if not each.by_rule], [each.line for each in found if each.by_rule]
+
+
+def _add(sums: dict[str, torch.Tensor], metrics: dict[str, torch.Tensor], share: float = 1.0) -> None:
+    """Add the metrics of a batch: numbers by its share in their mean, integers whole where it has one."""
+    for key, value in metrics.items():
+        value = value.detach()
+        sums[key] = sums.get(key, 0) + (value.float() * share if value.is_floating_point() else value * (share > 0))
 
 
 def _gather(model: nn.Module) -> None:

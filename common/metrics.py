@@ -1,4 +1,4 @@
-"""Numbers that two steps report: picture quality and bootstrap intervals."""
+"""Numbers that two steps report: picture quality, use of codes and bootstrap intervals."""
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -19,6 +19,19 @@ def ssim(prediction: Tensor, truth: Tensor) -> Tensor:
     """Structural similarity of (N, 3, H, W) pictures in [0, 1] -> (N,)."""
     value = structural_similarity_index_measure(prediction.float(), truth.float(), data_range=1.0, reduction="none")
     return value.reshape(-1)
+
+
+def code_counts(codes: Tensor, size: int) -> Tensor:
+    """Indices (B, K) into `size` codes -> (K, size), how often each occurs at each position."""
+    counts = torch.zeros(codes.shape[1], size, dtype=torch.long, device=codes.device)
+    return counts.scatter_add_(1, codes.T, torch.ones_like(codes.T))  # bincount waits for the device
+
+
+def perplexity(counts: Tensor) -> Tensor:
+    """exp of the entropy of a histogram: how many codes are in even use."""
+    share = counts[counts > 0].float()
+    share = share / share.sum()
+    return (-(share * share.log()).sum()).exp()
 
 
 def bootstrap_ci(values: Sequence[float] | np.ndarray, *, seed: int = 0, level: float = 0.95,

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from common import artifact
 from common.curves import save_curves
 from common.files import write_text
-from common.metrics import bootstrap_ci
+from common.metrics import bootstrap_ci, perplexity
 from common.mixture import Mixture, SampleSet, Unreadable
 from common.processes import processes
 from common.program import EXPECTED, program
@@ -32,7 +32,6 @@ from step2_gidm import meaning
 from step2_gidm.meaning import QUANTIZED, SENTENCE, Missing, Seen
 from step2_gidm.model import GIDM, InverseModel
 from step2_gidm.pictures import draw_attention, draw_neighbours, draw_transfer, film_attention
-from step2_gidm.quantizer import perplexity
 
 ROWS = {"mse": "with its own latent action", "shuffled_mse": "with another pair's latent action", "copy_mse": "no change (the current frame)",
         "gain": "gain over no change", "gap": "gap: what the right latent action is worth"}

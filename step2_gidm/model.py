@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from common.contracts import LatentAction, TransitionBatch
 from common.frozen import DinoV2, T5Text
+from common.metrics import code_counts, perplexity
 from step2_gidm.quantizer import Bottleneck, Quantizer
 from step2_gidm.transformer import SpatialTransformer, SpatioTemporalTransformer, attention_weights
 
@@ -42,7 +43,7 @@ class InverseModel(nn.Module):
             raise ValueError(f"text_in names {sorted(unknown)}; it may hold encoder and decoder")
         self.vision, self.text, self.quantizer = vision, text, quantizer
         self.embed_dim, self.num_tokens = vision.dim, vision.num_tokens
-        self.num_actions, self.latent_dim = queries, quantizer.dim
+        self.num_actions, self.latent_dim, self.num_codes = queries, quantizer.dim, quantizer.size or 0
         self.text_in, self.clean_text, self.residual = frozenset(text_in), clean_text, residual
         if text_in:
             self.text_proj = nn.Linear(text.dim, dim)
@@ -92,17 +93,25 @@ class InverseModel(nn.Module):
 
     def forward(self, batch: TransitionBatch) -> dict[str, Tensor]:
         """Losses and statistics of Alg. 1. `copy_mse` is the error of predicting no change; in eval mode `gap` is how much
-        the error rises when latent actions are dealt to other samples of the batch. Usage and perplexity of the codes come
-        over all queries and by query (`usage_0`, `perplexity_0`, ...)."""
+        the error rises when latent actions are dealt to other samples of the batch. `codes` (K, C) counts them by query, for
+        `count_metrics`, where there are codes."""
         frames, text = batch["frames"], batch["text"]
         now, future = self.embed(frames.flatten(0, 1)).unflatten(0, frames.shape[:2]).unbind(1)
         _, action = self._infer(now, future, text)
         mse = F.mse_loss(self.decode(now, action.quantized, text).float(), future)
         out = {"loss": mse + action.loss, "mse": mse, "copy_mse": F.mse_loss(now, future), **action.stats}
+        if action.codes is not None:
+            out["codes"] = code_counts(action.codes, self.num_codes)
         if not self.training:
             shuffled = self.decode(now, action.quantized.roll(1, dims=0), text).float()
             out["gap"] = F.mse_loss(shuffled, future) - mse
         return out
+
+    def count_metrics(self, counts: dict[str, Tensor]) -> dict[str, float]:
+        """From the `codes` (K, C) of many batches: share of the codes in use and perplexity, over all queries and by query (`usage_0`, ...)."""
+        parts = {"": counts["codes"].sum(0)} | {f"_{query}": part for query, part in enumerate(counts["codes"])}
+        measures = {"usage": lambda part: (part > 0).float().mean(), "perplexity": perplexity}
+        return {f"{name}{end}": float(measure(part)) for end, part in parts.items() for name, measure in measures.items()}
 
     def on_step(self, step: int, accelerator: Any = None) -> dict[str, float]:
         """After every optimizer step: the bottleneck may restart dead codes, on a schedule of steps."""

@@ -12,7 +12,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common.standardize import Standardize
+
 # B batch, K latent-action tokens, C codes, d width of a code
+
+LOG_SCALE = 3  # of a Gaussian's deviation, at most, either way
 
 
 class Bottleneck(NamedTuple):
@@ -21,7 +25,7 @@ class Bottleneck(NamedTuple):
     quantized: Tensor  # (B, K, d), gradients reach z
     loss: Tensor  # ()
     codes: Tensor | None  # (B, K) indices, None where there are none
-    stats: dict[str, Tensor]  # codebook and commitment always; with codes usage (share of codes) and perplexity, also by position: usage_0 ...
+    stats: dict[str, Tensor]  # codebook and commitment
 
 
 class Quantizer(Protocol):
@@ -35,38 +39,20 @@ class Quantizer(Protocol):
     def on_step(self, step: int) -> dict[str, float]: ...
 
 
-class VectorQuantizer(nn.Module):
-    """VQ-VAE (van den Oord et al., 2017): the nearest of `codes` learned vectors, straight-through.
+class Restarting(nn.Module):
+    """A table of `codes`. Those that nobody used for `restart_every` steps move onto vectors of the latest batch; 0 never restarts."""
 
-    loss = ||sg(z) - c||^2 + beta ||z - sg(c)||^2, means over elements, weights of UniVLA and the release.
-    Codes that nobody used for `restart_every` steps move onto vectors of the latest batch; 0 never restarts.
-    """
-
-    def __init__(self, codes: int, dim: int, *, beta: float = 0.25, restart_every: int = 20,
-                 restart_until: int | None = None) -> None:
+    def __init__(self, codes: int, dim: int, restart_every: int, restart_until: int | None) -> None:
         super().__init__()
-        self.dim, self.size, self.beta = dim, codes, beta
-        self.restart_every, self.restart_until = restart_every, restart_until
-        self.codebook = nn.Parameter(torch.empty(codes, dim).uniform_(-1 / codes, 1 / codes))
+        self.dim, self.size, self.restart_every, self.restart_until = dim, codes, restart_every, restart_until
         # summed over ranks in on_step, and saved: a resumed run restarts the codes that an unbroken one does
         self.register_buffer("counts", torch.zeros(codes, dtype=torch.long))
         self._recent: Tensor | None = None
         self._latest: Tensor | None = None
 
-    def forward(self, z: Tensor) -> Bottleneck:
-        """(B, K, dim) -> the nearest codes, with gradients copied to z."""
-        with torch.autocast(z.device.type, enabled=False):
-            z = z.float()
-            codes = torch.cdist(z.detach().flatten(0, 1), self.codebook.detach().float()).argmin(1).view(z.shape[:2])
-            chosen = self.codebook[codes].float()
-            codebook, commitment = F.mse_loss(chosen, z.detach()), F.mse_loss(z, chosen.detach())
-            quantized = z + (chosen - z).detach()
-        if self.training:
-            counts = (codes.flatten()[:, None] == torch.arange(self.size, device=codes.device)).sum(0)  # bincount waits for the device
-            self._recent = counts if self._recent is None else self._recent + counts
-            self._latest = z.detach().flatten(0, 1)
-        stats = {"codebook": codebook.detach(), "commitment": commitment.detach(), **code_stats(codes, self.size)}
-        return Bottleneck(quantized, codebook + self.beta * commitment, codes, stats)
+    def restart(self, dead: Tensor, vectors: Tensor, spread: Tensor) -> None:
+        """Move the codes `dead` (M) onto `vectors` (M, d); `spread` (d) is the deviation of the batch that they come from."""
+        raise NotImplementedError
 
     @torch.no_grad()
     def on_step(self, step: int) -> dict[str, float]:
@@ -83,32 +69,69 @@ class VectorQuantizer(nn.Module):
         dead = (self.counts == 0).nonzero().flatten()
         self.counts.zero_()
         if len(dead):
-            self.codebook[dead] = self._replacements(len(dead), step).to(self.codebook.dtype)
+            self.restart(dead, *self._replacements(len(dead), step))
         return {"restarted": float(len(dead))}
 
-    def _replacements(self, count: int, step: int) -> Tensor:
-        """`count` vectors of rank 0's latest batch, each a little off so that twins part; the draw depends on `step` only."""
+    def _note(self, codes: Tensor, z: Tensor) -> None:
+        if self.training:
+            counts = (codes.flatten()[:, None] == torch.arange(self.size, device=codes.device)).sum(0)  # bincount waits for the device
+            self._recent = counts if self._recent is None else self._recent + counts
+            self._latest = z.detach().flatten(0, 1)
+
+    def _replacements(self, count: int, step: int) -> tuple[Tensor, Tensor]:
+        """`count` vectors of rank 0's latest batch, each a little off so that twins part, and its deviation; the draw depends on `step` only."""
         latest = self._latest
         generator = torch.Generator().manual_seed(step)
         order = torch.cat([torch.randperm(len(latest), generator=generator) for _ in range(-(-count // len(latest)))])
         noise = torch.randn(count, self.dim, generator=generator).to(latest.device)
-        vectors = (latest[order[:count].to(latest.device)] + 0.01 * latest.std(correction=0) * noise).contiguous()
+        vectors = latest[order[:count].to(latest.device)] + 0.01 * latest.std(correction=0) * noise
+        drawn = torch.cat([vectors, latest.std(0, correction=0, keepdim=True)])
         if dist.is_available() and dist.is_initialized():
-            dist.broadcast(vectors, src=0)
-        return vectors
+            dist.broadcast(drawn, src=0)
+        return drawn[:-1], drawn[-1]
 
 
-class GaussianMixture(nn.Module):
+class VectorQuantizer(Restarting):
+    """VQ-VAE (van den Oord et al., 2017): the nearest of `codes` learned vectors, straight-through.
+
+    loss = ||sg(z) - c||^2 + beta ||z - sg(c)||^2, means over elements, weights of UniVLA and the release.
+    """
+
+    def __init__(self, codes: int, dim: int, *, beta: float = 0.25, restart_every: int = 20,
+                 restart_until: int | None = None) -> None:
+        super().__init__(codes, dim, restart_every, restart_until)
+        self.beta = beta
+        self.codebook = nn.Parameter(torch.empty(codes, dim).uniform_(-1 / codes, 1 / codes))
+
+    def forward(self, z: Tensor) -> Bottleneck:
+        """(B, K, dim) -> the nearest codes, with gradients copied to z."""
+        with torch.autocast(z.device.type, enabled=False):
+            z = z.float()
+            codes = torch.cdist(z.detach().flatten(0, 1), self.codebook.detach().float()).argmin(1).view(z.shape[:2])
+            chosen = self.codebook[codes].float()
+            codebook, commitment = F.mse_loss(chosen, z.detach()), F.mse_loss(z, chosen.detach())
+            quantized = z + (chosen - z).detach()
+        self._note(codes, z)
+        stats = {"codebook": codebook.detach(), "commitment": commitment.detach()}
+        return Bottleneck(quantized, codebook + self.beta * commitment, codes, stats)
+
+    def restart(self, dead: Tensor, vectors: Tensor, spread: Tensor) -> None:
+        """See Restarting."""
+        self.codebook[dead] = vectors.to(self.codebook.dtype)
+
+
+class GaussianMixture(Restarting):
     """Soft assignment to `codes` learned diagonal Gaussians: the posterior mean, straight-through (our definition).
 
     r_c = softmax(log pi_c + log N(z; mu_c, sigma_c)), quantized = sum_c r_c mu_c. The mixture is fitted by maximum
-    likelihood of sg(z); `beta` times the distance to the posterior mean commits the encoder, as in VQ.
+    likelihood of sg(z); `beta` times the distance to the posterior mean commits the encoder, as in VQ. In 128 numbers a component
+    that is not the nearest gets no share and no gradient, so components restart as VQ's codes do, at the batch's deviation.
     """
 
-    def __init__(self, codes: int, dim: int, *, beta: float = 0.25) -> None:
-        super().__init__()
-        self.dim, self.size, self.beta = dim, codes, beta
-        self.means = nn.Parameter(torch.randn(codes, dim))
+    def __init__(self, codes: int, dim: int, *, beta: float = 0.25, restart_every: int = 20, restart_until: int | None = None) -> None:
+        super().__init__(codes, dim, restart_every, restart_until)
+        self.beta = beta
+        self.means = nn.Parameter(torch.empty(codes, dim).uniform_(-1 / codes, 1 / codes))
         self.log_scales = nn.Parameter(torch.zeros(codes, dim))
         self.logits = nn.Parameter(torch.zeros(codes))
 
@@ -123,26 +146,31 @@ class GaussianMixture(nn.Module):
             commitment = F.mse_loss(z, mean)
             quantized = z + (mean - z).detach()
         codes = share.argmax(1).view(z.shape[:2])
-        stats = {"codebook": fit.detach(), "commitment": commitment.detach(), **code_stats(codes, self.size)}
+        self._note(codes, z)
+        stats = {"codebook": fit.detach(), "commitment": commitment.detach()}
         return Bottleneck(quantized, fit + self.beta * commitment, codes, stats)
 
     def _log_joint(self, z: Tensor) -> Tensor:
         """(M, d) -> (M, C) log pi_c + log N(z; mu_c, sigma_c), up to a constant; written as products to spare (M, C, d)."""
-        log_scales = self.log_scales.clamp(-3, 3)  # a component that sits on one point would win without bound
+        log_scales = self.log_scales.clamp(-LOG_SCALE, LOG_SCALE)  # a component that sits on one point would win without bound
         precision = (-2 * log_scales).exp()
         distance = z.square() @ precision.T - 2 * z @ (self.means * precision).T + (self.means.square() * precision).sum(1)
         return self.logits.log_softmax(0) - log_scales.sum(1) - 0.5 * distance
 
-    def on_step(self, step: int) -> dict[str, float]:
-        """Nothing to restart: soft shares reach every component."""
-        return {}
+    def restart(self, dead: Tensor, vectors: Tensor, spread: Tensor) -> None:
+        """See Restarting; restarted components are as likely as the others are on average."""
+        self.means[dead] = vectors
+        self.log_scales[dead] = spread.log().clamp(-LOG_SCALE, LOG_SCALE)  # past them no gradient comes back
+        self.logits[dead] = self.logits.mean()
 
 
 class Binning(nn.Module):
-    """Simple binning: tanh, then the nearest of `bins` even levels in each of `dim` numbers, straight-through.
+    """Simple binning: the nearest of `bins` even levels in each of `dim` numbers, straight-through (our definition).
 
-    No learned table and no loss. Levels are the centres of equal bins of [-1, 1]. The joint index over the numbers is
-    the code: 5 bins x 3 numbers are 125 codes, the information of a 128-code book.
+    Every number is brought to mean 0 and deviation 1 over all positions by running statistics, and by erf(x / sqrt 2) into [-1, 1]: there
+    a normal number falls into all bins equally often, where a bare tanh puts most of a narrow one into the centre bin. No learned
+    table and no loss. Levels are the centres of equal bins of [-1, 1]. The joint index over the numbers is the code: 5 bins x 3 numbers
+    are 125 codes, the information of a 128-code book.
     """
 
     def __init__(self, bins: int, dim: int) -> None:
@@ -150,16 +178,17 @@ class Binning(nn.Module):
         if bins ** dim >= 2 ** 62:
             raise ValueError(f"binning into {bins} bins x {dim} numbers has no joint index; use fewer of either")
         self.bins, self.dim, self.size = bins, dim, bins ** dim
+        self.standardize = Standardize(dim, sparing=1)
         self.register_buffer("radix", bins ** torch.arange(dim), persistent=False)
 
     def forward(self, z: Tensor) -> Bottleneck:
         """(B, K, dim) -> bin centres in (-1, 1)."""
-        squashed = z.float().tanh()
-        index = ((squashed.detach() + 1) * self.bins / 2).long().clamp(0, self.bins - 1)
+        even = (self.standardize(z.float()) * 0.5 ** 0.5).erf()
+        index = ((even.detach() + 1) * self.bins / 2).long().clamp(0, self.bins - 1)
         centres = (2 * index + 1) / self.bins - 1
         codes = (index * self.radix).sum(-1)
-        stats = {"codebook": z.new_zeros(()), "commitment": z.new_zeros(()), **code_stats(codes, self.size)}
-        return Bottleneck(squashed + (centres - squashed).detach(), z.new_zeros(()), codes, stats)
+        stats = {"codebook": z.new_zeros(()), "commitment": z.new_zeros(())}
+        return Bottleneck(even + (centres - even).detach(), z.new_zeros(()), codes, stats)
 
     def on_step(self, step: int) -> dict[str, float]:
         """Nothing to restart: levels are fixed."""
@@ -167,7 +196,7 @@ class Binning(nn.Module):
 
 
 class Continuous(nn.Module):
-    """Continuous latent action: no bottleneck but the width. No codes, so no usage and no perplexity."""
+    """Continuous latent action: no bottleneck but the width, and no codes."""
 
     size = None
 
@@ -183,23 +212,3 @@ class Continuous(nn.Module):
     def on_step(self, step: int) -> dict[str, float]:
         """Nothing to restart."""
         return {}
-
-
-def code_stats(codes: Tensor, size: int) -> dict[str, Tensor]:
-    """Indices (B, K) -> share of the `size` codes in use, and perplexity: over all positions, and by position as usage_0, perplexity_0 ...
-
-    A code is counted where it occurs, by comparing every pair, so that no shape hangs on the data and nothing waits for the device.
-    """
-    stats = {}
-    for end, part in (("", codes.flatten()), *((f"_{i}", column) for i, column in enumerate(codes.unbind(1)))):
-        alike = (part[:, None] == part).sum(1)
-        stats[f"usage{end}"] = alike.float().reciprocal().sum().round() / size
-        stats[f"perplexity{end}"] = (alike / len(part)).log().mean().neg().exp()
-    return stats
-
-
-def perplexity(counts: Tensor) -> Tensor:
-    """exp of the entropy of a histogram: how many codes are in even use."""
-    share = counts[counts > 0].float()
-    share = share / share.sum()
-    return (-(share * share.log()).sum()).exp()

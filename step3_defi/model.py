@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from common.contracts import FutureDynamics, InverseDynamics, PolicyBatch
 from common.frozen import ClipText, Frozen
+from common.metrics import code_counts, perplexity
 from common.precision import bf16_pays
+from common.standardize import Standardize
 from step3_defi.edm import EDM, seeded_noise
-from step3_defi.projector import Standardize, pool_grid
+from step3_defi.projector import pool_grid
 
 PARTS = ("gfdm", "gidm", "projector", "video_former", "adapter")
 
@@ -111,6 +113,7 @@ class DeFI(nn.Module):
         """The training loss: action denoising, the inverse model's bottleneck, and alignment where it is on.
 
         In eval mode `latent_gap` is how much the action loss rises when latent actions are dealt to other samples of the batch.
+        `codes` (K, C) counts them, for `count_metrics`, where there are codes.
         """
         frozen = batch.get("frozen") or self._look(batch["views"], batch["text"], batch.get("futures"))
         goal, streams, extra = self._infer(frozen, batch["text"])
@@ -122,6 +125,11 @@ class DeFI(nn.Module):
             extra["latent_gap"] = self._latent_gap(goal, streams, actions)
         loss = action + extra["bottleneck_loss"] + self.alignment_weight * extra.get("alignment_loss", 0.0)
         return {"loss": loss, "action_loss": action.detach(), **{key: value.detach() for key, value in extra.items()}}
+
+    def count_metrics(self, counts: dict[str, Tensor]) -> dict[str, float]:
+        """From the `codes` (K, C) of many batches: how many are in use, and their perplexity."""
+        counted = counts["codes"].sum(0)
+        return {"codes_used": float((counted > 0).sum()), "perplexity": float(perplexity(counted))}
 
     def _action_loss(self, goal: Tensor, streams: dict[str, Tensor], actions: Tensor, generator: torch.Generator | None = None) -> Tensor:
         context = self.adapter.encode(goal, streams)
@@ -211,7 +219,9 @@ class DeFI(nn.Module):
             streams["future"] = pool_grid(seen, self.fuse_grid).flatten(1, 3)
         if self.fuse_grid and self.fuse_now:
             streams["now"] = pool_grid(now, self.fuse_grid).flatten(1, 2)
-        extra = {"bottleneck_loss": latent.loss} | _code_use(latent.codes)
+        extra = {"bottleneck_loss": latent.loss}
+        if latent.codes is not None:
+            extra["codes"] = code_counts(latent.codes, self.gidm.num_codes)
         if "target" in frozen:
             extra["alignment_loss"] = (future.float() - frozen["target"].to(future.device).float()).square().mean()
         return self.goal_norm(self.goal.pooled(text).to(device)), streams, extra
@@ -220,12 +230,3 @@ class DeFI(nn.Module):
 def _by_view(stacked: Tensor, views: int) -> Tensor:
     """(V*B, ...) -> (B, V, ...)."""
     return stacked.unflatten(0, (views, -1)).transpose(0, 1)
-
-
-def _code_use(codes: Tensor | None) -> dict[str, Tensor]:
-    """How many codes a batch uses, and their perplexity; nothing where there are none."""
-    if codes is None:
-        return {}
-    share = torch.bincount(codes.flatten()).float() / codes.numel()
-    share = share[share > 0]
-    return {"codes_used": torch.tensor(float(len(share)), device=codes.device), "perplexity": (-(share * share.log()).sum()).exp()}

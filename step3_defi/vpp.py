@@ -11,7 +11,7 @@ from common.contracts import LatentAction
 class NoInverse(nn.Module):
     """contracts.InverseDynamics of zero tokens: the adapter gets no stream of latent actions."""
 
-    embed_dim = num_tokens = num_actions = 0
+    embed_dim = num_tokens = num_actions = num_codes = 0
 
     def embed(self, image: Tensor) -> Tensor:
         """Nothing asks: `NoProjector` pairs no moments."""

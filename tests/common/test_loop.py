@@ -83,6 +83,37 @@ def test_resumed_run_equals_straight_run_bit_for_bit(tmp_path, accumulate):
     assert rows[0] == rows[1]
 
 
+class Counting(Dies):
+    """Says which samples it saw: integers, which are counts."""
+
+    def forward(self, batch: dict) -> dict:
+        seen = torch.bincount(torch.tensor([int(name.split("/")[1]) for name in batch["id"]]), minlength=40)
+        return {**super().forward(batch), "seen": seen}
+
+    def count_metrics(self, counts: dict[str, torch.Tensor]) -> dict[str, float]:
+        (seen,) = counts.values()
+        return {"samples": float(seen.sum()), "different": float((seen > 0).sum())}
+
+
+def test_counts_are_of_all_batches_between_two_lines_or_of_a_validation(tmp_path):
+    """Not means over batches, which know no more than a batch can hold; training and validation apart, also over a kill."""
+    def run(folder, last):
+        model = Counting()
+        model.last = last
+        make(folder, accumulate=2, max_steps=10, save_every=5, log_every=5, eval_every=3, eval_batches=3).fit(model, Line(), Line(10))
+        return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+    rows = run(tmp_path / "whole", None)
+    assert [(row["train/samples"], row["train/different"]) for row in rows if "train/loss" in row] == [(40, 40), (40, 40)]
+    assert [(row["val/samples"], row["val/different"]) for row in rows if "val/loss" in row] == [(10, 10)] * 4
+    assert not any("seen" in key for row in rows for key in row)
+    with pytest.raises(Killed):
+        run(tmp_path / "broken", 8)
+    again = run(tmp_path / "broken", None)
+    assert [{k: v for k, v in row.items() if k not in ("time", "steps_per_second")} for row in again] == \
+        [{k: v for k, v in row.items() if k not in ("time", "steps_per_second")} for row in rows]
+
+
 def test_sigterm_saves_and_the_next_run_goes_on(tmp_path):
     class Signalled(Net):
         def on_step(self, step, accelerator):

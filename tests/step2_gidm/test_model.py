@@ -8,10 +8,11 @@ import torch
 
 from common import artifact
 from common.frozen import dinov2, t5_text
+from common.metrics import perplexity
 from step2_gidm.baselines import MLPInverse, TransformerInverse
 from step2_gidm.model import GIDM, clean
 from step2_gidm.quantizer import Binning, Continuous, GaussianMixture, VectorQuantizer
-from tests.step2_gidm.parts import Eyes, Meta, Words, make, moving
+from tests.step2_gidm.parts import DIM, Eyes, Meta, Words, make, moving
 
 KINDS = {"gidm": GIDM, "mlp": MLPInverse, "transformer": TransformerInverse}
 QUANTIZERS = {"vq": lambda: VectorQuantizer(8, 6), "mixture": lambda: GaussianMixture(8, 6), "binning": lambda: Binning(5, 3),
@@ -32,7 +33,9 @@ def test_protocol(kind: str, quantizer: str, text_in: list[str]) -> None:
     assert model.decode(now, action.quantized, batch["text"]).shape == future.shape
     out = model.train()(batch)
     assert {"loss", "mse", "copy_mse", "codebook", "commitment"} <= set(out)
-    assert all((what in out) == (quantizer != "continuous") for what in ("usage", "perplexity", "usage_0", "perplexity_1"))
+    assert ("codes" in out) == (quantizer != "continuous") == bool(model.num_codes)
+    if "codes" in out:
+        assert torch.equal(out["codes"], torch.stack([torch.bincount(column, minlength=model.num_codes) for column in action.codes.unbind(1)]))
     out["loss"].backward()
     silent = [name for name, p in model.named_parameters() if p.grad is None]
     assert not silent, f"no gradient reaches {silent}: DDP would stop"
@@ -141,7 +144,8 @@ def train(model: GIDM, steps: int) -> dict[str, float]:
         optimizer.step()
         model.on_step(step + 1)
     with torch.no_grad():
-        return {k: v.item() for k, v in model.eval()(moving(64, seed=10_000)).items()}
+        held_out = model.eval()(moving(64, seed=10_000))
+    return model.count_metrics({"codes": held_out.pop("codes")}) | {k: v.item() for k, v in held_out.items()}
 
 
 def test_it_learns_what_moves() -> None:
@@ -149,6 +153,16 @@ def test_it_learns_what_moves() -> None:
     assert held_out["mse"] < 0.5 * held_out["copy_mse"], held_out
     assert held_out["gap"] > 0.05 * held_out["copy_mse"], "another pair's action must hurt"
     assert held_out["perplexity"] > 2, "four directions need more than two codes"
+
+
+def test_usage_and_perplexity_are_those_of_the_histograms() -> None:
+    counts = torch.randint(0, 3, (2, 8))
+    counts[1] = torch.tensor([0, 0, 9, 0, 0, 0, 0, 0])
+    told = make().count_metrics({"codes": counts})
+    assert set(told) == {f"{what}{end}" for what in ("usage", "perplexity") for end in ("", "_0", "_1")}
+    for end, part in (("", counts.sum(0)), ("_0", counts[0])):
+        assert told[f"usage{end}"] == (part > 0).sum() / 8 and told[f"perplexity{end}"] == pytest.approx(float(perplexity(part)))
+    assert told["usage_1"] == 1 / 8 and told["perplexity_1"] == pytest.approx(1.0)
 
 
 def test_artifact_round_trip_with_the_real_loaders(hub: Path, tmp_path: Path) -> None:
@@ -167,6 +181,25 @@ def test_artifact_round_trip_with_the_real_loaders(hub: Path, tmp_path: Path) ->
         assert torch.equal(value, loaded(batch)[key]), key
     maps = loaded.attention(loaded.embed(batch["frames"][:, 0]), loaded.embed(batch["frames"][:, 1]), batch["text"])
     assert maps.shape == (2, 4, 64) and torch.allclose(maps.sum(-1), torch.ones(2, 4), atol=1e-5)
+
+
+def test_attention_shows_the_patch_of_the_future_frame_that_a_query_looks_at() -> None:
+    model = make(encoder_layers=1).eval()
+    model.encoder.positions.zero_()  # a patch is known by what it shows
+    block, stem = model.encoder.blocks[0], model.encoder.stem
+    future = torch.randn(1, model.num_tokens, model.embed_dim).expand(2, -1, -1).clone()
+    future[1] = future[1].roll(3, dims=0)
+    now = future.roll(5, dims=1)
+    with torch.no_grad():
+        sought = block.norm_spatial(stem(future[0, 7]))
+        other, asks = block.norm_spatial(stem(model.queries))
+        asks = asks - (asks @ other) / (other @ other) * other  # query 1 alone
+        block.spatial.to_k.weight.copy_(torch.eye(DIM))
+        block.spatial.to_q.weight.copy_(10 * torch.outer(sought, asks) / (asks @ asks))
+    maps = model.attention(now, future, ["go", "push the square to the left"])
+    assert maps.shape == (2, 2, 16) and torch.allclose(maps.sum(-1), torch.ones(2, 2))
+    assert maps[:, 1].argmax(1).tolist() == [7, 10] and (maps[:, 1].max(1).values > 0.9).all()
+    assert torch.allclose(maps[:, 0], torch.full((2, 16), 1 / 16), atol=1e-4)
 
 
 def test_residual_decoder_starts_from_no_change() -> None:

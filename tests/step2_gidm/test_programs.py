@@ -26,6 +26,7 @@ from step2_gidm.dataset import mixture
 from step2_gidm.eval import draw_pairs, film, look, measure, summarize, table
 from step2_gidm.meaning import QUANTIZED
 from step2_gidm.model import GIDM
+from step2_gidm.quantizer import VectorQuantizer
 from tests.common.test_rlds import write_set
 from tests.step2_gidm.parts import make, moving
 from tests.step2_gidm.test_dataset import video_set
@@ -159,6 +160,32 @@ def test_resume_equals_unbroken(hub: Path, tmp_path: Path) -> None:
         assert torch.equal(value, resumed.state_dict()[key]), key
 
 
+def code_use(row: dict[str, float]) -> dict[str, float]:
+    """What a row of metrics.jsonl says of the codes."""
+    return {key: pytest.approx(value) for key, value in row.items() if key.split("/")[-1].startswith(("usage", "perplexity"))}
+
+
+def test_logged_code_use_is_that_of_the_model_on_all_held_out_pairs(tmp_path: Path) -> None:
+    """Not of a batch, whose four latent actions could be four codes at most."""
+    every, model = moving_all(Squares()), make(quantizer=VectorQuantizer(128, 6))
+    with torch.no_grad():
+        z = model.infer(*model.embed(every["frames"].flatten(0, 1)).unflatten(0, (-1, 2)).unbind(1), every["text"]).continuous
+        model.quantizer.codebook.copy_(z.flatten(0, 1))
+    still = {"batch_size": 2, "optimizer": {"lr": 0.0, "weight_decay": 0.0}}
+    model = Loop(output_dir=str(tmp_path / "run"), max_steps=1, eval_every=1, eval_batches=99, **(LOOP | still)).fit(model, Squares(), Squares())
+    said = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()][-1]
+    with torch.no_grad():
+        counts = model(every)["codes"]
+    assert {key.removeprefix("val/"): value for key, value in code_use(said).items()} == model.count_metrics({"codes": counts})
+    assert said["val/usage"] > 4 / 128
+
+
+def moving_all(samples: Squares) -> dict:
+    """Every sample in one batch."""
+    rows = [samples.sample(i, np.random.default_rng(0)) for i in range(len(samples))]
+    return {"id": [row["id"] for row in rows], "frames": torch.stack([row["frames"] for row in rows]), "text": [row["text"] for row in rows]}
+
+
 def launched(folder: Path, sets: Path, processes: int) -> dict[str, tuple[dict[str, torch.Tensor], list[dict]]]:
     """kind of set -> (weights, rows of metrics.jsonl) of one_or_two.py."""
     folder.mkdir()
@@ -175,6 +202,8 @@ def test_two_processes_train_as_one_with_the_same_global_batch(tmp_path: Path) -
     alone, pair = (launched(tmp_path / str(processes), tmp_path / "toy" / "1.0.0", processes) for processes in (1, 2))
     for kind, (weights, rows) in alone.items():
         others, found = pair[kind]
+        assert [code_use(row) for row in found] == [code_use(row) for row in rows] and len(code_use(rows[-1])) == 6, kind
+        rows, found = rows[:-1], found[:-1]  # the last is of the validation
         assert len(rows) == 5 and len({row["train/loss"] for row in rows}) == 5
         for one, two in zip(rows, found, strict=True):
             assert two["train/loss"] == pytest.approx(one["train/loss"], rel=1e-4) and two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3), kind

@@ -80,7 +80,7 @@ class FakeGFDM(nn.Module):
 class FakeGIDM(nn.Module):
     """An inverse model with the interface of step 2 and a nearest-code bottleneck."""
 
-    embed_dim, num_tokens, num_actions = 8, 16, 2
+    embed_dim, num_tokens, num_actions, num_codes = 8, 16, 2, 6
 
     def __init__(self) -> None:
         super().__init__()

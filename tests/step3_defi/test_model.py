@@ -37,11 +37,14 @@ def learn(model: DeFI, batch: dict, steps: int) -> None:
 
 
 def test_forward_gives_finite_losses_and_code_use() -> None:
-    out = build(noise_draws=3)(make_batch())
-    assert {"loss", "action_loss", "bottleneck_loss", "codes_used", "perplexity"} == out.keys()
-    assert all(torch.isfinite(value) for value in out.values())
+    model = build(noise_draws=3)
+    out = model(make_batch())
+    assert {"loss", "action_loss", "bottleneck_loss", "codes"} == out.keys()
+    assert all(torch.isfinite(value).all() for value in out.values())
     assert torch.isclose(out["loss"], out["action_loss"] + out["bottleneck_loss"])
-    assert 1 <= out["perplexity"] <= out["codes_used"] <= 6
+    assert out["codes"].shape == (2, 6) and (out["codes"].sum(1) == 3 * len(model.pairs_of) * len(model.pair_frames)).all()
+    told = model.count_metrics({"codes": torch.tensor([[4, 0, 0, 0, 0, 0], [0, 2, 0, 2, 0, 0]])})
+    assert told == {"codes_used": 3.0, "perplexity": pytest.approx(2 * 2**0.5)}
 
 
 @pytest.mark.parametrize("row", ROWS)
@@ -137,7 +140,7 @@ def test_an_imagined_present_reads_frames_0_and_5_of_one_view_and_no_dinov2() ->
 def test_without_an_inverse_model_video_tokens_are_all_there_is() -> None:
     model, batch = build(gidm=NoInverse(), projector=NoProjector, **SMALL_VPP), make_batch()
     out = model(batch)
-    assert model.adapter.streams.keys() == {"video"} and out["bottleneck_loss"] == 0 and "codes_used" not in out
+    assert model.adapter.streams.keys() == {"video"} and out["bottleneck_loss"] == 0 and "codes" not in out
     out["loss"].backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
     assert model.eval().sample(batch["views"], batch["text"]).shape == (3, 10, 7)

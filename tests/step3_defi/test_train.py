@@ -109,6 +109,8 @@ def test_two_processes_finetune_as_one_with_the_same_global_batch(tree: Path) ->
     assert len(steps) == 5 and steps[0]["train/loss"] != steps[-1]["train/loss"]
     for one, two in zip(steps, pairs, strict=True):
         assert two["train/action_loss"] == pytest.approx(one["train/action_loss"], rel=1e-4) and two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
+    for name in ("codes_used", "perplexity"):
+        assert [row[f"train/{name}"] for row in pairs] == pytest.approx([row[f"train/{name}"] for row in steps])
     assert alone.keys() == others.keys()
     for key, value in alone.items():
         torch.testing.assert_close(others[key], value, atol=2e-4, rtol=1e-3, msg=lambda said, key=key: f"{key}: {said}")

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from step3_defi.projector import Standardize
+from common.standardize import Standardize
 
 
 def batches(count: int, size: int = 8) -> list[torch.Tensor]:

@@ -1,0 +1,45 @@
+"""Channels on one scale, by running statistics (Sec. 3.3; the bins of Table 8)."""
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from accelerate.utils import reduce
+from torch import Tensor, nn
+
+
+class Standardize(nn.Module):
+    """Every channel at mean 0 and deviation 1 over the training data, by running statistics that training gathers.
+
+    Channels of a UNet differ in offset and scale by far more than pictures make them differ. Statistics of the batch would
+    let samples see each other, and would not exist in use. Every `sparing`-th token of a sample is measured, starting one further at
+    every batch, so that all places have their turn. Processes share what they measured: the statistics are the global batch's.
+    """
+
+    mean: Tensor
+    square: Tensor
+    batches: Tensor
+
+    def __init__(self, channels: int, momentum: float = 0.01, sparing: int = 7) -> None:
+        super().__init__()
+        self.momentum, self.sparing = momentum, sparing
+        self.register_buffer("mean", torch.zeros(channels))
+        self.register_buffer("square", torch.ones(channels))
+        self.register_buffer("batches", torch.zeros((), dtype=torch.long))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., channels) -> (..., channels)."""
+        rows = x.flatten(0, -2).float()
+        if self.training:
+            with torch.no_grad():
+                self._measure(rows.unflatten(0, (len(x), -1)))
+        variance = (self.square - self.mean.square()).clamp(min=0)
+        return F.batch_norm(rows, self.mean, variance, training=False, eps=1e-6).view_as(x).to(x.dtype)
+
+    def _measure(self, tokens: Tensor) -> None:
+        places = torch.arange(0, tokens.shape[1], self.sparing, device=tokens.device)
+        seen = tokens[:, (places + self.batches) % tokens.shape[1]].flatten(0, 1)
+        mean, square = reduce(torch.stack([seen.mean(0), seen.square().mean(0)]), reduction="mean")
+        self.batches += 1
+        share = (1 / self.batches).clamp(min=self.momentum)  # a plain mean at first
+        self.mean += share * (mean - self.mean)
+        self.square += share * (square - self.square)
