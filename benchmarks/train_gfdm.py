@@ -54,6 +54,10 @@ class Timed(nn.Module):
         self.times.append(_now())
         return {}
 
+    def count_metrics(self, counts: dict[str, torch.Tensor]) -> dict[str, Any]:
+        """Called by the loop where the model counts."""
+        return self.model.count_metrics(counts)
+
 
 def ours(overrides: list[str], steps: int, batch_size: int, workers: int) -> tuple[float, float]:
     """(samples a second, peak memory in GiB) of the project's loop."""

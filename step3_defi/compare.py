@@ -1,6 +1,6 @@
 """Compare two rollouts on the same sequences, paired (DESIGN 6).
 
-    python -m step3_defi.compare a=outputs/eval/defi b=outputs/eval/blind out=outputs/compare
+    python -m step3_defi.compare outputs/eval/defi outputs/eval/blind [out=outputs/compare]
 
 Leaves compare.json and table.md in `out`.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -60,5 +61,12 @@ def main(cfg: DictConfig) -> None:
     LOG.info("results in %s", out)
 
 
+def plain_keys(arguments: list[str]) -> list[str]:
+    """The first two words that are no key=value or option are `a` and `b`."""
+    names = iter("ab")
+    return [word if "=" in word or word.startswith("-") else f"{next(names, '')}={word}" for word in arguments]
+
+
 if __name__ == "__main__":
+    sys.argv[1:] = plain_keys(sys.argv[1:])
     main()

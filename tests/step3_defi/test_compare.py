@@ -8,7 +8,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from common.program import CONFIGS
-from step3_defi.compare import compare_folders, write
+from step3_defi.compare import compare_folders, plain_keys, write
 from step3_defi.journal import SETTINGS, JournalError
 
 
@@ -48,3 +48,8 @@ def test_different_sequences_are_refused(tmp_path: Path) -> None:
 def test_config_composes() -> None:
     with initialize_config_dir(CONFIGS, version_base=None):
         assert compose("step3_compare", ["a=x", "b=y"]).out == "outputs/compare"
+
+
+def test_two_folders_may_be_named_by_their_place() -> None:
+    assert plain_keys(["outputs/x", "seed=1", "outputs/y", "--cfg"]) == ["a=outputs/x", "seed=1", "b=outputs/y", "--cfg"]
+    assert plain_keys(["a=x", "b=y"]) == ["a=x", "b=y"]
