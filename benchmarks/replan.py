@@ -30,7 +30,7 @@ from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModelWithProject
 
 from benchmarks.imagine import command_line, composed, machine, peak, ratio, seconds
 from common import standins
-from common.frozen import Frozen, TextEncoder
+from common.frozen import text_encoders
 from step1_gfdm import unet as svd_unet
 from step3_defi import DeFI
 from step3_defi.policy import DeFIPolicy, compile_options
@@ -95,7 +95,7 @@ def plain_path(model: DeFI) -> Iterator[None]:
 
     changes = [(gfdm, "imagine", one_by_one), (gfdm, "_tapped", _whole(gfdm.unet, gfdm.taps)), (model.adapter, "_compiled_call_impl", None),
                (model.gidm, "embed", lambda image: torch.cat([embed(part) for part in image.chunk(views)])),
-               *((encoder, "_recall", torch.no_grad()(encoder._encode)) for encoder in _encoders(model))]
+               *((encoder, "_recall", torch.no_grad()(encoder._encode)) for encoder in text_encoders(model))]
     with ExitStack() as stack:
         for owner, name, value in changes:
             stack.enter_context(patch.object(owner, name, value))
@@ -114,14 +114,6 @@ def _whole(unet: nn.Module, taps: tuple[int, ...]) -> Callable[..., list[Tensor]
         return [found[tap] for tap in taps]
 
     return run
-
-
-def _encoders(model: nn.Module) -> Iterator[TextEncoder]:
-    for part in model.modules():
-        if isinstance(part, TextEncoder):
-            yield part
-        elif isinstance(part, Frozen):
-            yield from _encoders(part.module)
 
 
 def timed(policy: DeFIPolicy, observations: list[dict], texts: list[str]) -> dict[str, float]:

@@ -63,6 +63,10 @@ class Transitions:
         """Both frames, (H, W, 3) uint8. Raises Unreadable where they are broken."""
         raise NotImplementedError
 
+    def about(self, episode: str, scene: str, view: int | str, start: int, length: int) -> dict[str, Any]:
+        """What evaluation knows a pair by that starts at frame `start` of `length`; empty unless `labelled`. The state is the subclass's to add."""
+        return {"episode": episode, "scene": scene, "view": view, "phase": start / max(1, length - 1)} if self.labelled else {}
+
     def pairs(self, index: int, rng: np.random.Generator, count: int = 1) -> list[Pair]:
         """`count` pairs of one episode from one opening of it. Raises Unreadable."""
         clip = self.open(index, rng)

@@ -12,6 +12,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common.metrics import code_counts
 from common.standardize import Standardize
 
 # B batch, K latent-action tokens, C codes, d width of a code
@@ -74,7 +75,7 @@ class Restarting(nn.Module):
 
     def _note(self, codes: Tensor, z: Tensor) -> None:
         if self.training:
-            counts = (codes.flatten()[:, None] == torch.arange(self.size, device=codes.device)).sum(0)  # bincount waits for the device
+            counts = code_counts(codes, self.size).sum(0)
             self._recent = counts if self._recent is None else self._recent + counts
             self._latest = z.detach().flatten(0, 1)
 

@@ -58,8 +58,7 @@ class VideoTransitions(Transitions):
             raise Unreadable(id, f"{len(states)} readings of the robot for {length} frames")
 
         def pair(start: int, end: int) -> Pair:
-            about = {} if not self.labelled else {"episode": str(file), "scene": scene or str(self.folder), "view": view,
-                                                  "phase": start / max(1, length - 1)}
+            about = self.about(str(file), scene or str(self.folder), view, start, length)
             if about and states:
                 about["state"] = np.asarray([states[start], states[end]], np.float64)
             return Pair(f"{id}/{view}@{start}+{end - start}", text, (path, start, end), about=about)
@@ -123,8 +122,9 @@ class CalvinTransitions(Transitions):
         def pair(start: int, end: int) -> Pair:
             frames = note.start + start, note.start + end
             scene = calvin_format.scene_of(frames[0], self.scenes) or str(self.folder)
-            about = {} if not self.labelled else {"episode": id, "scene": scene, "view": view, "phase": start / max(1, length - 1),
-                                                  "state": self._states(id, frames)}
+            about = self.about(id, scene, view, start, length)
+            if about:
+                about["state"] = self._states(id, frames)
             return Pair(f"{name}/{frames[0]:07d}/{view}+{end - start}", note.text, (*frames, calvin_format.KEYS[view]), about=about)
 
         return Clip(id, length, self.fps, pair)
@@ -182,8 +182,7 @@ class RldsTransitions(Transitions):
             if not text.strip():
                 raise LeftOut(name, f"no instruction under {self.text}")
             size = sum(frame.nbytes if isinstance(frame, np.ndarray) else len(frame) for frame in frames)
-            about = {} if not self.labelled else {"episode": name, "scene": str(self.episodes.folder), "view": 0,
-                                                  "phase": start / max(1, len(episode) - 1)}
+            about = self.about(name, str(self.episodes.folder), 0, start, len(episode))
             return Pair(f"{name}@{start}+{end - start}", text, frames, size, about)
 
         return Clip(name, len(episode), self.fps, pair)
