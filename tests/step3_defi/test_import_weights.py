@@ -58,7 +58,7 @@ def test_an_imported_policy_acts_as_the_formulas_say(preset: str, tree: Path, ru
     model, written = policy.load(folder).model, Written(tensors, HEADS)
     views = {name: torch.rand(3, 3, 64, 64) * 2 - 1 for name in ("static", "gripper")}
     features = model.precompute(views, TEXTS)["features"].float()
-    model._look = lambda *_, **__: {"features": features}  # in fp16, as both see them
+    model.look = lambda *_, **__: {"features": features}  # in fp16, as both see them
     before_codes = []
     if preset == "official":
         model.gidm.to_latent.register_forward_hook(lambda _, args, out: before_codes.extend(out))

@@ -107,9 +107,9 @@ def test_pairs_of_one_view_leave_the_future_of_all_views_to_the_adapter() -> Non
     wake(one)
     batch = make_batch()
     seen = one.precompute(batch["views"], batch["text"])
-    _, before, _ = one._infer(seen, batch["text"])
+    _, before, _ = one.infer_streams(seen, batch["text"])
     seen["features"][:, 1] += 1  # the gripper's
-    _, after, _ = one.eval()._infer(seen, batch["text"])
+    _, after, _ = one.eval().infer_streams(seen, batch["text"])
     assert not torch.allclose(before["future"], after["future"])
     assert one(batch)["loss"].isfinite()
 
@@ -124,7 +124,7 @@ def test_an_imagined_present_reads_frames_0_and_5_of_one_view_and_no_dinov2() ->
     seen = model.precompute(batch["views"], batch["text"])
     assert seen.keys() == {"features"}
     features = seen["features"].float().requires_grad_()
-    _, streams, _ = model._infer({"features": features}, batch["text"])
+    _, streams, _ = model.infer_streams({"features": features}, batch["text"])
     gradient, = torch.autograd.grad(streams["latent"].sum(), features)
     touched = gradient.abs().sum((0, 3, 4)) > 0  # (V, F)
     assert touched.tolist() == [[True, False, True, False], [False] * 4]
@@ -228,7 +228,7 @@ def test_actions_depend_on_picture_future_and_sentence(part: str) -> None:
     seen = {name: tensor.float() for name, tensor in seen.items()}
 
     def streams(texts: list[str]) -> torch.Tensor:
-        goal, parts, _ = model._infer(seen, texts)
+        goal, parts, _ = model.infer_streams(seen, texts)
         return model.adapter(torch.ones(3, 10, 7), torch.ones(3), model.adapter.encode(goal, parts))
 
     before = streams(batch["text"])
