@@ -2,7 +2,9 @@
 
     weights.safetensors   own parameters and buffers (a model may own its files through save_weights / load_weights)
     config.yaml           the resolved subtree that builds the model; "${here}" stands for the folder itself
-    meta.json             {"format": 1, "kind", "git", "step", "parents": {name: sha256}, "stats"}
+    meta.json             {"format": 1, "kind", "scale", "git", "step", "parents": {name: sha256}, "stats"}
+
+"scale" is the tiny, small or full of the run that made it, or null where nobody can say.
 """
 from __future__ import annotations
 
@@ -34,7 +36,7 @@ class ArtifactError(ValueError):
     """An artifact that is missing, of another kind, or does not fit its own config."""
 
 
-def save(model: nn.Module, folder: str | Path, *, kind: str, config: dict[str, Any], step: int = 0,
+def save(model: nn.Module, folder: str | Path, *, kind: str, config: dict[str, Any], step: int = 0, scale: str | None = None,
          parents: dict[str, str] | None = None, stats: dict[str, Any] | None = None) -> Path:
     """Write an artifact beside its place, then rename its files into it. Other files of the folder stay."""
     if kind not in KINDS:
@@ -49,7 +51,8 @@ def save(model: nn.Module, folder: str | Path, *, kind: str, config: dict[str, A
         else:
             save_file({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}, beside / "weights.safetensors")
         (beside / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
-        record = {"format": FORMAT, "kind": kind, "git": _git_commit(), "step": step, "parents": parents or {}, "stats": stats or {}}
+        record = {"format": FORMAT, "kind": kind, "scale": scale, "git": _git_commit(), "step": step, "parents": parents or {},
+                  "stats": stats or {}}
         (beside / "meta.json").write_text(json.dumps(record, indent=2) + "\n")
         # meta.json moves last: a folder with it is whole
         for item in sorted(beside.iterdir(), key=lambda p: p.name == "meta.json"):
@@ -138,6 +141,20 @@ def meta(path: str | Path, kind: str | None = None) -> dict[str, Any]:
     if kind is not None and record.get("kind") != kind:
         raise ArtifactError(f"{path}: this is a {record.get('kind')!r} artifact, a {kind!r} artifact is needed")
     return record
+
+
+def check_scale(path: str | Path, kind: str, scale: str) -> None:
+    """Refuse an artifact that a run of another scale made: names do not hold the scale, and a policy builds itself to whatever parent it is given.
+
+    An artifact whose scale is null (made elsewhere) fits every scale.
+    """
+    record = meta(path, kind)
+    if "scale" not in record:
+        raise ArtifactError(f"{path}: this {kind} was trained before scales were recorded; train it again")
+    if record["scale"] not in (None, scale):
+        elsewhere = f", and give it with policy.{kind}.path=" if kind != "defi" else ""
+        raise ArtifactError(f"{path}: this {kind} is of scale={record['scale']}, one of scale={scale} is needed; "
+                            f"move it away, or train one with scale={scale} under another name={elsewhere}")
 
 
 def sha256(path: str | Path) -> str:

@@ -33,6 +33,7 @@ def main(cfg: DictConfig) -> None:
     start = policy.fetched(cfg.init) if cfg.init else None
     if start:
         config = start_config(start, config)
+    policy.check_scale(config, cfg.scale)
     sets = {split: instantiate(cfg.data, split=split) for split in ("train", "val")}
     stats = {"actions": action_stats(sets["train"].actions)}
     torch.manual_seed(cfg.seed)
@@ -43,7 +44,7 @@ def main(cfg: DictConfig) -> None:
     if cfg.cache and "gfdm" not in model.trainable:
         sets = _cache(sets, model, config, Path(cfg.cache_dir))
     loop = instantiate(cfg.loop, output_dir=cfg.output_dir, seed=cfg.seed)
-    record = {"kind": "defi", "config": config, "parents": policy.parents(config), "stats": stats}
+    record = {"kind": "defi", "config": config, "scale": cfg.scale, "parents": policy.parents(config), "stats": stats}
     model = loop.fit(model, sets["train"], sets["val"], keep=lambda step: artifact.save(model, Path(cfg.output_dir) / policy.BEST, step=step, **record))
     if loop.accelerator.is_main_process:
         artifact.save(model, cfg.output_dir, step=loop.step, **record)
