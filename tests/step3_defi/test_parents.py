@@ -2,9 +2,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from common import artifact
 from step3_defi import policy
@@ -32,3 +34,25 @@ def test_a_parent_of_another_scale_is_refused(tree: Path, kind: str) -> None:
                                          rf"move it away, or train one [^\n]*policy.{kind}.path=$"):
         run(tree, "refused", f"policy.{kind}.path={other}")
     assert not (tree / "ckpts/defi/refused/meta.json").exists()
+
+
+def refit(file: Path) -> None:
+    """Other weights in the same place."""
+    save_file({name: tensor + 0.01 if tensor.is_floating_point() else tensor for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("part, weights, choice", [
+    ("dinov2", "model.safetensors", ["policy/gidm=scratch", "policy.gidm.vision.path={}"]),
+    ("svd", "unet/diffusion_pytorch_model.safetensors", ["policy/gfdm=vanilla_svd", "policy.gfdm.svd={}"]),
+    ("clip", "model.safetensors", ["+policy.gfdm.overrides.clip={}"])])
+def test_weights_that_were_fitted_again_are_not_read_from_the_cache(tree: Path, hub: Path, tmp_path: Path, part: str, weights: str,
+                                                                    choice: list[str]) -> None:
+    """The path is the same, and so is the config; the forward model of the last is an artifact that did not change, its text encoder did."""
+    place, looks = shutil.copytree(hub / part, tmp_path / part), tmp_path / "looks"
+    options = [f"cache_dir={looks}", "cache=true", "loop.max_steps=1", *(words.format(place) for words in choice)]
+    run(tree, "looks_at", *options)
+    run(tree, "looks_at_the_same", *options)
+    assert len(list(looks.iterdir())) == 2, "training and validation, once"
+    refit(place / weights)
+    run(tree, "looks_at_other_weights", *options)
+    assert len(list(looks.iterdir())) == 4
