@@ -107,6 +107,7 @@ def test_an_svd_folder_serves_as_forward_model(tree: Path, run: Callable[..., Pa
     hub = tree / "ckpts/hub/tiny"
     folder = run(tmp_path / "policy.safetensors", "svd", f"gfdm={hub}/svd", f"svd.clip={hub}/clip", "svd.image_size=64", "svd.num_frames=4")
     model = policy.load(folder).model
+    assert artifact.meta(folder)["scale"] == "tiny"  # as asked for; published weights are imported at full
     assert artifact.meta(folder)["parents"] == {} and model.gfdm.module._time_ids.tolist() == [[4.0, 127.0, 0.0]]
     assert not model.gidm.clean_text and model.edm.schedule()[-2] == 1.0
 
