@@ -2,7 +2,11 @@
 
     weights.safetensors   own parameters and buffers (a model may own its files through save_weights / load_weights)
     config.yaml           the resolved subtree that builds the model; "${here}" stands for the folder itself
-    meta.json             {"format": 1, "kind", "git", "step", "parents": {name: sha256}, "stats"}
+    meta.json             {"format": 1, "kind", "scale", "git", "step", "parents": {name: sha256}, "stats"}
+
+    SHA256SUMS            of what was shipped (common.ship): then loading checks every file
+
+"scale" is the tiny, small or full of the run that made it, or null where nobody can say.
 """
 from __future__ import annotations
 
@@ -21,12 +25,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from common import files
 from common.checkpoint import misfit
 
 FORMAT = 1
 KINDS = {"gfdm": "step1_gfdm", "gidm": "step2_gidm", "defi": "step3_defi"}
 EXPERIMENTS = Path(__file__).resolve().parents[1] / "configs/experiment"
 HERE = "${here}"
+SUMS, MODEL_CARD = "SHA256SUMS", "model_card.md"
 BESIDE = ("resume", "parents", "best")  # folders inside an artifact's that are no part of it
 
 
@@ -34,7 +40,7 @@ class ArtifactError(ValueError):
     """An artifact that is missing, of another kind, or does not fit its own config."""
 
 
-def save(model: nn.Module, folder: str | Path, *, kind: str, config: dict[str, Any], step: int = 0,
+def save(model: nn.Module, folder: str | Path, *, kind: str, config: dict[str, Any], step: int = 0, scale: str | None = None,
          parents: dict[str, str] | None = None, stats: dict[str, Any] | None = None) -> Path:
     """Write an artifact beside its place, then rename its files into it. Other files of the folder stay."""
     if kind not in KINDS:
@@ -49,8 +55,11 @@ def save(model: nn.Module, folder: str | Path, *, kind: str, config: dict[str, A
         else:
             save_file({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}, beside / "weights.safetensors")
         (beside / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
-        record = {"format": FORMAT, "kind": kind, "git": _git_commit(), "step": step, "parents": parents or {}, "stats": stats or {}}
+        record = {"format": FORMAT, "kind": kind, "scale": scale, "git": _git_commit(), "step": step, "parents": parents or {},
+                  "stats": stats or {}}
         (beside / "meta.json").write_text(json.dumps(record, indent=2) + "\n")
+        for name in (SUMS, MODEL_CARD):  # they speak of what lay here before
+            (folder / name).unlink(missing_ok=True)
         # meta.json moves last: a folder with it is whole
         for item in sorted(beside.iterdir(), key=lambda p: p.name == "meta.json"):
             target = folder / item.name
@@ -64,12 +73,13 @@ def save(model: nn.Module, folder: str | Path, *, kind: str, config: dict[str, A
 
 def load(path: str | Path, kind: str, overrides: dict[str, Any] | None = None) -> nn.Module:
     """Build the model from its own config, load its weights with strict keys, and return it in eval mode."""
+    check_sums(path)
     folder, config = Path(path), read_config(path, kind, overrides)
     try:
         model = instantiate(_place(config, folder))
     except InstantiationException as error:
         raise ArtifactError(f"{folder}: its config does not build: {error}") from error
-    load_weights(model, folder)
+    _fill(model, folder)
     return model.eval()
 
 
@@ -92,7 +102,20 @@ def read_config(path: str | Path, kind: str, overrides: dict[str, Any] | None = 
 
 def load_weights(model: nn.Module, folder: str | Path) -> None:
     """Load an artifact's weights into a built model, keys strict."""
-    folder = Path(folder)
+    check_sums(folder)
+    _fill(model, Path(folder))
+
+
+def check_sums(path: str | Path) -> None:
+    """Refuse an artifact whose files are not those that its SHA256SUMS names; one without has nothing to check."""
+    folder = Path(path)
+    lines = (folder / SUMS).read_text().splitlines() if (folder / SUMS).is_file() else []
+    for sha, name in (line.split("  ", 1) for line in lines):
+        if not (folder / name).is_file() or files.sha256(folder / name) != sha:
+            raise ArtifactError(f"{folder}: {name} is not what {SUMS} says was shipped; fetch the folder again")
+
+
+def _fill(model: nn.Module, folder: Path) -> None:
     if hasattr(model, "load_weights"):
         model.load_weights(folder)
         return
@@ -140,13 +163,27 @@ def meta(path: str | Path, kind: str | None = None) -> dict[str, Any]:
     return record
 
 
+def check_scale(path: str | Path, kind: str, scale: str) -> None:
+    """Refuse an artifact that a run of another scale made: names do not hold the scale, and a policy builds itself to whatever parent it is given.
+
+    An artifact whose scale is null (made elsewhere) fits every scale.
+    """
+    record = meta(path, kind)
+    if "scale" not in record:
+        raise ArtifactError(f"{path}: this {kind} was trained before scales were recorded; train it again")
+    if record["scale"] not in (None, scale):
+        elsewhere = f", and give it with policy.{kind}.path=" if kind != "defi" else ""
+        raise ArtifactError(f"{path}: this {kind} is of scale={record['scale']}, one of scale={scale} is needed; "
+                            f"move it away, or train one with scale={scale} under another name={elsewhere}")
+
+
 def sha256(path: str | Path) -> str:
     """One hash over an artifact's weight files and config, names included: the identity that children record."""
     folder = Path(path)
     meta(folder)
     digest = hashlib.sha256()
-    files = [f for f in folder.rglob("*.safetensors") if not {*BESIDE} & {*f.relative_to(folder).parts}]
-    for file in sorted(files) + [folder / "config.yaml"]:
+    weights = [f for f in folder.rglob("*.safetensors") if not {*BESIDE} & {*f.relative_to(folder).parts}]
+    for file in sorted(weights) + [folder / "config.yaml"]:
         digest.update(file.relative_to(folder).as_posix().encode())
         with file.open("rb") as stream:
             while block := stream.read(1 << 20):

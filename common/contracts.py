@@ -88,6 +88,9 @@ class InverseDynamics(Protocol):
     def drop_decoder(self) -> None:
         """Forget what only pretraining needs (A.3)."""
 
+    def freeze_codes(self) -> None:
+        """Keep the codes as they are: they neither learn nor restart, and the bottleneck's loss only draws latents to them."""
+
 
 class ChunkPolicy(Protocol):
     """What a rollout asks of a policy: one batched call that plans for several simulators at once."""

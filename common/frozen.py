@@ -4,6 +4,7 @@ A path is a local folder in the hub's own format or a hub id; `tiny` stand-ins a
 """
 from __future__ import annotations
 
+import hashlib
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -114,6 +115,26 @@ def text_encoders(model: nn.Module) -> Iterator[TextEncoder]:
             yield part
         elif isinstance(part, Frozen):
             yield from text_encoders(part.module)
+
+
+def weights_sha256(module: nn.Module) -> str:
+    """One hash over every parameter and buffer of a module, those inside of frozen parts as well: bytes, type, shape and name, in hex.
+
+    It tells apart what a path or a config does not, such as stand-ins that were fitted again in the same place. Some GB take seconds.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in _tensors(module):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _tensors(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Name and value of every tensor in the order of the modules, where Frozen ends torch's own walk, too."""
+    yield from ((prefix + name, tensor) for part in (module.named_parameters(), module.named_buffers()) for name, tensor in part)
+    for name, part in module.named_modules():
+        if isinstance(part, Frozen):
+            yield from _tensors(part.module, f"{prefix}{name}/")
 
 
 class ClipText(TextEncoder):

@@ -11,17 +11,18 @@ class Standardize(nn.Module):
     """Every channel at mean 0 and deviation 1 over the training data, by running statistics that training gathers.
 
     Channels of a UNet differ in offset and scale by far more than pictures make them differ. Statistics of the batch would
-    let samples see each other, and would not exist in use. Every `sparing`-th token of a sample is measured, starting one further at
-    every batch, so that all places have their turn. Processes share what they measured: the statistics are the global batch's.
+    let samples see each other, and would not exist in use. `eps` is added to every variance. Every `sparing`-th token of a
+    sample is measured, starting one further at every batch, so that all places have their turn. Processes share what they
+    measured: the statistics are the global batch's.
     """
 
     mean: Tensor
     square: Tensor
     batches: Tensor
 
-    def __init__(self, channels: int, momentum: float = 0.01, sparing: int = 7) -> None:
+    def __init__(self, channels: int, momentum: float = 0.01, sparing: int = 7, eps: float = 1e-6) -> None:
         super().__init__()
-        self.momentum, self.sparing = momentum, sparing
+        self.momentum, self.sparing, self.eps = momentum, sparing, eps
         self.register_buffer("mean", torch.zeros(channels))
         self.register_buffer("square", torch.ones(channels))
         self.register_buffer("batches", torch.zeros((), dtype=torch.long))
@@ -33,7 +34,7 @@ class Standardize(nn.Module):
             with torch.no_grad():
                 self._measure(rows.unflatten(0, (len(x), -1)))
         variance = (self.square - self.mean.square()).clamp(min=0)
-        return F.batch_norm(rows, self.mean, variance, training=False, eps=1e-6).view_as(x).to(x.dtype)
+        return F.batch_norm(rows, self.mean, variance, training=False, eps=self.eps).view_as(x).to(x.dtype)
 
     def _measure(self, tokens: Tensor) -> None:
         places = torch.arange(0, tokens.shape[1], self.sparing, device=tokens.device)

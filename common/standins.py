@@ -1,10 +1,11 @@
 """Tiny stand-ins for CLIP, T5, DINOv2 and Stable Video Diffusion, saved in the hub's own format.
 
     python -m common.standins                                     into ckpts/hub/tiny
-    python -m common.standins frames=[<video set>, ...] out=...   with a VAE fitted anew, which takes a quarter of an hour
+    python -m common.standins frames=[<video set>, ...] out=...   with the VAE and the visual encoder fitted anew, in half an hour
 
-All weights are random but the VAE's, which must encode and decode pictures: tiny_vae.safetensors was fitted to playtable by
-the second command (600 episodes of scene A, 40 each of B, C and D, 3500 steps).
+Text encoders and UNet are random. The VAE must encode and decode pictures, and DINOv2's stand-in must tell what stands where:
+tiny_vae.safetensors and tiny_dinov2.safetensors were fitted by the second command to playtable's scenes A, B and C, whose videos
+carry no actions; scene D, in which policies are tested, was not among them.
 
 The real loading code reads them, so what runs at `tiny` is what runs at `full`. Their geometry keeps what the wiring
 rests on: SVD's tapped grid and DINOv2's patch grid have the same number of tokens (8 x 8 here, 16 x 16 in full).
@@ -21,6 +22,7 @@ from typing import Any
 import numpy as np
 import timm
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderKLTemporalDecoder, EulerDiscreteScheduler, StableVideoDiffusionPipeline, UNetSpatioTemporalConditionModel
 from omegaconf import DictConfig
 from safetensors import safe_open
@@ -28,6 +30,7 @@ from safetensors.torch import save_file
 from timm.models import save_for_hf
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
+from tqdm import tqdm
 from transformers import (
     CLIPImageProcessor,
     CLIPTextConfig,
@@ -39,6 +42,7 @@ from transformers import (
     T5EncoderModel,
 )
 
+from common.frozen import IMAGENET_MEAN, IMAGENET_STD
 from common.loop import Loop
 from common.program import program
 from common.video import read_frames, resize
@@ -50,15 +54,17 @@ WORDS = """take grasp store place put slide push pull press move lift pick go tu
  red blue pink green yellow block object cube table drawer cabinet sliding door slider handle button switch lever light bulb
  lightbulb led lamp degrees clockwise grasped lying what is inside cup pot pan bowl spoon towel sink rack apple bottle hand""".split()
 FITTED = Path(__file__).with_name("tiny_vae.safetensors")
+FITTED_DINOV2 = Path(__file__).with_name("tiny_dinov2.safetensors")
 WIDTH = 64
 IMAGE = 64
+DINOV2 = {"img_size": IMAGE, "patch_size": 8, "embed_dim": WIDTH, "depth": 2, "num_heads": 2, "num_classes": 0}
 
 
-def make_all(out: str | Path, *, seed: int = 0, vae: AutoencoderKLTemporalDecoder | None = None) -> Path:
+def make_all(out: str | Path, *, seed: int = 0, vae: AutoencoderKLTemporalDecoder | None = None, dinov2: nn.Module | None = None) -> Path:
     """Write svd/, clip/, t5/ and dinov2/ under `out` (each beside its place, then renamed) and return it."""
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    makers = {"svd": lambda folder: _svd(folder, vae), "clip": _clip, "t5": _t5, "dinov2": _dinov2}
+    makers = {"svd": lambda folder: _svd(folder, vae), "clip": _clip, "t5": _t5, "dinov2": lambda folder: _dinov2(folder, dinov2)}
     for number, (name, make) in enumerate(makers.items()):
         beside = out / f".{name}.{os.getpid()}"
         shutil.rmtree(beside, ignore_errors=True)
@@ -90,10 +96,8 @@ def _t5(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def _dinov2(folder: Path) -> None:
-    arguments = {"img_size": IMAGE, "patch_size": 8, "embed_dim": WIDTH, "depth": 2, "num_heads": 2, "num_classes": 0}
-    model = timm.create_model("vit_base_patch14_reg4_dinov2", pretrained=False, **arguments)
-    save_for_hf(model, str(folder), model_args=arguments, safe_serialization=True)
+def _dinov2(folder: Path, model: nn.Module | None) -> None:
+    save_for_hf(model or fitted_dinov2(), str(folder), model_args=DINOV2, safe_serialization=True)
 
 
 def _svd(folder: Path, vae: AutoencoderKLTemporalDecoder | None) -> None:
@@ -137,6 +141,27 @@ def fitted_vae() -> AutoencoderKLTemporalDecoder:
     return vae
 
 
+def blank_dinov2() -> nn.Module:
+    """DINOv2's architecture, small: 64 patches of 8 x 8 pixels, width 64, two layers.
+
+    timm starts the layers' scales at 1e-5, which is meant for deep models and long training; here they start at 1.
+    """
+    model = timm.create_model("vit_base_patch14_reg4_dinov2", pretrained=False, **DINOV2)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith("gamma"):
+                weight.fill_(1.0)
+    return model
+
+
+def fitted_dinov2() -> nn.Module:
+    """DINOv2's stand-in with the weights that come with this repository."""
+    model = blank_dinov2()
+    with safe_open(FITTED_DINOV2, framework="pt") as file:
+        model.load_state_dict({key: file.get_tensor(key).float() for key in list(file.keys())})
+    return model
+
+
 def _spread(model: CLIPTextModelWithProjection) -> None:
     """CLIP's initial embeddings (std 0.02) barely differ after a random tower; a trained tower tells sentences apart."""
     with torch.no_grad():
@@ -162,7 +187,7 @@ def _tokenizer(*, eos: str, pad: str, bos: str | None = None) -> PreTrainedToken
 class Frames:
     """Random square cut-outs of random frames of a video set: a VAE is convolutional, small cut-outs teach it four times faster."""
 
-    def __init__(self, roots: Sequence[str | Path], cutout: int, limit: int = 3000) -> None:
+    def __init__(self, roots: Sequence[str | Path], cutout: int, limit: int = 6000) -> None:
         rng, picked = np.random.default_rng(0), []
         for root in roots:
             files = sorted((Path(root) / "videos").rglob("*.mp4"))
@@ -199,6 +224,49 @@ class Reconstruct(nn.Module):
         return {"loss": (weight * error).mean() + self.kl_weight * kl, "mse": (decoded - image).square().mean(), "kl": kl}
 
 
+class Neighbourhoods:
+    """A sample set of whole pictures and, for each of their patches, the VAE's latents there and in the eight patches around it."""
+
+    def __init__(self, images: Tensor, vae: AutoencoderKLTemporalDecoder) -> None:
+        self.images = images
+        with torch.no_grad():
+            latents = torch.cat([vae.encode(chunk.float() / 127.5 - 1).latent_dist.mode() for chunk in tqdm(images.split(32), desc="latents")])
+        self.latents = latents * vae.config.scaling_factor  # (N, 12, 8, 8)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def sample(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
+        around = F.unfold(F.pad(self.latents[index, None], (1, 1, 1, 1), mode="replicate"), 3)[0].T  # (64, 108)
+        return {"id": f"frame/{index}", "image": self.images[index].float() / 255, "target": around}
+
+
+class TellNeighbourhood(nn.Module):
+    """The objective of the visual encoder: from each of its tokens, a linear layer tells the latents of the patch and of those around it.
+
+    A token of 64 numbers then says what stands in its patch and beside it, as DINOv2's tokens do. No action and no sentence is seen.
+    """
+
+    def __init__(self, model: nn.Module, target_dim: int) -> None:
+        super().__init__()
+        self.model, self.read = model, nn.Linear(WIDTH, target_dim)
+
+    def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """Pictures (B, 3, 64, 64) in [0, 1] and targets (B, 64, 108) -> the mean squared error."""
+        mean, std = (torch.tensor(c).view(3, 1, 1) for c in (IMAGENET_MEAN, IMAGENET_STD))
+        tokens = self.model.forward_features((batch["image"] - mean) / std)[:, self.model.num_prefix_tokens:]
+        return {"loss": F.mse_loss(self.read(tokens), batch["target"])}
+
+
+def fit_dinov2(frames: Sequence[str | Path], vae: AutoencoderKLTemporalDecoder, output_dir: Path, *, steps: int, seed: int = 0) -> nn.Module:
+    """Fit a blank visual encoder to the VAE's latents of video sets."""
+    torch.manual_seed(seed)
+    samples = Neighbourhoods(Frames(frames, cutout=IMAGE).images, vae)
+    loop = Loop(output_dir=str(output_dir), seed=seed, max_steps=steps, batch_size=32, schedule="cosine", warmup_steps=100, log_every=50, save_every=1000,
+                optimizer={"lr": 2e-3, "weight_decay": 1e-2}, wandb={"mode": "disabled"})
+    return loop.fit(TellNeighbourhood(blank_dinov2(), samples.latents.shape[1] * 9), samples).model
+
+
 def fit_vae(frames: Sequence[str | Path], output_dir: Path, *, steps: int, seed: int = 0) -> AutoencoderKLTemporalDecoder:
     """Fit a blank VAE to video sets and set its scaling factor so that scaled latents have unit variance."""
     torch.manual_seed(seed)
@@ -212,14 +280,21 @@ def fit_vae(frames: Sequence[str | Path], output_dir: Path, *, steps: int, seed:
     return vae
 
 
+def _save_half(model: nn.Module, file: Path, metadata: dict[str, str]) -> None:
+    save_file({key: value.half().contiguous() for key, value in model.state_dict().items()}, file, metadata=metadata)
+
+
 @program("standins")
 def main(cfg: DictConfig) -> None:
     out = Path(cfg.out)
-    vae = fit_vae(cfg.frames, out / "vae_run", steps=cfg.vae_steps, seed=cfg.seed) if cfg.frames else None
-    make_all(out, seed=cfg.seed, vae=vae)
-    if vae is not None:
-        weights = {key: value.half().contiguous() for key, value in vae.state_dict().items()}
-        save_file(weights, out / FITTED.name, metadata={"scaling_factor": str(vae.config.scaling_factor)})
+    if not cfg.frames:
+        make_all(out, seed=cfg.seed)
+    else:
+        vae = fit_vae(cfg.frames, out / "vae_run", steps=cfg.vae_steps, seed=cfg.seed)
+        dinov2 = fit_dinov2(cfg.frames, vae, out / "dinov2_run", steps=cfg.dinov2_steps, seed=cfg.seed)
+        make_all(out, seed=cfg.seed, vae=vae, dinov2=dinov2)
+        _save_half(vae, out / FITTED.name, {"scaling_factor": str(vae.config.scaling_factor)})
+        _save_half(dinov2, out / FITTED_DINOV2.name, {})
     log.info("stand-ins in %s", out)
 
 

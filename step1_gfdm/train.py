@@ -25,7 +25,7 @@ def main(cfg: DictConfig) -> None:
         # where a model is built from an SVD folder, the artifact is itself one
         config = {key: artifact.HERE if key == "svd" else value for key, value in OmegaConf.to_container(cfg.gfdm, resolve=True).items()}
         clips = {name: options["clip"] for name, options in OmegaConf.to_container(cfg.data.sets, resolve=True).items()}
-        artifact.save(model, cfg.output_dir, kind="gfdm", config=config, step=loop.step, stats={"clips": clips})
+        artifact.save(model, cfg.output_dir, kind="gfdm", config=config, step=loop.step, scale=cfg.scale, stats={"clips": clips})
         log.info("GFDM in %s", cfg.output_dir)
 
 

@@ -5,6 +5,7 @@ LeftOut for an episode that is too short for a pair, Unreadable where the clip i
 """
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,18 +14,21 @@ from common.mixture import LeftOut, Unreadable
 
 
 class Seconds:
-    """`seconds` times the set's frame rate, at least one step; `jitter` varies it by up to that fraction. Both frames lie inside the episode.
+    """`seconds` times the set's frame rate, at least one step; where `seconds` is a list, every pair draws one of them.
 
-    No pair spans less than `least` of the gap. An episode shorter than what is drawn gives its longest pair, so that short clips (Kuka,
-    Ego4D) stay in use; one that is too short for `least` gives none.
+    `jitter` varies the gap by up to that fraction. Both frames lie inside the episode. No pair spans less than `least` of the gap. An
+    episode shorter than what is drawn gives its longest pair, so that short clips (Kuka, Ego4D) stay in use; one that is too short for
+    `least` gives none.
     """
 
-    def __init__(self, *, seconds: float, jitter: float, least: float, **_: Any) -> None:
-        self.seconds, self.jitter, self.least = seconds, jitter, least
+    def __init__(self, *, seconds: float | Sequence[float], jitter: float, least: float, **_: Any) -> None:
+        self.seconds, self.jitter, self.least = [seconds] if isinstance(seconds, (int, float)) else list(seconds), jitter, least
+        if not self.seconds:
+            raise ValueError("gap_seconds is an empty list; give one or more gaps in seconds")
 
     def __call__(self, id: str, length: int, fps: float, rng: np.random.Generator) -> tuple[int, int]:
         """See the module."""
-        gap = _steps(id, self.seconds, fps)
+        gap = _steps(id, self.seconds[0] if len(self.seconds) == 1 else self.seconds[rng.integers(len(self.seconds))], fps)
         least = max(1, round(self.least * gap))
         if length - 1 < least:
             raise LeftOut(id, f"{length} frames are too few for pairs {gap} apart (min_gap={self.least})")

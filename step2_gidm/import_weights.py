@@ -43,7 +43,8 @@ def main(cfg: DictConfig) -> None:
     left = fill(model, cfg.path, skip_foreign=cfg.foreign == "skip")
     config = OmegaConf.to_container(cfg.gidm, resolve=True)
     source = {"file": Path(cfg.path).name, "sha256": sha256(Path(cfg.path)), "left": left}
-    artifact.save(model, cfg.output_dir, kind="gidm", config=config, parents={source["file"]: source["sha256"]}, stats={"imported": source})
+    artifact.save(model, cfg.output_dir, kind="gidm", config=config, scale="full", parents={source["file"]: source["sha256"]},
+                  stats={"imported": source})
     for prefix, count in left.items():
         log.info("left out: %s* (%s numbers; %s)", prefix, f"{count:,}", LEFT[prefix])
     log.info("%d tensors taken; GIDM in %s", len(model.state_dict()), cfg.output_dir)

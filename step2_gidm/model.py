@@ -91,6 +91,10 @@ class InverseModel(nn.Module):
         """Drop what only pretraining needs; a policy keeps `embed`, `infer` and `lift` (A.3)."""
         self.decoder = self.patch_up = None
 
+    def freeze_codes(self) -> None:
+        """Keep the codes that pretraining made: finetuning only draws latents to them."""
+        self.quantizer.freeze_codes()
+
     def forward(self, batch: TransitionBatch) -> dict[str, Tensor]:
         """Losses and statistics of Alg. 1. `copy_mse` is the error of predicting no change; in eval mode `gap` is how much
         the error rises when latent actions are dealt to other samples of the batch. `codes` (K, C) counts them by query, for

@@ -45,7 +45,7 @@ class Transitions:
     episode, scene, view, phase (where in the episode the pair starts, 0 to 1) and state (2, D), the robot's readings at both moments.
     """
 
-    def __init__(self, *, image_size: int, gap: str = "seconds", gap_seconds: float = 1.0, jitter: float = 0.0, min_gap: float = 0.5,
+    def __init__(self, *, image_size: int, gap: str = "seconds", gap_seconds: float | Sequence[float] = 1.0, jitter: float = 0.0, min_gap: float = 0.5,
                  window: int = 10, window_seconds: float | None = None, augment: bool = False, labelled: bool = False) -> None:
         if gap not in GAPS:
             raise ValueError(f"unknown gap {gap!r}; use one of {', '.join(GAPS)}")

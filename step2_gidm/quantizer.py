@@ -39,6 +39,8 @@ class Quantizer(Protocol):
 
     def on_step(self, step: int) -> dict[str, float]: ...
 
+    def freeze_codes(self) -> None: ...
+
 
 class Restarting(nn.Module):
     """A table of `codes`. Those that nobody used for `restart_every` steps move onto vectors of the latest batch; 0 never restarts."""
@@ -46,10 +48,16 @@ class Restarting(nn.Module):
     def __init__(self, codes: int, dim: int, restart_every: int, restart_until: int | None) -> None:
         super().__init__()
         self.dim, self.size, self.restart_every, self.restart_until = dim, codes, restart_every, restart_until
+        self.frozen = False
         # summed over ranks in on_step, and saved: a resumed run restarts the codes that an unbroken one does
         self.register_buffer("counts", torch.zeros(codes, dtype=torch.long))
         self._recent: Tensor | None = None
         self._latest: Tensor | None = None
+
+    def freeze_codes(self) -> None:
+        """From now on the table neither learns nor restarts, and the loss is the commitment alone."""
+        self.frozen = True
+        self.requires_grad_(False)
 
     def restart(self, dead: Tensor, vectors: Tensor, spread: Tensor) -> None:
         """Move the codes `dead` (M) onto `vectors` (M, d); `spread` (d) is the deviation of the batch that they come from."""
@@ -65,7 +73,7 @@ class Restarting(nn.Module):
         self.counts += self._recent
         self._recent = None
         stopped = self.restart_until is not None and step > self.restart_until
-        if not self.restart_every or step % self.restart_every or stopped:
+        if self.frozen or not self.restart_every or step % self.restart_every or stopped:
             return {}
         dead = (self.counts == 0).nonzero().flatten()
         self.counts.zero_()
@@ -95,26 +103,33 @@ class Restarting(nn.Module):
 class VectorQuantizer(Restarting):
     """VQ-VAE (van den Oord et al., 2017): the nearest of `codes` learned vectors, straight-through.
 
-    loss = ||sg(z) - c||^2 + beta ||z - sg(c)||^2, means over elements, weights of UniVLA and the release.
+    loss = ||sg(z) - c||^2 + beta ||z - sg(c)||^2, means over elements, weights of UniVLA and the release. Frozen codes leave
+    beta ||z - sg(c)||^2.
+
+    With `normalize`, z is brought to mean 0 and deviation 1 in each of its numbers, by running statistics, before it is compared
+    with the codes. Codes sit at the means of what they stand for, so without it a smaller z makes a smaller loss: in finetuning, where no
+    reconstruction holds against it, latent actions shrank until they said nothing.
     """
 
     def __init__(self, codes: int, dim: int, *, beta: float = 0.25, restart_every: int = 20,
-                 restart_until: int | None = None) -> None:
+                 restart_until: int | None = None, normalize: bool = False) -> None:
         super().__init__(codes, dim, restart_every, restart_until)
         self.beta = beta
+        self.norm = Standardize(dim, sparing=1) if normalize else nn.Identity()
         self.codebook = nn.Parameter(torch.empty(codes, dim).uniform_(-1 / codes, 1 / codes))
 
     def forward(self, z: Tensor) -> Bottleneck:
         """(B, K, dim) -> the nearest codes, with gradients copied to z."""
         with torch.autocast(z.device.type, enabled=False):
-            z = z.float()
+            z = self.norm(z.float())
             codes = torch.cdist(z.detach().flatten(0, 1), self.codebook.detach().float()).argmin(1).view(z.shape[:2])
             chosen = self.codebook[codes].float()
             codebook, commitment = F.mse_loss(chosen, z.detach()), F.mse_loss(z, chosen.detach())
             quantized = z + (chosen - z).detach()
         self._note(codes, z)
         stats = {"codebook": codebook.detach(), "commitment": commitment.detach()}
-        return Bottleneck(quantized, codebook + self.beta * commitment, codes, stats)
+        loss = self.beta * commitment if self.frozen else codebook + self.beta * commitment
+        return Bottleneck(quantized, loss, codes, stats)
 
     def restart(self, dead: Tensor, vectors: Tensor, spread: Tensor) -> None:
         """See Restarting."""
@@ -149,7 +164,8 @@ class GaussianMixture(Restarting):
         codes = share.argmax(1).view(z.shape[:2])
         self._note(codes, z)
         stats = {"codebook": fit.detach(), "commitment": commitment.detach()}
-        return Bottleneck(quantized, fit + self.beta * commitment, codes, stats)
+        loss = self.beta * commitment if self.frozen else fit + self.beta * commitment
+        return Bottleneck(quantized, loss, codes, stats)
 
     def _log_joint(self, z: Tensor) -> Tensor:
         """(M, d) -> (M, C) log pi_c + log N(z; mu_c, sigma_c), up to a constant; written as products to spare (M, C, d)."""
@@ -195,6 +211,9 @@ class Binning(nn.Module):
         """Nothing to restart: levels are fixed."""
         return {}
 
+    def freeze_codes(self) -> None:
+        """Levels are fixed in any case; what is measured of z follows z, so that its bins stay in even use."""
+
 
 class Continuous(nn.Module):
     """Continuous latent action: no bottleneck but the width, and no codes."""
@@ -213,3 +232,6 @@ class Continuous(nn.Module):
     def on_step(self, step: int) -> dict[str, float]:
         """Nothing to restart."""
         return {}
+
+    def freeze_codes(self) -> None:
+        """There are none."""

@@ -22,7 +22,7 @@ def main(cfg: DictConfig) -> None:
     model = loop.fit(instantiate(cfg.gidm), train_set, val_set)
     if loop.accelerator.is_main_process:
         config = OmegaConf.to_container(cfg.gidm, resolve=True)
-        artifact.save(model, cfg.output_dir, kind="gidm", config=config, step=loop.step)
+        artifact.save(model, cfg.output_dir, kind="gidm", config=config, step=loop.step, scale=cfg.scale)
         log.info("GIDM in %s", cfg.output_dir)
 
 

@@ -22,29 +22,6 @@ class Context(NamedTuple):
     goal: Tensor  # (B, D), joins the noise level in adaLN
 
 
-class Summary(nn.Module):
-    """All context in one vector: every token narrowed to `width` numbers, which the sentence scales and shifts, and an MLP.
-
-    Attention must first find out where to look; here each place has weights of its own, from which a small policy learns
-    where things are in a tenth of the samples. What of a token counts, say its colour, is the sentence's to say.
-    """
-
-    def __init__(self, streams: Mapping[str, tuple[int, int]], goal_dim: int, *, width: int, dim: int, dropout: float) -> None:
-        super().__init__()
-        self.narrow = nn.ModuleDict({name: nn.Linear(token_dim, width) for name, (_, token_dim) in streams.items()})
-        self.tell = nn.ModuleDict({name: nn.Linear(goal_dim, 2 * width) for name in streams})
-        self.mlp = nn.Sequential(nn.Linear(goal_dim + width * sum(count for count, _ in streams.values()), 4 * dim), nn.GELU(),
-                                 nn.Dropout(dropout), nn.Linear(4 * dim, dim))
-
-    def forward(self, goal: Tensor, streams: Mapping[str, Tensor]) -> Tensor:
-        """Sentence feature (B, goal_dim) and name -> (B, tokens, width) -> (B, dim)."""
-        tokens = []
-        for name, narrow in self.narrow.items():
-            shift, scale = self.tell[name](goal).chunk(2, dim=1)
-            tokens.append(F.gelu(modulate(narrow(streams[name]), shift, scale)).flatten(1))
-        return self.mlp(torch.cat([goal, *tokens], dim=1))
-
-
 class SigmaEmbedding(nn.Module):
     """Noise level -> ln(sigma) / 4 -> sinusoids -> MLP."""
 
@@ -91,15 +68,13 @@ class ActionAdapter(nn.Module):
 
     streams: name -> (number of tokens, width); goal_dim: width of the sentence feature. Every action query attends to
     every context token, and positions are coded: the released code's causal cross-attention hides most of the context.
-    summary: width of a token in the `Summary` that joins the goal in adaLN; 0 for none, as in the paper.
     """
 
     def __init__(self, streams: Mapping[str, tuple[int, int]], goal_dim: int, *, dim: int = 384, layers: int = 12, heads: int = 8,
-                 horizon: int = 10, action_dim: int = 7, dropout: float = 0.1, summary: int = 0) -> None:
+                 horizon: int = 10, action_dim: int = 7, dropout: float = 0.1) -> None:
         super().__init__()
         self.horizon, self.action_dim = horizon, action_dim
         self.goal = nn.Sequential(nn.Linear(goal_dim, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim))
-        self.summary = Summary(streams, goal_dim, width=summary, dim=dim, dropout=dropout) if summary else None
         self.streams = nn.ModuleDict({name: nn.Sequential(nn.Linear(width, dim), nn.LayerNorm(dim)) for name, (_, width) in streams.items()})
         self.places = nn.ParameterDict({name: nn.Parameter(torch.randn(count, dim) * 0.02) for name, (count, _) in streams.items()})
         self.embed = nn.Linear(action_dim, dim)
@@ -120,8 +95,7 @@ class ActionAdapter(nn.Module):
         """Sentence feature (B, goal_dim) and name -> (B, tokens, width) -> context of all tokens, the goal first."""
         if streams.keys() != self.streams.keys():
             raise ValueError(f"the adapter reads streams {sorted(self.streams)}, got {sorted(streams)}")
-        seen = self.summary(goal, streams) if self.summary else 0.0
-        goal = self.goal(goal) + seen
+        goal = self.goal(goal)
         tokens = [self.streams[name](streams[name]) + self.places[name] for name in self.streams]
         return Context(torch.cat([goal[:, None], *tokens], dim=1), goal)
 

@@ -33,15 +33,15 @@ class CalvinWindows:
 
     With `pack`, the pictures of all splits are packed by `workers` processes (store.py; python -m step3_defi.pack does nothing else);
     without, one npz is opened per sample, unless a pack is there. Both give the same pixels.
-    `future_frames` names frames that the forward model imagines, `future_stride` control steps apart: the true ones come along. A
-    count n stands for the whole clip, 1..n-1. Frames past a recording's end repeat its last frame, as in step 1. `val_folder` is
+    `future_frames` names frames that the forward model imagines, `future_stride` control steps apart: the true ones come along unless
+    `with_futures` is 0. A count n stands for the whole clip, 1..n-1. Frames past a recording's end repeat its last frame, as in step 1. `val_folder` is
     read whole as the "val" split where `folder` has too few recordings to hold some out.
     """
 
     def __init__(self, root: str | Path, split: str = "train", *, folder: str = "training", lang_folder: str = "lang_annotations",
                  horizon: int = 10, views: Sequence[str] = ("static", "gripper"), image_size: int = 256, fraction: float = 1.0,
                  holdout: float = 0.02, frame_stride: int = 1, max_pad: int = 0, min_window: int | None = None, pack: bool = False,
-                 workers: int = 1, future_frames: Sequence[int] | int = (), future_stride: int = 1, val_folder: str | None = None,
+                 workers: int = 1, future_frames: Sequence[int] | int = (), with_futures: float = True, future_stride: int = 1, val_folder: str | None = None,
                  cache_dir: str | Path | None = None, seed: int = 0) -> None:
         if split not in SPLITS or not 0 < fraction <= 1 or not 0 <= max_pad < horizon:
             raise ValueError(f"CalvinWindows: split {split!r} of {SPLITS}, fraction {fraction} in (0, 1], max_pad {max_pad} in 0..{horizon - 1}")
@@ -55,7 +55,7 @@ class CalvinWindows:
         if split == "val" and val_folder:
             folder, split = val_folder, "all"
         self.folder, self.horizon, self.views, self.image_size = Path(root) / folder, horizon, tuple(views), image_size
-        frames = range(1, future_frames) if isinstance(future_frames, int) else future_frames
+        frames = () if not with_futures else range(1, future_frames) if isinstance(future_frames, int) else future_frames
         self.keys, self.future_offsets = [KEYS[view] for view in views], tuple(frame * future_stride for frame in frames)
         self.recordings = read_recordings(self.folder)
         found = read_annotations(self.folder, self.recordings, lang_folder)

@@ -48,12 +48,16 @@ class EDM:
 
     def loss(self, network: Network, actions: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
         """Mean squared error of the preconditioned network output; (sigma, noise) drawn for each row."""
+        return self.errors(network, actions, generator=generator).mean()
+
+    def errors(self, network: Network, actions: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        """The squared errors (N, A, 7) whose mean is the loss."""
         actions = actions.float()
         sigma = self.draw_sigma(len(actions), actions.device, generator=generator)
         noisy = actions + sigma.view(-1, 1, 1) * torch.randn(actions.shape, generator=generator, device=actions.device)
         c_skip, c_out, c_in = self.scalings(sigma)
         target = (actions - c_skip * noisy) / c_out
-        return (network(c_in * noisy, sigma).float() - target).square().mean()
+        return (network(c_in * noisy, sigma).float() - target).square()
 
     def schedule(self) -> Tensor:
         """(steps + 1,) exponentially falling noise levels, zero at the end."""

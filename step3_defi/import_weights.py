@@ -68,7 +68,7 @@ def main(cfg: DictConfig) -> None:
     log.info("reading %s", cfg.path)
     left = fill(model, cfg.path, skip_foreign=cfg.foreign == "skip")
     source = {"file": Path(cfg.path).name, "sha256": sha256(Path(cfg.path)), "left": left}
-    artifact.save(model, cfg.output_dir, kind="defi", config=config, parents=parents(config), stats={"imported": source})
+    artifact.save(model, cfg.output_dir, kind="defi", config=config, scale=cfg.scale, parents=parents(config), stats={"imported": source})
     for prefix, count in left.items():
         log.info("left out: %s* (%s numbers; %s)", prefix, f"{count:,}", LEFT[prefix])
     log.info("%d tensors of %s numbers taken; policy in %s", len(model.state_dict()), f"{sum(p.numel() for p in model.state_dict().values()):,}",

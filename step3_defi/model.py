@@ -10,35 +10,50 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common.contracts import FutureDynamics, InverseDynamics, PolicyBatch
+from common.contracts import FutureDynamics, InverseDynamics, LatentAction, PolicyBatch
 from common.frozen import ClipText, Frozen
 from common.metrics import code_counts, perplexity
 from common.precision import bf16_pays
 from common.standardize import Standardize
+from step3_defi import reliance
 from step3_defi.edm import EDM, seeded_noise
 from step3_defi.projector import pool_grid
 
 PARTS = ("gfdm", "gidm", "projector", "video_former", "adapter")
+STREAMS = ("video", "latent", "future", "now")
+CODEBOOKS = ("frozen", "learned")
+FLOOR = 1e-3  # variance added to that of a stream's numbers: one that hardly varies is not made as loud as the others
 
 
 class DeFI(nn.Module):
     """The coupled policy. `projector`, `video_former` and `adapter` are constructors that get the widths of the parents.
 
-    views: names of the cameras; pair_frames: imagined frames that are each paired with the present one (at stride 2 of
-    30 Hz, frame 15 is the second that the inverse model was pretrained on), in each of `pair_views` (all). trainable: names
-    of the parts that learn (Table 9). fuse_grid: the projected frames of all views reach the adapter averaged to so many
-    tokens a side, 0 for none; with fuse_now the present's tokens do, too. standardize: bring every channel of the features and of
-    the sentence to mean 0 and deviation 1 over the training data (running statistics). noise_draws: noise levels per sample and step, sharing
-    one context. alignment_weight: how much the projector is taught to hit DINOv2's tokens of the true future. blind:
-    pictures are zero in training and in use (a baseline). frozen_precision: "bf16" or "fp32" of the parts that see pictures;
-    "auto" is bf16 where the machine has it.
+    Cameras and frames: `views` names the cameras. `pair_frames` are the imagined frames that are each paired with the present
+    one (at stride 2 of 30 Hz, frame 15 is the second that the inverse model was pretrained on), in each of `pair_views`, or in
+    all views.
+
+    What the adapter reads: `streams` names them. "video" is the video former's reading of all imagined frames, "latent" the
+    lifted latent actions, "future" the projected frames of all views, averaged to `fuse_grid` tokens a side (Sec. 3.3), and
+    "now" the present's visual tokens, which are not in the paper and let the adapter pass by both models. `standardize` brings
+    every channel of the forward model's features and of the sentence, and every number of each stream, to mean 0 and deviation 1
+    over the training data (running statistics).
+
+    What learns: `trainable` names the parts (Table 9). `codebook` is "frozen", where latent actions keep the codes that
+    pretraining made, or "learned". `restart_codes` lets unused codes move during finetuning, as during pretraining.
+    `bottleneck_weight` is the weight of the inverse model's bottleneck loss. `alignment_weight` is the weight of the loss that
+    teaches the projector the inverse model's visual tokens of the true future; for the first `alignment_steps` optimizer steps
+    it is the only loss. `noise_draws` is the number of noise levels per sample and step, which share one context.
+
+    `blind`: pictures are zero in training and in use (a baseline). `frozen_precision`: "bf16" or "fp32" of the parts that see
+    pictures; "auto" is bf16 where the machine has it.
     """
 
     def __init__(self, gfdm: FutureDynamics, gidm: InverseDynamics, projector: Callable[..., nn.Module],
                  video_former: Callable[..., nn.Module], adapter: Callable[..., nn.Module], goal: ClipText, *, edm: EDM,
                  views: Sequence[str], pair_frames: Sequence[int], trainable: Sequence[str], pair_views: Sequence[str] | None = None, image_size: int = 256,
-                 fuse_grid: int = 4, fuse_now: bool = False, standardize: bool = True, noise_draws: int = 1, alignment_weight: float = 0.0, blind: bool = False,
-                 imagine_seed: int = 0, frozen_precision: str = "auto") -> None:
+                 streams: Sequence[str] = ("video", "latent", "future"), fuse_grid: int = 4, standardize: bool = True, noise_draws: int = 1,
+                 codebook: str = "frozen", restart_codes: bool = False, bottleneck_weight: float = 1.0, alignment_weight: float = 0.0,
+                 alignment_steps: int = 0, blind: bool = False, imagine_seed: int = 0, frozen_precision: str = "auto") -> None:
         super().__init__()
         wrong = [index for index in pair_frames if not 0 <= index < gfdm.num_frames]
         if wrong or not pair_frames or not views or set(pair_views or ()) - set(views):
@@ -46,25 +61,38 @@ class DeFI(nn.Module):
                              f"views that are seen and of frames 0..{gfdm.num_frames - 1} that the forward model imagines")
         if frozen_precision not in ("auto", "bf16", "fp32"):
             raise ValueError(f"frozen_precision={frozen_precision!r}: choose auto, bf16 or fp32")
+        if not streams or set(streams) - set(STREAMS) or len(set(streams)) != len(streams):
+            raise ValueError(f"streams {list(streams)}: name one or more of {list(STREAMS)}, each once")
+        if codebook not in CODEBOOKS or restart_codes and codebook == "frozen":
+            raise ValueError(f"codebook={codebook!r}, restart_codes={restart_codes}: choose frozen or learned; only learned codes can restart")
+        if alignment_steps and not alignment_weight:
+            raise ValueError(f"alignment_steps={alignment_steps} at alignment_weight=0: these steps would learn nothing; set alignment_weight")
         self.frozen_precision = frozen_precision
         self.views, self.pair_frames, self.image_size = tuple(views), tuple(pair_frames), image_size
         self.pairs_of = [self.views.index(name) for name in pair_views or self.views]
-        self.fuse_grid, self.fuse_now, self.noise_draws, self.alignment_weight = fuse_grid, fuse_now, noise_draws, alignment_weight
+        self.fuse_grid, self.noise_draws = fuse_grid, noise_draws
+        self.codebook, self.restart_codes, self.bottleneck_weight = codebook, restart_codes, bottleneck_weight
+        self.alignment_weight, self.alignment_steps = alignment_weight, alignment_steps
+        if alignment_steps:
+            self.register_buffer("steps", torch.zeros((), dtype=torch.long))  # saved: a resumed run knows whether alignment is over
         self.blind, self.imagine_seed, self.edm, self.goal = blind, imagine_seed, edm, goal
         self.adopt(gidm)
         self.gfdm, self.gidm = gfdm, gidm
         self.feature_norm = Standardize(gfdm.feature_dim) if standardize else nn.Identity()
         self.goal_norm = Standardize(goal.pooled_dim, sparing=1) if standardize else nn.Identity()
         self.projector = projector(gfdm.feature_dim, gidm.embed_dim)
-        self.sees_now = self.projector.sees_now or bool(fuse_grid and fuse_now)
+        self.sees_now = self.projector.sees_now or "now" in streams
         self.video_former = video_former(gfdm.feature_dim, gfdm.num_frames, len(self.views), tokens=gfdm.num_tokens)
         pairs = len(self.pairs_of) * len(self.pair_frames)
-        streams = {"video": (self.video_former.num_tokens, self.video_former.dim), "latent": (pairs * gidm.num_actions, gidm.embed_dim)}
-        if fuse_grid:
-            streams["future"] = (len(self.views) * len(self.pair_frames) * fuse_grid**2, gidm.embed_dim)
-        if fuse_grid and fuse_now:
-            streams["now"] = (len(self.views) * fuse_grid**2, gidm.embed_dim)
-        self.adapter = adapter({name: size for name, size in streams.items() if size[0]}, goal.pooled_dim)
+        sizes = {"video": (self.video_former.num_tokens, self.video_former.dim), "latent": (pairs * gidm.num_actions, gidm.embed_dim),
+                 "future": (len(self.views) * len(self.pair_frames) * fuse_grid**2, gidm.embed_dim),
+                 "now": (len(self.views) * fuse_grid**2, gidm.embed_dim)}
+        if empty := [name for name in streams if not all(sizes[name])]:
+            raise ValueError(f"streams {empty} have no tokens: latent needs an inverse model, future and now need one and a fuse_grid above 0")
+        self.streams = tuple(streams)
+        self.stream_norms = nn.ModuleDict({name: Standardize(sizes[name][0] * sizes[name][1], sparing=1, eps=FLOOR) if standardize else nn.Identity()
+                                           for name in streams})
+        self.adapter = adapter({name: sizes[name] for name in streams}, goal.pooled_dim)
         self.set_trainable(trainable)
 
     def adopt(self, gidm: InverseDynamics) -> None:
@@ -83,6 +111,8 @@ class DeFI(nn.Module):
             getattr(self, name).requires_grad_(name in names)
         if "gfdm" in names:
             gfdm.freeze_untapped()
+        if "gidm" in names and self.codebook == "frozen":
+            self.gidm.freeze_codes()
         self.train(self.training)
 
     def train(self, mode: bool = True) -> DeFI:
@@ -112,18 +142,26 @@ class DeFI(nn.Module):
     def forward(self, batch: PolicyBatch) -> dict[str, Tensor]:
         """The training loss: action denoising, the inverse model's bottleneck, and alignment where it is on.
 
-        In eval mode `latent_gap` is how much the action loss rises when latent actions are dealt to other samples of the batch.
-        `codes` (K, C) counts them, for `count_metrics`, where there are codes.
+        With alignment, `copy_loss` is what the present's tokens in place of the projected ones would cost. In eval mode,
+        `swap_<stream>` and `mean_<stream>` say by what share the action loss rises when a stream is dealt to other samples of the
+        batch, or replaced by its mean; for "gfdm", all that the forward model gives is replaced, ahead of the inverse model.
+        `codes` (K, C) counts latent actions, for `count_metrics`, where there are codes.
         """
-        frozen = batch.get("frozen") or self._look(batch["views"], batch["text"], batch.get("futures"))
-        goal, streams, extra = self._infer(frozen, batch["text"])
+        frozen = batch.get("frozen") or self.look(batch["views"], batch["text"], batch.get("futures"))
+        goal, streams, extra = self.infer_streams(frozen, batch["text"])
+        if self.training and self.alignment_steps and self.steps < self.alignment_steps:
+            # the other parts get a gradient of zero, since DDP waits for every parameter
+            idle = sum(p.sum() for p in self.parameters() if p.requires_grad)
+            loss = self.alignment_weight * extra["alignment_loss"] + 0.0 * idle
+            return {"loss": loss, **{key: value.detach() for key, value in extra.items()}}
         actions = batch["actions"]
         if actions.shape[1:] != (self.adapter.horizon, self.adapter.action_dim):
             raise ValueError(f"actions of shape {tuple(actions.shape[1:])}; the adapter makes {(self.adapter.horizon, self.adapter.action_dim)}")
-        action = self._action_loss(goal, streams, actions)
-        if not self.training and "latent" in streams:
-            extra["latent_gap"] = self._latent_gap(goal, streams, actions)
-        loss = action + extra["bottleneck_loss"] + self.alignment_weight * extra.get("alignment_loss", 0.0)
+        action = self.action_errors(goal, streams, actions).mean()
+        if not self.training:
+            extra |= {key: shares["all"] for key, shares in self.reliance(frozen, batch["text"], actions).items()}
+            extra |= {f"spread_{name}": reliance.spread(tokens) for name, tokens in streams.items()}
+        loss = action + self.bottleneck_weight * extra["bottleneck_loss"] + self.alignment_weight * extra.get("alignment_loss", 0.0)
         return {"loss": loss, "action_loss": action.detach(), **{key: value.detach() for key, value in extra.items()}}
 
     def count_metrics(self, counts: dict[str, Tensor]) -> dict[str, float]:
@@ -131,26 +169,36 @@ class DeFI(nn.Module):
         counted = counts["codes"].sum(0)
         return {"codes_used": float((counted > 0).sum()), "perplexity": float(perplexity(counted))}
 
-    def _action_loss(self, goal: Tensor, streams: dict[str, Tensor], actions: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def action_errors(self, goal: Tensor, streams: dict[str, Tensor], actions: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Squared errors (B * noise_draws, A, 7) of the preconditioned network; their mean is the action loss."""
         context = self.adapter.encode(goal, streams)
         drawn = actions.repeat_interleave(self.noise_draws, dim=0)
-        return self.edm.loss(lambda x, sigma: self.adapter(x, sigma, context), drawn, generator=generator)
+        return self.edm.errors(lambda x, sigma: self.adapter(x, sigma, context), drawn, generator=generator)
 
-    def _latent_gap(self, goal: Tensor, streams: dict[str, Tensor], actions: Tensor) -> Tensor:
-        """What the codes tell of the action: the action loss with a neighbour's latent actions less that with one's own, under the same noise."""
-        dealt = {**streams, "latent": streams["latent"].roll(1, dims=0)}
-        own, other = (self._action_loss(goal, parts, actions, torch.Generator(actions.device).manual_seed(0)) for parts in (streams, dealt))
-        return other - own
+    @torch.no_grad()
+    def reliance(self, frozen: dict[str, Tensor], text: list[str], actions: Tensor) -> dict[str, dict[str, Tensor]]:
+        """`swap_<stream>` and `mean_<stream>` -> shares of the action loss, see `reliance.shares`. Call it in eval mode."""
+        goal, streams, _ = self.infer_streams(frozen, text)
+
+        def errors(parts: dict[str, Tensor]) -> Tensor:
+            return self.action_errors(goal, parts, actions, torch.Generator(actions.device).manual_seed(0))
+
+        own = errors(streams)
+        changed = {f"{how}_{name}": {**streams, name: change(streams[name])} for how, change in reliance.CHANGES.items() for name in streams}
+        changed |= {f"{how}_gfdm": self.infer_streams({**frozen, "features": change(frozen["features"])}, text)[1] for how, change in reliance.CHANGES.items()}
+        return {name: reliance.shares(errors(parts), own) for name, parts in changed.items()}
 
     def on_step(self, step: int, accelerator: Any = None) -> dict[str, float]:
-        """After an optimizer step: an inverse model that learns may restart its dead codes."""
-        return self.gidm.on_step(step, accelerator) if "gidm" in self.trainable and hasattr(self.gidm, "on_step") else {}
+        """After an optimizer step: codes restart where that is asked for, and alignment ends after its steps."""
+        if self.alignment_steps:
+            self.steps.fill_(step)
+        return self.gidm.on_step(step, accelerator) if self.restart_codes and "gidm" in self.trainable else {}
 
     @torch.no_grad()
     def sample(self, views: dict[str, Tensor], text: list[str], *, seed: int | Sequence[int] = 0) -> Tensor:
         """View name -> (B, 3, H, W) in [-1, 1], B strings -> actions (B, A, 7). A row depends on its own seed only."""
         seeds = [seed] * len(text) if isinstance(seed, int) else list(seed)
-        goal, streams, _ = self._infer(self._look(views, text, taught=False), text)
+        goal, streams, _ = self.infer_streams(self.look(views, text, taught=False), text)
         context = self.adapter.encode(goal, streams)
         noise = seeded_noise(seeds, (self.adapter.horizon, self.adapter.action_dim), goal.device)
         return self.edm.sample(lambda x, sigma: self.adapter(x, sigma, context), noise)
@@ -163,13 +211,13 @@ class DeFI(nn.Module):
         """
         if "gfdm" in self.trainable:
             raise ValueError("the forward model is trained, so its features change and cannot be precomputed; set cache=false")
-        seen = {name: tensor.half() for name, tensor in self._look(views, text, futures).items()}
+        seen = {name: tensor.half() for name, tensor in self.look(views, text, futures).items()}
         for name, tensor in seen.items():
             if not torch.isfinite(tensor).all():
                 raise ValueError(f"{name} leaves the range of fp16 and cannot be cached; set cache=false")
         return seen
 
-    def _look(self, views: dict[str, Tensor], text: list[str], futures: dict[str, Tensor] | None = None, *, taught: bool = True) -> dict[str, Tensor]:
+    def look(self, views: dict[str, Tensor], text: list[str], futures: dict[str, Tensor] | None = None, *, taught: bool = True) -> dict[str, Tensor]:
         """Run the parts that see pictures, all views in one pass. In use nothing is `taught`, and no future is known."""
         missing = [name for name in self.views if name not in views]
         if missing:
@@ -185,13 +233,17 @@ class DeFI(nn.Module):
                 seen["now"] = _by_view(self.gidm.embed((images + 1) / 2), count)
         if self.alignment_weight and taught:
             if futures is None:
-                raise ValueError("alignment_weight needs the true future frames; set data.future_frames=${policy.pair_frames}")
-            wrong = {name: frames.shape[1] for name, frames in futures.items() if frames.shape[1] != len(self.pair_frames)}
-            if wrong:
-                raise ValueError(f"true frames of each view {wrong}, pair_frames {list(self.pair_frames)}: set data.future_frames=${{policy.pair_frames}}")
-            target = torch.stack([futures[self.views[view]] for view in self.pairs_of], dim=1)  # (B, V, P, 3, H, W)
-            seen["target"] = self.gidm.embed((target.flatten(0, 2) + 1) / 2).unflatten(0, target.shape[:3])
+                raise ValueError("alignment_weight needs the true future frames; set data.with_futures=true data.future_frames=${policy.pair_frames}")
+            seen["target"] = self.true_tokens(futures)
         return seen
+
+    def true_tokens(self, futures: dict[str, Tensor]) -> Tensor:
+        """True frames of each view (B, P, 3, H, W) in [-1, 1], at `pair_frames` -> their visual tokens (B, V, P, N, E)."""
+        wrong = {name: frames.shape[1] for name, frames in futures.items() if frames.shape[1] != len(self.pair_frames)}
+        if wrong:
+            raise ValueError(f"true frames of each view {wrong}, pair_frames {list(self.pair_frames)}: set data.future_frames=${{policy.pair_frames}}")
+        frames = torch.stack([futures[self.views[view]] for view in self.pairs_of], dim=1)  # (B, V, P, 3, H, W)
+        return self.gidm.embed((frames.flatten(0, 2) + 1) / 2).unflatten(0, frames.shape[:3])
 
     def _imagine(self, images: Tensor, text: list[str]) -> Tensor:
         if "gfdm" in self.trainable:
@@ -199,31 +251,48 @@ class DeFI(nn.Module):
         with torch.no_grad():
             return self.forward_model.imagine(images, text, seed=self.imagine_seed)
 
-    def _infer(self, frozen: dict[str, Tensor], text: list[str]) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+    def pair(self, frozen: dict[str, Tensor], dtype: torch.dtype = torch.float32) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
+        """What was seen -> the present's tokens (B, V, N, E) where they are real, the standardised features (B, V, F, L, C), and the two moments
+        of every pair: the present (B, V, 1, N, E) of `pair_views` and the projected futures (B, V, P, N, E) of all views."""
+        now = frozen["now"].to(self.device, dtype) if self.sees_now else None
+        features = self.feature_norm(frozen["features"].to(self.device)).to(dtype)  # standardised before they are rounded
+        present, seen = self.projector.pair(features, self.pair_frames, self.gidm.num_tokens, now)
+        return now, features, present[:, self.pairs_of], seen
+
+    def infer(self, present: Tensor, future: Tensor, text: list[str]) -> LatentAction:
+        """Present (B, V, 1, N, E), futures (B, V, P, N, E), B sentences -> the latent actions of all B*V*P pairs."""
+        repeats = future.shape[1] * future.shape[2]
+        return self.gidm.infer(present.expand_as(future).flatten(0, 2), future.flatten(0, 2), [sentence for sentence in text for _ in range(repeats)])
+
+    def infer_streams(self, frozen: dict[str, Tensor], text: list[str]) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
         """From what was seen to the adapter's streams, and the losses and metrics met on the way."""
         device = self.device
         dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else next(self.adapter.parameters()).dtype
-        now = frozen["now"].to(device, dtype) if self.sees_now else None
-        features = self.feature_norm(frozen["features"].to(device, dtype))
-        present, seen = self.projector.pair(features, self.pair_frames, self.gidm.num_tokens, now)  # (B, V, P, N, E)
-        present, future = present[:, self.pairs_of], seen[:, self.pairs_of]
-        pairs = future.shape[:3]
-        repeats = pairs[1] * pairs[2]
-        texts = [sentence for sentence in text for _ in range(repeats)]
-        latent = self.gidm.infer(present.expand_as(future).flatten(0, 2), future.flatten(0, 2), texts)
+        now, features, present, seen = self.pair(frozen, dtype)
+        future = seen[:, self.pairs_of]
+        repeats = future.shape[1] * future.shape[2]
+        latent = self.infer(present, future, text)
         tokens = self.gidm.lift(latent.quantized)  # (B*V*P, K, E)
-        streams = {"video": self.video_former(features)}
-        if self.gidm.num_actions:
-            streams["latent"] = tokens.unflatten(0, (len(text), repeats)).flatten(1, 2)
-        if self.fuse_grid:
-            streams["future"] = pool_grid(seen, self.fuse_grid).flatten(1, 3)
-        if self.fuse_grid and self.fuse_now:
-            streams["now"] = pool_grid(now, self.fuse_grid).flatten(1, 2)
+        found = {}
+        for name in self.streams:
+            if name == "video":
+                found[name] = self.video_former(features)
+            elif name == "latent":
+                found[name] = tokens.unflatten(0, (len(text), repeats)).flatten(1, 2)
+            elif name == "future":
+                found[name] = pool_grid(seen, self.fuse_grid).flatten(1, 3)
+            else:
+                found[name] = pool_grid(now, self.fuse_grid).flatten(1, 2)
+        streams = {name: self.stream_norms[name](stream.flatten(1)).view_as(stream) for name, stream in found.items()}
         extra = {"bottleneck_loss": latent.loss}
         if latent.codes is not None:
             extra["codes"] = code_counts(latent.codes, self.gidm.num_codes)
         if "target" in frozen:
-            extra["alignment_loss"] = (future.float() - frozen["target"].to(future.device).float()).square().mean()
+            target = frozen["target"].to(future.device).float()
+            extra["alignment_loss"] = (future.float() - target).square().mean()
+            extra["copy_loss"] = (present.float() - target).square().mean()
+        if "latent" in found:
+            extra["latent_deviation"] = reliance.deviation(found["latent"])
         return self.goal_norm(self.goal.pooled(text).to(device)), streams, extra
 
 

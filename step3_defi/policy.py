@@ -60,7 +60,8 @@ class DeFIPolicy:
         config = artifact.read_config(self.origin, "defi")
         for key, place in self.moved.items() if with_parents else ():
             artifact.copy(place, folder / INSIDE / key.removesuffix(".path"))
-        return artifact.save(self.model, folder, kind="defi", config=config, step=record["step"], parents=record["parents"], stats=record["stats"])
+        return artifact.save(self.model, folder, kind="defi", config=config, step=record["step"], scale=record.get("scale"),
+                             parents=record["parents"], stats=record["stats"])
 
     def plan(self, observations: list[dict], instructions: list[str]) -> np.ndarray:
         """CALVIN observations and a sentence each -> (B, A, 7) float32 actions, the gripper's exactly -1 or 1.
@@ -161,6 +162,13 @@ def fetched(source: str | Path) -> Path:
 def parents(config: dict[str, Any]) -> dict[str, str]:
     """Part -> sha256 of the artifact that it comes from; parts built from scratch have none."""
     return {name: artifact.sha256(config[name]["path"]) for name in PARENTS if is_artifact(config[name])}
+
+
+def check_scale(config: dict[str, Any], scale: str) -> None:
+    """Refuse parents that are artifacts of another scale than this policy's."""
+    for name in PARENTS:
+        if is_artifact(config[name]):
+            artifact.check_scale(config[name]["path"], name, scale)
 
 
 def is_artifact(config: dict[str, Any]) -> bool:

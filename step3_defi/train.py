@@ -17,6 +17,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from common import artifact
+from common.frozen import weights_sha256
 from common.processes import SLOWEST, processes
 from common.program import program
 from step3_defi import features, policy
@@ -33,6 +34,7 @@ def main(cfg: DictConfig) -> None:
     start = policy.fetched(cfg.init) if cfg.init else None
     if start:
         config = start_config(start, config)
+    policy.check_scale(config, cfg.scale)
     sets = {split: instantiate(cfg.data, split=split) for split in ("train", "val")}
     stats = {"actions": action_stats(sets["train"].actions)}
     torch.manual_seed(cfg.seed)
@@ -43,7 +45,7 @@ def main(cfg: DictConfig) -> None:
     if cfg.cache and "gfdm" not in model.trainable:
         sets = _cache(sets, model, config, Path(cfg.cache_dir))
     loop = instantiate(cfg.loop, output_dir=cfg.output_dir, seed=cfg.seed)
-    record = {"kind": "defi", "config": config, "parents": policy.parents(config), "stats": stats}
+    record = {"kind": "defi", "config": config, "scale": cfg.scale, "parents": policy.parents(config), "stats": stats}
     model = loop.fit(model, sets["train"], sets["val"], keep=lambda step: artifact.save(model, Path(cfg.output_dir) / policy.BEST, step=step, **record))
     if loop.accelerator.is_main_process:
         artifact.save(model, cfg.output_dir, step=loop.step, **record)
@@ -84,13 +86,17 @@ def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
 
 
 def _cache(sets: dict[str, Any], model: DeFI, config: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Every set behind its cache. One process builds; the others wait and open it. Of an inverse model only the frozen eyes are cached, so all share."""
+    """Every set behind its cache. One process builds; the others wait and open it. Of an inverse model only the frozen eyes are cached, so all share.
+
+    What was computed is known by the weights of the parts that see, and by the rest of their config: under the same path others may lie today.
+    """
     state = processes(SLOWEST)
     model.to(state.device)
-    gfdm, gidm = config["gfdm"], config["gidm"]
-    sources = {"gfdm": artifact.sha256(gfdm["path"]) + repr(gfdm["overrides"]) if policy.is_artifact(gfdm) else repr(gfdm)}
+    gfdm, gidm = (artifact.read_config(part["path"], name, part["overrides"]) if policy.is_artifact(part) else part
+                  for name, part in ((name, config[name]) for name in policy.PARENTS))
+    sources = {"gfdm": weights_sha256(model.forward_model) + repr(gfdm)}
     if model.sees_now or model.alignment_weight:
-        sources["vision"] = repr((artifact.read_config(gidm["path"], "gidm", gidm["overrides"]) if policy.is_artifact(gidm) else gidm)["vision"])
+        sources["vision"] = weights_sha256(model.gidm.vision) + repr(gidm["vision"])
     with state.main_process_first():
         return {split: features.cached(windows, model, folder, parents=sources) for split, windows in sets.items()}
 

@@ -15,7 +15,7 @@ class NoInverse(nn.Module):
 
     def embed(self, image: Tensor) -> Tensor:
         """Nothing asks: `NoProjector` pairs no moments."""
-        raise ValueError("this policy has no inverse model, hence no visual tokens: it takes no alignment_weight and no fuse_now")
+        raise ValueError("this policy has no inverse model, hence no visual tokens: it takes no alignment_weight and no stream now")
 
     def infer(self, now: Tensor, future: Tensor, text: list[str]) -> LatentAction:
         """(B, 0, 0) twice -> no latent action, at no loss."""
@@ -27,6 +27,9 @@ class NoInverse(nn.Module):
 
     def drop_decoder(self) -> None:
         """There is none."""
+
+    def freeze_codes(self) -> None:
+        """There are none."""
 
 
 class NoProjector(nn.Module):

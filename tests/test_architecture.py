@@ -16,7 +16,8 @@ ROOMS = {  # room -> the rooms it may import
     "step3_defi": {"common", "step1_gfdm", "step2_gidm"},
     "playtable": set(),
 }
-LEAVES = {"train", "eval", "encode", "convert", "record", "compare", "diagnose", "report", "import_weights", "pack", "standins"}  # nobody imports them
+# Nobody imports them
+LEAVES = {"train", "eval", "encode", "convert", "record", "compare", "diagnose", "report", "import_weights", "pack", "standins", "missing", "ship"}
 SHARED = [room for room in ROOMS if room.startswith("step")]
 Files = dict[str, str]
 

@@ -55,6 +55,10 @@ def test_table_10_in_the_full_configs():
     assert defi["policy"]["trainable"] == ["gidm", "projector", "video_former", "adapter"]  # Table 9, "GIDM+Adapter (Ours)"
 
 
+def test_as_many_failures_are_judged_as_in_q9():
+    assert resolved("step3_diagnose", "run=x", "path=y")["failures"] == 200
+
+
 def test_table_11_and_12_in_the_full_mixtures():
     weights = {name: options["weight"] for name, options in resolved("step1_gfdm")["data"]["sets"].items()}
     assert {k: round(v / sum(weights.values()), 4) for k, v in weights.items()} == {

@@ -70,3 +70,20 @@ def test_failed_save_leaves_the_former_artifact(folder):
     with pytest.raises(OSError, match="disk full"):
         artifact.save(Broken(1, 1), folder, kind="gidm", config=CONFIG)
     assert artifact.sha256(folder) == before and json.loads((folder / "meta.json").read_text())["step"] == 3
+
+
+def test_a_scale_is_remembered_and_another_one_refused(folder, tmp_path):
+    from common.attention import Mlp
+
+    place = artifact.save(Mlp(4, 2), tmp_path / "tiny", kind="gidm", config=CONFIG, scale="tiny")
+    assert artifact.meta(place)["scale"] == artifact.meta(artifact.copy(place, tmp_path / "copy"))["scale"] == "tiny"
+    artifact.check_scale(place, "gidm", "tiny")
+    with pytest.raises(ArtifactError, match="^[^\n]*tiny: this gidm is of scale=tiny, one of scale=full is needed; move it away[^\n]*$"):
+        artifact.check_scale(place, "gidm", "full")
+    assert artifact.meta(folder)["scale"] is None
+    artifact.check_scale(folder, "gidm", "full")  # made elsewhere: nobody can say
+    record = json.loads((place / "meta.json").read_text())
+    del record["scale"]
+    (place / "meta.json").write_text(json.dumps(record))
+    with pytest.raises(ArtifactError, match="trained before scales were recorded; train it again"):
+        artifact.check_scale(place, "gidm", "tiny")

@@ -26,6 +26,25 @@ def test_frozen_is_invisible_to_optimizers_and_checkpoints_but_moves_with_its_pa
     assert not parent.foreign(x).requires_grad
 
 
+def test_every_weight_counts_in_the_hash_frozen_ones_too():
+    class Part(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.own, self.foreign = nn.Linear(2, 2), frozen.Frozen(nn.Sequential(frozen.Frozen(nn.BatchNorm1d(2)), nn.Linear(2, 2, bias=False)))
+            self.register_buffer("ids", torch.zeros(3), persistent=False)
+
+    torch.manual_seed(0)
+    part = Part()
+    known = {frozen.weights_sha256(part)}
+    assert known == {frozen.weights_sha256(part)}
+    inner = part.foreign.module
+    for tensor in (part.own.bias, part.ids, inner[1].weight, inner[0].module.weight, inner[0].module.running_var, inner[0].module.num_batches_tracked):
+        tensor.data.view(-1)[-1:] += 1
+        known.add(frozen.weights_sha256(part))
+    part.ids = part.ids.half()
+    assert len(known | {frozen.weights_sha256(part)}) == 8
+
+
 def test_clip_and_t5_tell_sentences_apart_and_do_not_depend_on_the_batch(hub):
     clip, t5 = frozen.clip_text(hub / "clip"), frozen.t5_text(hub / "t5")
     texts = ["open the drawer", "pull the handle to close the drawer, please"]

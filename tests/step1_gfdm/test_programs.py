@@ -113,7 +113,8 @@ def test_a_model_comes_out_of_three_commands(trained):
     assert "8 encoded" in said["encode"] and "latents in data/playtable/A/latents_set" in said["encode"]
     rows = [json.loads(line) for line in (work / "ckpts/gfdm/squares/metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "train/loss" in row] == [1, 2, 3, 4, 5, 6] and any("val/loss" in row for row in rows)
-    assert artifact.meta(work / "ckpts/gfdm/squares", "gfdm")["stats"]["clips"] == {"latents_set": {"stride": 10, "start_every": 2}}
+    meta = artifact.meta(work / "ckpts/gfdm/squares", "gfdm")
+    assert meta["stats"]["clips"] == {"latents_set": {"stride": 10, "start_every": 2}} and meta["scale"] == "tiny"
 
 
 def test_eval_writes_table_results_and_strips(trained):

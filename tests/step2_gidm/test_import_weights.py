@@ -54,6 +54,7 @@ def test_imported_weights_compute_what_the_formulas_say(preset: str, run: Callab
     run(lightning(tmp_path / "lam_idm.ckpt", weights), f"gidm={preset}")
     folder = tmp_path / "ckpts/gidm/theirs"
     model, written = artifact.load(folder, "gidm"), Written(weights)
+    assert artifact.meta(folder)["scale"] == "full", "published weights are of the paper's scale"
     assert list(artifact.meta(folder)["parents"]) == ["lam_idm.ckpt"] and len(artifact.meta(folder)["parents"]["lam_idm.ckpt"]) == 64
     frames = model.embed(torch.rand(6, 3, 64, 64)).unflatten(0, (3, 2))
     action = model.infer(frames[:, 0], frames[:, 1], TEXTS)  # three sentences of different lengths in one batch

@@ -257,7 +257,7 @@ def test_train_then_eval_from_the_command_line(hub: Path, tmp_path: Path, monkey
     short = ["scale=tiny", "loop.max_steps=3", "loop.batch_size=4", "loop.eval_every=3", "loop.eval_batches=1", "name=toy"]
     run(train, *where, *build, *short)
     folder = tmp_path / "ckpts/gidm/toy"
-    assert artifact.meta(folder, "gidm")["step"] == 3
+    assert artifact.meta(folder, "gidm")["step"] == 3 and artifact.meta(folder)["scale"] == "tiny"
     run(evaluate, *where, "scale=tiny", f"path={folder}", "pairs=6", "pictures=1")
     results = json.loads((folder / "eval/results.json").read_text())
     assert results["pairs"] == 6 and len(results["samples"]) == 6 and results["gidm_sha256"] == artifact.sha256(folder)

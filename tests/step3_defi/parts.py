@@ -88,6 +88,8 @@ class FakeGIDM(nn.Module):
         self.codebook = nn.Parameter(torch.randn(6, 4))
         self.action_up = nn.Linear(4, self.embed_dim)
         self.decoder = nn.Linear(4, 4)
+        self.restarted: list[int] = []
+        self.beta_only = False
 
     def embed(self, image: Tensor) -> Tensor:
         with torch.no_grad():
@@ -99,7 +101,8 @@ class FakeGIDM(nn.Module):
         z = self.encoder(torch.cat([now, future], dim=-1).mean(1)).unflatten(1, (self.num_actions, 4))
         codes = torch.cdist(z.detach().flatten(0, 1), self.codebook.detach()).argmin(1).view(z.shape[:2])
         chosen = self.codebook[codes]
-        loss = (chosen - z.detach()).square().mean() + 0.25 * (z - chosen.detach()).square().mean()
+        commitment = 0.25 * (z - chosen.detach()).square().mean()
+        loss = commitment if self.beta_only else commitment + (chosen - z.detach()).square().mean()
         return LatentAction(z, z + (chosen - z).detach(), loss, codes)
 
     def lift(self, quantized: Tensor) -> Tensor:
@@ -107,6 +110,14 @@ class FakeGIDM(nn.Module):
 
     def drop_decoder(self) -> None:
         del self.decoder
+
+    def freeze_codes(self) -> None:
+        self.beta_only = True
+        self.codebook.requires_grad_(False)
+
+    def on_step(self, step: int, accelerator: Any = None) -> dict[str, float]:
+        self.restarted.append(step)
+        return {"restarted": 1.0}
 
 
 class FakeGoal(nn.Module):

@@ -6,19 +6,19 @@ import pytest
 import torch
 from torch import nn
 
-from step3_defi.adapter import ActionAdapter, Summary
+from step3_defi.adapter import ActionAdapter
 from step3_defi.edm import EDM, seeded_noise
 from tests.step3_defi.parts import wake
 
 
 class Holder(nn.Module):
-    def __init__(self, summary: int = 0) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.adapter = ActionAdapter({"video": (5, 4), "latent": (3, 6)}, 7, dim=16, layers=2, heads=2, dropout=0.0, summary=summary)
+        self.adapter = ActionAdapter({"video": (5, 4), "latent": (3, 6)}, 7, dim=16, layers=2, heads=2, dropout=0.0)
 
 
-def awake(summary: int = 0) -> ActionAdapter:
-    holder = Holder(summary)
+def awake() -> ActionAdapter:
+    holder = Holder()
     wake(holder)
     return holder.adapter.eval()
 
@@ -55,29 +55,6 @@ def test_context_tokens_have_places() -> None:
     out = adapter(noisy, torch.ones(1), adapter.encode(goal, streams))
     streams["latent"] = streams["latent"].flip(1)
     assert not torch.allclose(adapter(noisy, torch.ones(1), adapter.encode(goal, streams)), out, atol=1e-4)
-
-
-def test_summary_reads_every_token_at_its_place_and_joins_the_goal() -> None:
-    adapter = awake(summary=4)
-    goal, streams = inputs(1)
-    streams = {name: tokens.requires_grad_() for name, tokens in streams.items()}
-    context = adapter.encode(goal, streams)
-    gradients = torch.autograd.grad(context.goal.square().sum(), list(streams.values()), retain_graph=True)
-    assert all((gradient[0].abs().sum(-1) > 0).all() for gradient in gradients)
-    swapped = adapter.encode(goal, {**streams, "latent": streams["latent"].flip(1)})
-    assert not torch.allclose(swapped.goal, context.goal, atol=1e-4)
-    assert not torch.allclose(adapter(torch.ones(1, 10, 7), torch.ones(1), context._replace(goal=context.goal - 1)),
-                              adapter(torch.ones(1, 10, 7), torch.ones(1), context), atol=1e-4)
-    assert awake().summary is None
-
-
-def test_the_sentence_chooses_what_the_summary_reads_of_a_token() -> None:
-    summary = Summary({"now": (3, 6)}, 7, width=4, dim=16, dropout=0.0)
-    summary.mlp[0].weight.data[:, :7] = 0  # the other way of the sentence
-    (red, tokens), (blue, other) = inputs(1), inputs(1)
-    tokens, other = tokens["latent"], other["latent"]
-    seen = {name: summary(goal, {"now": tokens}) - summary(goal, {"now": other}) for name, goal in (("red", red), ("blue", blue))}
-    assert not torch.allclose(seen["red"], seen["blue"], atol=1e-3)
 
 
 def test_draws_share_a_context_but_nothing_else() -> None:

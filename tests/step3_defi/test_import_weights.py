@@ -58,7 +58,7 @@ def test_an_imported_policy_acts_as_the_formulas_say(preset: str, tree: Path, ru
     model, written = policy.load(folder).model, Written(tensors, HEADS)
     views = {name: torch.rand(3, 3, 64, 64) * 2 - 1 for name in ("static", "gripper")}
     features = model.precompute(views, TEXTS)["features"].float()
-    model._look = lambda *_, **__: {"features": features}  # in fp16, as both see them
+    model.look = lambda *_, **__: {"features": features}  # in fp16, as both see them
     before_codes = []
     if preset == "official":
         model.gidm.to_latent.register_forward_hook(lambda _, args, out: before_codes.extend(out))
@@ -107,6 +107,7 @@ def test_an_svd_folder_serves_as_forward_model(tree: Path, run: Callable[..., Pa
     hub = tree / "ckpts/hub/tiny"
     folder = run(tmp_path / "policy.safetensors", "svd", f"gfdm={hub}/svd", f"svd.clip={hub}/clip", "svd.image_size=64", "svd.num_frames=4")
     model = policy.load(folder).model
+    assert artifact.meta(folder)["scale"] == "tiny"  # as asked for; published weights are imported at full
     assert artifact.meta(folder)["parents"] == {} and model.gfdm.module._time_ids.tolist() == [[4.0, 127.0, 0.0]]
     assert not model.gidm.clean_text and model.edm.schedule()[-2] == 1.0
 

@@ -102,7 +102,7 @@ def test_what_it_cannot_do_is_one_line(tree: Path, batch: dict[str, Any]) -> Non
 
 def test_alignment_takes_the_pairs_out_of_the_clip(tree: Path, batch: dict[str, Any]) -> None:
     model = build(tree, "policy.alignment_weight=1", "policy.pair_frames=[0,2]").eval()
-    target = model._look(batch["views"], batch["text"], {name: clip[:, [0, 2]] for name, clip in model._clips(batch).items()})["target"]
+    target = model.look(batch["views"], batch["text"], {name: clip[:, [0, 2]] for name, clip in model._clips(batch).items()})["target"]
     assert torch.equal(target[:, 0, 0], model.gidm.embed((batch["views"]["static"] + 1) / 2))
     assert "alignment_loss" in model(batch)
 

@@ -168,11 +168,11 @@ def test_parity_with_the_public_code(theirs: tuple[str, nn.Module], features: li
         actions = public.eval_forward({"rgb_obs": {"rgb_static": picture, "rgb_gripper": picture}}, {"lang_text": TEXT})
 
     imagined = features[0].flatten(3).transpose(2, 3)[None]  # (B, V, F, L, C)
-    model._look = lambda *_, **__: {"features": imagined}
+    model.look = lambda *_, **__: {"features": imagined}
     before_codes = []
     if preset == "official":
         model.gidm.to_latent.register_forward_hook(lambda _, args, out: before_codes.append(out))
-    goal, streams, extra = model._infer({"features": imagined}, [TEXT])
+    goal, streams, extra = model.infer_streams({"features": imagined}, [TEXT])
     context = model.adapter.encode(goal, streams)
     pairs = {"video former": (streams["video"], seen["video former"][1]), "encoded context": (context.tokens, seen["encoded context"][1][:, :10])}
     if preset == "official":
