@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,12 +26,17 @@ PROGRAMS = {"gfdm": ("step1_gfdm", step1), "gidm": ("step2_gidm", step2), "defi"
 ROWS = sorted(p.relative_to(f"{CONFIGS}/experiment").with_suffix("").as_posix() for p in Path(CONFIGS, "experiment").rglob("*.yaml"))
 SHORT = ["loop.max_steps=2", "loop.batch_size=2", "loop.accumulate=1", "loop.num_workers=0", "loop.log_every=1", "loop.eval_every=null", "loop.save_every=null",
          "loop.precision=no", "wandb.mode=disabled"]
-SETS = ("fractal", "bridge", "calvin_abc", "something_something_v2", "ego4d")
-SMALLER = {  # what no scale reaches: the release's inverse model has one size, and mixtures of full scale hold latents of the true VAE
-    "gidm/official": ["gidm.dim=64", "gidm.heads=2", "gidm.encoder_layers=1", "gidm.decoder_layers=1", "gidm.vision.image_size=64",
-                      "gidm.vision.path=${paths.hub}/tiny/dinov2", "gidm.text.path=${paths.hub}/tiny/t5"],
-    "gfdm/t5_no_human": ["data.latent_shape=[12,8,8]"], "gfdm/vpp": ["data.latent_shape=[12,8,8]"],
-}
+PRETRAINING = [row for row in ROWS if not row.startswith("defi/")]
+LATENTS = {"tiny": (12, 8, 8), "small": (12, 16, 16)}  # the stand-in VAE's, of pictures of 64 and of 128 pixels
+HANDS = 10  # videos of a hand
+
+
+def record(root: Path, latent_shape: tuple[int, int, int]) -> None:
+    """A little of what playtable.record and step1_gfdm.encode write of a robot (two cameras) and of a hand (one)."""
+    for name, episodes, cameras in (("ABC", 4, 2), ("hand", HANDS, 1)):
+        videos = write_set(root / name / "videos_set", episodes, length=40, cameras=cameras, latent_shape=latent_shape)
+        write_set(root / name / "videos_set", 1, length=40, cameras=cameras, latent_shape=latent_shape, split="val")
+        (root / name / "latents_set").symlink_to(videos)
 
 
 class Tree:
@@ -41,16 +47,13 @@ class Tree:
         (root / "ckpts/hub").mkdir(parents=True)
         (root / "ckpts/hub/tiny").symlink_to(hub)
         write_calvin(root / "data/playtable/A", recordings=3)
-        videos = write_set(root / "videos", 2, length=40, cameras=2, latent_shape=(12, 8, 8), val_folder=False)
-        for place in ("playtable/A/videos_set", "playtable/A/latents_set", *(f"opensource_robotdata/{name}" for name in SETS)):
-            (root / "data" / place).parent.mkdir(parents=True, exist_ok=True)
-            (root / "data" / place).symlink_to(videos)
+        record(root / "data/playtable", LATENTS["tiny"])
         self.made: dict[str, Path] = {}
 
     def configure(self, kind: str, name: str, *overrides: str) -> DictConfig:
         """A row's config, or that of the scale where `name` is none."""
         row = f"{kind}/{name}"
-        where = [f"paths.ckpts={self.root}/ckpts", f"paths.data={self.root}/data", *([f"experiment={row}"] if row in ROWS else []), *SMALLER.get(row, [])]
+        where = [f"paths.ckpts={self.root}/ckpts", f"paths.data={self.root}/data", *([f"experiment={row}"] if row in ROWS else [])]
         with initialize_config_dir(CONFIGS, version_base=None):
             return compose(PROGRAMS[kind][0], ["scale=tiny", *where, *overrides])
 
@@ -80,7 +83,68 @@ def train(tree: Tree, row: str, folder: Path, *overrides: str) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("row", [row for row in ROWS if not row.startswith("defi/")])
+@pytest.fixture(scope="module", params=sorted(LATENTS))
+def recorded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The scale, and where its recordings are."""
+    root = tmp_path_factory.mktemp(request.param)
+    record(root / "playtable", LATENTS[request.param])
+    return [f"scale={request.param}", f"paths.data={root}"]
+
+
+@pytest.mark.parametrize("row", PRETRAINING)
+def test_a_row_draws_the_human_video_that_it_says(row: str, recorded: list[str]) -> None:
+    """From the row's own data: videos kept and their share of the draws, over an epoch of one length."""
+    kind, name = row.split("/")
+    with initialize_config_dir(CONFIGS, version_base=None):
+        cfg, base = (compose(PROGRAMS[kind][0], [*recorded, *words]) for words in ([f"experiment={row}"], []))
+    mix, whole = (instantiate(each.data, split="train") for each in (cfg, base))
+    fraction = 0.0 if name == "t5_no_human" else int(name.split("_")[-1]) / 100 if name.startswith("f8") else 1.0
+    robot, hand = (60, 40) if row == "gfdm/vpp" else (70, 30)
+    assert len(mix) == len(whole) and set(whole.names) == {"robot", "hand"}
+    assert dict(zip(mix.names, mix.shares)) == pytest.approx(
+        {"robot": robot / (robot + fraction * hand), **({"hand": fraction * hand / (robot + fraction * hand)} if fraction else {})})
+    assert fraction == 0 or len(mix.sets[mix.names.index("hand")].files) == round(fraction * HANDS)
+    assert len(mix.sets[0].files) == 4
+    sample = mix.sample(0, np.random.default_rng(0))
+    assert sample["latents" if "latents" in sample else "frames"].shape[0] == (2 if kind == "gidm" else cfg.gfdm.num_frames)
+
+
+@pytest.mark.parametrize("kind", ["gfdm", "gidm"])
+def test_less_human_video_lies_inside_more(kind: str, recorded: list[str]) -> None:
+    kept = []
+    for percent in (20, 40, 60, 80):
+        with initialize_config_dir(CONFIGS, version_base=None):
+            cfg = compose(PROGRAMS[kind][0], [*recorded, f"experiment={kind}/f8_human_{percent}"])
+        mix = instantiate(cfg.data, split="train")
+        kept.append({file.stem for file in mix.sets[mix.names.index("hand")].files})
+    assert kept[0] < kept[1] < kept[2] < kept[3]
+
+
+@pytest.mark.parametrize("row", ["gfdm/t5_no_human", "gidm/f8_human_20"])
+def test_a_row_about_human_video_is_refused_where_none_is_marked(row: str, tree: Tree, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"^error: human_fraction=0[.0-9]*, but no set of this mixture is marked human \(robot\): [^\n]*$"):
+        train(tree, row, tmp_path / "run", "~data.sets.hand")
+
+
+def test_the_releases_inverse_model_has_the_sizes_of_the_scale() -> None:
+    """Parameters that learn, beside the paper's at the same scale; what the release does otherwise is there at every one."""
+    for scale, most in (("tiny", 1.1), ("small", 1.1), ("full", 1.0)):
+        with initialize_config_dir(CONFIGS, version_base=None):
+            paper, release = (compose("step2_gidm", [f"scale={scale}", *words]) for words in ([], ["experiment=gidm/official"]))
+        sizes, eyes = [], SimpleNamespace(dim=64, num_tokens=16)
+        for cfg in (paper, release):
+            with torch.device("meta"):
+                model = instantiate({**OmegaConf.to_container(cfg.gidm, resolve=True), "vision": None, "text": None, "_partial_": True})(vision=eyes, text=eyes)
+            sizes.append(sum(p.numel() for p in model.parameters()))
+        assert 0.5 * sizes[0] < sizes[1] <= most * sizes[0], scale
+        gidm = release.gidm
+        assert (gidm.dim, gidm.vision, gidm.text) == (paper.gidm.dim, paper.gidm.vision, paper.gidm.text)
+        assert gidm.quantizer.codes == 16 and list(gidm.text_in) == ["encoder", "decoder"] and not gidm.residual and release.data.gap == "official"
+        assert release.loop.max_grad_norm == 0.1 and release.loop.warmup_steps == 0 and release.loop.optimizer.decay_all
+        assert scale == "full" or release.loop.max_steps == paper.loop.max_steps
+
+
+@pytest.mark.parametrize("row", PRETRAINING)
 def test_a_row_of_pretraining_trains(row: str, tree: Tree, tmp_path: Path) -> None:
     steps = train(tree, row, tmp_path / "run", "validate=false")
     assert [step["step"] for step in steps] == [1, 2] and all(np.isfinite(step["train/loss"]) and step["grad_norm"] > 0 for step in steps)

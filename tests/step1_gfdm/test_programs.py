@@ -101,6 +101,9 @@ def trained(hub, run, tmp_path_factory):
     (work / "ckpts/hub/tiny").symlink_to(hub)
     write_set(work / "data/playtable/A/videos_set", 4, length=40, cameras=2, val_folder=False)
     said = {"encode": run("step1_gfdm.encode", "scale=tiny", "data=data/playtable/A/videos_set", "out=data/playtable/A/latents_set", cwd=work)}
+    (work / "data/playtable/ABC").symlink_to("A")
+    write_set(work / "data/playtable/hand/videos_set", 4, length=40, val_folder=False)
+    run("step1_gfdm.encode", "scale=tiny", "data=data/playtable/hand/videos_set", "out=data/playtable/hand/latents_set", cwd=work)
     steps = ("loop.max_steps=6", "loop.batch_size=4", "loop.warmup_steps=2", "loop.save_every=3", "loop.log_every=1", "loop.eval_every=3")
     said["train"] = run("step1_gfdm.train", "scale=tiny", "name=squares", *steps, cwd=work)
     said["eval"] = run("step1_gfdm.eval", "path=ckpts/gfdm/squares", "data=data/playtable/A/videos_set", "count=3", "strips=2", "steps=[1,2]",
@@ -114,7 +117,7 @@ def test_a_model_comes_out_of_three_commands(trained):
     rows = [json.loads(line) for line in (work / "ckpts/gfdm/squares/metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "train/loss" in row] == [1, 2, 3, 4, 5, 6] and any("val/loss" in row for row in rows)
     meta = artifact.meta(work / "ckpts/gfdm/squares", "gfdm")
-    assert meta["stats"]["clips"] == {"latents_set": {"stride": 10, "start_every": 2}} and meta["scale"] == "tiny"
+    assert meta["stats"]["clips"] == dict.fromkeys(("robot", "hand"), {"stride": 10, "start_every": 2}) and meta["scale"] == "tiny"
 
 
 def test_eval_writes_table_results_and_strips(trained):

@@ -249,7 +249,8 @@ def test_train_then_eval_from_the_command_line(hub: Path, tmp_path: Path, monkey
         monkeypatch.setattr(sys, "argv", [program.__name__, *overrides])
         program.main()
 
-    video_set(tmp_path / "data/playtable/A/videos_set", 6, length=40, fps=30, views=2)
+    video_set(tmp_path / "data/playtable/ABC/videos_set", 6, length=40, fps=30, views=2)
+    video_set(tmp_path / "data/playtable/hand/videos_set", 6, length=40, fps=30)
     for scene in "BC":
         stated(video_set(tmp_path / scene, 40, length=16, fps=8))
     where = [f"paths.data={tmp_path / 'data'}", f"paths.ckpts={tmp_path / 'ckpts'}"]
@@ -258,15 +259,15 @@ def test_train_then_eval_from_the_command_line(hub: Path, tmp_path: Path, monkey
     run(train, *where, *build, *short)
     folder = tmp_path / "ckpts/gidm/toy"
     assert artifact.meta(folder, "gidm")["step"] == 3 and artifact.meta(folder)["scale"] == "tiny"
-    run(evaluate, *where, "scale=tiny", f"path={folder}", "pairs=6", "pictures=1")
+    run(evaluate, *where, "scale=tiny", f"path={folder}", "pairs=6", "pictures=1", "~data.sets.hand")
     results = json.loads((folder / "eval/results.json").read_text())
     assert results["pairs"] == 6 and len(results["samples"]) == 6 and results["gidm_sha256"] == artifact.sha256(folder)
     assert (folder / "eval/table.md").read_text().startswith("Mean squared error") and (folder / "eval/attention/000.png").stat().st_size > 1000
     assert (folder / "eval/curves.png").stat().st_size > 1000
     said = (folder / "eval/table.md").read_text()
     assert "all pairs are of one scene" in said and "the data hold no readings" in said and set(results).isdisjoint({"motion", "transfer"})
-    assert probe(folder / "eval/attention/playtable_000.mp4")[0] == 10
-    sets = ["~data.sets.playtable", *(f"+data.sets.{scene}.video={tmp_path / scene}" for scene in "BC")]
+    assert probe(folder / "eval/attention/robot_000.mp4")[0] == 10
+    sets = ["~data.sets.robot", "~data.sets.hand", *(f"+data.sets.{scene}.video={tmp_path / scene}" for scene in "BC")]
     out = tmp_path / "meaning"
     run(evaluate, *where, "scale=tiny", f"path={folder}", *sets, f"out={out}", "pairs=40", "probe=120", "films=1", "film_steps=3", "pictures=3")
     results, said = json.loads((out / "results.json").read_text()), (out / "table.md").read_text()
@@ -285,7 +286,7 @@ def test_a_training_that_can_read_nothing_ends_with_one_line(workers: int, hub: 
     folder = write_set(tmp_path / "toy" / "1.0.0", shards=(6, 7))
     build = [f"gidm.vision.path={hub / 'dinov2'}", f"gidm.text.path={hub / 't5'}", f"paths.ckpts={tmp_path / 'ckpts'}", f"loop.num_workers={workers}"]
     sets = f"+data.sets.toy={{rlds:{folder},fps:1,image:observation/image,text:language_instruction}}"
-    monkeypatch.setattr(sys, "argv", ["train", "scale=tiny", *build, "~data.sets.playtable", sets, "validate=false", "loop.max_steps=2"])
+    monkeypatch.setattr(sys, "argv", ["train", "scale=tiny", *build, "~data.sets.robot", "~data.sets.hand", sets, "validate=false", "loop.max_steps=2"])
     with pytest.raises(SystemExit, match=r"^error: 20 unreadable samples in a row, the last: toy/\d+: toy/train/\d+: no feature "
                                          r"'language_instruction'; at 'language_instruction' there are \['action', 'instruction', 'observation'\]$"):
         train.main()
