@@ -2,7 +2,7 @@
 
     <out>/{training,validation}/episode_0000000.npz ...     one file a frame
     <out>/{training,validation}/{ep_start_end_ids,ep_lens,scene_info}.npy, statistics.yaml, lang_annotations/auto_lang_ann.npy
-    <out>/videos_set/{annotation,videos}/{train,val}/...    camera 0 static, camera 1 wrist
+    <out>/videos_set/{annotation,videos}/{train,val}/...    camera 0 static, camera 1 wrist (not where a hand is filmed)
 """
 from __future__ import annotations
 
@@ -40,9 +40,10 @@ def write_frames(folder: Path, segment: Segment) -> None:
                 archive.writestr(member, buffer.getvalue(), zipfile.ZIP_DEFLATED, compresslevel=1)
 
 
-def write_films(folder: Path, segment: Segment) -> None:
-    """0.mp4 and 1.mp4, H.264 with a short GOP."""
-    for camera, key in enumerate(PIXELS):
+def write_films(folder: Path, segment: Segment, cameras: int = 2) -> None:
+    """0.mp4 and 1.mp4, or the first of them alone; H.264 with a short GOP."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for camera, key in enumerate(PIXELS[:cameras]):
         images = getattr(segment, key)
         with av.open(str(folder / f"{camera}.mp4"), "w") as container:
             stream = container.add_stream("libx264", rate=FPS, options={"crf": "16", "g": "8", "preset": "veryfast"})
@@ -101,6 +102,14 @@ def write_annotation(root: Path, split: str, name: str, sentence: str, scene: st
               "videos": [{"video_path": f"videos/{split}/{name}/{camera}.mp4"} for camera in (0, 1)],
               "latent_videos": [{"latent_video_path": f"latent_videos/{split}/{name}/{camera}.pt"}
                                 for camera in (0, 1)]}
+    write_text(root / "annotation" / split / f"{name}.json", json.dumps(record) + "\n")
+
+
+def write_human_annotation(root: Path, split: str, name: str, sentence: str, scene: str, length: int) -> None:
+    """The json of the one video of a hand that does what `sentence` says, `length` frames: there are no readings of a robot."""
+    record = {"task": "human_video_prediction", "texts": [sentence], "episode_id": name, "video_length": length, "fps": FPS, "scene": scene,
+              "videos": [{"video_path": f"videos/{split}/{name}/0.mp4"}],
+              "latent_videos": [{"latent_video_path": f"latent_videos/{split}/{name}/0.pt"}]}
     write_text(root / "annotation" / split / f"{name}.json", json.dumps(record) + "\n")
 
 

@@ -65,8 +65,12 @@ class Segment:
 
 
 def numbered(env: World, tasks: Sequence[str], longest: int, *, seed: int, number: int) -> tuple[list[Segment], int]:
-    """Chain `number` of a recording in the scene of `env`: a function of these alone. TWINS in a row begin alike."""
-    key = (seed, "ABCD".index(env.scene.name))
+    """Chain `number` of a recording in the scene of `env`: a function of these alone. TWINS in a row begin alike.
+
+    A hand's chains are others than the robot's of the same seed, for nobody films a person repeating a robot's motions.
+    """
+    hand = getattr(env, "embodiment", "robot") == "hand"
+    key = (seed, "ABCD".index(env.scene.name) + len("ABCD") * hand)
     return chain(env, tasks, longest, np.random.default_rng((*key, number)), begin=np.random.default_rng((*key, number // TWINS, TWINS)), turn=number % TWINS)
 
 

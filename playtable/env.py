@@ -26,6 +26,7 @@ DOORS, BUTTON, SWITCH = ("base__slide", "base__drawer"), "base__button", "base__
 LIGHTS = {"lightbulb": (1.0, 0.95, 0.1), "led": (0.05, 0.95, 0.15)}
 UNLIT = (0.93, 0.93, 0.9)
 SAMPLING_TRIES = 1000
+WORLDS = {"robot": "playtable", "hand": "playtable_hand"}  # what is seen at work, and the world's name with it
 NEUTRAL_ROBOT_OBS = np.array(sequences.NEUTRAL_ROBOT_OBS)
 
 
@@ -40,18 +41,25 @@ class Contact(NamedTuple):
 
 
 class PlayTable:
-    """A simulated table, scene "A" to "D". `seed` drives the poses that a reset without arguments draws."""
+    """A simulated table, scene "A" to "D". `seed` drives the poses that a reset without arguments draws.
 
-    def __init__(self, scene: str = "D", seed: int = 0, *, static_size: int = 200, gripper_size: int = 84) -> None:
+    `embodiment` says what the pictures show at work, a "robot" or a person's "hand"; the physics are the same.
+    """
+
+    def __init__(self, scene: str = "D", seed: int = 0, *, static_size: int = 200, gripper_size: int = 84,
+                 embodiment: str = "robot") -> None:
+        if embodiment not in WORLDS:
+            raise ValueError(f"embodiment={embodiment!r}: choose one of {', '.join(WORLDS)}")
         for name, size in (("static_size", static_size), ("gripper_size", gripper_size)):
             if not 8 <= size <= 2048:
                 raise ValueError(f"{name}={size}: choose an edge of 8 to 2048 pixels")
         self.scene = get_scene(scene)
-        self.name = f"playtable-{scene}"
+        self.embodiment = embodiment
+        self.name = f"{WORLDS[embodiment]}-{scene}"
         self.static_size, self.gripper_size = static_size, gripper_size
         self.lights = dict.fromkeys(LIGHTS, 0)
         self.gripper_command = 1
-        self._model = model.build(self.scene, max(static_size, gripper_size))
+        self._model = model.build(self.scene, max(static_size, gripper_size), hand=embodiment == "hand")
         self._data = mujoco.MjData(self._model)
         self._arm = Arm(ROBOT_BASE, NEUTRAL_JOINTS)
         self._rng = np.random.default_rng(seed)

@@ -10,6 +10,7 @@ from typing import Final
 import mujoco
 import numpy as np
 
+from playtable import human
 from playtable.robot import write_actuators, write_robot
 from playtable.scene import (
     BUTTON_TRAVEL,
@@ -199,14 +200,14 @@ def _blocks(scene: Scene) -> str:
     return "\n".join(out)
 
 
-def _assets(look: Look) -> str:
+def _assets(look: Look, more: dict[str, Colour]) -> str:
     def tinted(colour: Colour, factor: float) -> Colour:
         return tuple(factor * value for value in colour)
 
     size = f'width="{TEXTURE_SIZE}" height="{TEXTURE_SIZE}" builtin="flat" type="2d"'
     panel = look.door if look.door != look.wood else tinted(look.wood, 0.86)
     colours = (look.wood, tinted(look.wood, 0.92), panel, look.door, tinted(look.wood, 0.7))
-    plain = {**PLAIN, **BLOCK_COLOURS, "handle": look.handle, "floor": look.floor}
+    plain = {**PLAIN, **BLOCK_COLOURS, "handle": look.handle, "floor": look.floor, **more}
     return "\n".join(
         [
             '<texture type="skybox" builtin="flat" rgb1="0.85 0.87 0.9" width="8" height="8"/>',
@@ -233,8 +234,8 @@ def _listing() -> str:
     return f'margin="{0.0 if version >= (3, 9) else NEAR}" gap="{NEAR}"'
 
 
-def write_mjcf(scene: Scene, edge: int = 256) -> str:
-    """The MJCF text of a scene; `edge` is the largest picture edge in pixels that will be asked for."""
+def write_mjcf(scene: Scene, edge: int = 256, *, hand: bool = False) -> str:
+    """The MJCF text of a scene; `edge` is the largest picture edge in pixels that will be asked for, `hand` shows a person's arm."""
     return f"""<mujoco model="playtable_{scene.name}">
 <compiler angle="radian" eulerseq="xyz" autolimits="true"/>
 <option timestep="{TIMESTEP:.12g}" integrator="implicitfast" cone="elliptic" impratio="3"
@@ -250,14 +251,14 @@ def write_mjcf(scene: Scene, edge: int = 256) -> str:
 <default>
 <geom condim="4" solref="0.008 1" solimp="0.95 0.99 0.001" friction="0.7 0.005 0.0002" {_listing()}/>
 </default>
-<asset>{_assets(scene.look)}</asset>
+<asset>{_assets(scene.look, human.COLOURS if hand else {})}</asset>
 <worldbody>
 <light directional="true" pos="0.6 -1.2 3" dir="-0.25 0.55 -1" diffuse="0.5 0.5 0.5" specular="0.2 0.2 0.2"
  castshadow="false"/>
 <geom name="floor" type="plane" size="6 6 0.1" material="floor" {FIXED}/>
 {_static_camera()}
 {_table(scene)}
-{write_robot()}
+{write_robot(hand=hand)}
 {_blocks(scene)}
 </worldbody>
 {write_actuators()}
@@ -276,9 +277,9 @@ def _grain(colour: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return np.clip(colour * shade[..., None], 0, 255).astype(np.uint8)
 
 
-def build(scene: Scene, edge: int = 256) -> mujoco.MjModel:
+def build(scene: Scene, edge: int = 256, *, hand: bool = False) -> mujoco.MjModel:
     """Compile a scene's model and paint its wood; the same scene always looks the same."""
-    model = mujoco.MjModel.from_xml_string(write_mjcf(scene, edge))
+    model = mujoco.MjModel.from_xml_string(write_mjcf(scene, edge, hand=hand))
     rng = np.random.default_rng(ord(scene.name))
     for name in WOODEN:
         texture = model.texture(name).id

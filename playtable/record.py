@@ -2,7 +2,9 @@
 
     python -m playtable.record scene=A tasks=eleven episodes=1400 out=data/playtable/A workers=2
     python -m playtable.record env=calvin scene=D ...      in the real CALVIN, where calvin_env is installed
+    python -m playtable.record env=playtable_hand scene=[A,B,C] tasks=eleven episodes=600 out=data/playtable/hand
 
+The last films a person's hand: a video set of the static camera with sentences, without CALVIN's frames and without motions.
 Chain i of a scene depends on (seed, scene, i) alone, whatever the number of workers. A killed recording goes on with the
 same command.
 """
@@ -79,9 +81,10 @@ def record_chain(job: dict[str, Any]) -> dict[str, Any]:
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
     for index, segment in enumerate(segments):
-        files.write_frames(beside / str(index), segment)
+        if job["actions"]:
+            files.write_frames(beside / str(index), segment)
         if job["videos"]:
-            files.write_films(beside / str(index), segment)
+            files.write_films(beside / str(index), segment, cameras=2 if job["actions"] else 1)
     summary = {"folder": done.name, "scene": job["scene"], "number": job["number"], "failed": failed,
                "world": env.name.rsplit("-", 1)[0], "versions": env.versions(),
                "segments": [{"task": s.task, "sentence": s.sentence, "length": len(s)} for s in segments]}
@@ -103,18 +106,26 @@ def record(
     seed: int = 0,
     validation_share: float = 0.05,
     videos: bool = False,
+    actions: bool | None = None,
 ) -> dict[str, Any]:
     """Record `episodes` segments, equally over `scenes`, and return the counts.
 
+    Without `actions` only the video set is written, of the static camera, as a person is filmed; None records them where the world shows
+    a robot, and leaves them out where it shows a hand.
     `env` names the world by its `_target_` and its further arguments; None is playtable. Raises ValueError for bad arguments and for an
     `out` that holds another recording, RuntimeError where a scene gives none of the tasks or the simulator does not start.
     """
     _check(scenes, tasks, {"episodes": episodes, "workers": workers}, length, validation_share)
+    env = env or PLAYTABLE
+    if actions is None:
+        actions = env.get("embodiment") != "hand"
+    if not actions and not videos:
+        raise ValueError("videos=false without actions records nothing: set videos=true")
     parts = out / ".parts"
-    if (out / "training" / "ep_start_end_ids.npy").is_file() and not parts.is_dir():
+    if ((out / "training" / "ep_start_end_ids.npy").is_file() or (out / "videos_set").is_dir()) and not parts.is_dir():
         raise ValueError(f"{out} already holds a recording: choose another out= or delete it")
     settings = {"scenes": scenes, "tasks": list(tasks), "episodes": episodes, "length": length, "seed": seed,
-                "videos": videos, "validation_share": validation_share, "env": env or PLAYTABLE}
+                "videos": videos, "validation_share": validation_share, "env": env, "actions": actions}
     known = parts / "settings.json"
     if known.is_file() and json.loads(known.read_text()) != settings:
         raise ValueError(f"{out} holds an unfinished recording with other settings ({known}): repeat those, "
@@ -128,7 +139,10 @@ def record(
             if restarts == RESTARTS:
                 raise RuntimeError(f"a worker died for the {restarts + 1}th time; run the same command again, finished chains are kept") from None
             log.warning("a worker died; going on with new ones, finished chains are kept")
-    counts = _assemble(chains, out, validation_share, videos=videos)
+    if actions:
+        counts = _assemble(chains, out, validation_share, videos=videos)
+    else:
+        counts = _assemble_films(chains, out, validation_share)
     finished = parts.with_name(".parts.done")
     os.replace(parts, finished)
     shutil.rmtree(finished)
@@ -241,8 +255,29 @@ def _assemble(chains: list[dict[str, Any]], out: Path, share: float, *, videos: 
             files.write_statistics(target, {key: np.concatenate([v[key] for v in vectors]) for key in vectors[0]})
         files.write_world(target, sorted({summary["scene"] for summary in chosen}), drawn["world"], drawn["versions"])
         files.write_split(target, episodes, scenes)
+    return _counts(chains, tasks, first)
+
+
+def _assemble_films(chains: list[dict[str, Any]], out: Path, share: float) -> dict[str, Any]:
+    """The video set alone, of the static camera. Safe to repeat after a kill."""
+    held_out = _held_out(chains, share)
+    tasks, frames, numbers = Counter[str](), 0, Counter[str]()
+    for summary in chains:
+        split = "val" if summary["folder"] in held_out else "train"
+        for index, segment in enumerate(summary["segments"]):
+            name = f"{numbers[split]:06d}"
+            _move_films(out / ".parts" / summary["folder"] / str(index), out / "videos_set", f"{split}/{name}")
+            files.write_human_annotation(out / "videos_set", split, name, segment["sentence"], f"calvin_scene_{summary['scene']}",
+                                         segment["length"])
+            numbers[split] += 1
+            tasks[segment["task"]] += 1
+            frames += segment["length"]
+    return _counts(chains, tasks, frames)
+
+
+def _counts(chains: list[dict[str, Any]], tasks: Counter[str], frames: int) -> dict[str, Any]:
     failed = sum(summary["failed"] for summary in chains)
-    return {"episodes": sum(tasks.values()), "frames": first, "failed": failed, "tasks": dict(sorted(tasks.items()))}
+    return {"episodes": sum(tasks.values()), "frames": frames, "failed": failed, "tasks": dict(sorted(tasks.items()))}
 
 
 def _move_frames(source: Path, target: Path, first: int, length: int) -> dict[str, np.ndarray]:
@@ -273,7 +308,7 @@ def main(cfg: DictConfig) -> None:
         counts = record(
             scenes=scenes, tasks=list(cfg.tasks.tasks), episodes=cfg.episodes, out=out,
             env=OmegaConf.to_container(cfg.env, resolve=True), length=cfg.length,
-            workers=cfg.workers, seed=cfg.seed, validation_share=cfg.validation_share, videos=cfg.videos,
+            workers=cfg.workers, seed=cfg.seed, validation_share=cfg.validation_share, videos=cfg.videos, actions=cfg.actions,
         )
     except (ValueError, RuntimeError) as error:
         sys.exit(f"error: {error}")

@@ -13,6 +13,7 @@ FIXED: Final = 'contype="1" conaffinity="0"'
 ROBOT: Final = 'contype="2" conaffinity="1"'
 BLOCK: Final = 'contype="4" conaffinity="7"'
 SEEN: Final = 'contype="0" conaffinity="0"'  # a picture of something, nothing collides with it
+UNSEEN: Final = f'{ROBOT} group="3"'  # collides like the robot; MuJoCo draws groups 0 to 2 unless told otherwise
 
 Point = tuple[float, float, float]
 

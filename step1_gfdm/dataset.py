@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from common import video
+from common import human, video
 from common.mixture import Mixture, Unreadable
 
 HOLDOUT = 20
@@ -53,12 +53,14 @@ class VideoSet:
     """The annotations of one split of one set, and the clips that a rule cuts from them.
 
     root: the set's folder; annotation: its annotation folder ("annotation_abc_13" for VPP's CALVIN); max_frames drops longer
-    videos (VPP: 100); views: camera number -> probability. A set without a val folder keeps every 20th of its training videos for it.
+    videos (VPP: 100); views: camera number -> probability; fraction keeps that share of the videos (common.human), of whose clips there
+    are `whole` without it. A set without a val folder keeps every 20th of its training videos for it.
     An annotation that cannot be read stays in the count and raises Unreadable when it is drawn.
     """
 
     def __init__(self, root: str | Path, split: str = "train", *, num_frames: int, clip: Mapping[str, Any],
-                 annotation: str = "annotation", max_frames: int | None = None, views: Mapping[int, float] | None = None) -> None:
+                 annotation: str = "annotation", max_frames: int | None = None, views: Mapping[int, float] | None = None,
+                 fraction: float = 1.0) -> None:
         self.root, self.num_frames, self.rule = Path(root), num_frames, ClipRule(**clip)
         views = dict(views or {0: 1.0})
         total = sum(views.values())
@@ -70,17 +72,17 @@ class VideoSet:
         if not files:
             raise FileNotFoundError(f"{folder}: no annotations here; record them with scripts/playtable_record.sh or convert a published set "
                                     "(data/README.md)")
-        self.files: list[Path] = []
-        counts: list[int] = []
+        counts: dict[Path, int] = {}
         for file in tqdm(files, desc=f"{self.root.name}/{split}", unit="json", disable=len(files) < 1000, leave=False):
             try:
                 length = known_length(read_annotation(file))
             except Unreadable:
                 length = None
             if max_frames is None or length is None or length <= max_frames:
-                self.files.append(file)
-                counts.append(1 if length is None else self.rule.count(length))
-        self._ends = np.cumsum(counts, dtype=np.int64)
+                counts[file] = 1 if length is None else self.rule.count(length)
+        self.whole = sum(counts.values())
+        self.files = human.keep(list(counts), fraction)
+        self._ends = np.cumsum([counts[file] for file in self.files], dtype=np.int64)
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
@@ -104,8 +106,10 @@ class LatentVideos(VideoSet):
     """Training clips: latents (F, 4, h, w) and the sentence. latent_shape: (4, h, w) that every file must have."""
 
     def __init__(self, root: str | Path, split: str = "train", *, num_frames: int, clip: Mapping[str, Any], annotation: str = "annotation",
-                 max_frames: int | None = None, views: Mapping[int, float] | None = None, latent_shape: tuple[int, int, int] = (4, 32, 32)) -> None:
-        super().__init__(root, split, num_frames=num_frames, clip=clip, annotation=annotation, max_frames=max_frames, views=views)
+                 max_frames: int | None = None, views: Mapping[int, float] | None = None, fraction: float = 1.0,
+                 latent_shape: tuple[int, int, int] = (4, 32, 32)) -> None:
+        super().__init__(root, split, num_frames=num_frames, clip=clip, annotation=annotation, max_frames=max_frames, views=views,
+                         fraction=fraction)
         self.latent_shape = tuple(latent_shape)
         if not any((self.root / name).is_dir() for name in LATENT_FOLDERS):
             raise FileNotFoundError(f"{self.root}: no latents (latent_videos/); make them with scripts/step1_prepare_data_latent.sh data={self.root}")
@@ -140,8 +144,10 @@ class VideoClips(VideoSet):
     """Clips of the videos themselves: frames (F, 3, size, size) in [0, 1] and the sentence."""
 
     def __init__(self, root: str | Path, split: str = "val", *, num_frames: int, clip: Mapping[str, Any], image_size: int,
-                 annotation: str = "annotation", max_frames: int | None = None, views: Mapping[int, float] | None = None, aspect: str = "squeeze") -> None:
-        super().__init__(root, split, num_frames=num_frames, clip=clip, annotation=annotation, max_frames=max_frames, views=views)
+                 annotation: str = "annotation", max_frames: int | None = None, views: Mapping[int, float] | None = None, fraction: float = 1.0,
+                 aspect: str = "squeeze") -> None:
+        super().__init__(root, split, num_frames=num_frames, clip=clip, annotation=annotation, max_frames=max_frames, views=views,
+                         fraction=fraction)
         self.image_size, self.aspect = image_size, aspect
 
     def sample(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
@@ -173,21 +179,27 @@ def mixture(root: str | Path, sets: Mapping[str, Mapping[str, Any]], *, split: s
             length: int | None = None) -> Mixture:
     """Table 11 as data. Each set: {weight, clip, and optionally folder, annotation, views, max_frames, human}.
 
-    Clips are latents, or the videos themselves where an `image_size` is given. `human_fraction` scales the weights of the sets
-    marked `human` (Fig. 8); at 0 they need not be on disk. `length` is how many draws count as an epoch.
+    Clips are latents, or the videos themselves where an `image_size` is given. `human_fraction` keeps that share of the videos and of
+    the weight of the sets marked `human` (common.human, Fig. 8). `length` is how many draws count as an epoch; None: as many as there
+    are clips, those of all human video included. At `human_fraction` 0 the human sets need not be on disk where `length` is given.
     """
-    if not 0 <= human_fraction <= 1:
-        raise ValueError(f"human_fraction is a share between 0 and 1, got {human_fraction}")
-    members, weights = {}, {}
+    shares = human.shares(sets, human_fraction)
+    members, weights, whole = {}, {}, 0
     for name, options in sets.items():
-        options = dict(options)
-        weight = options.pop("weight") * (human_fraction if options.pop("human", False) else 1)
+        options, share = dict(options), shares[name]
+        weight = options.pop("weight")
+        options.pop("human", None)
         folder = Path(root) / options.pop("folder", name)
-        if weight > 0:
-            members[name] = (LatentVideos(folder, split, num_frames=num_frames, latent_shape=latent_shape, **options) if image_size is None
-                             else VideoClips(folder, split, num_frames=num_frames, image_size=image_size, **options))
-            weights[name] = weight
-    return Mixture(members, weights, length)
+        if weight == 0 or (share == 0 and length is not None):
+            continue
+        options["fraction"] = share
+        with human.opened(name, share):
+            clips = (LatentVideos(folder, split, num_frames=num_frames, latent_shape=latent_shape, **options) if image_size is None
+                     else VideoClips(folder, split, num_frames=num_frames, image_size=image_size, **options))
+        whole += clips.whole
+        if share > 0:
+            members[name], weights[name] = clips, weight * share
+    return Mixture(members, weights, length or whole)
 
 
 def annotations(folder: Path, split: str) -> list[Path]:

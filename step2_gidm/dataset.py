@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from common import rlds
+from common import human, rlds
 from common.mixture import Mixture
 from step2_gidm.oxe import HUMAN_SECONDS, HUMAN_SHARE, OXE, official_windows
 from step2_gidm.pairs import Transitions
@@ -22,38 +22,44 @@ def mixture(sets: Mapping[str, Mapping[str, Any]], *, split: str = "train", huma
             augment: bool = False, stream: Mapping[str, Any] | None = None, **pairs: Any) -> Mixture | Stream:
     """Sets drawn by weight. Each set: one of {video, rlds, calvin: folder}, and optionally weight, human, and what its class takes.
 
-    Without a weight a set counts by its size. `human_fraction` keeps that part of the clips of sets marked `human` and
-    of their weight, since a share follows a set's size (Fig. 8); at 0 they need not be on disk. Only training augments, and only
-    training reads in a stream: `stream` holds what Stream takes, None reads every pair by random access.
+    Without a weight a set counts by its size. `human_fraction` keeps that share of the videos of sets marked `human` and of their weight
+    (common.human, Fig. 8). `length` is how many draws count as an epoch; None: as many as there are episodes, those of all human video
+    included. At `human_fraction` 0 the human sets need not be on disk where `length` is given. Only training augments, and only training
+    reads in a stream: `stream` holds what Stream takes, None reads every pair by random access.
     """
-    if not 0 <= human_fraction <= 1:
-        raise ValueError(f"human_fraction is a share between 0 and 1, got {human_fraction}")
+    shares = human.shares(sets, human_fraction)
     pairs = {**pairs, "augment": augment and split == "train"}
     members: dict[str, Transitions] = {}
     weights: dict[str, float] = {}
+    whole = 0
     for name, options in sets.items():
-        options = dict(options)
-        weight, share = options.pop("weight", None), human_fraction if options.pop("human", False) else 1.0
-        if share == 0 or weight == 0:
+        options, share = dict(options), shares[name]
+        weight = options.pop("weight", None)
+        options.pop("human", None)
+        if weight == 0 or (share == 0 and length is not None):
             continue
         kinds = KINDS.keys() & options.keys()
         if len(kinds) != 1:
             raise ValueError(f"set {name!r} needs one of {', '.join(f'{kind}=<folder>' for kind in KINDS)}, got {sorted(options)}")
         kind = kinds.pop()
         folder = options.pop(kind)
-        if share < 1:
-            if kind != "video":
-                raise ValueError(f"set {name!r}: human_fraction={human_fraction} keeps a part of video sets, not of {kind}")
+        if kind == "video":
             options["fraction"] = share
-        members[name] = KINDS[kind](folder, split, **pairs | options)
-        size = len(members[name])
-        weights[name] = size if weight is None or not size else weight * share
+        elif 0 < share < 1:
+            raise ValueError(f"set {name!r}: human_fraction={human_fraction} keeps a part of video sets, not of {kind}")
+        with human.opened(name, share):
+            episodes = KINDS[kind](folder, split, **pairs | options)
+        whole += episodes.whole
+        if share == 0:
+            continue
+        size = len(episodes)
+        members[name], weights[name] = episodes, size if weight is None or not size else weight * share
         if not size:
             nothing = f"set {name!r}: {kind}={folder} gives no {split} episodes (one of them at least is held out)"
             if split == "train":
                 raise ValueError(f"{nothing}; leave it out of data.sets")
             log.warning("%s; it is not measured", nothing)
-    mix = Mixture(members, weights, length)
+    mix = Mixture(members, weights, length or whole)
     return Stream(mix, **stream) if stream and split == "train" else mix
 
 

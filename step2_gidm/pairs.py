@@ -55,6 +55,11 @@ class Transitions:
     def __len__(self) -> int:
         raise NotImplementedError
 
+    @property
+    def whole(self) -> int:
+        """How many episodes there are, also those that a `fraction` does not keep."""
+        return len(self)
+
     def open(self, index: int, rng: np.random.Generator | None = None) -> Clip:
         """One episode. Where the camera is drawn, `rng` draws it; without one it is the first. Raises Unreadable where the episode is bad."""
         raise NotImplementedError

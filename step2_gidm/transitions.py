@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from common import calvin_format, rlds
+from common import calvin_format, human, rlds
 from common.mixture import LeftOut, Unreadable
 from common.video import VideoError, probe, read_frames
 from step2_gidm.pairs import Clip, Pair, Transitions
@@ -23,7 +23,7 @@ class VideoTransitions(Transitions):
     """A video-set folder: annotation/{split}/<id>.json beside videos (human video, playtable, VPP's sets).
 
     `view` is the index of a camera, or None to draw one each time. `fps` overrides containers that lie about their rate
-    (VPP's Bridge says 3). `fraction` keeps that share of the clips, the same ones in every run (Fig. 8). `only` names the one split
+    (VPP's Bridge says 3). `fraction` keeps that share of the clips (common.human, Fig. 8). `only` names the one split
     on disk to train on and to hold out from (VPP's samples have val alone).
     """
 
@@ -38,14 +38,17 @@ class VideoTransitions(Transitions):
             others = sorted({path.parent.name for path in self.folder.glob("annotation/*/*.json")})
             hint = f"there is {' and '.join(others)}: only={others[0]} shares it out" if others else "a video set holds annotation/train/<id>.json and videos/"
             raise FileNotFoundError(f"{place}: no json here; {hint}")
-        self.files = files if own else [files[i] for i in _part(len(files), split)]
+        files = files if own else [files[i] for i in _part(len(files), split)]
+        self._whole, self.files = len(files), human.keep(files, fraction)
         self._probed: dict[Path, tuple[int, float]] = {}
-        if fraction < 1:
-            order = np.random.default_rng(0).permutation(len(self.files))
-            self.files = [self.files[i] for i in sorted(order[:round(fraction * len(order))])]
 
     def __len__(self) -> int:
         return len(self.files)
+
+    @property
+    def whole(self) -> int:
+        """See Transitions."""
+        return self._whole
 
     def open(self, index: int, rng: np.random.Generator | None = None) -> Clip:
         """See Transitions. Frames stay in their video: it is small, and seeks are cheap."""

@@ -155,17 +155,26 @@ def test_absent_folders_say_what_to_run(tmp_path):
         LatentVideos(tmp_path, num_frames=4, clip=STRIDE)
 
 
-def test_mixture_draws_by_weight_and_scales_human_video(tmp_path):
+def test_mixture_draws_by_weight_and_keeps_a_part_of_human_video(tmp_path):
     write_set(tmp_path / "robot", 2, latent_shape=SHAPE)
-    write_set(tmp_path / "ego", 2, latent_shape=SHAPE)
+    write_set(tmp_path / "ego", 10, latent_shape=SHAPE)
     sets = {"robot": {"weight": 3, "clip": STRIDE}, "human": {"folder": "ego", "weight": 1, "clip": {"span": "episode"}, "human": True}}
-    shares = {}
-    for fraction in (1.0, 0.5):
-        mix = mixture(tmp_path, sets, num_frames=4, latent_shape=SHAPE, human_fraction=fraction, length=77)
-        assert len(mix) == 77
-        shares[fraction] = np.mean(["ego" in mix.sample(i, rng(i))["id"] for i in range(600)])
-    assert shares[1.0] == pytest.approx(0.25, abs=0.05) and shares[0.5] == pytest.approx(1 / 7, abs=0.05)
-    without = mixture(tmp_path, {**sets, "human": {**sets["human"], "folder": "not there"}}, num_frames=4, latent_shape=SHAPE, human_fraction=0)
+
+    def mix(human_fraction, sets=sets, **options):
+        return mixture(tmp_path, sets, num_frames=4, latent_shape=SHAPE, human_fraction=human_fraction, **options)
+
+    for fraction, share, kept in ((1.0, 1 / 4, 10), (0.5, 1 / 7, 5), (0.2, 1 / 16, 2)):
+        drawn = [mix(fraction, length=77).sample(i, rng(i))["id"] for i in range(600)]
+        assert np.mean(["ego" in id for id in drawn]) == pytest.approx(share, abs=0.05)
+        assert len({id for id in drawn if "ego" in id}) == kept, "the amount, not only the weight"
+        assert len(mix(fraction, length=77)) == 77 and len(mix(fraction)) == len(mix(1.0)), "an epoch is equally long whatever is kept"
+    away = {**sets, "human": {**sets["human"], "folder": "not there"}}
+    without = mix(0, away, length=77)
     assert all("robot" in without.sample(i, rng(i))["id"] for i in range(20))
-    with pytest.raises(ValueError, match="human_fraction"):
+    assert mix(0).names == ["robot"] and len(mix(0)) == len(mix(1.0)) > len(mix(1.0, {"robot": sets["robot"]}))
+    with pytest.raises(FileNotFoundError, match=r"not there.*set 'human'.*give data.length"):
+        mix(0, away)
+    with pytest.raises(ValueError, match=r"human_fraction=0.2, but no set of this mixture is marked human \(robot\)"):
+        mix(0.2, {"robot": sets["robot"]})
+    with pytest.raises(ValueError, match="a share between 0 and 1"):
         mixture(tmp_path, sets, num_frames=4, latent_shape=SHAPE, human_fraction=1.5)

@@ -1,6 +1,7 @@
 """Transitions: gaps by each set's own clock, never clamped; one clear line for each bad input; Table 12's mixture."""
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from dataclasses import replace
@@ -15,6 +16,7 @@ from common import rlds
 from common.calvin_format import CalvinFormatError, read_annotations, read_recordings
 from common.mixture import LeftOut, Unreadable
 from common.video import write_mp4
+from step1_gfdm.dataset import VideoClips
 from step2_gidm import dataset
 from step2_gidm.dataset import mixture, open_x
 from step2_gidm.oxe import HUMAN_SHARE, HUMAN_TRANSITIONS, OXE, official_windows
@@ -216,10 +218,15 @@ def test_a_set_that_has_only_a_val_split_is_shared_out_when_told_to(tmp_path: Pa
     assert len(VideoTransitions(folder, "val", **PAIRS)) == 5, "not told to, it is the val split"
 
 
-def test_fraction_keeps_the_same_clips(tmp_path: Path) -> None:
+def test_fractions_lie_inside_one_another_and_are_the_forward_models(tmp_path: Path) -> None:
     folder = video_set(tmp_path / "toy", 19, length=2)
-    some = VideoTransitions(folder, fraction=0.5, **PAIRS)
-    assert len(some) == 9 and some.files == VideoTransitions(folder, fraction=0.5, **PAIRS).files
+    kept = {share: VideoTransitions(folder, fraction=share, **PAIRS) for share in (0.0, 0.01, 0.2, 0.4, 0.8, 1.0)}
+    assert [len(each) for each in kept.values()] == [0, 1, 4, 7, 14, 18] and {each.whole for each in kept.values()} == {18}
+    for less, more in itertools.pairwise(kept.values()):
+        assert set(less.files) < set(more.files) and less.files == sorted(less.files)
+    (folder / "annotation/val").mkdir()  # keeps the forward model from holding out others than the inverse model does
+    of_19 = VideoClips(folder, "train", num_frames=1, clip={"stride": 1}, image_size=32, fraction=0.4).files
+    assert len(set(of_19) & set(kept[0.4].files)) >= 7
 
 
 def test_bad_clips_are_one_line(tmp_path: Path) -> None:
@@ -263,8 +270,14 @@ def test_mixture_weights_and_human_fraction(tmp_path: Path) -> None:
     assert mixture(sets, **PAIRS).shares.tolist() == [0.75, 0.25]
     half = mixture(sets, human_fraction=0.5, **PAIRS)
     assert half.shares[1] == pytest.approx(0.5 / 3.5) and len(half.sets[1]) == 4 and len(half.sets[0]) == 9
+    none = mixture(sets, human_fraction=0.0, **PAIRS)
+    assert none.names == ["robot"] and len(none) == len(half) == len(mixture(sets, **PAIRS)) == 18, "epochs are equally long"
     shutil.rmtree(human)
-    assert mixture(sets, human_fraction=0.0, **PAIRS).names == ["robot"]
+    assert mixture(sets, human_fraction=0.0, length=5, **PAIRS).names == ["robot"]
+    with pytest.raises(FileNotFoundError, match=r"set 'human'.*give data.length"):
+        mixture(sets, human_fraction=0.0, **PAIRS)
+    with pytest.raises(ValueError, match=r"human_fraction=0.5, but no set of this mixture is marked human \(robot\)"):
+        mixture({"robot": sets["robot"]}, human_fraction=0.5, **PAIRS)
     by_size = mixture({"a": {"video": robot}, "b": {"video": video_set(tmp_path / "b", 4, length=3)}}, **PAIRS)
     assert by_size.shares.tolist() == [0.75, 0.25]
     with pytest.raises(ValueError, match="a share between 0 and 1"):
@@ -350,7 +363,7 @@ def test_frames_of_two_sizes_make_a_pair() -> None:
 def test_open_x_finds_sets_by_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = {}
 
-    class Fake:
+    class Fake(Transitions):
         def __init__(self, folder: Path, split: str, **options: object) -> None:
             made[folder.parent.name] = {"split": split, **options}
 
@@ -368,7 +381,7 @@ def test_open_x_finds_sets_by_table(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert mix.shares == pytest.approx(np.array([16.3, 2.0, 0.4, 3.5]) / 22.2)
     assert made["dobbe"]["fps"] == 3.75 and 3 <= made["dobbe"]["window"] <= 5 and made["dobbe"]["image"] == "observation/wrist_image"
     assert made["fractal20220817_data"]["text"] == "observation/natural_language_instruction"
-    assert open_x(tmp_path, human_root="nowhere", names=["dobbe"], human_fraction=0, image_size=32).names == ["dobbe"]
+    assert open_x(tmp_path, human_root="nowhere", names=["dobbe"], human_fraction=0, length=9, image_size=32).names == ["dobbe"]
     assert OXE["bc_z"].version == OXE["bridge"].version == "0.1.0"
     (tmp_path / "CONVERSION_DIR" / "bc_z" / "1.0.1").mkdir(parents=True)
     (tmp_path / "CONVERSION_DIR" / "bc_z" / "1.0.1" / "dataset_info.json").write_text("{}")
