@@ -137,6 +137,8 @@ class Loop:
         bar = tqdm(total=total, initial=progress.step, desc=self.output_dir.name, disable=not self.accelerator.is_main_process, mininterval=1.0)
         sums, since, clock = {}, 0, time.perf_counter()
         wrapped.train()
+        if hasattr(model, "on_start"):
+            model.on_start(progress.step)
         while progress.step < total:
             for metrics in self._accumulated(wrapped, batches):
                 _add(sums, metrics, 1 / self.accumulate)

@@ -33,8 +33,9 @@ class Standardize(nn.Module):
         if self.training:
             with torch.no_grad():
                 self._measure(rows.unflatten(0, (len(x), -1)))
+        # a copy of the mean: a second pass before the backward of the first would change what autograd has kept
         variance = (self.square - self.mean.square()).clamp(min=0)
-        return F.batch_norm(rows, self.mean, variance, training=False, eps=self.eps).view_as(x).to(x.dtype)
+        return F.batch_norm(rows, self.mean.clone(), variance, training=False, eps=self.eps).view_as(x).to(x.dtype)
 
     def _measure(self, tokens: Tensor) -> None:
         places = torch.arange(0, tokens.shape[1], self.sparing, device=tokens.device)

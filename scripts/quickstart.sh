@@ -1,10 +1,43 @@
 #!/usr/bin/env bash
-# From a fresh clone to outputs/quickstart/report.html, on two CPU cores: record, pretrain twice, couple, roll out, print the table.
+# From a fresh clone to outputs/quickstart/report.html, on two CPU cores: record demonstrations, couple and finetune, roll out, print the tables.
+# The forward and the inverse model are the ones shipped in ckpts/shipped; FROM_SCRATCH=1 pretrains both here instead.
 [ -f "$(dirname "$0")/../.venv/installed" ] || "$(dirname "$0")/setup.sh"
-MACHINE=cpu source "$(dirname "$0")/common.sh"; A=data/playtable/A; Q=outputs/quickstart; D=ckpts/defi/tiny; B=ckpts/defi/blind; mkdir -p $Q; export OMP_NUM_THREADS=1
-run() { echo "== $*"; ${NICE:-} python -m "$@"; }; beside() { for line in "$@"; do run $line || return 1; done >>$Q/beside.log 2>&1 || { tail -n 30 $Q/beside.log; return 1; }; }
-roll() { echo "step3_defi.eval scene=$3 policy=$1 out=$Q/$2 sequences=${N:-100} horizon=360 planner.execute=8 workers=6 ${*:4}"; }
-[ -f $A/recording.json ] || run playtable.record scene=A tasks=eleven episodes=1300 out=$A; [ -d ckpts/hub/tiny/svd ] || run common.standins
-NICE=nice beside "step2_gidm.train scale=tiny" "step2_gidm.eval path=ckpts/gidm/tiny scale=tiny" & run step1_gfdm.encode scale=tiny data=$A/videos_set out=$A/latents_set limit=80 precision=auto; run step1_gfdm.train scale=tiny; wait $!
-NICE=nice beside "step1_gfdm.eval path=ckpts/gfdm/tiny data=$A/videos_set count=16 lpips=null" "step3_defi.train scale=tiny experiment=defi/blind loop.max_steps=800" "$(N=50 roll $B blind A tasks=eleven)" "$(N=50 roll $B lifts_blind A tasks=lifts length=1)" "$(N=50 roll expert expert A tasks=eleven)" "$(N=50 roll random random A tasks=eleven)" & run step3_defi.train scale=tiny; wait $!
-NICE=nice beside "$(roll $D lifts A tasks=lifts length=1)" "$(N=30 roll $D unseen D tasks=eleven)" & run $(roll $D defi A tasks=eleven); wait $!; run step3_defi.report run=$Q
+MACHINE=cpu source "$(dirname "$0")/common.sh"
+export OMP_NUM_THREADS=1
+recording=data/playtable/A
+out=outputs/quickstart
+policy=ckpts/defi/tiny
+blind=ckpts/defi/blind
+mkdir -p "$out"
+
+run() { echo "== python -m $*"; ${NICE:-} python -m "$@"; }
+# Programs that run beside the one in front, at lower priority; what they print is kept in beside.log and shown where one fails.
+beside() { for line in "$@"; do NICE=nice run $line || return 1; done >> "$out/beside.log" 2>&1 || { tail -n 30 "$out/beside.log"; return 1; }; }
+rollout() { echo "step3_defi.eval scene=$3 policy=$1 out=$out/$2 sequences=${sequences:-100} horizon=360 planner.execute=8 workers=6 ${*:4}"; }
+
+[ -d ckpts/hub/tiny/svd ] || run common.standins
+[ -f "$recording/recording.json" ] || run playtable.record scene=A tasks=eleven episodes=1300 out="$recording"
+
+if [ "${FROM_SCRATCH:-0}" = 1 ]; then
+    beside "step2_gidm.train scale=tiny data.sets.playtable.video=$recording/videos_set" &
+    run step1_gfdm.encode scale=tiny data="$recording/videos_set" out="$recording/latents_set" limit=160 precision=auto
+    run step1_gfdm.train scale=tiny data.root="$recording"
+    wait $!
+else
+    for kind in gfdm gidm; do
+        [ -f "ckpts/$kind/tiny/meta.json" ] || { mkdir -p "ckpts/$kind" && cp -r "ckpts/shipped/$kind" "ckpts/$kind/tiny"; }
+    done
+fi
+
+beside "step2_gidm.eval path=ckpts/gidm/tiny scale=tiny data.sets.playtable.video=$recording/videos_set" \
+       "step1_gfdm.eval path=ckpts/gfdm/tiny data=$recording/videos_set count=16 lpips=null" \
+       "step3_defi.train scale=tiny experiment=defi/blind loop.max_steps=800" \
+       "$(sequences=50 rollout $blind blind A tasks=eleven)" "$(sequences=50 rollout $blind lifts_blind A tasks=lifts length=1)" \
+       "$(sequences=50 rollout expert expert A tasks=eleven)" "$(sequences=50 rollout random random A tasks=eleven)" &
+run step3_defi.train scale=tiny
+wait $!
+
+beside "step3_defi.links path=$policy scale=tiny" "$(rollout $policy lifts A tasks=lifts length=1)" "$(sequences=30 rollout $policy unseen D tasks=eleven)" &
+run $(rollout $policy defi A tasks=eleven)
+wait $!
+run step3_defi.report run="$out"

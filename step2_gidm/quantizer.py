@@ -106,22 +106,23 @@ class VectorQuantizer(Restarting):
     loss = ||sg(z) - c||^2 + beta ||z - sg(c)||^2, means over elements, weights of UniVLA and the release. Frozen codes leave
     beta ||z - sg(c)||^2.
 
-    With `normalize`, z is brought to mean 0 and deviation 1 in each of its numbers, by running statistics, before it is compared
-    with the codes. Codes sit at the means of what they stand for, so without it a smaller z makes a smaller loss: in finetuning, where no
+    With `normalize`, the number K of latent-action tokens, every number of every token is brought to mean 0 and deviation 1 by
+    running statistics before z is compared with the codes; otherwise the K tokens differ by more than actions make them differ.
+    Codes sit at the means of what they stand for, so without it a smaller z makes a smaller loss: in finetuning, where no
     reconstruction holds against it, latent actions shrank until they said nothing.
     """
 
     def __init__(self, codes: int, dim: int, *, beta: float = 0.25, restart_every: int = 20,
-                 restart_until: int | None = None, normalize: bool = False) -> None:
+                 restart_until: int | None = None, normalize: int = 0) -> None:
         super().__init__(codes, dim, restart_every, restart_until)
         self.beta = beta
-        self.norm = Standardize(dim, sparing=1) if normalize else nn.Identity()
+        self.norm = Standardize(normalize * dim, sparing=1) if normalize else nn.Identity()
         self.codebook = nn.Parameter(torch.empty(codes, dim).uniform_(-1 / codes, 1 / codes))
 
     def forward(self, z: Tensor) -> Bottleneck:
         """(B, K, dim) -> the nearest codes, with gradients copied to z."""
         with torch.autocast(z.device.type, enabled=False):
-            z = self.norm(z.float())
+            z = self.norm(z.float().flatten(1)).view(z.shape)
             codes = torch.cdist(z.detach().flatten(0, 1), self.codebook.detach().float()).argmin(1).view(z.shape[:2])
             chosen = self.codebook[codes].float()
             codebook, commitment = F.mse_loss(chosen, z.detach()), F.mse_loss(z, chosen.detach())

@@ -73,8 +73,7 @@ class DeFI(nn.Module):
         self.fuse_grid, self.noise_draws = fuse_grid, noise_draws
         self.codebook, self.restart_codes, self.bottleneck_weight = codebook, restart_codes, bottleneck_weight
         self.alignment_weight, self.alignment_steps = alignment_weight, alignment_steps
-        if alignment_steps:
-            self.register_buffer("steps", torch.zeros((), dtype=torch.long))  # saved: a resumed run knows whether alignment is over
+        self.step = 0  # optimizer steps behind; the loop tells it
         self.blind, self.imagine_seed, self.edm, self.goal = blind, imagine_seed, edm, goal
         self.adopt(gidm)
         self.gfdm, self.gidm = gfdm, gidm
@@ -149,7 +148,7 @@ class DeFI(nn.Module):
         """
         frozen = batch.get("frozen") or self.look(batch["views"], batch["text"], batch.get("futures"))
         goal, streams, extra = self.infer_streams(frozen, batch["text"])
-        if self.training and self.alignment_steps and self.steps < self.alignment_steps:
+        if self.training and self.alignment_steps and self.step < self.alignment_steps:
             # the other parts get a gradient of zero, since DDP waits for every parameter
             idle = sum(p.sum() for p in self.parameters() if p.requires_grad)
             loss = self.alignment_weight * extra["alignment_loss"] + 0.0 * idle
@@ -188,10 +187,13 @@ class DeFI(nn.Module):
         changed |= {f"{how}_gfdm": self.infer_streams({**frozen, "features": change(frozen["features"])}, text)[1] for how, change in reliance.CHANGES.items()}
         return {name: reliance.shares(errors(parts), own) for name, parts in changed.items()}
 
+    def on_start(self, step: int) -> None:
+        """Before the first step of a run, or of its rest: alignment that was over stays over."""
+        self.step = step
+
     def on_step(self, step: int, accelerator: Any = None) -> dict[str, float]:
         """After an optimizer step: codes restart where that is asked for, and alignment ends after its steps."""
-        if self.alignment_steps:
-            self.steps.fill_(step)
+        self.step = step
         return self.gidm.on_step(step, accelerator) if self.restart_codes and "gidm" in self.trainable else {}
 
     @torch.no_grad()

@@ -12,7 +12,7 @@ MOTION, GRIPPER = slice(0, 6), slice(6, 7)  # of CALVIN's seven action dimension
 
 def dealt(stream: Tensor) -> Tensor:
     """Every sample gets its neighbour's: (B, ...) -> (B, ...)."""
-    return stream.roll(1, dims=0)
+    return stream[torch.arange(len(stream), device=stream.device).roll(1)]  # rolling itself fails on fp16 under a CPU's autocast to bf16
 
 
 def averaged(stream: Tensor) -> Tensor:

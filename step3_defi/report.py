@@ -26,8 +26,8 @@ from step3_defi import film, journal, stats
 
 LOG = logging.getLogger(__name__)
 MISSING = (FileNotFoundError, KeyError, ValueError)  # what reading an absent or unfinished piece raises
-CURVES = {name: name for name in ("loss", "mse", "action_loss", "bottleneck_loss", "alignment_loss", "video_loss", "reconstruction_loss", "latent_gap",
-                                  "perplexity", "usage")}  # where a run logs them
+CURVES = {name: name for name in ("loss", "mse", "action_loss", "bottleneck_loss", "alignment_loss", "video_loss", "reconstruction_loss",
+                                  "swap_latent", "mean_gfdm", "perplexity", "usage")}  # where a run logs them
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #1c2430; background: #fff; }
 h1 { font-size: 1.7rem; } h2 { font-size: 1.25rem; margin-top: 2.5rem; border-bottom: 1px solid #d5dae1; } h3 { font-size: 1rem; margin-bottom: .3rem; }
@@ -158,6 +158,11 @@ def evaluation(folder: Path, pictures: str, count: int) -> str:
     return or_missing(lambda: markdown_html(_text(folder / "table.md")), "The table") + (drawn or missing("A picture", nothing))
 
 
+def links(folder: Path) -> str:
+    """Table and bars of step3_defi.links."""
+    return markdown_html(_text(folder / "table.md")) + picture(inline(folder / "links.png", "image/png"), "rise of the held-out action loss")
+
+
 def build(cfg: Mapping[str, Any]) -> str:
     """The page of configs/step3_report.yaml's keys."""
     sections = []
@@ -168,6 +173,7 @@ def build(cfg: Mapping[str, Any]) -> str:
         sections.append((title, table + "<h3>Films</h3>\n" + or_missing(lambda first=first: films(first, cfg["films"]), "A film")))
     sections += [
         ("What the forward model imagines", or_missing(lambda: evaluation(Path(cfg["forecast"]), "strips", cfg["pictures"]), "The forecast")),
+        ("What the policy reads", or_missing(lambda: links(Path(cfg["links"])), "What each stream is worth")),
         ("What the latent actions carry", or_missing(lambda: evaluation(Path(cfg["codes"]), "attention", cfg["pictures"]), "The code usage")),
         ("Training", "".join(f"<h3>{html.escape(name)}</h3>\n" + or_missing(lambda name=name, folder=folder: curves(name, Path(folder)), name)
                              for name, folder in cfg["training"].items())),

@@ -25,7 +25,8 @@ from step3_defi.model import DeFI
 
 log = logging.getLogger(__name__)
 # What a finetuning may change of a policy that it starts from: how it learns, and where the sentence encoder lies
-FREE = re.compile(r"trainable|noise_draws|alignment_weight|frozen_precision|edm\.log_\w+|goal\.path|adapter\.(\w+_)?dropout")
+FREE = re.compile(r"trainable|noise_draws|alignment_\w+|bottleneck_weight|codebook|restart_codes|frozen_precision|edm\.log_\w+|goal\.path|"
+                  r"adapter\.(\w+_)?dropout")
 
 
 @program("step3_defi")

@@ -33,14 +33,17 @@ CHANGES = {  # row -> the only subtrees it may touch, besides its name
     "gidm/t8_binning": {"gidm.quantizer"},
     "gidm/t8_continuous": {"gidm.quantizer"},
     "defi/blind": {"policy.blind"},
-    "defi/alignment": {"policy.alignment_weight", "data.future_frames"},
+    "defi/no_alignment": {"policy.alignment_weight", "policy.alignment_steps", "data.with_futures"},
+    "defi/a3_latent_only": {"policy.streams"},
+    "defi/now": {"policy.streams"},
     "defi/joint": {"policy._target_", "policy.gfdm", "policy.gidm", "policy.trainable", "policy.video_weight", "policy.reconstruction_weight",
-                   "data.future_frames", *SHARED_OUT},
-    "defi/official": {"policy", "loop", "data.min_window"},
-    "defi/vpp": {"policy", "loop", "data.min_window"},
+                   "policy.codebook", "policy.restart_codes", "policy.bottleneck_weight", "policy.alignment_weight", "policy.alignment_steps",
+                   "data.future_frames", "data.with_futures", *SHARED_OUT},
+    "defi/official": {"policy", "loop", "data.min_window", "data.future_frames", "data.with_futures"},
+    "defi/vpp": {"policy", "loop", "data.min_window", "data.future_frames", "data.with_futures"},
     "defi/t1_third_view": {"policy.views", "data.views"},
     "defi/t4_gfdm_no_pretrain": {"policy.gfdm"},
-    "defi/t4_gidm_no_pretrain": {"policy.gidm"},
+    "defi/t4_gidm_no_pretrain": {"policy.gidm", "policy.codebook", "policy.restart_codes"},
     "defi/t5_all_no_human": {"policy.gfdm.path", "policy.gidm.path"},
     "defi/t5_gfdm_no_human": {"policy.gfdm.path"},
     "defi/t5_gidm_no_human": {"policy.gidm.path"},
@@ -127,7 +130,8 @@ def test_a_forward_model_learns_in_batches_as_small_as_step_1s(row):
 def test_published_policies_compose_at_every_scale(choice, scale):
     cfg = resolved("step3_defi", choice, f"scale={scale}")
     policy = cfg["policy"]
-    assert policy["adapter"]["_target_"] == "step3_defi.vpp_adapter.VPPAdapter" and "summary" not in policy["adapter"] and not policy["fuse_grid"]
+    assert policy["adapter"]["_target_"] == "step3_defi.vpp_adapter.VPPAdapter" and not policy["alignment_weight"]
+    assert policy["streams"] == (["video"] if "vpp" in choice else ["video", "latent"]) and policy["codebook"] == ("frozen" if "vpp" in choice else "learned")
     assert policy["edm"]["sample_sigma_min"] == 1.0 and policy["pair_views"] == ["static"] and not policy["standardize"]
     assert policy["gfdm"]["overrides"] == {"fps": 4} and policy["gidm"].get("overrides", {"clean_text": False}) == {"clean_text": False}
     assert cfg["loop"]["optimizer"].get("betas") == ([0.9, 0.9] if choice.startswith("experiment") else None)
@@ -136,10 +140,10 @@ def test_published_policies_compose_at_every_scale(choice, scale):
         assert get_object(target)
 
 
-@pytest.mark.parametrize("scale, seconds", [("tiny", [1.0]), ("small", [1.0]), ("full", [1 / 3, 2 / 3, 1.0])])
+@pytest.mark.parametrize("scale, seconds", [("tiny", [1 / 3, 1.0]), ("small", [1 / 3, 1.0]), ("full", [1 / 3, 2 / 3, 1.0])])
 def test_true_frames_lie_where_the_imagined_ones_do(scale, seconds):
     """Frame 15 of 16 at stride 2, or frame 3 of 4 at stride 10, is a second ahead at 30 Hz."""
-    data = resolved("step3_defi", "experiment=defi/alignment", f"scale={scale}")["data"]
+    data = resolved("step3_defi", f"scale={scale}")["data"]
     assert [frame * data["future_stride"] / 30 for frame in data["future_frames"]] == pytest.approx(seconds)
     joint = resolved("step3_defi", "experiment=defi/joint", f"scale={scale}")
     assert joint["policy"]["_target_"] == "step3_defi.joint.JointDeFI" and "path" not in joint["policy"]["gfdm"] | joint["policy"]["gidm"]

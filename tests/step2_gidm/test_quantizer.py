@@ -218,3 +218,38 @@ def test_quantizer_computes_in_fp32_under_autocast() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = quantizer(torch.randn(2, 3, 4).bfloat16())
     assert out.loss.dtype == out.quantized.dtype == torch.float32
+
+
+@pytest.mark.parametrize("make", [VectorQuantizer, GaussianMixture])
+def test_frozen_codes_neither_learn_nor_restart_and_still_draw_latents(make: type) -> None:
+    quantizer = make(8, 4, restart_every=1).train()
+    quantizer.freeze_codes()
+    before = {name: parameter.clone() for name, parameter in quantizer.named_parameters()}
+    z = torch.randn(16, 2, 4, requires_grad=True)
+    out = quantizer(z)
+    out.loss.backward()
+    assert z.grad.any() and not any(parameter.requires_grad for parameter in quantizer.parameters())
+    assert quantizer.on_step(1) == {}
+    assert all(torch.equal(parameter, before[name]) for name, parameter in quantizer.named_parameters())
+
+
+def test_a_smaller_z_makes_no_smaller_loss_where_z_is_normalised() -> None:
+    """What shrank latent actions in finetuning: without it the loss of a z ten times smaller around the same codes' mean falls."""
+    torch.manual_seed(0)
+    z, quantizer = torch.randn(64, 2, 4), VectorQuantizer(8, 4, normalize=2)
+    quantizer.train()(z)
+    quantizer.codebook.data = torch.randn(8, 4)
+    small = VectorQuantizer(8, 4, normalize=2)
+    small.train()(0.1 * z)
+    small.codebook.data = quantizer.codebook.data.clone()
+    torch.testing.assert_close(small.eval()(0.1 * z).loss, quantizer.eval()(z).loss, rtol=1e-3, atol=1e-4)
+    assert torch.equal(small(0.1 * z).codes, quantizer(z).codes)
+
+
+def test_queries_are_normalised_each_by_itself() -> None:
+    """An offset that all samples of a query share says nothing of the action, and must not decide which code is nearest."""
+    torch.manual_seed(0)
+    z, offset = torch.randn(64, 2, 4), torch.tensor([50.0, -50.0]).view(1, 2, 1)
+    plain, shifted = (VectorQuantizer(8, 4, normalize=2) for _ in range(2))
+    shifted.load_state_dict(plain.state_dict())
+    torch.testing.assert_close(plain.train()(z).quantized, shifted.train()(z + offset).quantized, rtol=1e-3, atol=1e-3)

@@ -16,7 +16,7 @@ from tests.step3_defi.parts import configure
 class OwnNoise(EDM):
     """Every sample's noise is its own, so that it is the same in whichever process it lands."""
 
-    def loss(self, network, actions, *, generator=None):
+    def errors(self, network, actions, *, generator=None):
         seeds = [zlib.crc32(row.numpy().tobytes()) for row in actions]
         with torch.random.fork_rng():
             drawn = []
@@ -26,7 +26,7 @@ class OwnNoise(EDM):
         sigma, noise = (torch.cat(parts) for parts in zip(*drawn))
         c_skip, c_out, c_in = self.scalings(sigma)
         noisy = actions + sigma.view(-1, 1, 1) * noise
-        return (network(c_in * noisy, sigma).float() - (actions - c_skip * noisy) / c_out).square().mean()
+        return (network(c_in * noisy, sigma).float() - (actions - c_skip * noisy) / c_out).square()
 
 
 if __name__ == "__main__":
@@ -36,4 +36,4 @@ if __name__ == "__main__":
         "step3_defi", f"paths.ckpts={tree}/ckpts", f"paths.data={tree}/data", f"name={name}", f"data.root={tree}/data/demonstrations", "data.holdout=0.25",
         "data.frame_stride=4", "loop.max_steps=5", f"loop.batch_size={size // processes}", "loop.eval_every=5", "loop.log_every=1", "loop.warmup_steps=1",
         "loop.precision=no", "loop.ema_decay=null", "policy.edm._target_=tests.step3_defi.one_or_two.OwnNoise", "wandb.mode=disabled",
-        *sys.argv[4:]))
+        "policy.alignment_steps=0", *sys.argv[4:]))

@@ -120,4 +120,4 @@ def test_trains_saves_whole_and_acts_as_a_defi(tree: Path, tmp_path: Path, batch
     assert torch.equal(sampled[0], sampled[1]) and torch.equal(sampled[0], sampled[2])
     rows = (folder / "metrics.jsonl").read_text()
     assert all(f'"{split}/{name}_loss"' in rows for split in ("train", "val") for name in ("action", "video", "reconstruction"))
-    assert '"val/latent_gap"' in rows and '"val/reconstruction_gap"' in rows
+    assert '"val/swap_latent"' in rows and '"val/reconstruction_gap"' in rows

@@ -86,7 +86,7 @@ def test_frozen_parts_stay_in_eval_mode() -> None:
 def test_latent_actions_survive_a_thousand_steps_of_finetuning(hub: Path) -> None:
     """The landed code lost them: the VQ loss shrank them within 50 steps, and restarts overwrote unused codes at step 20."""
     gidm = GIDM(vision=dinov2(hub / "dinov2", 32), text=t5_text(hub / "t5"), dim=16, heads=2, encoder_layers=1, decoder_layers=1,
-                quantizer=VectorQuantizer(16, 8, restart_every=20, normalize=True))
+                quantizer=VectorQuantizer(16, 8, restart_every=20, normalize=4))
     optimizer = torch.optim.AdamW([p for p in gidm.parameters() if p.requires_grad], lr=3e-3)
     generator = torch.Generator().manual_seed(0)
     for step in range(60):
@@ -157,6 +157,7 @@ def test_alignment_comes_first_and_then_the_action_loss_beside_it() -> None:
     assert {"action_loss", "alignment_loss", "copy_loss"} <= model(batch).keys()
     resumed = build(alignment_weight=1.0, alignment_steps=2)
     resumed.load_state_dict(model.state_dict())
+    resumed.on_start(2)
     assert "action_loss" in resumed(batch)
     with pytest.raises(ValueError, match="alignment_steps=2"):
         build(alignment_steps=2)

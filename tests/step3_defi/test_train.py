@@ -26,7 +26,8 @@ from tests.step3_defi.parts import PARENT_CONFIGS, configure
 def run(tree: Path, name: str, *overrides: str) -> Path:
     cfg = configure("step3_defi", f"paths.ckpts={tree}/ckpts", f"paths.data={tree}/data", f"name={name}",
                     f"data.root={tree}/data/demonstrations", "data.holdout=0.25", "data.frame_stride=8",
-                    "loop.max_steps=3", "loop.batch_size=2", "loop.eval_every=3", "loop.log_every=1", "loop.warmup_steps=1", *overrides)
+                    "loop.max_steps=3", "loop.batch_size=2", "loop.eval_every=3", "loop.log_every=1", "loop.warmup_steps=1",
+                    "policy.alignment_steps=0", *overrides)
     train.main.__wrapped__(cfg)
     return tree / "ckpts/defi" / name
 
@@ -152,9 +153,9 @@ def test_training_goes_on_from_a_start(tree: Path) -> None:
 
 def test_a_start_of_another_policy_is_named(tree: Path) -> None:
     start = run(tree, "start")
-    message = r"init=.*start is another policy .*: policy.fuse_grid is 8 there, 0 here; policy.views is .* there, \['static'\] here; set"
+    message = r"init=.*start is another policy .*: policy.fuse_grid is 4 there, 2 here; policy.views is .* there, \['static'\] here; set"
     with pytest.raises(SystemExit, match=message):
-        run(tree, "other", f"init={start}", "policy/views=static", "policy.fuse_grid=0", "policy.alignment_weight=0.5")
+        run(tree, "other", f"init={start}", "policy/views=static", "policy.fuse_grid=2", "policy.alignment_weight=0.5")
     with pytest.raises(SystemExit, match="neither a folder nor a hub id"):
         run(tree, "other", "init=no/such/place")
     learned = run(tree, "learned", "policy/trainable=gfdm_adapter", "loop.max_steps=1")
@@ -168,7 +169,9 @@ def test_cache_changes_nothing_but_speed(tree: Path) -> None:
     """The whole program with and without it, up to the fp16 of the cache."""
     weights = [load_file(run(tree, f"cache_{cache}", f"cache={cache}") / "weights.safetensors") for cache in ("true", "false")]
     for key, value in weights[0].items():
-        assert torch.allclose(value.float(), weights[1][key].float(), atol=5e-3), key
+        # running statistics are as large as what they measure, so they are compared by share
+        share = 1e-2 if key.endswith(("norm.mean", "norm.square")) else 1e-5
+        assert torch.allclose(value.float(), weights[1][key].float(), atol=5e-3, rtol=share), key
 
 
 def test_the_others_wait_for_the_cache_however_long_it_takes(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,11 +181,12 @@ def test_the_others_wait_for_the_cache_however_long_it_takes(tree: Path, monkeyp
     assert len(asked) == 1 and asked[0] > timedelta(days=1)
 
 
-@pytest.mark.parametrize("row", ["alignment", "blind", "t1_third_view", "t4_gidm_no_pretrain", "t4_gfdm_no_pretrain", "t6_five_steps", "t9_all"])
+@pytest.mark.parametrize("row", ["no_alignment", "a3_latent_only", "now", "blind", "t1_third_view", "t4_gidm_no_pretrain", "t4_gfdm_no_pretrain",
+                                 "t6_five_steps", "t9_all"])
 def test_rows_train_and_load(tree: Path, row: str) -> None:
     model = policy.load(run(tree, row, f"experiment=defi/{row}")).model
     assert isinstance(model, DeFI)
-    assert model.alignment_weight == (row == "alignment")
+    assert (model.alignment_weight == 0) == (row == "no_alignment")
     assert model.blind == (row == "blind") and model.views == (("static",) if row == "t1_third_view" else ("static", "gripper"))
     gfdm = model.gfdm if row == "t9_all" else model.gfdm.module
     assert (gfdm.denoise_steps, gfdm.schedule_steps) == ((5, 5) if row == "t6_five_steps" else (1, 20))
@@ -217,11 +221,14 @@ def test_every_trained_parameter_gets_a_gradient(tree: Path) -> None:
         cfg = configure("step3_defi", f"paths.ckpts={tree}/ckpts", f"policy/trainable={trainable}")
         model = instantiate(OmegaConf.to_container(cfg.policy, resolve=True)).train()
         pictures = {view: torch.rand(2, 3, 64, 64) * 2 - 1 for view in model.views}
-        model({"id": ["a", "b"], "views": pictures, "text": ["open the drawer", "go"], "actions": torch.rand(2, 10, 7)})["loss"].backward()
+        futures = {view: torch.rand(2, len(model.pair_frames), 3, 64, 64) * 2 - 1 for view in model.views}
+        model.on_start(model.alignment_steps)
+        model({"id": ["a", "b"], "views": pictures, "futures": futures, "text": ["open the drawer", "go"],
+               "actions": torch.rand(2, 10, 7)})["loss"].backward()
         assert not [name for name, parameter in model.named_parameters() if parameter.requires_grad and parameter.grad is None]
 
 
 def test_weights_that_do_not_fit_are_refused(tree: Path) -> None:
     folder = run(tree, "misfit")
     with pytest.raises(artifact.ArtifactError, match="does not fit"):
-        policy.load(folder, overrides={"pair_frames": [1, 3]})
+        policy.load(folder, overrides={"pair_frames": [1]})
