@@ -5,6 +5,7 @@
 MACHINE=cpu source "$(dirname "$0")/common.sh"
 export OMP_NUM_THREADS=1
 recording=data/playtable/A
+robot_alone="paths.robot=$recording data.human_fraction=0"  # the one recording at hand, without the hand that pretrain_playtable.sh films
 out=outputs/quickstart
 policy=ckpts/defi/tiny
 blind=ckpts/defi/blind
@@ -19,9 +20,9 @@ rollout() { echo "step3_defi.eval scene=$3 policy=$1 out=$out/$2 sequences=${seq
 [ -f "$recording/recording.json" ] || run playtable.record scene=A tasks=eleven episodes=1300 out="$recording"
 
 if [ "${FROM_SCRATCH:-0}" = 1 ]; then
-    beside "step2_gidm.train scale=tiny data.sets.playtable.video=$recording/videos_set" &
+    beside "step2_gidm.train scale=tiny $robot_alone" &
     run step1_gfdm.encode scale=tiny data="$recording/videos_set" out="$recording/latents_set" limit=160 precision=auto
-    run step1_gfdm.train scale=tiny data.root="$recording"
+    run step1_gfdm.train scale=tiny $robot_alone
     wait $!
 else
     for kind in gfdm gidm; do
@@ -29,7 +30,7 @@ else
     done
 fi
 
-beside "step2_gidm.eval path=ckpts/gidm/tiny scale=tiny data.sets.playtable.video=$recording/videos_set" \
+beside "step2_gidm.eval path=ckpts/gidm/tiny scale=tiny $robot_alone" \
        "step1_gfdm.eval path=ckpts/gfdm/tiny data=$recording/videos_set count=16 lpips=null" \
        "step3_defi.train scale=tiny experiment=defi/blind loop.max_steps=800" \
        "$(sequences=50 rollout $blind blind A tasks=eleven)" "$(sequences=50 rollout $blind lifts_blind A tasks=lifts length=1)" \
