@@ -1,6 +1,7 @@
 """Step 1's training against the loop that the releases have, and how fast clips are read.
 
-    python -m benchmarks.train_gfdm [scale=tiny|small|full] [paths.robot=data/playtable/A data.human_fraction=0] [rounds=3] [steps=20] [batch_size=8] [workers=2] ...
+    python -m benchmarks.train_gfdm [scale=tiny|small|full] [rounds=3] [steps=20] [batch_size=8] [workers=2] ...
+    python -m benchmarks.train_gfdm paths.robot=data/playtable/A data.human_fraction=0      on one recording
 
 Ours: common.loop.Loop as configured at that scale. Plain: the same UNet, text encoder, objective and clips in a hand-written loop with gradient
 checkpointing always on, fp16 autocast (fp32 on a CPU, where fp16 is slower) and no workers. Each round runs both, each in a process of
