@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From a fresh clone to outputs/quickstart/report.html, on two CPU cores: record demonstrations, couple and finetune, roll out, print the tables.
-# The forward and the inverse model are the ones shipped in ckpts/shipped; FROM_SCRATCH=1 pretrains both here instead.
+# The forward and the inverse model are the ones in ckpts/shipped (scripts/pretrain_playtable.sh), where they are; FROM_SCRATCH=1 pretrains both here.
 [ -f "$(dirname "$0")/../.venv/installed" ] || "$(dirname "$0")/setup.sh"
 MACHINE=cpu source "$(dirname "$0")/common.sh"
 export OMP_NUM_THREADS=1
@@ -19,7 +19,7 @@ rollout() { echo "step3_defi.eval scene=$3 policy=$1 out=$out/$2 sequences=${seq
 [ -d ckpts/hub/tiny/svd ] || run common.standins
 [ -f "$recording/recording.json" ] || run playtable.record scene=A tasks=eleven episodes=1300 out="$recording"
 
-if [ "${FROM_SCRATCH:-0}" = 1 ]; then
+if [ "${FROM_SCRATCH:-0}" = 1 ] || [ ! -d ckpts/shipped/gfdm ]; then
     beside "step2_gidm.train scale=tiny $robot_alone" &
     run step1_gfdm.encode scale=tiny data="$recording/videos_set" out="$recording/latents_set" limit=160 precision=auto
     run step1_gfdm.train scale=tiny $robot_alone

@@ -84,23 +84,27 @@ def test_frozen_parts_stay_in_eval_mode() -> None:
 
 
 def test_latent_actions_survive_a_thousand_steps_of_finetuning(hub: Path) -> None:
-    """The landed code lost them: the VQ loss shrank them within 50 steps, and restarts overwrote unused codes at step 20."""
+    """The landed code lost them: the VQ loss shrank them within 50 steps, and restarts overwrote unused codes at step 20.
+
+    The projector's alignment is part of the mend: without it latents become constant here even with frozen codes and no bottleneck loss.
+    """
     gidm = GIDM(vision=dinov2(hub / "dinov2", 32), text=t5_text(hub / "t5"), dim=16, heads=2, encoder_layers=1, decoder_layers=1,
                 quantizer=VectorQuantizer(16, 8, restart_every=20, normalize=4))
     optimizer = torch.optim.AdamW([p for p in gidm.parameters() if p.requires_grad], lr=3e-3)
     generator = torch.Generator().manual_seed(0)
-    for step in range(60):
-        frames = torch.rand(16, 2, 3, 32, 32, generator=generator)
+    for step in range(150):  # what changes between two moments is how bright they are
+        frames = torch.rand(16, 2, 1, 1, 1, generator=generator).expand(-1, -1, 3, 32, 32)
         optimizer.zero_grad()
         gidm({"id": [""] * 16, "frames": frames, "text": ["go"] * 16})["loss"].backward()
         optimizer.step()
         gidm.on_step(step + 1)
     codes = gidm.quantizer.codebook.detach().clone()
-    model = build(gidm=gidm, streams=("latent",), pair_frames=(3,), trainable=ROWS["gidm_adapter"])
+    model = build(gidm=gidm, alignment_weight=1.0, streams=("latent",), pair_frames=(3,), trainable=ROWS["gidm_adapter"])
     batches = []
     for _ in range(8):  # actions that have nothing to do with the pictures: nothing but the inverse model's own loss pulls at latents
-        views = {name: torch.rand(16, 3, 32, 32, generator=generator) * 2 - 1 for name in ("static", "gripper")}
-        batches.append({"frozen": model.eval().look(views, ["go"] * 16), "text": ["go"] * 16, "id": [""] * 16,
+        views = {name: torch.rand(16, 1, 1, 1, generator=generator).expand(-1, 3, 32, 32) * 2 - 1 for name in ("static", "gripper")}
+        futures = {name: view[:, None] for name, view in views.items()}
+        batches.append({"frozen": model.eval().look(views, ["go"] * 16, futures), "text": ["go"] * 16, "id": [""] * 16,
                         "actions": torch.rand(16, 10, 7, generator=generator)})
 
     def measured() -> tuple[float, int]:

@@ -48,6 +48,10 @@ def cfg(tmp_path: Path) -> dict[str, Any]:
         folder.mkdir(parents=True)
         Image.new("RGB", (8, 8), "red").save(folder / "000.png")
         (folder.parent / "table.md").write_text(f"A <b>table</b> of {key}.\n\n| method | value |\n|---|---|\n| 1 step | **9.5** |\n")
+    bars = Path(settings["links"])
+    bars.mkdir(parents=True)
+    (bars / "table.md").write_text("| stream | cost |\n|---|---|\n| latent | **7.25** % |\n")
+    Image.new("RGB", (8, 8), "blue").save(bars / "links.png")
     for rows in settings["rollouts"].values():
         for number, folder in enumerate(rows.values()):
             rollouts(Path(folder), [5 - number, 4 - number, 3 - number] * 4)
@@ -86,13 +90,13 @@ def parse(page: str) -> Tags:
 def test_page_is_whole_and_self_contained(cfg: dict[str, Any]) -> None:
     page = report.build(cfg)
     tags = parse(page)
-    assert tags.count["video"] == 2 and tags.count["img"] == 2 + len(cfg["training"])
+    assert tags.count["video"] == 2 and tags.count["img"] == 3 + len(cfg["training"])
     assert not re.findall(r'(?:src|href)="(?!data:)', page)
     for data in re.findall(r'src="data:[^;]+;base64,([^"]+)"', page):
         assert base64.b64decode(data, validate=True)
     assert "DeFI, paper, CALVIN ABC→D (another world than playtable-D)" in page
     assert "DeFI − blind: +1.00 tasks [+1.00, +1.00], paired over 12 sequences, p = 0.0" in page
-    assert "<b>4.00</b> [" in page and "sequence 1: 4 of 5 tasks" in page and "<b>9.5</b>" in page
+    assert "<b>4.00</b> [" in page and "sequence 1: 4 of 5 tasks" in page and "<b>9.5</b>" in page and "<b>7.25</b>" in page
     assert "A &lt;b&gt;table&lt;/b&gt; of codes" in page
     assert page.count('class="missing"') == 2  # films of the other two tables
 
