@@ -50,9 +50,9 @@ def test_weights_that_were_fitted_again_are_not_read_from_the_cache(tree: Path, 
     """The path is the same, and so is the config; the forward model of the last is an artifact that did not change, its text encoder did."""
     place, looks = shutil.copytree(hub / part, tmp_path / part), tmp_path / "looks"
     options = [f"cache_dir={looks}", "cache=true", "loop.max_steps=1", *(words.format(place) for words in choice)]
-    run(tree, "looks_at", *options)
-    run(tree, "looks_at_the_same", *options)
+    run(tree, f"{part}_looks_at", *options)
+    run(tree, f"{part}_looks_at_the_same", *options)
     assert len(list(looks.iterdir())) == 2, "training and validation, once"
     refit(place / weights)
-    run(tree, "looks_at_other_weights", *options)
+    run(tree, f"{part}_looks_at_other_weights", *options)
     assert len(list(looks.iterdir())) == 4
