@@ -1,7 +1,7 @@
 """Four bottlenecks between the inverse model and its decoder (Sec. 3.2, Table 8).
 
 All share one protocol: `forward(z (B, K, dim)) -> Bottleneck` and `on_step(step)`, which the training loop calls after
-every optimizer step. The paper compares the four without defining them; each definition stands in its class.
+every optimizer step. A `delay` lets the decoder read z itself at first. The paper compares the four without defining them; each definition stands in its class.
 """
 from __future__ import annotations
 
@@ -42,22 +42,42 @@ class Quantizer(Protocol):
     def freeze_codes(self) -> None: ...
 
 
-class Restarting(nn.Module):
-    """A table of `codes`. Those that nobody used for `restart_every` steps move onto vectors of the latest batch; 0 never restarts."""
+class Delayed(nn.Module):
+    """A bottleneck that takes over late: for the first `delay` batches of training the decoder reads z itself, to which only the table adapts.
 
-    def __init__(self, codes: int, dim: int, restart_every: int, restart_until: int | None) -> None:
+    Quantized from the start, z first learns what is easiest to tell apart, the camera and the scene, and the commitment holds it there:
+    motion is a small difference within such a cluster. Finetuning does not start over: the count is saved, and frozen codes wait for nothing.
+    """
+
+    def __init__(self, delay: int) -> None:
         super().__init__()
-        self.dim, self.size, self.restart_every, self.restart_until = dim, codes, restart_every, restart_until
-        self.frozen = False
-        # summed over ranks in on_step, and saved: a resumed run restarts the codes that an unbroken one does
-        self.register_buffer("counts", torch.zeros(codes, dtype=torch.long))
-        self._recent: Tensor | None = None
-        self._latest: Tensor | None = None
+        self.delay, self.frozen = delay, False
+        if delay:
+            self.register_buffer("batches", torch.zeros((), dtype=torch.long))
 
     def freeze_codes(self) -> None:
         """From now on the table neither learns nor restarts, and the loss is the commitment alone."""
         self.frozen = True
         self.requires_grad_(False)
+
+    def share(self) -> Tensor | float:
+        """0 as long as the bottleneck waits, else 1; a tensor where that has to be counted, so that no step waits for the device."""
+        if not self.delay or self.frozen or not self.training:
+            return 1.0
+        self.batches += 1
+        return (self.batches > self.delay).float()
+
+
+class Restarting(Delayed):
+    """A table of `codes`. Those that nobody used for `restart_every` steps move onto vectors of the latest batch; 0 never restarts."""
+
+    def __init__(self, codes: int, dim: int, restart_every: int, restart_until: int | None, delay: int) -> None:
+        super().__init__(delay)
+        self.dim, self.size, self.restart_every, self.restart_until = dim, codes, restart_every, restart_until
+        # summed over ranks in on_step, and saved: a resumed run restarts the codes that an unbroken one does
+        self.register_buffer("counts", torch.zeros(codes, dtype=torch.long))
+        self._recent: Tensor | None = None
+        self._latest: Tensor | None = None
 
     def restart(self, dead: Tensor, vectors: Tensor, spread: Tensor) -> None:
         """Move the codes `dead` (M) onto `vectors` (M, d); `spread` (d) is the deviation of the batch that they come from."""
@@ -113,8 +133,8 @@ class VectorQuantizer(Restarting):
     """
 
     def __init__(self, codes: int, dim: int, *, beta: float = 0.25, restart_every: int = 20,
-                 restart_until: int | None = None, normalize: int = 0) -> None:
-        super().__init__(codes, dim, restart_every, restart_until)
+                 restart_until: int | None = None, normalize: int = 0, delay: int = 0) -> None:
+        super().__init__(codes, dim, restart_every, restart_until, delay)
         self.beta = beta
         self.norm = Standardize(normalize * dim, sparing=1) if normalize else nn.Identity()
         self.codebook = nn.Parameter(torch.empty(codes, dim).uniform_(-1 / codes, 1 / codes))
@@ -126,10 +146,11 @@ class VectorQuantizer(Restarting):
             codes = torch.cdist(z.detach().flatten(0, 1), self.codebook.detach().float()).argmin(1).view(z.shape[:2])
             chosen = self.codebook[codes].float()
             codebook, commitment = F.mse_loss(chosen, z.detach()), F.mse_loss(z, chosen.detach())
-            quantized = z + (chosen - z).detach()
+            share = self.share()
+            quantized = z + share * (chosen - z).detach()
         self._note(codes, z)
         stats = {"codebook": codebook.detach(), "commitment": commitment.detach()}
-        loss = self.beta * commitment if self.frozen else codebook + self.beta * commitment
+        loss = (0.0 if self.frozen else codebook) + share * self.beta * commitment
         return Bottleneck(quantized, loss, codes, stats)
 
     def restart(self, dead: Tensor, vectors: Tensor, spread: Tensor) -> None:
@@ -145,8 +166,9 @@ class GaussianMixture(Restarting):
     that is not the nearest gets no share and no gradient, so components restart as VQ's codes do, at the batch's deviation.
     """
 
-    def __init__(self, codes: int, dim: int, *, beta: float = 0.25, restart_every: int = 20, restart_until: int | None = None) -> None:
-        super().__init__(codes, dim, restart_every, restart_until)
+    def __init__(self, codes: int, dim: int, *, beta: float = 0.25, restart_every: int = 20, restart_until: int | None = None,
+                 delay: int = 0) -> None:
+        super().__init__(codes, dim, restart_every, restart_until, delay)
         self.beta = beta
         self.means = nn.Parameter(torch.empty(codes, dim).uniform_(-1 / codes, 1 / codes))
         self.log_scales = nn.Parameter(torch.zeros(codes, dim))
@@ -161,11 +183,12 @@ class GaussianMixture(Restarting):
             mean = (share @ self.means.detach()).view_as(z)
             fit = -log_joint.logsumexp(1).mean() / self.dim
             commitment = F.mse_loss(z, mean)
-            quantized = z + (mean - z).detach()
+            reached = self.share()
+            quantized = z + reached * (mean - z).detach()
         codes = share.argmax(1).view(z.shape[:2])
         self._note(codes, z)
         stats = {"codebook": fit.detach(), "commitment": commitment.detach()}
-        loss = self.beta * commitment if self.frozen else fit + self.beta * commitment
+        loss = (0.0 if self.frozen else fit) + reached * self.beta * commitment
         return Bottleneck(quantized, loss, codes, stats)
 
     def _log_joint(self, z: Tensor) -> Tensor:
@@ -182,7 +205,7 @@ class GaussianMixture(Restarting):
         self.logits[dead] = self.logits.mean()
 
 
-class Binning(nn.Module):
+class Binning(Delayed):
     """Simple binning: the nearest of `bins` even levels in each of `dim` numbers, straight-through (our definition).
 
     Every number is brought to mean 0 and deviation 1 over all positions by running statistics, and by erf(x / sqrt 2) into [-1, 1]: there
@@ -191,8 +214,8 @@ class Binning(nn.Module):
     are 125 codes, the information of a 128-code book.
     """
 
-    def __init__(self, bins: int, dim: int) -> None:
-        super().__init__()
+    def __init__(self, bins: int, dim: int, delay: int = 0) -> None:
+        super().__init__(delay)
         if bins ** dim >= 2 ** 62:
             raise ValueError(f"binning into {bins} bins x {dim} numbers has no joint index; use fewer of either")
         self.bins, self.dim, self.size = bins, dim, bins ** dim
@@ -206,7 +229,7 @@ class Binning(nn.Module):
         centres = (2 * index + 1) / self.bins - 1
         codes = (index * self.radix).sum(-1)
         stats = {"codebook": z.new_zeros(()), "commitment": z.new_zeros(())}
-        return Bottleneck(even + (centres - even).detach(), z.new_zeros(()), codes, stats)
+        return Bottleneck(even + self.share() * (centres - even).detach(), z.new_zeros(()), codes, stats)
 
     def on_step(self, step: int) -> dict[str, float]:
         """Nothing to restart: levels are fixed."""
@@ -214,14 +237,15 @@ class Binning(nn.Module):
 
     def freeze_codes(self) -> None:
         """Levels are fixed in any case; what is measured of z follows z, so that its bins stay in even use."""
+        self.frozen = True
 
 
 class Continuous(nn.Module):
-    """Continuous latent action: no bottleneck but the width, and no codes."""
+    """Continuous latent action: no bottleneck but the width, and no codes; so there is nothing that a `delay` could put off."""
 
     size = None
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, delay: int = 0) -> None:
         super().__init__()
         self.dim = dim
 

@@ -158,7 +158,7 @@ class DeFI(nn.Module):
             raise ValueError(f"actions of shape {tuple(actions.shape[1:])}; the adapter makes {(self.adapter.horizon, self.adapter.action_dim)}")
         action = self.action_errors(goal, streams, actions).mean()
         if not self.training:
-            extra |= {key: shares["all"] for key, shares in self.reliance(frozen, batch["text"], actions).items()}
+            extra |= {key: shares["all"] for key, shares in self._reliance(goal, streams, frozen, batch["text"], actions).items()}
             extra |= {f"spread_{name}": reliance.spread(tokens) for name, tokens in streams.items()}
         loss = action + self.bottleneck_weight * extra["bottleneck_loss"] + self.alignment_weight * extra.get("alignment_loss", 0.0)
         return {"loss": loss, "action_loss": action.detach(), **{key: value.detach() for key, value in extra.items()}}
@@ -178,7 +178,9 @@ class DeFI(nn.Module):
     def reliance(self, frozen: dict[str, Tensor], text: list[str], actions: Tensor) -> dict[str, dict[str, Tensor]]:
         """`swap_<stream>` and `mean_<stream>` -> shares of the action loss, see `reliance.shares`. Call it in eval mode."""
         goal, streams, _ = self.infer_streams(frozen, text)
+        return self._reliance(goal, streams, frozen, text, actions)
 
+    def _reliance(self, goal: Tensor, streams: dict[str, Tensor], frozen: dict[str, Tensor], text: list[str], actions: Tensor) -> dict[str, dict[str, Tensor]]:
         def errors(parts: dict[str, Tensor]) -> Tensor:
             return self.action_errors(goal, parts, actions, torch.Generator(actions.device).manual_seed(0))
 
@@ -272,19 +274,12 @@ class DeFI(nn.Module):
         dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else next(self.adapter.parameters()).dtype
         now, features, present, seen = self.pair(frozen, dtype)
         future = seen[:, self.pairs_of]
-        repeats = future.shape[1] * future.shape[2]
         latent = self.infer(present, future, text)
-        tokens = self.gidm.lift(latent.quantized)  # (B*V*P, K, E)
-        found = {}
-        for name in self.streams:
-            if name == "video":
-                found[name] = self.video_former(features)
-            elif name == "latent":
-                found[name] = tokens.unflatten(0, (len(text), repeats)).flatten(1, 2)
-            elif name == "future":
-                found[name] = pool_grid(seen, self.fuse_grid).flatten(1, 3)
-            else:
-                found[name] = pool_grid(now, self.fuse_grid).flatten(1, 2)
+        tokens = {"video": lambda: self.video_former(features),
+                  "latent": lambda: self.gidm.lift(latent.quantized).unflatten(0, (len(text), -1)).flatten(1, 2),  # (B, V*P*K, E)
+                  "future": lambda: pool_grid(seen, self.fuse_grid).flatten(1, 3),
+                  "now": lambda: pool_grid(now, self.fuse_grid).flatten(1, 2)}
+        found = {name: tokens[name]() for name in self.streams}
         streams = {name: self.stream_norms[name](stream.flatten(1)).view_as(stream) for name, stream in found.items()}
         extra = {"bottleneck_loss": latent.loss}
         if latent.codes is not None:

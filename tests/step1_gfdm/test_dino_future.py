@@ -46,7 +46,7 @@ def test_protocol(parts: dict[str, nn.Module]) -> None:
     imagined = model.eval().imagine(image, batch["text"])
     assert imagined.shape == (4, 3, model.num_tokens, model.feature_dim)
     now = parts["vision"](batch["frames"][:, 0])
-    assert torch.allclose(imagined, now[:, None].expand_as(imagined), atol=1e-6), "it starts from no change"
+    assert torch.allclose(imagined, now[:, None].expand_as(imagined), atol=1e-5), "it starts from no change"
     out = model.train()(batch)
     assert torch.allclose(out["mse"], out["copy_mse"], atol=1e-5)
     out["loss"].backward()

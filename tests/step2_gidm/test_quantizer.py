@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from common.metrics import code_counts, perplexity
 from step2_gidm.quantizer import Binning, Continuous, GaussianMixture, VectorQuantizer
 
-MAKERS = {"vq": lambda: VectorQuantizer(12, 5), "mixture": lambda: GaussianMixture(12, 5),
+MAKERS = {"vq": lambda: VectorQuantizer(12, 5), "delayed": lambda: VectorQuantizer(12, 5, delay=2), "mixture": lambda: GaussianMixture(12, 5),
           "binning": lambda: Binning(5, 3), "continuous": lambda: Continuous(5)}
 
 
@@ -253,3 +253,22 @@ def test_queries_are_normalised_each_by_itself() -> None:
     plain, shifted = (VectorQuantizer(8, 4, normalize=2) for _ in range(2))
     shifted.load_state_dict(plain.state_dict())
     torch.testing.assert_close(plain.train()(z).quantized, shifted.train()(z + offset).quantized, rtol=1e-3, atol=1e-3)
+
+
+def test_codes_are_delayed_in_training_alone_and_finetuning_does_not_start_over() -> None:
+    quantizer = VectorQuantizer(12, 5, delay=2)
+    z = torch.randn(7, 4, 5, requires_grad=True)
+    for _ in range(2):
+        out = quantizer(z)
+        assert torch.equal(out.quantized, z), "the decoder reads z"
+        assert torch.autograd.grad(out.loss, z, retain_graph=True)[0].abs().max() == 0, "and nothing commits it to a code"
+        assert torch.autograd.grad(out.loss, quantizer.codebook)[0].abs().max() > 0, "while the codes learn where z is"
+    other = VectorQuantizer(12, 5, delay=2)
+    other.load_state_dict(quantizer.state_dict())
+    fresh = VectorQuantizer(12, 5, delay=2)
+    frozen = VectorQuantizer(12, 5, delay=2)
+    frozen.freeze_codes()
+    for later in (quantizer, other, fresh.eval(), frozen):
+        out = later(z)
+        assert torch.allclose(out.quantized, later.codebook[out.codes], atol=1e-6)
+        assert torch.autograd.grad(out.loss, z)[0].abs().max() > 0
