@@ -1,0 +1,81 @@
+"""Program: rows of a table by their held-out loss, over seeds (Table 4).   python -m step3_defi.seeds runs=ckpts/defi/few base=pretrained
+
+Reads the last validation in every `runs`/<row>/<seed>/metrics.jsonl. A row's difference to the base is paired by seed, with the 95 % interval
+of Student's t over the seeds that both have. Leaves seeds.json and table.md in `out`.
+"""
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from omegaconf import DictConfig
+from scipy.stats import t as student
+
+from common.files import write_text
+from common.program import program
+
+LOG = logging.getLogger(__name__)
+
+
+def last_validation(folder: Path) -> dict[str, float]:
+    """The last line of a training's metrics.jsonl that has a validation, without the prefix. Raises ValueError where there is none."""
+    path = folder / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    found = [line for line in lines if "val/action_loss" in line]
+    if not found:
+        raise ValueError(f"{path} holds no validation; train that run to its end, or take it out of the folder")
+    return {key.removeprefix("val/"): value for key, value in found[-1].items() if key.startswith("val/")} | {"step": found[-1]["step"]}
+
+
+def gather(runs: Path) -> dict[str, dict[str, dict[str, float]]]:
+    """Row -> seed -> last validation. Raises ValueError where trainings are of different lengths."""
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for folder in sorted(path for path in runs.glob("*/*") if path.is_dir()):
+        found.setdefault(folder.parent.name, {})[folder.name] = last_validation(folder)
+    steps = sorted({values["step"] for row in found.values() for values in row.values()})
+    if len(steps) > 1:
+        raise ValueError(f"runs in {runs} end at steps {steps}: only trainings of one length can be compared")
+    return found
+
+
+def interval(differences: np.ndarray) -> tuple[float, float, float]:
+    """Mean and 95 % interval of Student's t; without a width's estimate the bounds are nan."""
+    mean, count = float(differences.mean()), len(differences)
+    if count < 2:
+        return mean, float("nan"), float("nan")
+    half = float(student.ppf(0.975, count - 1) * differences.std(ddof=1) / count**0.5)
+    return mean, mean - half, mean + half
+
+
+def compare(found: dict[str, dict[str, dict[str, float]]], base: str, metrics: list[str]) -> tuple[dict[str, Any], str]:
+    """Every row's seeds against the base's -> (result, Markdown)."""
+    if base not in found:
+        raise ValueError(f"base={base} is none of the rows: {', '.join(found) or 'the folder is empty'}")
+    result: dict[str, Any] = {}
+    lines = ["| row | seeds | " + " | ".join(metrics) + " | action_loss against the base, in % [95 %] |", "|---" * (len(metrics) + 3) + "|"]
+    for row, seeds in sorted(found.items(), key=lambda item: item[0] != base):
+        values = {metric: np.array([run[metric] for run in seeds.values() if metric in run]) for metric in metrics}
+        shared = sorted(set(seeds) & set(found[base]))
+        ratios = np.array([seeds[seed]["action_loss"] / found[base][seed]["action_loss"] - 1 for seed in shared])
+        share = interval(100 * ratios) if row != base and shared else None
+        result[row] = {"seeds": sorted(seeds), "runs": seeds, "against_base_percent": share}
+        cells = [f"{part.mean():.4f} +- {part.std(ddof=1) if len(part) > 1 else float('nan'):.4f}" if len(part) else "" for part in values.values()]
+        lines.append(f"| {row} | {len(seeds)} | " + " | ".join(cells) + " | " + (f"{share[0]:+.1f} [{share[1]:+.1f}, {share[2]:+.1f}]" if share else "") + " |")
+    return result, "\n".join(lines)
+
+
+@program("step3_seeds")
+def main(cfg: DictConfig) -> None:
+    result, table = compare(gather(Path(cfg.runs)), cfg.base, list(cfg.metrics))
+    out = Path(cfg.out)
+    write_text(out / "seeds.json", json.dumps(result, indent=2) + "\n")
+    write_text(out / "table.md", table + "\n")
+    LOG.info("%s", table)
+    LOG.info("results in %s", out)
+
+
+if __name__ == "__main__":
+    main()
