@@ -126,17 +126,19 @@ class VectorQuantizer(Restarting):
     loss = ||sg(z) - c||^2 + beta ||z - sg(c)||^2, means over elements, weights of UniVLA and the release. Frozen codes leave
     beta ||z - sg(c)||^2.
 
-    With `normalize`, the number K of latent-action tokens, every number of every token is brought to mean 0 and deviation 1 by
-    running statistics before z is compared with the codes; otherwise the K tokens differ by more than actions make them differ.
-    Codes sit at the means of what they stand for, so without it a smaller z makes a smaller loss: in finetuning, where no
-    reconstruction holds against it, latent actions shrank until they said nothing.
+    With `normalize`, the number K of latent-action tokens, every number of every token is brought to mean 0 and deviation 1 over the batch,
+    and in use over the training data, before z is compared with the codes; otherwise the K tokens differ by more than actions make
+    them differ. Codes sit at the means of what they stand for, so without it a smaller z makes a smaller loss: in finetuning, where no
+    reconstruction holds against it, latent actions shrank until they said nothing. The gradient passes through the batch's statistics:
+    when it did not, nothing held z itself, whose mean drifted to 1000 deviations. What frozen codes mean includes these statistics, so they
+    freeze with them.
     """
 
     def __init__(self, codes: int, dim: int, *, beta: float = 0.25, restart_every: int = 20,
                  restart_until: int | None = None, normalize: int = 0, delay: int = 0) -> None:
         super().__init__(codes, dim, restart_every, restart_until, delay)
         self.beta = beta
-        self.norm = Standardize(normalize * dim, sparing=1) if normalize else nn.Identity()
+        self.norm = nn.BatchNorm1d(normalize * dim, affine=False, momentum=0.02) if normalize else nn.Identity()
         self.codebook = nn.Parameter(torch.empty(codes, dim).uniform_(-1 / codes, 1 / codes))
 
     def forward(self, z: Tensor) -> Bottleneck:
@@ -152,6 +154,18 @@ class VectorQuantizer(Restarting):
         stats = {"codebook": codebook.detach(), "commitment": commitment.detach()}
         loss = (0.0 if self.frozen else codebook) + share * self.beta * commitment
         return Bottleneck(quantized, loss, codes, stats)
+
+    def train(self, mode: bool = True) -> VectorQuantizer:
+        """Statistics that were frozen stay as they are."""
+        super().train(mode)
+        if self.frozen:
+            self.norm.eval()
+        return self
+
+    def freeze_codes(self) -> None:
+        """See Delayed; what brings z to the codes' scale freezes, too."""
+        super().freeze_codes()
+        self.norm.eval()
 
     def restart(self, dead: Tensor, vectors: Tensor, spread: Tensor) -> None:
         """See Restarting."""
