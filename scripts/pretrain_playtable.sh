@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Pretrain the tiny forward and inverse model that ckpts/shipped holds, from videos of a robot and of a hand in playtable's scenes A, B and C; no action is read.
-# GFDM_STEPS=6000 GIDM_STEPS=6000 scripts/pretrain_playtable.sh     an hour and a half on two cores
+# GFDM_STEPS=6000 GIDM_STEPS=4000 scripts/pretrain_playtable.sh     about an hour on two cores, and 20 minutes of recording
 MACHINE=cpu source "$(dirname "$0")/common.sh"
 export OMP_NUM_THREADS=1
 robot=data/playtable/ABC
@@ -16,7 +16,7 @@ done
 python -m step1_gfdm.train scale=tiny \
     loop.max_steps="${GFDM_STEPS:-6000}" loop.batch_size=16 loop.schedule=cosine loop.eval_every=1000 loop.optimizer.lr=1e-3
 # the codes take over halfway: see step2_gidm/quantizer.py
-python -m step2_gidm.train scale=tiny gidm.quantizer.delay=$((${GIDM_STEPS:-6000} / 2)) \
-    loop.max_steps="${GIDM_STEPS:-6000}" loop.batch_size=32 loop.num_workers=2 loop.schedule=cosine loop.eval_every=1000
+python -m step2_gidm.train scale=tiny gidm.quantizer.delay=$((${GIDM_STEPS:-4000} / 2)) \
+    loop.max_steps="${GIDM_STEPS:-4000}" loop.batch_size=32 loop.num_workers=2 loop.schedule=cosine loop.eval_every=1000
 
 for kind in gfdm gidm; do python -m common.ship "path=ckpts/$kind/tiny" "out=ckpts/shipped/$kind"; done
