@@ -86,7 +86,7 @@ def test_frozen_parts_stay_in_eval_mode() -> None:
 def test_latent_actions_survive_a_thousand_steps_of_finetuning(hub: Path) -> None:
     """The landed code lost them: the VQ loss shrank them within 50 steps, and restarts overwrote unused codes at step 20.
 
-    The projector's alignment is part of the mend: without it latents become constant here even with frozen codes and no bottleneck loss.
+    The projector's alignment is part of the mend: without it the inverse model reads what it never saw.
     """
     gidm = GIDM(vision=dinov2(hub / "dinov2", 32), text=t5_text(hub / "t5"), dim=16, heads=2, encoder_layers=1, decoder_layers=1,
                 quantizer=VectorQuantizer(16, 8, restart_every=20, normalize=4))
