@@ -26,13 +26,15 @@ if [ "${FROM_SCRATCH:-0}" = 1 ] || [ ! -d ckpts/shipped/gfdm ]; then
     wait $!
 else
     for kind in gfdm gidm; do
-        [ -f "ckpts/$kind/tiny/meta.json" ] || { mkdir -p "ckpts/$kind" && cp -r "ckpts/shipped/$kind" "ckpts/$kind/tiny"; }
+        [ ! -d "ckpts/$kind/tiny" ] || continue
+        mkdir -p "ckpts/$kind" && rm -rf "ckpts/$kind/tiny.part"
+        cp -r "ckpts/shipped/$kind" "ckpts/$kind/tiny.part" && mv "ckpts/$kind/tiny.part" "ckpts/$kind/tiny"
     done
 fi
 
 beside "step2_gidm.eval path=ckpts/gidm/tiny scale=tiny $robot_alone" \
        "step1_gfdm.eval path=ckpts/gfdm/tiny data=$recording/videos_set count=16 lpips=null" \
-       "step3_defi.train scale=tiny experiment=defi/blind loop.max_steps=800" \
+       "step3_defi.train scale=tiny experiment=defi/blind loop.max_steps=1400" \
        "$(sequences=50 rollout $blind blind A tasks=eleven)" "$(sequences=50 rollout $blind lifts_blind A tasks=lifts length=1)" \
        "$(sequences=50 rollout expert expert A tasks=eleven)" "$(sequences=50 rollout random random A tasks=eleven)" &
 run step3_defi.train scale=tiny

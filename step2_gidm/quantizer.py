@@ -130,8 +130,8 @@ class VectorQuantizer(Restarting):
     and in use over the training data, before z is compared with the codes; otherwise the K tokens differ by more than actions make
     them differ. Codes sit at the means of what they stand for, so without it a smaller z makes a smaller loss: in finetuning, where no
     reconstruction holds against it, latent actions shrank until they said nothing. The gradient passes through the batch's statistics:
-    when it did not, nothing held z itself, whose mean drifted to 1000 deviations. What frozen codes mean includes these statistics, so they
-    freeze with them.
+    when it did not, nothing held z itself, and its mean drifted far past its deviation. What frozen codes mean includes these statistics, so
+    they freeze with them.
     """
 
     def __init__(self, codes: int, dim: int, *, beta: float = 0.25, restart_every: int = 20,
@@ -225,7 +225,8 @@ class Binning(Delayed):
     Every number is brought to mean 0 and deviation 1 over all positions by running statistics, and by erf(x / sqrt 2) into [-1, 1]: there
     a normal number falls into all bins equally often, where a bare tanh puts most of a narrow one into the centre bin. No learned
     table and no loss. Levels are the centres of equal bins of [-1, 1]. The joint index over the numbers is the code: 5 bins x 3 numbers
-    are 125 codes, the information of a 128-code book.
+    are 125 codes, the information of a 128-code book. Frozen codes change nothing here: what is measured of z goes on following z, so that its
+    bins stay in even use.
     """
 
     def __init__(self, bins: int, dim: int, delay: int = 0) -> None:
@@ -248,10 +249,6 @@ class Binning(Delayed):
     def on_step(self, step: int) -> dict[str, float]:
         """Nothing to restart: levels are fixed."""
         return {}
-
-    def freeze_codes(self) -> None:
-        """Levels are fixed in any case; what is measured of z follows z, so that its bins stay in even use."""
-        self.frozen = True
 
 
 class Continuous(nn.Module):

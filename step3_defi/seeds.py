@@ -14,6 +14,7 @@ import numpy as np
 from omegaconf import DictConfig
 from scipy.stats import t as student
 
+from common.curves import read_metrics
 from common.files import write_text
 from common.program import program
 
@@ -21,13 +22,13 @@ LOG = logging.getLogger(__name__)
 
 
 def last_validation(folder: Path) -> dict[str, float]:
-    """The last line of a training's metrics.jsonl that has a validation, without the prefix. Raises ValueError where there is none."""
+    """The last validation in a training's metrics.jsonl, without the prefix, and its step. Raises ValueError where there is none."""
     path = folder / "metrics.jsonl"
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-    found = [line for line in lines if "val/action_loss" in line]
-    if not found:
+    series = read_metrics(path)
+    if "val/action_loss" not in series:
         raise ValueError(f"{path} holds no validation; train that run to its end, or take it out of the folder")
-    return {key.removeprefix("val/"): value for key, value in found[-1].items() if key.startswith("val/")} | {"step": found[-1]["step"]}
+    last = {key.removeprefix("val/"): values[-1] for key, (_, values) in series.items() if key.startswith("val/")}
+    return last | {"step": series["val/action_loss"][0][-1]}
 
 
 def gather(runs: Path) -> dict[str, dict[str, dict[str, float]]]:
