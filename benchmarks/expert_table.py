@@ -1,7 +1,9 @@
 """Success of the scripted expert per task and scene from random starts, as a Markdown table (DESIGN 7).
 
-python -m benchmarks.expert_table [env=playtable|calvin] [starts=50] [workers=2] [scenes=ABCD] [tasks=<part of a name>] [sigma=0]
+python -m benchmarks.expert_table [env=playtable|calvin] [starts=50] [workers=2] [scenes=ABCD] [tasks=<part of a name>]
+[sigma=0]
 """
+
 from __future__ import annotations
 
 import logging
@@ -47,7 +49,9 @@ def attempt(env: World, task: str, *, seed: int, sigma: float) -> tuple[int | No
     return steps, ""
 
 
-def row(world: str, scene: str, task: str, starts: int, sigma: float) -> tuple[str, str, list[tuple[int | None, str]], float]:
+def row(
+    world: str, scene: str, task: str, starts: int, sigma: float
+) -> tuple[str, str, list[tuple[int | None, str]], float]:
     """All attempts at one task in one scene, and the seconds they took."""
     env, begin = WORLDS[world](scene), time.perf_counter()
     results = [attempt(env, task, seed=seed, sigma=sigma) for seed in range(starts)]
@@ -62,7 +66,11 @@ def main() -> None:
     tasks = [task for task in TASKS if any(part in task for part in options["tasks"].split(","))]
     table: dict[str, dict[str, str]] = {task: {} for task in tasks}
     with ProcessPoolExecutor(int(options["workers"]), mp_context=multiprocessing.get_context("spawn")) as pool:
-        jobs = [pool.submit(row, options["env"], scene, task, starts, sigma) for task in tasks for scene in options["scenes"]]
+        jobs = [
+            pool.submit(row, options["env"], scene, task, starts, sigma)
+            for task in tasks
+            for scene in options["scenes"]
+        ]
         for job in tqdm(jobs, disable=None):
             scene, task, results, seconds = job.result()
             steps = [steps for steps, _ in results if steps is not None]

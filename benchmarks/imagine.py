@@ -1,9 +1,13 @@
-"""What truncation and one pass for all views save.   python -m benchmarks.imagine [scale=tiny|small|full] [repeats=20] [views=2] [device=cpu]
+"""What truncation and one pass for all views save.   python -m benchmarks.imagine [scale=tiny|small|full] [repeats=20]
+[views=2] [device=cpu]
 
-Ours: one pass over all views, ending after the last tapped block. Plain: the whole diffusers UNet, once a view. Both get the same
-weights, latents and text, and take turns, so that the ratio is one of the same minutes. Operations are counted on the meta device,
+Ours: one pass over all views, ending after the last tapped block. Plain: the whole diffusers UNet, once a view. Both
+get the same
+weights, latents and text, and take turns, so that the ratio is one of the same minutes. Operations are counted on the
+meta device,
 at the same scale and at the paper's; times and memory are of this machine. `scale=full` needs a GPU.
 """
+
 from __future__ import annotations
 
 import logging
@@ -48,28 +52,44 @@ def geometry(scale: str) -> tuple[dict[str, Any], tuple[int, int, int, int]]:
     if scale == "full":
         config = svd_unet.SVD_UNET
     else:
-        config = {**svd_unet.UNetSpatioTemporalConditionModel.load_config(cfg["svd"], subfolder="unet"), **(cfg["unet"] or {})}
+        config = {
+            **svd_unet.UNetSpatioTemporalConditionModel.load_config(cfg["svd"], subfolder="unet"),
+            **(cfg["unet"] or {}),
+        }
     side = cfg["image_size"] // 8
     return config, (cfg["num_frames"], config["in_channels"], side, side)
 
 
-def inputs(config: Mapping[str, Any], shape: tuple[int, ...], views: int, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+def inputs(
+    config: Mapping[str, Any], shape: tuple[int, ...], views: int, device: torch.device, dtype: torch.dtype
+) -> dict[str, Tensor]:
     """Random inputs of `views` views."""
-    return {"sample": torch.randn(views, *shape, device=device, dtype=dtype), "timestep": torch.full((views,), 1.6, device=device),
-            "text": torch.randn(views, TEXT_TOKENS, config["cross_attention_dim"], device=device, dtype=dtype),
-            "time_ids": torch.tensor([[7.0, 127.0, 0.0]], device=device, dtype=dtype).expand(views, -1)}
+    return {
+        "sample": torch.randn(views, *shape, device=device, dtype=dtype),
+        "timestep": torch.full((views,), 1.6, device=device),
+        "text": torch.randn(views, TEXT_TOKENS, config["cross_attention_dim"], device=device, dtype=dtype),
+        "time_ids": torch.tensor([[7.0, 127.0, 0.0]], device=device, dtype=dtype).expand(views, -1),
+    }
 
 
 def ours(unet: nn.Module, given: Mapping[str, Tensor]) -> None:
     """All views in one truncated pass."""
-    svd_unet.features(unet, given["sample"], given["timestep"], text=given["text"], time_ids=given["time_ids"], taps=TAPS)
+    svd_unet.features(
+        unet, given["sample"], given["timestep"], text=given["text"], time_ids=given["time_ids"], taps=TAPS
+    )
 
 
 def plain(unet: nn.Module, given: Mapping[str, Tensor]) -> None:
     """The whole UNet, a view at a time."""
     for view in range(len(given["sample"])):
-        one = {name: value[view:view + 1] for name, value in given.items()}
-        unet(one["sample"], one["timestep"], encoder_hidden_states=one["text"], added_time_ids=one["time_ids"], return_dict=False)
+        one = {name: value[view : view + 1] for name, value in given.items()}
+        unet(
+            one["sample"],
+            one["timestep"],
+            encoder_hidden_states=one["text"],
+            added_time_ids=one["time_ids"],
+            return_dict=False,
+        )
 
 
 def operations(config: Mapping[str, Any], shape: tuple[int, ...]) -> dict[str, float]:
@@ -120,13 +140,21 @@ def alone(function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
 
 
 def main() -> None:
-    options = OmegaConf.merge({"scale": "tiny", "repeats": 20, "views": 2, "device": "cuda" if torch.cuda.is_available() else "cpu"}, OmegaConf.from_cli())
+    options = OmegaConf.merge(
+        {"scale": "tiny", "repeats": 20, "views": 2, "device": "cuda" if torch.cuda.is_available() else "cpu"},
+        OmegaConf.from_cli(),
+    )
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     device = torch.device(options.device)
     for scale in dict.fromkeys((options.scale, "full")):
         counted = operations(*geometry(scale))
-        log.info("operations of a view, %-5s  plain %.4g TFLOP, ours %.4g TFLOP: %.0f %%", scale, counted["plain"], counted["ours"],
-                 100 * counted["ours"] / counted["plain"])
+        log.info(
+            "operations of a view, %-5s  plain %.4g TFLOP, ours %.4g TFLOP: %.0f %%",
+            scale,
+            counted["plain"],
+            counted["ours"],
+            100 * counted["ours"] / counted["plain"],
+        )
     config, shape = geometry(options.scale)
     if options.scale == "full" and device.type == "cpu":
         raise SystemExit("error: timing scale=full needs a GPU; scale=tiny and scale=small run here")
@@ -149,7 +177,9 @@ def main() -> None:
     for name, times in taken.items():
         held = f", peak {memory[name]:.2f} GiB" if device.type == "cuda" else ""
         log.info("%-6s %8.2f ms for %d views%s", name, 1000 * statistics.median(times), options.views, held)
-    log.info("plain / ours: %s times (quartiles) on %s, %s", ratio(taken["plain"], taken["ours"]), machine(), options.scale)
+    log.info(
+        "plain / ours: %s times (quartiles) on %s, %s", ratio(taken["plain"], taken["ours"]), machine(), options.scale
+    )
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 The hand wanders above the table and keeps closing on blocks, so that contacts are part of the figure.
 """
+
 from __future__ import annotations
 
 import argparse

@@ -1,11 +1,15 @@
 """How long a replan takes, by the parts of Table 13, and how long on the plain path.
 
-    python -m benchmarks.replan [scale=tiny|small|full] [repeats=10] [warm_up=2] [batch=1] [compile=false] [device=cpu] ...
+    python -m benchmarks.replan [scale=tiny|small|full] [repeats=10] [warm_up=2] [batch=1] [compile=false] [device=cpu]
+    ...
 
-Ours: DeFIPolicy.plan, as a rollout calls it. Plain: the same policy with its views one by one through the whole UNet, every sentence
-encoded at every call, eager. Both share their random weights and take turns. `scale=full` has the published geometry (SVD, CLIP, T5-base,
+Ours: DeFIPolicy.plan, as a rollout calls it. Plain: the same policy with its views one by one through the whole UNet,
+every sentence
+encoded at every call, eager. Both share their random weights and take turns. `scale=full` has the published geometry
+(SVD, CLIP, T5-base,
 DINOv2) and needs 12 GB; the other scales have the stand-ins. Other words go to the step 3 config.
 """
+
 from __future__ import annotations
 
 import logging
@@ -42,34 +46,64 @@ log = logging.getLogger(__name__)
 
 def parts(model: DeFI) -> dict[str, list[tuple[Any, str]]]:
     """The calls that Table 13's parts consist of."""
-    return {"forward model": [(model.gfdm.module, "imagine")],
-            "inverse model": [(model.gidm, "embed"), (model.projector, "pair"), (model.gidm, "infer"), (model.gidm, "lift")],
-            "action adapter": [(model.video_former, "forward"), (model.goal, "pooled"), (model.adapter, "encode"), (model.edm, "sample")]}
+    return {
+        "forward model": [(model.gfdm.module, "imagine")],
+        "inverse model": [
+            (model.gidm, "embed"),
+            (model.projector, "pair"),
+            (model.gidm, "infer"),
+            (model.gidm, "lift"),
+        ],
+        "action adapter": [
+            (model.video_former, "forward"),
+            (model.goal, "pooled"),
+            (model.adapter, "encode"),
+            (model.edm, "sample"),
+        ],
+    }
 
 
 def hub(folder: Path, scale: str) -> list[str]:
-    """Third-party models with random weights under `folder`, and the words that have step 3 build on them instead of on artifacts."""
+    """Third-party models with random weights under `folder`, and the words that have step 3 build on them instead of on
+    artifacts."""
     standins.make_all(folder / "tiny")
     words = [f"paths.hub={folder}", "policy/gfdm=vanilla_svd", "policy/gidm=scratch"]
     if scale != "full":
         return words
     _full_size(folder)
-    return [*words, "policy.gfdm.unet={num_frames: 25}"]  # a change, if only in name: the UNet is built from its config, without a file of 6 GB
+    return [
+        *words,
+        "policy.gfdm.unet={num_frames: 25}",
+    ]  # a change, if only in name: the UNet is built from its config, without a file of 6 GB
 
 
 def _full_size(folder: Path) -> None:
     svd_unet.build(device="meta").save_config(folder / "svd/unet")
-    AutoencoderKLTemporalDecoder(block_out_channels=(128, 256, 512, 512), down_block_types=("DownEncoderBlock2D",) * 4, layers_per_block=2,
-                                 latent_channels=4, scaling_factor=0.18215).save_pretrained(folder / "svd/vae")
+    AutoencoderKLTemporalDecoder(
+        block_out_channels=(128, 256, 512, 512),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        layers_per_block=2,
+        latent_channels=4,
+        scaling_factor=0.18215,
+    ).save_pretrained(folder / "svd/vae")
     words = {name: AutoTokenizer.from_pretrained(folder / "tiny" / name) for name in ("clip", "t5")}
     ids = {f"{name}_token_id": getattr(words["clip"], f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    clip = CLIPTextConfig(hidden_size=512, intermediate_size=2048, projection_dim=512, num_hidden_layers=12, num_attention_heads=8, **ids)
+    clip = CLIPTextConfig(
+        hidden_size=512, intermediate_size=2048, projection_dim=512, num_hidden_layers=12, num_attention_heads=8, **ids
+    )
     CLIPTextModelWithProjection(clip).save_pretrained(folder / "clip")
-    T5EncoderModel(T5Config(d_model=768, d_kv=64, d_ff=3072, num_layers=12, num_heads=12)).save_pretrained(folder / "t5")
+    T5EncoderModel(T5Config(d_model=768, d_kv=64, d_ff=3072, num_layers=12, num_heads=12)).save_pretrained(
+        folder / "t5"
+    )
     for name, tokenizer in words.items():
         tokenizer.save_pretrained(folder / name)
     arguments = {"img_size": 224, "num_classes": 0}
-    save_for_hf(timm.create_model("vit_base_patch14_reg4_dinov2", **arguments), str(folder / "dinov2"), model_args=arguments, safe_serialization=True)
+    save_for_hf(
+        timm.create_model("vit_base_patch14_reg4_dinov2", **arguments),
+        str(folder / "dinov2"),
+        model_args=arguments,
+        safe_serialization=True,
+    )
 
 
 def random_policy(overrides: list[str]) -> DeFI:
@@ -93,9 +127,13 @@ def plain_path(model: DeFI) -> Iterator[None]:
         count = len(text) // views
         return torch.cat([imagine(part, text[:count], seed=seed) for part in image.chunk(views)])
 
-    changes = [(gfdm, "imagine", one_by_one), (gfdm, "_tapped", _whole(gfdm.unet, gfdm.taps)), (model.adapter, "_compiled_call_impl", None),
-               (model.gidm, "embed", lambda image: torch.cat([embed(part) for part in image.chunk(views)])),
-               *((encoder, "_recall", torch.no_grad()(encoder._encode)) for encoder in text_encoders(model))]
+    changes = [
+        (gfdm, "imagine", one_by_one),
+        (gfdm, "_tapped", _whole(gfdm.unet, gfdm.taps)),
+        (model.adapter, "_compiled_call_impl", None),
+        (model.gidm, "embed", lambda image: torch.cat([embed(part) for part in image.chunk(views)])),
+        *((encoder, "_recall", torch.no_grad()(encoder._encode)) for encoder in text_encoders(model)),
+    ]
     with ExitStack() as stack:
         for owner, name, value in changes:
             stack.enter_context(patch.object(owner, name, value))
@@ -107,7 +145,10 @@ def _whole(unet: nn.Module, taps: tuple[int, ...]) -> Callable[..., list[Tensor]
 
     def run(sample: Tensor, timestep: Tensor, text: Tensor, time_ids: Tensor) -> list[Tensor]:
         found: dict[int, Tensor] = {}
-        handles = [unet.up_blocks[tap].register_forward_hook(lambda _m, _i, output, tap=tap: found.update({tap: output})) for tap in taps]
+        handles = [
+            unet.up_blocks[tap].register_forward_hook(lambda _m, _i, output, tap=tap: found.update({tap: output}))
+            for tap in taps
+        ]
         unet(sample, timestep, encoder_hidden_states=text, added_time_ids=time_ids)
         for handle in handles:
             handle.remove()
@@ -139,13 +180,23 @@ def timed(policy: DeFIPolicy, observations: list[dict], texts: list[str]) -> dic
 def observe(count: int) -> list[dict]:
     """Random observations in CALVIN's format."""
     rng = np.random.default_rng(0)
-    return [{"rgb_obs": {"rgb_static": rng.integers(0, 256, (200, 200, 3), np.uint8), "rgb_gripper": rng.integers(0, 256, (84, 84, 3), np.uint8)},
-             "robot_obs": rng.normal(size=15)} for _ in range(count)]
+    return [
+        {
+            "rgb_obs": {
+                "rgb_static": rng.integers(0, 256, (200, 200, 3), np.uint8),
+                "rgb_gripper": rng.integers(0, 256, (84, 84, 3), np.uint8),
+            },
+            "robot_obs": rng.normal(size=15),
+        }
+        for _ in range(count)
+    ]
 
 
 def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    options, overrides = command_line({"scale": "tiny", "repeats": 10, "warm_up": 2, "batch": 1, "compile": False, "device": device})
+    options, overrides = command_line(
+        {"scale": "tiny", "repeats": 10, "warm_up": 2, "batch": 1, "compile": False, "device": device}
+    )
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     with tempfile.TemporaryDirectory() as folder:
         policy = DeFIPolicy(random_policy([*overrides, *hub(Path(folder), options.scale)]).to(options.device))
@@ -170,8 +221,13 @@ def main() -> None:
     log.info("| part | Table 13, ms | ours, ms | plain, ms | plain / ours (quartiles) |\n|---|---|---|---|---|")
     for part in found["ours"][0]:
         times = {name: [run[part] for run in runs] for name, runs in found.items()}
-        log.info("| %s | %s | %.1f | %.1f | %s |", part, PAPER.get(part, sum(PAPER.values()) if part == "a replan" else ""),
-                 *(1000 * statistics.median(times[name]) for name in ("ours", "plain")), ratio(times["plain"], times["ours"]))
+        log.info(
+            "| %s | %s | %.1f | %.1f | %s |",
+            part,
+            PAPER.get(part, sum(PAPER.values()) if part == "a replan" else ""),
+            *(1000 * statistics.median(times[name]) for name in ("ours", "plain")),
+            ratio(times["plain"], times["ours"]),
+        )
     if options.device != "cpu":
         log.info("peak memory: ours %.2f GiB, plain %.2f GiB", memory["ours"], memory["plain"])
     if expected is not None:

@@ -1,11 +1,16 @@
 """Sequences an hour: many simulators and one batched policy, against one process that plans for one robot.
 
-    python -m benchmarks.rollout [scene=D] [workers=4] [sequences=8] [horizon=60] [rounds=3] [policy=<folder of step3_defi.train>] [scale=tiny]
+    python -m benchmarks.rollout [scene=D] [workers=4] [sequences=8] [horizon=60] [rounds=3] [policy=<folder of
+    step3_defi.train>] [scale=tiny]
 
-Ours: step3_defi.rollout, pictures where the policy looks. Plain: the same chains in this process one after the other, batch 1, with pictures at
-every step as CALVIN's evaluation draws them; "plain, pictures when looked at" leaves those out. Without `policy` its weights are random:
-then nothing succeeds and a sequence is one sub-task of `horizon` steps. Rounds take turns; starting the simulators is not counted.
+Ours: step3_defi.rollout, pictures where the policy looks. Plain: the same chains in this process one after the other,
+batch 1, with pictures at
+every step as CALVIN's evaluation draws them; "plain, pictures when looked at" leaves those out. Without `policy` its
+weights are random:
+then nothing succeeds and a sequence is one sub-task of `horizon` steps. Rounds take turns; starting the simulators is
+not counted.
 """
+
 from __future__ import annotations
 
 import logging
@@ -43,7 +48,7 @@ class Alone:
 
     def act(self) -> np.ndarray:
         if not self.queue:
-            self.queue.extend(self.policy.plan([self.env.observe()], [self.instruction])[0, :self.policy.execute])
+            self.queue.extend(self.policy.plan([self.env.observe()], [self.instruction])[0, : self.policy.execute])
         return self.queue.popleft()
 
 
@@ -62,17 +67,27 @@ class Drawing:
 
 def one_by_one(env: Env, chains: list[Chain], policy: ChunkPolicy) -> int:
     """Control steps taken."""
-    return sum(steps if steps is not None else chain.horizon for chain in chains for steps in run_chain(env, chain, Alone(env, chain, policy)))
+    return sum(
+        steps if steps is not None else chain.horizon
+        for chain in chains
+        for steps in run_chain(env, chain, Alone(env, chain, policy))
+    )
 
 
 def together(simulators: Simulators, chains: list[Chain], policy: ChunkPolicy) -> int:
     """Control steps taken."""
     horizon = chains[0].horizon
-    return sum(steps if steps is not None else horizon for result in simulators.rollout(chains, policy) for steps in result["steps_to_success"])
+    return sum(
+        steps if steps is not None else horizon
+        for result in simulators.rollout(chains, policy)
+        for steps in result["steps_to_success"]
+    )
 
 
 def main() -> None:
-    options, overrides = command_line({"scale": "tiny", "scene": "D", "workers": 4, "sequences": 8, "horizon": 60, "rounds": 3, "policy": None})
+    options, overrides = command_line(
+        {"scale": "tiny", "scene": "D", "workers": 4, "sequences": 8, "horizon": 60, "rounds": 3, "policy": None}
+    )
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if options.policy:
@@ -82,14 +97,19 @@ def main() -> None:
             policy = robots.DeFIPolicy(random_policy([*overrides, *hub(Path(folder), options.scale)]).to(device))
     config = {**OmegaConf.to_container(composed([], "step3_eval").env, resolve=True), "scene": options.scene}
     env = instantiate(config)
-    chains = [Chain(index, state, list(tasks), "policy", options.horizon, 0, slot=index % options.workers)
-              for index, (state, tasks) in enumerate(env.sequences(options.sequences, seed=0))]
+    chains = [
+        Chain(index, state, list(tasks), "policy", options.horizon, 0, slot=index % options.workers)
+        for index, (state, tasks) in enumerate(env.sequences(options.sequences, seed=0))
+    ]
     taken: dict[str, list[float]] = {}
     with Simulators(config, count=options.workers) as simulators:
-        arms = {"plain": lambda some: one_by_one(Drawing(env), some, policy), "plain, pictures when looked at": lambda some: one_by_one(env, some, policy),
-                "ours": lambda some: together(simulators, some, policy)}
+        arms = {
+            "plain": lambda some: one_by_one(Drawing(env), some, policy),
+            "plain, pictures when looked at": lambda some: one_by_one(env, some, policy),
+            "ours": lambda some: together(simulators, some, policy),
+        }
         for run in arms.values():  # warm up
-            run(chains[:options.workers])
+            run(chains[: options.workers])
         for _ in tqdm(range(options.rounds), desc="rounds"):
             for name, run in arms.items():
                 start = time.perf_counter()
@@ -97,10 +117,21 @@ def main() -> None:
                 taken.setdefault(name, []).append(time.perf_counter() - start)
                 tqdm.write(f"{name}: {steps} steps")
     env.close()
-    log.info("%d sequences of at most %d steps a sub-task, %d workers, %s", options.sequences, options.horizon, options.workers, machine())
+    log.info(
+        "%d sequences of at most %d steps a sub-task, %d workers, %s",
+        options.sequences,
+        options.horizon,
+        options.workers,
+        machine(),
+    )
     log.info("| arm | sequences an hour | times plain (quartiles) |\n|---|---|---|")
     for name, times in taken.items():
-        log.info("| %s | %.0f | %s |", name, 3600 * options.sequences / statistics.median(times), ratio(taken["plain"], times))
+        log.info(
+            "| %s | %.0f | %s |",
+            name,
+            3600 * options.sequences / statistics.median(times),
+            ratio(taken["plain"], times),
+        )
 
 
 if __name__ == "__main__":

@@ -1,14 +1,21 @@
-"""How fast step 2 reads its pairs, and in how much memory: the stream against random access, and video, at two sizes of the data.
+"""How fast step 2 reads its pairs, and in how much memory: the stream against random access, and video, at two sizes of
+the data.
 
     python -m benchmarks.stream_gidm rlds=<RLDS folder> fps=5 image=observation/image_0 [video=<video set>] [video_fps=]
-        [times=50] [joined=10] [passes=1] [pairs=4000] [block=512] [per_episode=8] [image_size=224] [buffer_gb=0.25] [rounds=3] [workers=0]
+        [times=50] [joined=10] [passes=1] [pairs=4000] [block=512] [per_episode=8] [image_size=224] [buffer_gb=0.25]
+        [rounds=3] [workers=0]
 
-The set is read as it is and with every shard `times` times; and both again with `joined` episodes in one record, since published sets have
-records of 5 to 30 MB. A reading takes `per_episode` pairs for every record `passes` times (of the video set, `pairs`), so that all of the data go
-through: memory that follows what was read shows at the larger size. Let `buffer_gb` be less than the smaller. Every reading is a process of its
-own, forked; its memory is the highest resident size above that before the set was opened. A round reads with all of them in turn; ratios are of
+The set is read as it is and with every shard `times` times; and both again with `joined` episodes in one record, since
+published sets have
+records of 5 to 30 MB. A reading takes `per_episode` pairs for every record `passes` times (of the video set, `pairs`),
+so that all of the data go
+through: memory that follows what was read shows at the larger size. Let `buffer_gb` be less than the smaller. Every
+reading is a process of its
+own, forked; its memory is the highest resident size above that before the set was opened. A round reads with all of
+them in turn; ratios are of
 the same round. Reading checks every payload; what that costs is timed on the records alone.
 """
+
 from __future__ import annotations
 
 import json
@@ -32,21 +39,41 @@ from common import loop, rlds
 from step2_gidm.dataset import mixture
 
 log = logging.getLogger(__name__)
-DEFAULTS = {"rlds": "???", "fps": "???", "image": "observation/image", "text": "language_instruction", "video": None, "video_fps": None, "times": 50,
-            "joined": 10, "passes": 1, "pairs": 4000, "block": 512, "per_episode": 8, "image_size": 224, "buffer_gb": 0.25, "rounds": 3, "workers": 0}
+DEFAULTS = {
+    "rlds": "???",
+    "fps": "???",
+    "image": "observation/image",
+    "text": "language_instruction",
+    "video": None,
+    "video_fps": None,
+    "times": 50,
+    "joined": 10,
+    "passes": 1,
+    "pairs": 4000,
+    "block": 512,
+    "per_episode": 8,
+    "image_size": 224,
+    "buffer_gb": 0.25,
+    "rounds": 3,
+    "workers": 0,
+}
 
 
 def copy_set(source: Path, out: Path, *, times: int, joined: int) -> Path:
     """The set's first shard, `joined` episodes to a record, linked to under `times` names."""
     episodes = rlds.Rlds(source)
     payloads = [episodes.shards[0][i] for i in range(len(episodes.shards[0]))]
-    payloads = [_join(payloads[i:i + joined]) for i in range(0, len(payloads), joined)] if joined > 1 else payloads
+    payloads = [_join(payloads[i : i + joined]) for i in range(0, len(payloads), joined)] if joined > 1 else payloads
     out.mkdir(parents=True)
     shard = out / "payloads"
     shard.write_bytes(b"".join(_record(payload) for payload in payloads))
     for number in range(times):
         (out / f"{episodes.name}-train.tfrecord-{number:05d}-of-{times:05d}").symlink_to(shard)
-    info = {"name": episodes.name, "fileFormat": "tfrecord", "splits": [{"name": "train", "shardLengths": [str(len(payloads))] * times}]}
+    info = {
+        "name": episodes.name,
+        "fileFormat": "tfrecord",
+        "splits": [{"name": "train", "shardLengths": [str(len(payloads))] * times}],
+    }
     (out / "dataset_info.json").write_text(json.dumps(info))
     (out / "features.json").write_bytes((source / "features.json").read_bytes())
     return out
@@ -54,7 +81,12 @@ def copy_set(source: Path, out: Path, *, times: int, joined: int) -> Path:
 
 def _record(payload: bytes) -> bytes:
     length = struct.pack("<Q", len(payload))
-    return length + struct.pack("<I", rlds.masked_crc32c(length)) + payload + struct.pack("<I", rlds.masked_crc32c(payload))
+    return (
+        length
+        + struct.pack("<I", rlds.masked_crc32c(length))
+        + payload
+        + struct.pack("<I", rlds.masked_crc32c(payload))
+    )
 
 
 def _join(payloads: list[bytes]) -> bytes:
@@ -73,8 +105,17 @@ def read(options: DictConfig, sets: dict[str, Any], pairs: int, *, stream: bool)
     start, before = time.perf_counter(), _peak(resource.RUSAGE_SELF)
     samples = mixture(sets, length=10**6, image_size=options.image_size, stream=plan)
     count = max(2, pairs // 32)
-    batches = loop.Batches(len(samples), 32, seed=0, rank=0, world=1, start=0, stop=count, block=getattr(samples, "block", None),
-                           streams=max(1, options.workers))
+    batches = loop.Batches(
+        len(samples),
+        32,
+        seed=0,
+        rank=0,
+        world=1,
+        start=0,
+        stop=count,
+        block=getattr(samples, "block", None),
+        streams=max(1, options.workers),
+    )
     times = []
     for _ in loop.loader(samples, batches, workers=options.workers, pin=False):
         times.append(time.perf_counter())
@@ -108,7 +149,9 @@ def main() -> None:
         sizes: dict[str, float] = {}
         for joined in dict.fromkeys((1, options.joined)):
             for times in dict.fromkeys((1, options.times)):
-                copy = copy_set(Path(options.rlds).resolve(), Path(folder) / f"{joined}x{times}", times=times, joined=joined)
+                copy = copy_set(
+                    Path(options.rlds).resolve(), Path(folder) / f"{joined}x{times}", times=times, joined=joined
+                )
                 size = next(copy.glob("payloads")).stat().st_size * times / 1e6
                 checks[f"random access, {joined} joined, {size:.0f} MB"] = copy
                 row = {"rlds": str(copy), "fps": options.fps, "image": options.image, "text": options.text}
@@ -117,14 +160,21 @@ def main() -> None:
                     name = f"{'stream' if stream else 'random access'}, {joined} joined, {size:.0f} MB"
                     arms[name], sizes[name] = ({"set": row}, pairs, stream), size
         if options.video:
-            arms["video, random access"] = ({"set": {"video": options.video, "fps": options.video_fps}}, options.pairs, False)
+            arms["video, random access"] = (
+                {"set": {"video": options.video, "fps": options.video_fps}},
+                options.pairs,
+                False,
+            )
         for _ in tqdm(range(options.rounds), desc="rounds"):
             for name, (sets, pairs, stream) in arms.items():
                 with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork")) as pool:
                     found.setdefault(name, []).append(pool.submit(read, options, sets, pairs, stream=stream).result())
                 if name in checks:
                     checked.setdefault(name, []).append(check(checks[name]))
-    log.info("a buffer of %.1f MB\n\n| reading | pairs | pairs/s | MB above before | first batch s |\n|---|---|---|---|---|", 1e3 * options.buffer_gb)
+    log.info(
+        "a buffer of %.1f MB\n\n| reading | pairs | pairs/s | MB above before | first batch s |\n|---|---|---|---|---|",
+        1e3 * options.buffer_gb,
+    )
     for name, runs in found.items():
         rate, memory, first = (statistics.median(column) for column in zip(*runs))
         log.info("| %s | %d | %.0f | %.1f | %.1f |", name, arms[name][1], rate, memory, first)

@@ -1,11 +1,15 @@
-"""Step 3's training against the plain path: views one by one, whole UNet, every sentence encoded at every step, nothing cached.
+"""Step 3's training against the plain path: views one by one, whole UNet, every sentence encoded at every step, nothing
+cached.
 
     python -m benchmarks.train_defi [scale=tiny|small|full] [rounds=3] [steps=10] [batch_size=16] [windows=64] ...
 
-One policy of random weights from one config in one loop (common.loop.Loop), on random windows held in memory, each arm of each round in a
-process of its own. "cached" trains from the outputs of the frozen parts on the disk (step3_defi.features), and says what they took to
+One policy of random weights from one config in one loop (common.loop.Loop), on random windows held in memory, each arm
+of each round in a
+process of its own. "cached" trains from the outputs of the frozen parts on the disk (step3_defi.features), and says
+what they took to
 compute; not at `full`, where a window's features are 42 MB. Other words go to the step 3 config.
 """
+
 from __future__ import annotations
 
 import logging
@@ -36,7 +40,10 @@ class Held:
 
     def __init__(self, model: DeFI, count: int) -> None:
         generator = torch.Generator().manual_seed(0)
-        self.pictures = {view: torch.rand(count, 3, model.image_size, model.image_size, generator=generator) * 2 - 1 for view in model.views}
+        self.pictures = {
+            view: torch.rand(count, 3, model.image_size, model.image_size, generator=generator) * 2 - 1
+            for view in model.views
+        }
         self.actions = torch.rand(count, model.adapter.horizon, model.adapter.action_dim, generator=generator) * 2 - 1
 
     def __len__(self) -> int:
@@ -63,13 +70,27 @@ def train(overrides: list[str], arm: str, steps: int, batch_size: int, windows: 
     """(samples a second, peak memory in GiB, seconds a window that the cache took) of the training loop."""
     set_seed(0)
     with tempfile.TemporaryDirectory() as folder:
-        words = [*overrides, *hub(Path(folder) / "hub", next(word.split("=")[1] for word in overrides if word.startswith("scale=")))]
+        words = [
+            *overrides,
+            *hub(Path(folder) / "hub", next(word.split("=")[1] for word in overrides if word.startswith("scale="))),
+        ]
         model = random_policy(words)
-        loop = instantiate(composed(words, "step3_defi").loop, output_dir=folder, seed=0, max_steps=WARM_UP + steps, batch_size=batch_size, num_workers=0,
-                           save_every=None, eval_every=None, wandb={"mode": "disabled"})
+        loop = instantiate(
+            composed(words, "step3_defi").loop,
+            output_dir=folder,
+            seed=0,
+            max_steps=WARM_UP + steps,
+            batch_size=batch_size,
+            num_workers=0,
+            save_every=None,
+            eval_every=None,
+            wandb={"mode": "disabled"},
+        )
         samples, start = Held(model, windows), time.perf_counter()
         if arm == "cached":
-            samples = features.cached(samples, model.to("cuda" if torch.cuda.is_available() else "cpu"), folder, parents={})
+            samples = features.cached(
+                samples, model.to("cuda" if torch.cuda.is_available() else "cpu"), folder, parents={}
+            )
         cache, trained = time.perf_counter() - start, Timed(model)
         with plain_path(model) if arm == "plain" else ExitStack():
             loop.fit(trained, samples)
@@ -79,16 +100,27 @@ def train(overrides: list[str], arm: str, steps: int, batch_size: int, windows: 
 def main() -> None:
     options, overrides = command_line({"scale": "tiny", "rounds": 3, "steps": 10, "batch_size": 16, "windows": 64})
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    found: dict[str, list[tuple[float, float, float]]] = {arm: [] for arm in ("plain", "ours", "cached")[:2 if options.scale == "full" else 3]}
+    found: dict[str, list[tuple[float, float, float]]] = {
+        arm: [] for arm in ("plain", "ours", "cached")[: 2 if options.scale == "full" else 3]
+    }
     for _ in tqdm(range(options.rounds), desc="rounds"):
         for arm, runs in found.items():
             runs.append(alone(train, overrides, arm, options.steps, options.batch_size, options.windows))
     log.info("%s, batch %d, %s", options.scale, options.batch_size, machine())
-    log.info("| arm | samples/s | peak, GiB | rate over plain (quartiles) | memory over plain (quartiles) |\n|---|---|---|---|---|")
+    log.info(
+        "| arm | samples/s | peak, GiB | rate over plain (quartiles) | memory over plain (quartiles) "
+        "|\n|---|---|---|---|---|"
+    )
     columns = {arm: list(zip(*runs)) for arm, runs in found.items()}
     for arm, (rates, memory, _) in columns.items():
-        log.info("| %s | %.1f | %.2f | %s | %s |", arm, statistics.median(rates), max(memory), ratio(rates, columns["plain"][0]),
-                 ratio(memory, columns["plain"][1]))
+        log.info(
+            "| %s | %.1f | %.2f | %s | %s |",
+            arm,
+            statistics.median(rates),
+            max(memory),
+            ratio(rates, columns["plain"][0]),
+            ratio(memory, columns["plain"][1]),
+        )
     if "cached" in columns:
         log.info("the cache took %.0f ms a window, once", 1000 * statistics.median(columns["cached"][2]))
 

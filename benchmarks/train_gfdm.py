@@ -3,10 +3,14 @@
     python -m benchmarks.train_gfdm [scale=tiny|small|full] [rounds=3] [steps=20] [batch_size=8] [workers=2] ...
     python -m benchmarks.train_gfdm paths.robot=data/playtable/A data.human_fraction=0      on one recording
 
-Ours: common.loop.Loop as configured at that scale. Plain: the same UNet, text encoder, objective and clips in a hand-written loop with gradient
-checkpointing always on, fp16 autocast (fp32 on a CPU, where fp16 is slower) and no workers. Each round runs both, each in a process of
-its own, so that the ratio is one of the same minutes and the memory is that of one run. Other words go to the step 1 config.
+Ours: common.loop.Loop as configured at that scale. Plain: the same UNet, text encoder, objective and clips in a
+hand-written loop with gradient
+checkpointing always on, fp16 autocast (fp32 on a CPU, where fp16 is slower) and no workers. Each round runs both, each
+in a process of
+its own, so that the ratio is one of the same minutes and the memory is that of one run. Other words go to the step 1
+config.
 """
+
 from __future__ import annotations
 
 import logging
@@ -36,8 +40,12 @@ log = logging.getLogger(__name__)
 
 def batches(samples: SampleSet, batch_size: int, workers: int, count: int) -> DataLoader:
     """`count` batches of one process."""
-    return loop.loader(samples, loop.Batches(len(samples), batch_size, seed=0, rank=0, world=1, start=0, stop=count), workers=workers,
-                       pin=torch.cuda.is_available())
+    return loop.loader(
+        samples,
+        loop.Batches(len(samples), batch_size, seed=0, rank=0, world=1, start=0, stop=count),
+        workers=workers,
+        pin=torch.cuda.is_available(),
+    )
 
 
 class Timed(nn.Module):
@@ -65,8 +73,17 @@ def ours(overrides: list[str], steps: int, batch_size: int, workers: int) -> tup
     cfg = composed(overrides)
     set_seed(0)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = instantiate(cfg.loop, output_dir=folder, seed=0, max_steps=WARM_UP + steps, batch_size=batch_size, num_workers=workers, save_every=None,
-                              eval_every=None, wandb={"mode": "disabled"})
+        trainer = instantiate(
+            cfg.loop,
+            output_dir=folder,
+            seed=0,
+            max_steps=WARM_UP + steps,
+            batch_size=batch_size,
+            num_workers=workers,
+            save_every=None,
+            eval_every=None,
+            wandb={"mode": "disabled"},
+        )
         model = Timed(instantiate(cfg.gfdm))
         trainer.fit(model, instantiate(cfg.data, split="train"))
     return steps * batch_size / (model.times[-1] - model.times[WARM_UP - 1]), peak()
@@ -102,8 +119,13 @@ def clips(overrides: list[str], steps: int, batch_size: int, workers: int, *, vi
     if videos:
         first = samples.sets[0]
         clip = OmegaConf.to_container(next(iter(cfg.data.sets.values())).clip)
-        samples = VideoClips(first.root.with_name(first.root.name.replace("latents", "videos")), "train", num_frames=first.num_frames, clip=clip,
-                             image_size=cfg.gfdm.image_size)
+        samples = VideoClips(
+            first.root.with_name(first.root.name.replace("latents", "videos")),
+            "train",
+            num_frames=first.num_frames,
+            clip=clip,
+            image_size=cfg.gfdm.image_size,
+        )
     coming = iter(batches(samples, batch_size, workers, PREFETCHED + 10 * steps))
     for _ in islice(coming, PREFETCHED):
         pass
@@ -129,9 +151,20 @@ def main() -> None:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
     log.info("%s, batch %d, %s", options.scale, options.batch_size, device)
     for name, runs in found.items():
-        log.info("%-6s %8.2f samples/s, peak %.2f GiB", name, statistics.median(rate for rate, _ in runs), max(peak for _, peak in runs))
+        log.info(
+            "%-6s %8.2f samples/s, peak %.2f GiB",
+            name,
+            statistics.median(rate for rate, _ in runs),
+            max(peak for _, peak in runs),
+        )
     ratios = sorted(a / b for (a, _), (b, _) in zip(found["ours"], found["plain"]))
-    log.info("ours / plain: %.2f times (%.2f to %.2f over %d rounds)", statistics.median(ratios), ratios[0], ratios[-1], len(ratios))
+    log.info(
+        "ours / plain: %.2f times (%.2f to %.2f over %d rounds)",
+        statistics.median(ratios),
+        ratios[0],
+        ratios[-1],
+        len(ratios),
+    )
     for name, videos in (("latents", False), ("mp4", True)):
         for workers in dict.fromkeys((0, options.workers)):
             rate = alone(clips, overrides, options.steps, options.batch_size, workers, videos=videos)

@@ -1,12 +1,18 @@
-"""Step 2's training and inference against the same model as the releases write it: softmax(Q K^T) V spelled out, T5 run at every step.
+"""Step 2's training and inference against the same model as the releases write it: softmax(Q K^T) V spelled out, T5 run
+at every step.
 
-    python -m benchmarks.train_gidm [scale=tiny|small|full] [gidm=official] [rounds=3] [steps=20] [batch_size=32] [repeats=20] ...
+    python -m benchmarks.train_gidm [scale=tiny|small|full] [gidm=official] [rounds=3] [steps=20] [batch_size=32]
+    [repeats=20] ...
 
-Ours and plain are one model from one config in one loop (common.loop.Loop): plain exchanges the attention and forgets every sentence.
-Pairs are random pictures held in memory under SENTENCES instructions, so that no disk is measured. Each round trains both, each in a
-process of its own: the ratio is one of the same minutes and the memory that of one run. Then `embed` and `infer` of both take turns
+Ours and plain are one model from one config in one loop (common.loop.Loop): plain exchanges the attention and forgets
+every sentence.
+Pairs are random pictures held in memory under SENTENCES instructions, so that no disk is measured. Each round trains
+both, each in a
+process of its own: the ratio is one of the same minutes and the memory that of one run. Then `embed` and `infer` of
+both take turns
 at batch 1 and 32. Other words go to the step 2 config; the frozen encoders must be there (paths.hub).
 """
+
 from __future__ import annotations
 
 import logging
@@ -38,7 +44,10 @@ class Held:
 
     def __init__(self, image_size: int, count: int = 256) -> None:
         self.frames = torch.rand(count, 2, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
-        self.texts = [f"push the {i % 8} block to the {'left' if i % 2 else 'right'} then open drawer {i}" for i in range(SENTENCES)]
+        self.texts = [
+            f"push the {i % 8} block to the {'left' if i % 2 else 'right'} then open drawer {i}"
+            for i in range(SENTENCES)
+        ]
 
     def __len__(self) -> int:
         return len(self.frames)
@@ -56,7 +65,9 @@ def spell_out(model: InverseModel) -> InverseModel:
     return model
 
 
-def _written_out(self: Attention, x: Tensor, context: Tensor | None = None, *, key_mask: Tensor | None = None, causal: bool = False) -> Tensor:
+def _written_out(
+    self: Attention, x: Tensor, context: Tensor | None = None, *, key_mask: Tensor | None = None, causal: bool = False
+) -> Tensor:
     context = x if context is None else context
     q, k, v = self._split(self.to_q(x)), self._split(self.to_k(context)), self._split(self.to_v(context))
     bias = torch.zeros(q.shape[2], k.shape[2], dtype=q.dtype, device=q.device)
@@ -71,7 +82,9 @@ def _written_out(self: Attention, x: Tensor, context: Tensor | None = None, *, k
 @torch.no_grad()
 def _every_time(self: T5Text, texts: list[str]) -> tuple[Tensor, Tensor]:
     tokens = self.tokenizer(texts, padding=True, return_tensors="pt").to(self.device)
-    return self.module(**{name: tokens[name] for name in ("input_ids", "attention_mask")}).last_hidden_state.float(), tokens["attention_mask"].bool()
+    return self.module(
+        **{name: tokens[name] for name in ("input_ids", "attention_mask")}
+    ).last_hidden_state.float(), tokens["attention_mask"].bool()
 
 
 def train(overrides: list[str], steps: int, batch_size: int, plain: bool) -> tuple[float, float]:
@@ -79,8 +92,17 @@ def train(overrides: list[str], steps: int, batch_size: int, plain: bool) -> tup
     cfg = composed(overrides, "step2_gidm")
     set_seed(0)
     with tempfile.TemporaryDirectory() as folder:
-        loop = instantiate(cfg.loop, output_dir=folder, seed=0, max_steps=WARM_UP + steps, batch_size=batch_size, num_workers=0, save_every=None,
-                           eval_every=None, wandb={"mode": "disabled"})
+        loop = instantiate(
+            cfg.loop,
+            output_dir=folder,
+            seed=0,
+            max_steps=WARM_UP + steps,
+            batch_size=batch_size,
+            num_workers=0,
+            save_every=None,
+            eval_every=None,
+            wandb={"mode": "disabled"},
+        )
         model = instantiate(cfg.gidm)
         timed = Timed(spell_out(model) if plain else model)
         loop.fit(timed, Held(model.vision.image_size))
@@ -89,7 +111,8 @@ def train(overrides: list[str], steps: int, batch_size: int, plain: bool) -> tup
 
 @torch.no_grad()
 def infer(overrides: list[str], repeats: int) -> tuple[dict[int, dict[str, list[float]]], float]:
-    """Seconds of `embed` and `infer` by batch size, ours and plain in turns, and how far their latents differ in fp32."""
+    """Seconds of `embed` and `infer` by batch size, ours and plain in turns, and how far their latents differ in
+    fp32."""
     cfg = composed(overrides, "step2_gidm")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     models = {}
@@ -126,15 +149,33 @@ def main() -> None:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
     log.info("%s, batch %d, %s", options.scale, options.batch_size, device)
     for name, runs in found.items():
-        log.info("%-6s %8.2f samples/s in training, peak %.2f GiB", name, statistics.median(rate for rate, _ in runs), max(peak for _, peak in runs))
-    for what, ratios in (("rate", [a / b for (a, _), (b, _) in zip(found["ours"], found["plain"])]),
-                         ("peak memory", [a / b for (_, a), (_, b) in zip(found["ours"], found["plain"])])):
-        log.info("ours / plain, %s: %.2f times (%.2f to %.2f over %d rounds)", what, statistics.median(ratios), min(ratios), max(ratios), len(ratios))
+        log.info(
+            "%-6s %8.2f samples/s in training, peak %.2f GiB",
+            name,
+            statistics.median(rate for rate, _ in runs),
+            max(peak for _, peak in runs),
+        )
+    for what, ratios in (
+        ("rate", [a / b for (a, _), (b, _) in zip(found["ours"], found["plain"])]),
+        ("peak memory", [a / b for (_, a), (_, b) in zip(found["ours"], found["plain"])]),
+    ):
+        log.info(
+            "ours / plain, %s: %.2f times (%.2f to %.2f over %d rounds)",
+            what,
+            statistics.median(ratios),
+            min(ratios),
+            max(ratios),
+            len(ratios),
+        )
     times, apart = alone(infer, overrides, options.repeats)
     for batch, taken in times.items():
         ratios = [a / b for a, b in zip(taken["plain"], taken["ours"])]
-        log.info("embed + infer, batch %2d: plain %.1f ms, ours %.1f ms, plain / ours %.2f times", batch,
-                 *(1000 * statistics.median(taken[name]) for name in ("plain", "ours")), statistics.median(ratios))
+        log.info(
+            "embed + infer, batch %2d: plain %.1f ms, ours %.1f ms, plain / ours %.2f times",
+            batch,
+            *(1000 * statistics.median(taken[name]) for name in ("plain", "ours")),
+            statistics.median(ratios),
+        )
     log.info("latents of the two differ by %.1g at most in fp32", apart)
 
 

@@ -1,10 +1,14 @@
 """How many windows a second are read, in random order: packed, from one npz, and from ten as VPP and the release do.
 
-    python -m benchmarks.windows data.root=data/playtable/A [data.folder=training] [windows=100] [rounds=7] [scale=tiny] ...
+    python -m benchmarks.windows data.root=data/playtable/A [data.folder=training] [windows=100] [rounds=7] [scale=tiny]
+    ...
 
-One process and no network. The pack is built first, in a temporary folder. All three give the same sample (asserted); files are in the page
-cache after the first round, so this is the cost of opening, inflating and resizing, not of the disk. Other words go to the step 3 config.
+One process and no network. The pack is built first, in a temporary folder. All three give the same sample (asserted);
+files are in the page
+cache after the first round, so this is the cost of opening, inflating and resizing, not of the disk. Other words go to
+the step 3 config.
 """
+
 from __future__ import annotations
 
 import copy
@@ -31,15 +35,24 @@ log = logging.getLogger(__name__)
 def ten_files(windows: CalvinWindows, index: int) -> dict[str, Any]:
     """Every frame of the window is opened and decoded, the pictures of the first are used."""
     frame = int(windows.windows[index, 1])
-    frames = [read_frame(windows.folder, frame + step, [*windows.keys, "rel_actions"]) for step in range(windows.horizon)]
-    views = {view: resize(frames[0][key][None], windows.image_size)[0] * 2 - 1 for view, key in zip(windows.views, windows.keys)}
+    frames = [
+        read_frame(windows.folder, frame + step, [*windows.keys, "rel_actions"]) for step in range(windows.horizon)
+    ]
+    views = {
+        view: resize(frames[0][key][None], windows.image_size)[0] * 2 - 1
+        for view, key in zip(windows.views, windows.keys)
+    }
     actions = torch.from_numpy(np.stack([arrays["rel_actions"] for arrays in frames]).astype(np.float32))
     return {"id": windows.id(index), "views": views, "text": windows.text(index), "actions": actions}
 
 
 def same(a: dict[str, Any], b: dict[str, Any]) -> bool:
     """Two samples, bit for bit."""
-    return a["id"] == b["id"] and torch.equal(a["actions"], b["actions"]) and all(torch.equal(a["views"][view], b["views"][view]) for view in a["views"])
+    return (
+        a["id"] == b["id"]
+        and torch.equal(a["actions"], b["actions"])
+        and all(torch.equal(a["views"][view], b["views"][view]) for view in a["views"])
+    )
 
 
 def main() -> None:
@@ -47,12 +60,17 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:
-        cfg = composed([*overrides, "data.max_pad=0"], "step3_defi")  # ten npz are ten motions: none past an annotation's end
+        cfg = composed(
+            [*overrides, "data.max_pad=0"], "step3_defi"
+        )  # ten npz are ten motions: none past an annotation's end
         packed = instantiate(cfg.data, split="all", pack=True, cache_dir=folder)
         single = copy.copy(packed)
         single.pack = None
-        arms: dict[str, Callable[[int], dict]] = {"ten npz": lambda index: ten_files(packed, index), "one npz": lambda index: single.sample(index, rng),
-                                                  "packed": lambda index: packed.sample(index, rng)}
+        arms: dict[str, Callable[[int], dict]] = {
+            "ten npz": lambda index: ten_files(packed, index),
+            "one npz": lambda index: single.sample(index, rng),
+            "packed": lambda index: packed.sample(index, rng),
+        }
         for index in rng.integers(len(packed), size=20).tolist():
             samples = [read(index) for read in arms.values()]
             if not (same(samples[0], samples[1]) and same(samples[1], samples[2])):

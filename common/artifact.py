@@ -8,6 +8,7 @@
 
 "scale" is the tiny, small or full of the run that made it, or null where nobody can say.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -40,8 +41,17 @@ class ArtifactError(ValueError):
     """An artifact that is missing, of another kind, or does not fit its own config."""
 
 
-def save(model: nn.Module, folder: str | Path, *, kind: str, config: dict[str, Any], step: int = 0, scale: str | None = None,
-         parents: dict[str, str] | None = None, stats: dict[str, Any] | None = None) -> Path:
+def save(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    kind: str,
+    config: dict[str, Any],
+    step: int = 0,
+    scale: str | None = None,
+    parents: dict[str, str] | None = None,
+    stats: dict[str, Any] | None = None,
+) -> Path:
     """Write an artifact beside its place, then rename its files into it. Other files of the folder stay."""
     if kind not in KINDS:
         raise ArtifactError(f"unknown kind {kind!r}; kinds: {sorted(KINDS)}")
@@ -53,10 +63,20 @@ def save(model: nn.Module, folder: str | Path, *, kind: str, config: dict[str, A
         if hasattr(model, "save_weights"):
             model.save_weights(beside)
         else:
-            save_file({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}, beside / "weights.safetensors")
+            save_file(
+                {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()},
+                beside / "weights.safetensors",
+            )
         (beside / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
-        record = {"format": FORMAT, "kind": kind, "scale": scale, "git": _git_commit(), "step": step, "parents": parents or {},
-                  "stats": stats or {}}
+        record = {
+            "format": FORMAT,
+            "kind": kind,
+            "scale": scale,
+            "git": _git_commit(),
+            "step": step,
+            "parents": parents or {},
+            "stats": stats or {},
+        }
         (beside / "meta.json").write_text(json.dumps(record, indent=2) + "\n")
         for name in (SUMS, MODEL_CARD):  # they speak of what lay here before
             (folder / name).unlink(missing_ok=True)
@@ -132,7 +152,8 @@ def _fill(model: nn.Module, folder: Path) -> None:
 
 
 def copy(source: str | Path, folder: str | Path) -> Path:
-    """A whole artifact elsewhere, without what its training left beside it: resume state, logs, parents. Written beside, then renamed."""
+    """A whole artifact elsewhere, without what its training left beside it: resume state, logs, parents. Written
+    beside, then renamed."""
     source, folder = Path(source), Path(folder)
     meta(source)
     if source.resolve() != folder.resolve():
@@ -150,7 +171,11 @@ def meta(path: str | Path, kind: str | None = None) -> dict[str, Any]:
     """The folder's meta.json, checked for format and kind."""
     file = Path(path) / "meta.json"
     if not file.is_file():
-        maker = {"gfdm": "scripts/step1_train_svd.sh", "gidm": "scripts/step2_train_gidm.sh", "defi": "scripts/step3_train_calvin.sh"}
+        maker = {
+            "gfdm": "scripts/step1_train_svd.sh",
+            "gidm": "scripts/step2_train_gidm.sh",
+            "defi": "scripts/step3_train_calvin.sh",
+        }
         name = Path(path).name
         row = f"experiment={kind}/{name} " if (EXPERIMENTS / str(kind) / f"{name}.yaml").is_file() else ""
         hint = f"; make one with {maker[kind]} {row}name={name}" if kind in maker else ""
@@ -164,7 +189,8 @@ def meta(path: str | Path, kind: str | None = None) -> dict[str, Any]:
 
 
 def check_scale(path: str | Path, kind: str, scale: str) -> None:
-    """Refuse an artifact that a run of another scale made: names do not hold the scale, and a policy builds itself to whatever parent it is given.
+    """Refuse an artifact that a run of another scale made: names do not hold the scale, and a policy builds itself to
+    whatever parent it is given.
 
     An artifact whose scale is null (made elsewhere) fits every scale.
     """
@@ -173,8 +199,10 @@ def check_scale(path: str | Path, kind: str, scale: str) -> None:
         raise ArtifactError(f"{path}: this {kind} was trained before scales were recorded; train it again")
     if record["scale"] not in (None, scale):
         elsewhere = f", and give it with policy.{kind}.path=" if kind != "defi" else ""
-        raise ArtifactError(f"{path}: this {kind} is of scale={record['scale']}, one of scale={scale} is needed; "
-                            f"move it away, or train one with scale={scale} under another name={elsewhere}")
+        raise ArtifactError(
+            f"{path}: this {kind} is of scale={record['scale']}, one of scale={scale} is needed; "
+            f"move it away, or train one with scale={scale} under another name={elsewhere}"
+        )
 
 
 def sha256(path: str | Path) -> str:
@@ -214,5 +242,10 @@ def _place(config: Any, folder: Path) -> Any:
 
 def _git_commit() -> str:
     root = Path(__file__).resolve().parents[1]
-    done = subprocess.run(["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     return done.stdout.strip() or "unknown"

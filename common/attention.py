@@ -1,4 +1,5 @@
 """Attention, MLP, adaLN modulation and fixed position codes shared by the rooms (Sec. 3.2-3.3)."""
+
 from __future__ import annotations
 
 import torch
@@ -45,12 +46,22 @@ class Mlp(nn.Module):
 class Attention(nn.Module):
     """Multi-head attention over a sequence, or from a sequence to a context, through SDPA.
 
-    `qkv_bias` and `out_bias` follow the ancestors' weights: UniVLA's blocks have none on q, k, v and one on the output. `dropout`
+    `qkv_bias` and `out_bias` follow the ancestors' weights: UniVLA's blocks have none on q, k, v and one on the output.
+    `dropout`
     drops weights of the attention in training.
     """
 
-    def __init__(self, dim: int, heads: int, *, context_dim: int | None = None, head_dim: int | None = None,
-                 qkv_bias: bool = False, out_bias: bool = True, dropout: float = 0.0) -> None:
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        *,
+        context_dim: int | None = None,
+        head_dim: int | None = None,
+        qkv_bias: bool = False,
+        out_bias: bool = True,
+        dropout: float = 0.0,
+    ) -> None:
         super().__init__()
         if head_dim is None and dim % heads:
             raise ValueError(f"width {dim} does not split into {heads} heads")
@@ -62,20 +73,28 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(context_dim, inner, bias=qkv_bias)
         self.to_out = nn.Linear(inner, dim, bias=out_bias)
 
-    def forward(self, x: Tensor, context: Tensor | None = None, *, key_mask: Tensor | None = None,
-                causal: bool = False) -> Tensor:
+    def forward(
+        self, x: Tensor, context: Tensor | None = None, *, key_mask: Tensor | None = None, causal: bool = False
+    ) -> Tensor:
         """x (B, N, D), context (B, S, D') or x itself, key_mask (B, S) with True where a key counts -> (B, N, D)."""
         context = x if context is None else context
-        q, k, v = (self._split(project(y)) for project, y in
-                   ((self.to_q, x), (self.to_k, context), (self.to_v, context)))  # (B, heads, N | S, head_dim)
+        q, k, v = (
+            self._split(project(y)) for project, y in ((self.to_q, x), (self.to_k, context), (self.to_v, context))
+        )  # (B, heads, N | S, head_dim)
         mask = None if key_mask is None else key_mask[:, None, None]
         if causal and mask is not None:
             mask = mask & torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=x.device).tril()
         if q.device.type == "cpu":  # the CPU's fused kernel is several times slower in bf16 than in fp32
             q, k, v = q.float(), k.float(), v.float()
         with torch.autocast(q.device.type, enabled=q.device.type != "cpu" and torch.is_autocast_enabled(q.device.type)):
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal and mask is None,
-                                                 dropout_p=self.dropout if self.training else 0.0)
+            out = F.scaled_dot_product_attention(
+                q,
+                k,
+                v,
+                attn_mask=mask,
+                is_causal=causal and mask is None,
+                dropout_p=self.dropout if self.training else 0.0,
+            )
         return self.to_out(out.transpose(1, 2).flatten(2))
 
     def _split(self, x: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 Batch number b of rank r is a pure function of (seed, b, r): resuming means starting at another number.
 """
+
 from __future__ import annotations
 
 import math
@@ -20,15 +21,31 @@ VALIDATION_EPOCH = 2**31  # draws of the held-out set never meet draws of traini
 class Batches(Sampler[list[tuple[int, int]]]):
     """Batches of (epoch, index) keys for one rank, from batch number `start` to `stop`.
 
-    A set of `block`s is dealt block by block: lanes, one for each rank and each of its `streams` (the workers of its loader), take the
-    blocks of an endless row in turn, a lane's batches come from one block after another, shuffled within it, and a rank's batches go
+    A set of `block`s is dealt block by block: lanes, one for each rank and each of its `streams` (the workers of its
+    loader), take the
+    blocks of an endless row in turn, a lane's batches come from one block after another, shuffled within it, and a
+    rank's batches go
     round its streams, as DataLoader deals them to workers. So a worker reads only blocks of its own, each once.
     """
 
-    def __init__(self, length: int, batch_size: int, *, seed: int, rank: int, world: int, start: int, stop: int,
-                 block: int | None = None, streams: int = 1) -> None:
+    def __init__(
+        self,
+        length: int,
+        batch_size: int,
+        *,
+        seed: int,
+        rank: int,
+        world: int,
+        start: int,
+        stop: int,
+        block: int | None = None,
+        streams: int = 1,
+    ) -> None:
         if block and not batch_size <= block <= length:
-            raise ValueError(f"{length} samples in blocks of {block} give no batches of {batch_size}, which lie in one block each; raise data.stream.block")
+            raise ValueError(
+                f"{length} samples in blocks of {block} give no batches of {batch_size}, which lie in one block each; "
+                "raise data.stream.block"
+            )
         self.length, self.batch_size, self.seed = length, batch_size, seed
         self.rank, self.world, self.start, self.stop = rank, world, start, stop
         self.block, self.streams = block, streams
@@ -57,33 +74,57 @@ class Batches(Sampler[list[tuple[int, int]]]):
             if epoch != current:
                 order, current = np.random.default_rng((self.seed, epoch)).permutation(self.length), epoch
                 order = np.resize(order, max(self.length, share))
-            mine = order[position * share:(position + 1) * share][self.rank::self.world]
+            mine = order[position * share : (position + 1) * share][self.rank :: self.world]
             yield [(epoch, int(index)) for index in mine]
 
     def _dealt(self) -> Iterator[list[tuple[int, int]]]:
         per_block = self.block // self.batch_size  # samples of a block past its last whole batch are not drawn
         for number in range(self.start, self.stop):
             turn, position = divmod(number // self.streams, per_block)
-            epoch, block = divmod(turn * self.lanes + self.rank * self.streams + number % self.streams, self.length // self.block)
-            order = block * self.block + np.random.default_rng((self.seed, epoch, block, WITHIN_BLOCK)).permutation(self.block)
-            yield [(epoch, int(index)) for index in order[position * self.batch_size:(position + 1) * self.batch_size]]
+            epoch, block = divmod(
+                turn * self.lanes + self.rank * self.streams + number % self.streams, self.length // self.block
+            )
+            order = block * self.block + np.random.default_rng((self.seed, epoch, block, WITHIN_BLOCK)).permutation(
+                self.block
+            )
+            yield [
+                (epoch, int(index)) for index in order[position * self.batch_size : (position + 1) * self.batch_size]
+            ]
 
 
-def held_out(length: int, batch_size: int, *, seed: int, rank: int, world: int, most: int) -> list[tuple[list[tuple[int, int]], float]]:
-    """At most `most` batches of keys for one rank, each with its weight in the mean over ranks of the weighted sums: the mean over samples.
+def held_out(
+    length: int, batch_size: int, *, seed: int, rank: int, world: int, most: int
+) -> list[tuple[list[tuple[int, int]], float]]:
+    """At most `most` batches of keys for one rank, each with its weight in the mean over ranks of the weighted sums:
+    the mean over samples.
 
-    Samples of a held-out set lie in order (windows of one annotation side by side), so they are drawn from all of it, the same at every
-    validation. Every rank has as many batches, because a forward of several processes waits for all of them; one without samples left
+    Samples of a held-out set lie in order (windows of one annotation side by side), so they are drawn from all of it,
+    the same at every
+    validation. Every rank has as many batches, because a forward of several processes waits for all of them; one
+    without samples left
     goes along with a sample that weighs nothing.
     """
-    order = np.random.default_rng((seed, VALIDATION_EPOCH)).permutation(length)[:most * batch_size * world]
+    order = np.random.default_rng((seed, VALIDATION_EPOCH)).permutation(length)[: most * batch_size * world]
     mine = order[rank::world]
-    parts = [mine[start:start + batch_size] for start in range(0, math.ceil(len(order) / world), batch_size)]
-    return [([(VALIDATION_EPOCH, int(index)) for index in (part if len(part) else order[:1])], len(part) * world / len(order)) for part in parts]
+    parts = [mine[start : start + batch_size] for start in range(0, math.ceil(len(order) / world), batch_size)]
+    return [
+        (
+            [(VALIDATION_EPOCH, int(index)) for index in (part if len(part) else order[:1])],
+            len(part) * world / len(order),
+        )
+        for part in parts
+    ]
 
 
 def loader(samples: SampleSet, batches: Batches, *, workers: int, pin: bool) -> DataLoader:
     """What a rank trains on: its batches of a sample set, read ahead by `workers` processes."""
     # its own generator: an iterator's base seed would otherwise advance the model's noise at every resume
-    return DataLoader(Draws(samples, batches.seed, stride=batches.lanes), batch_sampler=batches, collate_fn=collate, num_workers=workers,
-                      generator=torch.Generator().manual_seed(batches.seed), pin_memory=pin, prefetch_factor=4 if workers else None)
+    return DataLoader(
+        Draws(samples, batches.seed, stride=batches.lanes),
+        batch_sampler=batches,
+        collate_fn=collate,
+        num_workers=workers,
+        generator=torch.Generator().manual_seed(batches.seed),
+        pin_memory=pin,
+        prefetch_factor=4 if workers else None,
+    )

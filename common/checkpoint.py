@@ -1,7 +1,9 @@
-"""Other people's checkpoints as flat dictionaries of tensors: .safetensors, and .ckpt, .pt, .bin as torch.save writes them.
+"""Other people's checkpoints as flat dictionaries of tensors: .safetensors, and .ckpt, .pt, .bin as torch.save writes
+them.
 
 Nothing but tensors and builtins is ever unpickled. Ours are artifacts (common/artifact.py).
 """
+
 from __future__ import annotations
 
 import pickle
@@ -36,34 +38,43 @@ class _Blank:
 
 
 class _BlankDict:
-    """Stands where the foreign class is a dictionary's: keeps the items, since torch sets items of its own kinds only."""
+    """Stands where the foreign class is a dictionary's: keeps the items, since torch sets items of its own kinds
+    only."""
 
     def __new__(cls, *_: Any, **__: Any) -> Any:
         return OrderedDict()
 
 
 def read_tensors(path: str | Path, *, skip_foreign: bool = False) -> dict[str, Tensor]:
-    """The tensors of a checkpoint by dotted name, on the CPU; a state_dict nested under NESTS is found, whatever else lies beside it is left out.
+    """The tensors of a checkpoint by dotted name, on the CPU; a state_dict nested under NESTS is found, whatever else
+    lies beside it is left out.
 
-    A pickle that holds objects of other classes (Lightning's hyper-parameters, a policy's DictConfig) raises CheckpointError with their
-    names. With `skip_foreign` blanks take their place, plain dictionaries that of dictionaries: their code is neither imported nor run.
+    A pickle that holds objects of other classes (Lightning's hyper-parameters, a policy's DictConfig) raises
+    CheckpointError with their
+    names. With `skip_foreign` blanks take their place, plain dictionaries that of dictionaries: their code is neither
+    imported nor run.
     """
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file; a checkpoint is one .ckpt, .pt, .bin or .safetensors file")
     tree = _safetensors(path) if path.suffix == ".safetensors" else _pickled(path, skip_foreign)
     inner = tree
-    while isinstance(inner, Mapping) and (nest := next((name for name in NESTS if isinstance(inner.get(name), Mapping)), None)):
+    while isinstance(inner, Mapping) and (
+        nest := next((name for name in NESTS if isinstance(inner.get(name), Mapping)), None)
+    ):
         inner = inner[nest]
     tensors = dict(_flat(inner)) if isinstance(inner, Mapping) else {}
     if not tensors:
         top = ", ".join(map(str, tree)) if isinstance(tree, Mapping) else type(tree).__name__
-        raise CheckpointError(f"{path}: no tensors by name at its top, nor under {' or '.join(NESTS)}; it holds: {top or 'nothing'}")
+        raise CheckpointError(
+            f"{path}: no tensors by name at its top, nor under {' or '.join(NESTS)}; it holds: {top or 'nothing'}"
+        )
     return tensors
 
 
 def check_import(path: str | Path, output_dir: str | Path, foreign: str, *, expected: str) -> None:
-    """Refuse what a program that imports a checkpoint cannot do: a `foreign` that is no choice, an artifact in the way, no file."""
+    """Refuse what a program that imports a checkpoint cannot do: a `foreign` that is no choice, an artifact in the way,
+    no file."""
     if foreign not in ("refuse", "skip"):
         raise ValueError(f"foreign={foreign}: use refuse or skip")
     if (Path(output_dir) / "meta.json").is_file():
@@ -73,7 +84,8 @@ def check_import(path: str | Path, output_dir: str | Path, foreign: str, *, expe
 
 
 def renamed(name: str, table: Iterable[tuple[str, str]]) -> str:
-    """A tensor's name after every (pattern, replacement) of `table` in order: a later line sees what an earlier one made."""
+    """A tensor's name after every (pattern, replacement) of `table` in order: a later line sees what an earlier one
+    made."""
     for theirs, ours in table:
         name = re.sub(theirs, ours, name)
     return name
@@ -81,16 +93,25 @@ def renamed(name: str, table: Iterable[tuple[str, str]]) -> str:
 
 def counted(tensors: Mapping[str, Tensor], prefixes: Iterable[str]) -> dict[str, int]:
     """Prefix -> how many numbers stand under it, where there are any."""
-    found = {prefix: sum(tensor.numel() for name, tensor in tensors.items() if name.startswith(prefix)) for prefix in prefixes}
+    found = {
+        prefix: sum(tensor.numel() for name, tensor in tensors.items() if name.startswith(prefix))
+        for prefix in prefixes
+    }
     return {prefix: count for prefix, count in found.items() if count}
 
 
 def misfit(model: nn.Module, tensors: Mapping[str, Tensor]) -> str:
     """Why `tensors` are not exactly the state of `model`, every key named on one line; empty where they are."""
     own = model.state_dict()
-    wrong = {"missing": sorted(own.keys() - tensors.keys()), "unexpected": sorted(tensors.keys() - own.keys()),
-             "of another shape": [f"{key} {tuple(tensors[key].shape)} for {tuple(own[key].shape)}" for key in sorted(own.keys() & tensors.keys())
-                                  if own[key].shape != tensors[key].shape]}
+    wrong = {
+        "missing": sorted(own.keys() - tensors.keys()),
+        "unexpected": sorted(tensors.keys() - own.keys()),
+        "of another shape": [
+            f"{key} {tuple(tensors[key].shape)} for {tuple(own[key].shape)}"
+            for key in sorted(own.keys() & tensors.keys())
+            if own[key].shape != tensors[key].shape
+        ],
+    }
     return "; ".join(f"{len(names)} {what}: {', '.join(names)}" for what, names in wrong.items() if names)
 
 
@@ -106,30 +127,47 @@ def _pickled(path: Path, skip_foreign: bool) -> Any:
     try:
         foreign = sorted(get_unsafe_globals_in_checkpoint(path)) if zipped else []
         if foreign and not skip_foreign:
-            raise CheckpointError(f"{path}: holds objects of {', '.join(foreign)} beside its tensors, and only tensors and builtins are unpickled; "
-                                  "read past them, their code neither imported nor run, with foreign=skip")
+            raise CheckpointError(
+                f"{path}: holds objects of {', '.join(foreign)} beside its tensors, and only tensors and builtins are "
+                "unpickled; "
+                "read past them, their code neither imported nor run, with foreign=skip"
+            )
         return _past(path, foreign, zipped)
     except CheckpointError:
         raise
-    except (LookupError, TypeError) as error:  # torch's unpickler stumbles over what is no pickle, or over a state of no common form
+    except (
+        LookupError,
+        TypeError,
+    ) as error:  # torch's unpickler stumbles over what is no pickle, or over a state of no common form
         raise CheckpointError(f"{path}: not readable as a checkpoint of tensors ({error!r})") from error
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
         said = str(error).rpartition("WeightsUnpickler error:")[2]  # what stands before is torch's advice
         lines = [line.strip() for line in said.splitlines() if line.strip()] or [type(error).__name__]
-        reason = next((line for line in lines if "GLOBAL" in line), lines[0]).split(" was not an allowed")[0].rstrip(".")
-        hint = "; where you trust it, save its state_dict alone as .safetensors" if isinstance(error, pickle.UnpicklingError) else ""
+        reason = (
+            next((line for line in lines if "GLOBAL" in line), lines[0]).split(" was not an allowed")[0].rstrip(".")
+        )
+        hint = (
+            "; where you trust it, save its state_dict alone as .safetensors"
+            if isinstance(error, pickle.UnpicklingError)
+            else ""
+        )
         raise CheckpointError(f"{path}: not readable as a checkpoint of tensors ({reason}){hint}") from error
 
 
 def _past(path: Path, foreign: list[str], zipped: bool) -> Any:
-    """What a pickle holds, blanks in place of `foreign` classes. Only in reading does it show which of them are dictionaries."""
-    blanks = {name: type(name.rpartition(".")[2], (_Blank,), {"__module__": name.rpartition(".")[0]}) for name in foreign}
+    """What a pickle holds, blanks in place of `foreign` classes. Only in reading does it show which of them are
+    dictionaries."""
+    blanks = {
+        name: type(name.rpartition(".")[2], (_Blank,), {"__module__": name.rpartition(".")[0]}) for name in foreign
+    }
     while True:
         try:
             with safe_globals([(blank, name) for name, blank in blanks.items()]):
                 return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped or None)
         except pickle.UnpicklingError as error:
-            filled = next((name for name, blank in blanks.items() if "SETITEM" in str(error) and str(blank) in str(error)), None)
+            filled = next(
+                (name for name, blank in blanks.items() if "SETITEM" in str(error) and str(blank) in str(error)), None
+            )
             if filled is None:
                 raise
             blanks[filled] = _BlankDict

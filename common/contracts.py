@@ -2,6 +2,7 @@
 
 Legend: B batch, V views, F frames, N patch tokens, L feature tokens, K latent-action tokens, A actions in a chunk.
 """
+
 from __future__ import annotations
 
 from typing import Any, NamedTuple, Protocol, TypedDict
@@ -62,7 +63,8 @@ class FutureDynamics(Protocol):
     num_tokens: int
 
     def imagine(self, image: Tensor, text: list[str], *, seed: int = 0) -> Tensor:
-        """(B, 3, H, W) in [-1, 1], B strings -> (B, F, L, feature_dim): features of the next frames, one denoising step."""
+        """(B, 3, H, W) in [-1, 1], B strings -> (B, F, L, feature_dim): features of the next frames, one denoising
+        step."""
 
     def freeze_untapped(self) -> None:
         """Take the gradient from what `imagine` never computes."""
@@ -89,7 +91,8 @@ class InverseDynamics(Protocol):
         """Forget what only pretraining needs (A.3)."""
 
     def freeze_codes(self) -> None:
-        """Keep the codes as they are: they neither learn nor restart, and the bottleneck's loss only draws latents to them."""
+        """Keep the codes as they are: they neither learn nor restart, and the bottleneck's loss only draws latents to
+        them."""
 
 
 class ChunkPolicy(Protocol):
@@ -119,17 +122,22 @@ class Env(Protocol):
 
     name: str  # the world and scene that reports print, for instance "playtable-D"
 
-    def sequences(self, count: int, *, tasks: list[str] | None = None, length: int = 5, seed: int = 0) -> list[tuple[dict, list[str]]]:
+    def sequences(
+        self, count: int, *, tasks: list[str] | None = None, length: int = 5, seed: int = 0
+    ) -> list[tuple[dict, list[str]]]:
         """`count` pairs of (symbolic initial state, tasks in a row); `tasks` restricts the vocabulary."""
 
-    def reset(self, state: dict | None = None, *, robot_obs: np.ndarray | None = None, scene_obs: np.ndarray | None = None) -> dict:
+    def reset(
+        self, state: dict | None = None, *, robot_obs: np.ndarray | None = None, scene_obs: np.ndarray | None = None
+    ) -> dict:
         """Put the world into a symbolic state, or into raw vectors; returns the observation without pictures."""
 
     def step(self, action: np.ndarray, *, render: bool = True) -> tuple[dict, dict]:
         """One control step of 1/30 s with a (7,) relative action -> (observation, info); pictures only when asked."""
 
     def observe(self) -> dict:
-        """The present observation with pictures: rgb_obs/{rgb_static (200,200,3), rgb_gripper (84,84,3)} uint8, robot_obs (15,), scene_obs (24,)."""
+        """The present observation with pictures: rgb_obs/{rgb_static (200,200,3), rgb_gripper (84,84,3)} uint8,
+        robot_obs (15,), scene_obs (24,)."""
 
     def get_info(self) -> dict[str, Any]:
         """CALVIN's privileged info, which the oracle compares between two moments."""
@@ -147,7 +155,8 @@ class Env(Protocol):
         """Simulator and renderer with their versions, for the result file."""
 
     def choices(self) -> dict[str, Any]:
-        """Arguments of its constructor in place of what it chose by itself, a renderer: another one made with them draws alike."""
+        """Arguments of its constructor in place of what it chose by itself, a renderer: another one made with them
+        draws alike."""
 
     def close(self) -> None:
         """Free the simulator and its GL context."""

@@ -1,4 +1,5 @@
 """The curves of a training run, read from its metrics.jsonl."""
+
 from __future__ import annotations
 
 import json
@@ -16,7 +17,8 @@ Series = dict[str, tuple[list[float], list[float]]]  # "train/mse" -> (steps, va
 
 
 def read_metrics(path: Path) -> Series:
-    """metrics.jsonl -> {key: (steps, values)}; a torn last line is left out. Raises FileNotFoundError, and ValueError where it is no such file."""
+    """metrics.jsonl -> {key: (steps, values)}; a torn last line is left out. Raises FileNotFoundError, and ValueError
+    where it is no such file."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; a training writes it")
     series: Series = {}
@@ -35,15 +37,20 @@ def read_metrics(path: Path) -> Series:
 
 
 def draw_curves(run: Path, panels: Mapping[str, str]) -> Figure:
-    """The metrics of the run in folder `run`: a panel a title, with every key whose last part matches its pattern, training and validation together.
+    """The metrics of the run in folder `run`: a panel a title, with every key whose last part matches its pattern,
+    training and validation together.
 
     Panels without a key are left out. Raises FileNotFoundError, and ValueError where none is left.
     """
     series = read_metrics(run / "metrics.jsonl")
-    known = {title: [key for key in series if re.fullmatch(pattern, key.split("/")[-1])] for title, pattern in panels.items()}
+    known = {
+        title: [key for key in series if re.fullmatch(pattern, key.split("/")[-1])] for title, pattern in panels.items()
+    }
     known = {title: keys for title, keys in known.items() if keys}
     if not known:
-        raise ValueError(f"{run / 'metrics.jsonl'} has none of {', '.join(panels)}; it has {', '.join(series) or 'nothing'}")
+        raise ValueError(
+            f"{run / 'metrics.jsonl'} has none of {', '.join(panels)}; it has {', '.join(series) or 'nothing'}"
+        )
     figure, axes = pyplot.subplots(1, len(known), figsize=(4.2 * len(known), 3), squeeze=False)
     for axis, (title, keys) in zip(axes[0], known.items()):
         names = sorted({key.split("/")[-1] for key in keys})
@@ -51,7 +58,15 @@ def draw_curves(run: Path, panels: Mapping[str, str]) -> Figure:
             (steps, values), colour = series[key], f"C{names.index(key.split('/')[-1]) % 10}"
             noisy = len(steps) > 30
             line = {"color": colour, "linestyle": "--" if key.startswith("val/") else "-"}
-            axis.plot(steps, values, alpha=0.35 if noisy else 1, marker=None if noisy else "o", markersize=3, label=None if noisy else key, **line)
+            axis.plot(
+                steps,
+                values,
+                alpha=0.35 if noisy else 1,
+                marker=None if noisy else "o",
+                markersize=3,
+                label=None if noisy else key,
+                **line,
+            )
             if noisy:
                 axis.plot(steps, smooth(values), label=f"{key} (mean)", **line)
         if all(key.split("/")[-1] in LOGARITHMIC and min(series[key][1]) > 0 for key in keys):

@@ -1,4 +1,5 @@
 """Figures without a display, written whole or not at all."""
+
 from __future__ import annotations
 
 from pathlib import Path

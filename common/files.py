@@ -1,4 +1,5 @@
 """Files that are there whole or not at all: written beside their place, then renamed."""
+
 from __future__ import annotations
 
 import hashlib
@@ -10,7 +11,8 @@ from pathlib import Path
 
 @contextmanager
 def beside(path: Path) -> Iterator[Path]:
-    """A hidden neighbour of `path`, of the same suffix, to write to; it takes the place of `path` at the end, or goes where writing fails."""
+    """A hidden neighbour of `path`, of the same suffix, to write to; it takes the place of `path` at the end, or goes
+    where writing fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
     try:

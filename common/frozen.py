@@ -2,6 +2,7 @@
 
 A path is a local folder in the hub's own format or a hub id; `tiny` stand-ins are folders of the same kind.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -31,7 +32,11 @@ def require(path: str | Path, what: str) -> str:
         return path
     local = os.path.isabs(path) or path.startswith((".", "ckpts")) or path.count("/") != 1
     if local:
-        hint = f"python -m common.standins out={Path(path).parent}" if "tiny" in path else f"bash scripts/download_ckpts.sh {Path(path).name}"
+        hint = (
+            f"python -m common.standins out={Path(path).parent}"
+            if "tiny" in path
+            else f"bash scripts/download_ckpts.sh {Path(path).name}"
+        )
         raise MissingWeights(f"{what} not found in {path}; fetch it with: {hint}")
     return path
 
@@ -39,7 +44,8 @@ def require(path: str | Path, what: str) -> str:
 class Frozen(nn.Module):
     """Holds a module that must never train: no gradients, always eval, absent from state_dict and parameters().
 
-    The module is kept out of torch's registry, so optimizers, DDP, FSDP and checkpoints never see it; `.to()` reaches it.
+    The module is kept out of torch's registry, so optimizers, DDP, FSDP and checkpoints never see it; `.to()` reaches
+    it.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -66,8 +72,10 @@ class Frozen(nn.Module):
 class TextEncoder(Frozen):
     """Encodes sentences and keeps what it saw on the CPU: instructions repeat.
 
-    Each sentence is encoded by itself, since what shares a batch changes the last bits, even at equal length: a run that goes on,
-    or one that forgot a sentence, gets the same. At most `cache_bytes` are kept (512 MiB: 14,000 sentences of twelve tokens from
+    Each sentence is encoded by itself, since what shares a batch changes the last bits, even at equal length: a run
+    that goes on,
+    or one that forgot a sentence, gets the same. At most `cache_bytes` are kept (512 MiB: 14,000 sentences of twelve
+    tokens from
     t5-base) and the sentence that was not asked for the longest goes first.
     """
 
@@ -82,7 +90,11 @@ class TextEncoder(Frozen):
     def unknown(self, text: str) -> set[str]:
         """Characters that the tokenizer has no piece for, so that the encoder cannot tell them apart."""
         unknown = self.tokenizer.unk_token_id
-        return {c for c in set(text) if unknown in self.tokenizer(c, add_special_tokens=False)["input_ids"]} if unknown is not None else set()
+        return (
+            {c for c in set(text) if unknown in self.tokenizer(c, add_special_tokens=False)["input_ids"]}
+            if unknown is not None
+            else set()
+        )
 
     def _encode(self, texts: list[str]) -> list[tuple[Tensor, ...]]:
         raise NotImplementedError
@@ -118,9 +130,11 @@ def text_encoders(model: nn.Module) -> Iterator[TextEncoder]:
 
 
 def weights_sha256(module: nn.Module) -> str:
-    """One hash over every parameter and buffer of a module, those inside of frozen parts as well: bytes, type, shape and name, in hex.
+    """One hash over every parameter and buffer of a module, those inside of frozen parts as well: bytes, type, shape
+    and name, in hex.
 
-    It tells apart what a path or a config does not, such as stand-ins that were fitted again in the same place. Some GB take seconds.
+    It tells apart what a path or a config does not, such as stand-ins that were fitted again in the same place. Some GB
+    take seconds.
     """
     digest = hashlib.sha256()
     for name, tensor in _tensors(module):
@@ -131,7 +145,9 @@ def weights_sha256(module: nn.Module) -> str:
 
 def _tensors(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
     """Name and value of every tensor in the order of the modules, where Frozen ends torch's own walk, too."""
-    yield from ((prefix + name, tensor) for part in (module.named_parameters(), module.named_buffers()) for name, tensor in part)
+    yield from (
+        (prefix + name, tensor) for part in (module.named_parameters(), module.named_buffers()) for name, tensor in part
+    )
     for name, part in module.named_modules():
         if isinstance(part, Frozen):
             yield from _tensors(part.module, f"{prefix}{name}/")
@@ -147,7 +163,9 @@ class ClipText(TextEncoder):
         self.pooled_dim = module.config.projection_dim
 
     def _encode(self, texts: list[str]) -> list[tuple[Tensor, Tensor]]:
-        tokens = self.tokenizer(texts, padding="max_length", max_length=self.length, truncation=True, return_tensors="pt")
+        tokens = self.tokenizer(
+            texts, padding="max_length", max_length=self.length, truncation=True, return_tensors="pt"
+        )
         out = self.module(**{k: tokens[k].to(self.device) for k in ("input_ids", "attention_mask")})
         return list(zip(out.last_hidden_state.float().cpu(), out.text_embeds.float().cpu()))
 
@@ -175,7 +193,7 @@ class T5Text(TextEncoder):
 
     def forward(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         """B strings -> tokens (B, L, dim), zero where padded, and mask (B, L) with True where a token counts."""
-        rows = [tokens for tokens, in self._recall(texts)]
+        rows = [tokens for (tokens,) in self._recall(texts)]
         tokens = nn.utils.rnn.pad_sequence(rows, batch_first=True)
         lengths = torch.tensor([len(row) for row in rows])
         mask = torch.arange(tokens.shape[1])[None] < lengths[:, None]
@@ -195,10 +213,15 @@ class DinoV2(Frozen):
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [0, 1], resized to the encoder's size -> (B, num_tokens, dim)."""
         if images.shape[-2:] != (self.image_size, self.image_size):
-            images = F.interpolate(images, (self.image_size, self.image_size), mode="bilinear", antialias=True, align_corners=False)
-        mean, std = (torch.tensor(c, device=images.device, dtype=images.dtype).view(3, 1, 1) for c in (IMAGENET_MEAN, IMAGENET_STD))
+            images = F.interpolate(
+                images, (self.image_size, self.image_size), mode="bilinear", antialias=True, align_corners=False
+            )
+        mean, std = (
+            torch.tensor(c, device=images.device, dtype=images.dtype).view(3, 1, 1)
+            for c in (IMAGENET_MEAN, IMAGENET_STD)
+        )
         tokens = self.module.forward_features(((images - mean) / std).to(self.dtype))
-        return tokens[:, self.module.num_prefix_tokens:].float()
+        return tokens[:, self.module.num_prefix_tokens :].float()
 
 
 def clip_text(path: str | Path, max_length: int = 20) -> ClipText:
@@ -214,7 +237,8 @@ def t5_text(path: str | Path) -> T5Text:
 
 
 def dinov2(path: str | Path, image_size: int = 224) -> DinoV2:
-    """Load DINOv2 through timm: a local folder in timm's hub format, or a hub id such as timm/vit_base_patch14_reg4_dinov2.lvd142m."""
+    """Load DINOv2 through timm: a local folder in timm's hub format, or a hub id such as
+    timm/vit_base_patch14_reg4_dinov2.lvd142m."""
     path = require(path, "DINOv2")
     source = f"local-dir:{path}" if Path(path).is_dir() else f"hf-hub:{path}"
     return DinoV2(timm.create_model(source, pretrained=True, num_classes=0, img_size=image_size), image_size)

@@ -2,6 +2,7 @@
 
 Resuming means restoring its state and starting the sampler (batches.py) at another number.
 """
+
 from __future__ import annotations
 
 import logging
@@ -31,7 +32,9 @@ from common.processes import processes
 from common.tracking import Tracker
 
 log = logging.getLogger(__name__)
-PATIENCE = 5000  # draws of a process, some hundred episodes of a stream, before their share of damaged ones says anything
+PATIENCE = (
+    5000  # draws of a process, some hundred episodes of a stream, before their share of damaged ones says anything
+)
 
 
 class NonFiniteLoss(RuntimeError):
@@ -51,7 +54,10 @@ class Progress:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         other = {k: (state["plan"].get(k), v) for k, v in self.plan.items() if state["plan"].get(k) != v}
         if other:
-            raise ValueError(f"resume state belongs to another run (then, now): {other}; choose another name= or delete its resume folder")
+            raise ValueError(
+                f"resume state belongs to another run (then, now): {other}; choose another name= or delete its resume "
+                "folder"
+            )
         self.step, self.skipped, self.drawn = state["step"], state["skipped"], state["drawn"]
         self.left_out, self.best = state.get("left_out", 0), state.get("best", math.inf)
 
@@ -59,59 +65,114 @@ class Progress:
 class Loop:
     """Trains a model whose forward returns {"loss": scalar, **metrics} on a sample set.
 
-    Metrics are averaged over the batches between two log lines, or of a validation, and over the ranks. Those of integers are counts:
+    Metrics are averaged over the batches between two log lines, or of a validation, and over the ranks. Those of
+    integers are counts:
     they are added up instead, and the model's `count_metrics` makes numbers of the sums.
     `batch_size` is per process. `max_steps` counts optimizer steps and wins over `epochs`. `precision` is accelerate's
-    ("no", "bf16", "fp16"), or "auto": bf16 where the machine has it. `ema_decay` keeps an exponential moving average of what
-    trains; validation and the returned model use it. `best` names the held-out metric whose lowest values `fit` tells of.
+    ("no", "bf16", "fp16"), or "auto": bf16 where the machine has it. `ema_decay` keeps an exponential moving average of
+    what
+    trains; validation and the returned model use it. `best` names the held-out metric whose lowest values `fit` tells
+    of.
     `max_bad_share` is the share of a process's draws that may be damaged; what a rule leaves out does not count.
     A run that was stopped goes on from `output_dir/resume` with the same result as an unbroken one.
     """
 
-    def __init__(self, *, output_dir: str, seed: int = 0, epochs: int | None = None, max_steps: int | None = None,
-                 batch_size: int, accumulate: int = 1, optimizer: dict[str, Any], schedule: str = "constant_with_warmup",
-                 warmup_steps: int = 0, max_grad_norm: float | None = 1.0, precision: str = "no", ema_decay: float | None = None,
-                 num_workers: int = 0, log_every: int = 10, eval_every: int | None = None, eval_batches: int = 16,
-                 save_every: int | None = None, compile: bool = False, max_bad_share: float = 0.05,
-                 best: str | None = None, wandb: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        output_dir: str,
+        seed: int = 0,
+        epochs: int | None = None,
+        max_steps: int | None = None,
+        batch_size: int,
+        accumulate: int = 1,
+        optimizer: dict[str, Any],
+        schedule: str = "constant_with_warmup",
+        warmup_steps: int = 0,
+        max_grad_norm: float | None = 1.0,
+        precision: str = "no",
+        ema_decay: float | None = None,
+        num_workers: int = 0,
+        log_every: int = 10,
+        eval_every: int | None = None,
+        eval_batches: int = 16,
+        save_every: int | None = None,
+        compile: bool = False,
+        max_bad_share: float = 0.05,
+        best: str | None = None,
+        wandb: dict[str, Any] | None = None,
+    ) -> None:
         if epochs is None and max_steps is None:
             raise ValueError("a loop needs epochs or max_steps")
         self.output_dir, self.seed, self.epochs, self.max_steps = Path(output_dir), seed, epochs, max_steps
         self.batch_size, self.accumulate, self.optimizer = batch_size, accumulate, dict(optimizer)
         self.schedule, self.warmup_steps, self.max_grad_norm = schedule, warmup_steps, max_grad_norm
         self.precision, self.ema_decay, self.num_workers = precision, ema_decay, num_workers
-        self.log_every, self.eval_every, self.eval_batches, self.save_every = log_every, eval_every, eval_batches, save_every
+        self.log_every, self.eval_every, self.eval_batches, self.save_every = (
+            log_every,
+            eval_every,
+            eval_batches,
+            save_every,
+        )
         self.compile, self.max_bad_share, self.wandb = compile, max_bad_share, wandb
         self.best, self.step = best, 0
         self._stop_asked, self._left_out = False, ""
 
-    def fit(self, model: nn.Module, train_set: SampleSet, val_set: SampleSet | None = None, *,
-            keep: Callable[[int], Any] | None = None) -> nn.Module:
-        """Train to the end and return the unwrapped model, with EMA weights where EMA is on; under FSDP it is whole on the main process alone.
+    def fit(
+        self,
+        model: nn.Module,
+        train_set: SampleSet,
+        val_set: SampleSet | None = None,
+        *,
+        keep: Callable[[int], Any] | None = None,
+    ) -> nn.Module:
+        """Train to the end and return the unwrapped model, with EMA weights where EMA is on; under FSDP it is whole on
+        the main process alone.
 
-        `keep(step)` is called on the main process whenever `best` was lower than ever before, while the model holds the weights that were validated.
+        `keep(step)` is called on the main process whenever `best` was lower than ever before, while the model holds the
+        weights that were validated.
         """
         precision = self.precision if self.precision != "auto" else "bf16" if bf16_pays(processes().device) else "no"
         self.accelerator = Accelerator(mixed_precision=precision, gradient_accumulation_steps=1)
         sharded = self.accelerator.distributed_type is DistributedType.FSDP
         if sharded and self.ema_decay:
-            raise ValueError(f"loop.ema_decay={self.ema_decay}: no average is kept of weights that FSDP shards; set loop.ema_decay=null or train under DDP")
+            raise ValueError(
+                f"loop.ema_decay={self.ema_decay}: no average is kept of weights that FSDP shards; set "
+                "loop.ema_decay=null or train under DDP"
+            )
         if sharded and self.best:
-            raise ValueError(f"loop.best={self.best}: no best is kept of weights that FSDP shards; set loop.best=null or train under DDP")
+            raise ValueError(
+                f"loop.best={self.best}: no best is kept of weights that FSDP shards; set loop.best=null or train "
+                "under DDP"
+            )
         set_seed(self.seed, device_specific=self.accelerator.num_processes > 1)
-        world, per_epoch = self.accelerator.num_processes, Batches.per_epoch(len(train_set), self.batch_size, self.accelerator.num_processes)
+        world, per_epoch = (
+            self.accelerator.num_processes,
+            Batches.per_epoch(len(train_set), self.batch_size, self.accelerator.num_processes),
+        )
         total = self.max_steps or max(1, math.ceil(self.epochs * per_epoch / self.accumulate))
-        plan = {"seed": self.seed, "batch_size": self.batch_size, "accumulate": self.accumulate, "world": world,
-                "samples": len(train_set), "total": total}
+        plan = {
+            "seed": self.seed,
+            "batch_size": self.batch_size,
+            "accumulate": self.accumulate,
+            "world": world,
+            "samples": len(train_set),
+            "total": total,
+        }
         if hasattr(train_set, "block"):
             plan |= {"block": train_set.block, "streams": max(1, self.num_workers)}
-        raw_optimizer, scheduler = optim.build(model, **self.optimizer, schedule=self.schedule,
-                                               warmup_steps=self.warmup_steps, total_steps=total)
+        raw_optimizer, scheduler = optim.build(
+            model, **self.optimizer, schedule=self.schedule, warmup_steps=self.warmup_steps, total_steps=total
+        )
         model.to(self.accelerator.device)
         wrapped, optimizer = self.accelerator.prepare(torch.compile(model) if self.compile else model, raw_optimizer)
         self.progress = Progress(plan)
         self.trained = [p for p in model.parameters() if p.requires_grad]
-        self.ema = EMAModel(self.trained, decay=self.ema_decay, use_ema_warmup=True, power=0.75, foreach=True) if self.ema_decay else None
+        self.ema = (
+            EMAModel(self.trained, decay=self.ema_decay, use_ema_warmup=True, power=0.75, foreach=True)
+            if self.ema_decay
+            else None
+        )
         self.accelerator.register_for_checkpointing(*filter(None, (self.progress, scheduler, self.ema)))
         self.keep = keep
         self._resume()
@@ -130,11 +191,25 @@ class Loop:
         self.step = self.progress.step
         return model.eval()
 
-    def _run(self, model: nn.Module, wrapped: nn.Module, optimizer: Any, scheduler: Any, train_set: SampleSet,
-             val_set: SampleSet | None, tracker: Tracker | None) -> None:
+    def _run(
+        self,
+        model: nn.Module,
+        wrapped: nn.Module,
+        optimizer: Any,
+        scheduler: Any,
+        train_set: SampleSet,
+        val_set: SampleSet | None,
+        tracker: Tracker | None,
+    ) -> None:
         total, progress = self.progress.plan["total"], self.progress
         batches = iter(self._loader(train_set, progress.step * self.accumulate, total * self.accumulate))
-        bar = tqdm(total=total, initial=progress.step, desc=self.output_dir.name, disable=not self.accelerator.is_main_process, mininterval=1.0)
+        bar = tqdm(
+            total=total,
+            initial=progress.step,
+            desc=self.output_dir.name,
+            disable=not self.accelerator.is_main_process,
+            mininterval=1.0,
+        )
         sums, since, clock = {}, 0, time.perf_counter()
         wrapped.train()
         if hasattr(model, "on_start"):
@@ -153,16 +228,29 @@ class Loop:
             bar.update()
             if progress.step % self.log_every == 0 or progress.step == total:
                 row = {f"train/{k}": float(v) for k, v in (self._metrics(model, sums, since) | (extra or {})).items()}
-                row |= {"lr": scheduler.get_last_lr()[0], "steps_per_second": since / (time.perf_counter() - clock),
-                        "data/skipped": progress.skipped, "data/left_out": progress.left_out} | ({"grad_norm": float(norm)} if norm is not None else {})
+                row |= {
+                    "lr": scheduler.get_last_lr()[0],
+                    "steps_per_second": since / (time.perf_counter() - clock),
+                    "data/skipped": progress.skipped,
+                    "data/left_out": progress.left_out,
+                } | ({"grad_norm": float(norm)} if norm is not None else {})
                 bar.set_postfix(loss=f"{row['train/loss']:.4f}")
                 if self._left_out:
-                    log.info("%d of %d draws left out by rule and replaced, the last: %s", progress.left_out, progress.drawn, self._left_out)
+                    log.info(
+                        "%d of %d draws left out by rule and replaced, the last: %s",
+                        progress.left_out,
+                        progress.drawn,
+                        self._left_out,
+                    )
                     self._left_out = ""
                 if tracker:
                     tracker.log(progress.step, row)
                 sums, since, clock = {}, 0, time.perf_counter()
-            if val_set is not None and self.eval_every and (progress.step % self.eval_every == 0 or progress.step == total):
+            if (
+                val_set is not None
+                and self.eval_every
+                and (progress.step % self.eval_every == 0 or progress.step == total)
+            ):
                 row = self._validate(model, wrapped, val_set)
                 if tracker:
                     tracker.log(progress.step, row)
@@ -171,7 +259,11 @@ class Loop:
                 self._save()
             if stop and progress.step < total:
                 bar.close()
-                log.warning("SIGTERM: saved at step %d in %s; run the same command to go on", progress.step, self.output_dir / "resume")
+                log.warning(
+                    "SIGTERM: saved at step %d in %s; run the same command to go on",
+                    progress.step,
+                    self.output_dir / "resume",
+                )
                 raise SystemExit(128 + signal.SIGTERM)
         bar.close()
 
@@ -183,7 +275,10 @@ class Loop:
             with quiet:
                 metrics = wrapped(batch)
             if not torch.isfinite(metrics["loss"]).all():
-                raise NonFiniteLoss(f"loss is {metrics['loss'].item()} at step {self.progress.step + 1}; samples: {', '.join(map(str, batch['id']))}")
+                raise NonFiniteLoss(
+                    f"loss is {metrics['loss'].item()} at step {self.progress.step + 1}; samples: "
+                    f"{', '.join(map(str, batch['id']))}"
+                )
             self.accelerator.backward(metrics["loss"] / self.accumulate)
             yield metrics
 
@@ -198,22 +293,45 @@ class Loop:
         for line in damaged:
             log.warning("unreadable sample replaced: %s", line)
         if progress.skipped > self.max_bad_share * max(PATIENCE, progress.drawn):
-            raise TooManyUnreadable(f"{progress.skipped} of {progress.drawn} samples were unreadable, more than loop.max_bad_share={self.max_bad_share}: "
-                                    f"mend the data or raise it; the last: {damaged[-1] if damaged else '(earlier)'}")
+            raise TooManyUnreadable(
+                f"{progress.skipped} of {progress.drawn} samples were unreadable, more than "
+                f"loop.max_bad_share={self.max_bad_share}: "
+                f"mend the data or raise it; the last: {damaged[-1] if damaged else '(earlier)'}"
+            )
         return send_to_device(batch, self.accelerator.device)
 
     def _loader(self, samples: SampleSet, start: int, stop: int) -> DataLoader:
-        batches = Batches(len(samples), self.batch_size, seed=self.seed, rank=self.accelerator.process_index,
-                          world=self.accelerator.num_processes, start=start, stop=stop,
-                          block=getattr(samples, "block", None), streams=max(1, self.num_workers))
+        batches = Batches(
+            len(samples),
+            self.batch_size,
+            seed=self.seed,
+            rank=self.accelerator.process_index,
+            world=self.accelerator.num_processes,
+            start=start,
+            stop=stop,
+            block=getattr(samples, "block", None),
+            streams=max(1, self.num_workers),
+        )
         return loader(samples, batches, workers=self.num_workers, pin=self.accelerator.device.type == "cuda")
 
     @torch.no_grad()
     def _validate(self, model: nn.Module, wrapped: nn.Module, val_set: SampleSet) -> dict[str, float]:
-        """Metrics over fixed held-out batches with fixed noise and EMA weights; training's generators stay untouched."""
-        chunks = held_out(len(val_set), self.batch_size, seed=self.seed, rank=self.accelerator.process_index,
-                          world=self.accelerator.num_processes, most=self.eval_batches)
-        loader = DataLoader(Draws(val_set, self.seed), batch_sampler=[keys for keys, _ in chunks], collate_fn=collate, num_workers=self.num_workers)
+        """Metrics over fixed held-out batches with fixed noise and EMA weights; training's generators stay
+        untouched."""
+        chunks = held_out(
+            len(val_set),
+            self.batch_size,
+            seed=self.seed,
+            rank=self.accelerator.process_index,
+            world=self.accelerator.num_processes,
+            most=self.eval_batches,
+        )
+        loader = DataLoader(
+            Draws(val_set, self.seed),
+            batch_sampler=[keys for keys, _ in chunks],
+            collate_fn=collate,
+            num_workers=self.num_workers,
+        )
         if self.ema:
             self.ema.store(self.trained)
             self.ema.copy_to(self.trained)

@@ -1,4 +1,5 @@
 """Numbers that two steps report: picture quality, use of codes and bootstrap intervals."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -34,8 +35,9 @@ def perplexity(counts: Tensor) -> Tensor:
     return (-(share * share.log()).sum()).exp()
 
 
-def bootstrap_ci(values: Sequence[float] | np.ndarray, *, seed: int = 0, level: float = 0.95,
-                 resamples: int = 2000) -> tuple[float, float, float]:
+def bootstrap_ci(
+    values: Sequence[float] | np.ndarray, *, seed: int = 0, level: float = 0.95, resamples: int = 2000
+) -> tuple[float, float, float]:
     """(mean, low, high): percentile bootstrap over independent units."""
     values = np.asarray(values, dtype=float)
     if not values.size:

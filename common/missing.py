@@ -1,7 +1,10 @@
-"""Program: which of these artifacts are still to be made?   python -m common.missing scale=tiny models=[gfdm/tiny,gidm/t8_binning]
+"""Program: which of these artifacts are still to be made?   python -m common.missing scale=tiny
+models=[gfdm/tiny,gidm/t8_binning]
 
-Prints their names, for scripts. An artifact of another kind or scale in the place of one is a line on stderr and exit status 1.
+Prints their names, for scripts. An artifact of another kind or scale in the place of one is a line on stderr and exit
+status 1.
 """
+
 from __future__ import annotations
 
 import logging
@@ -17,7 +20,8 @@ log = logging.getLogger(__name__)
 
 
 def missing(ckpts: str | Path, models: Iterable[str], scale: str) -> list[str]:
-    """Those of `models` (<kind>/<name>) that `ckpts` holds no artifact of. ArtifactError where it holds one of another kind or scale."""
+    """Those of `models` (<kind>/<name>) that `ckpts` holds no artifact of. ArtifactError where it holds one of another
+    kind or scale."""
     absent = []
     for model in models:
         folder = Path(ckpts) / model

@@ -1,8 +1,10 @@
 """Weighted mixtures of sample sets, drawn the same way for every (seed, epoch, index) (Tables 11 and 12).
 
-A sample set has `__len__()` and `sample(index, rng) -> dict`. It raises `Unreadable` for one bad sample. A set too large for
+A sample set has `__len__()` and `sample(index, rng) -> dict`. It raises `Unreadable` for one bad sample. A set too
+large for
 random access has a `block` besides: the number of its indices that are cheap to read together.
 """
+
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -26,7 +28,8 @@ class Unreadable(ValueError):
 
 
 class LeftOut(Unreadable):
-    """One sample is whole, but a rule does not admit it (no sentence, too short). It is replaced, too, but counted apart, and stops no run."""
+    """One sample is whole, but a rule does not admit it (no sentence, too short). It is replaced, too, but counted
+    apart, and stops no run."""
 
 
 class TooManyUnreadable(RuntimeError):
@@ -41,7 +44,8 @@ class Skipped(NamedTuple):
 
 
 def skip(skipped: list[Skipped], error: Unreadable, tries: int, what: str) -> None:
-    """Add one of those that a draw replaces. Raises TooManyUnreadable at `tries` damaged ones, or where rules leave out nearly everything."""
+    """Add one of those that a draw replaces. Raises TooManyUnreadable at `tries` damaged ones, or where rules leave out
+    nearly everything."""
     skipped.append(Skipped(str(error), isinstance(error, LeftOut)))
     damaged = sum(not each.by_rule for each in skipped)
     if damaged >= tries:
@@ -68,7 +72,8 @@ class BlockReader(Protocol):
 class BlockSet(SampleSet, Protocol):
     """A sample set that is read in blocks: indices n * block to (n + 1) * block - 1 lie together, epoch follows epoch.
 
-    Block number n of epoch e is block e * len / block + n of an endless row; a reader is asked for every `stride`-th of them in turn.
+    Block number n of epoch e is block e * len / block + n of an endless row; a reader is asked for every `stride`-th of
+    them in turn.
     """
 
     block: int
@@ -86,7 +91,9 @@ class Mixture:
         self.names = [name for name in sets if weights.get(name, 0) > 0]
         empty = [name for name in self.names if not len(sets[name])]
         if empty or not self.names:
-            raise ValueError(f"mixture has nothing to draw from: {'empty sets ' + str(empty) if empty else 'all weights are zero'}")
+            raise ValueError(
+                f"mixture has nothing to draw from: {'empty sets ' + str(empty) if empty else 'all weights are zero'}"
+            )
         self.sets = [sets[name] for name in self.names]
         total = sum(weights[name] for name in self.names)
         self.shares = np.array([weights[name] / total for name in self.names])
@@ -129,6 +136,7 @@ class Draws(Dataset):
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
     """Tensors and arrays stack, numbers become tensors, dictionaries recurse, everything else stays a list."""
+
     def merge(values: list[Any]) -> Any:
         if isinstance(values[0], dict):
             return {key: merge([value[key] for value in values]) for key in values[0]}

@@ -2,6 +2,7 @@
 
 VPP and the official release build the optimizer twice and schedule the copy that nobody steps (facts: vpp.md 5.5).
 """
+
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
@@ -12,12 +13,24 @@ from diffusers.optimization import get_scheduler
 from torch import nn
 
 
-def build(model: nn.Module, *, lr: float, weight_decay: float, betas: Sequence[float] = (0.9, 0.999), eps: float = 1e-8,
-          decay_all: bool = False, factors: Mapping[str, float] | None = None, schedule: str = "constant_with_warmup", warmup_steps: int = 0,
-          total_steps: int) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LambdaLR]:
-    """The optimizer over what requires gradients, and the schedule bound to it. `schedule` is a name that diffusers knows.
+def build(
+    model: nn.Module,
+    *,
+    lr: float,
+    weight_decay: float,
+    betas: Sequence[float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    decay_all: bool = False,
+    factors: Mapping[str, float] | None = None,
+    schedule: str = "constant_with_warmup",
+    warmup_steps: int = 0,
+    total_steps: int,
+) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LambdaLR]:
+    """The optimizer over what requires gradients, and the schedule bound to it. `schedule` is a name that diffusers
+    knows.
 
-    A model may bring its own `parameter_groups()`; otherwise matrices decay and vectors (norms, biases) do not. `factors` names parts
+    A model may bring its own `parameter_groups()`; otherwise matrices decay and vectors (norms, biases) do not.
+    `factors` names parts
     of the model (its direct children) whose learning rate is that many times `lr`.
     """
     groups = model.parameter_groups() if hasattr(model, "parameter_groups") else None
@@ -30,13 +43,20 @@ def build(model: nn.Module, *, lr: float, weight_decay: float, betas: Sequence[f
     return optimizer, scheduler
 
 
-def _decay_groups(model: nn.Module, weight_decay: float, decay_all: bool, lr: float, factors: Mapping[str, float]) -> list[dict[str, Any]]:
+def _decay_groups(
+    model: nn.Module, weight_decay: float, decay_all: bool, lr: float, factors: Mapping[str, float]
+) -> list[dict[str, Any]]:
     if unknown := sorted(factors.keys() - dict(model.named_children()).keys()):
-        raise ValueError(f"optimizer.factors names {unknown}, which are no parts of the model; its parts: {sorted(dict(model.named_children()))}")
+        raise ValueError(
+            f"optimizer.factors names {unknown}, which are no parts of the model; its parts: "
+            f"{sorted(dict(model.named_children()))}"
+        )
     groups: dict[tuple[bool, float], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             decays, factor = decay_all or parameter.ndim >= 2, factors.get(name.split(".")[0], 1.0)
-            group = groups.setdefault((decays, factor), {"params": [], "weight_decay": weight_decay if decays else 0.0, "lr": factor * lr})
+            group = groups.setdefault(
+                (decays, factor), {"params": [], "weight_decay": weight_decay if decays else 0.0, "lr": factor * lr}
+            )
             group["params"].append(parameter)
     return sorted(groups.values(), key=lambda group: (-group["lr"], -group["weight_decay"]))

@@ -1,4 +1,5 @@
 """Where bf16 is worth its rounding: a setting of "auto" asks here, so that one config serves every machine."""
+
 from __future__ import annotations
 
 import torch

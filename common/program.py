@@ -1,4 +1,5 @@
 """How a program starts: Hydra reads its config, and bad input ends it with one clear line instead of a traceback."""
+
 from __future__ import annotations
 
 import functools
@@ -15,7 +16,13 @@ from common.loop import NonFiniteLoss
 from common.mixture import TooManyUnreadable
 
 CONFIGS = str(Path(__file__).resolve().parents[1] / "configs")
-EXPECTED = (ValueError, FileNotFoundError, FileExistsError, NonFiniteLoss, TooManyUnreadable)  # what our own checks raise: their messages say it all
+EXPECTED = (
+    ValueError,
+    FileNotFoundError,
+    FileExistsError,
+    NonFiniteLoss,
+    TooManyUnreadable,
+)  # what our own checks raise: their messages say it all
 
 
 def program(config_name: str, *also: type[Exception]) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:

@@ -1,10 +1,13 @@
-"""Robot episodes in RLDS folders (TFRecord or ArrayRecord), read by random access and without TensorFlow (Sec. 3.2, A.2, Table 12).
+"""Robot episodes in RLDS folders (TFRecord or ArrayRecord), read by random access and without TensorFlow (Sec. 3.2,
+A.2, Table 12).
 
-    <root>[/DOWNLOAD_DIR|/CONVERSION_DIR]/<name>/<version>/{dataset_info,features}.json, <name>-<split>.tfrecord-00000-of-00004
+    <root>[/DOWNLOAD_DIR|/CONVERSION_DIR]/<name>/<version>/{dataset_info,features}.json,
+    <name>-<split>.tfrecord-00000-of-00004
 
 A record is one episode. TFRecord's framing is ours, ArrayRecord's the array-record package's; the payload is decoded by
 tensorflow-datasets, which knows every feature codec, with images left as bytes until one is asked for.
 """
+
 from __future__ import annotations
 
 import functools
@@ -92,11 +95,15 @@ class ArrayRecordFile:
         try:
             from array_record.python.array_record_module import ArrayRecordReader
         except ImportError as error:
-            raise RldsError(f"{self.path}: reading ArrayRecord needs the package array-record (Linux): pip install array-record") from error
+            raise RldsError(
+                f"{self.path}: reading ArrayRecord needs the package array-record (Linux): pip install array-record"
+            ) from error
         if not self.path.is_file():
             raise RldsError(f"{self.path}: no such shard; download it again")
         try:
-            reader = ArrayRecordReader(str(self.path), "readahead_buffer_size:0,max_parallelism:0")  # opened anew: threads do not outlive a fork
+            reader = ArrayRecordReader(
+                str(self.path), "readahead_buffer_size:0,max_parallelism:0"
+            )  # opened anew: threads do not outlive a fork
             try:
                 return question(reader)
             finally:
@@ -105,7 +112,10 @@ class ArrayRecordFile:
             raise RldsError(f"{self.path}: {what} is corrupt ({_line(error)}); download the shard again") from error
 
 
-FORMATS = {"tfrecord": TFRecordFile, "array_record": ArrayRecordFile}  # fileFormat in dataset_info.json, which shards are named after
+FORMATS = {
+    "tfrecord": TFRecordFile,
+    "array_record": ArrayRecordFile,
+}  # fileFormat in dataset_info.json, which shards are named after
 
 
 def _text(value: Any) -> str | None:
@@ -119,7 +129,8 @@ def _code_points(value: Any) -> str | None:
     return "".join(map(chr, value[value > 0])) if whole else None
 
 
-# How a sentence is stored: UTF-8, or as Language Table writes it, a zero-padded array of numbers. None where a value is not of the kind.
+# How a sentence is stored: UTF-8, or as Language Table writes it, a zero-padded array of numbers. None where a value is
+# not of the kind.
 ENCODINGS = {"text": _text, "code_points": _code_points}
 
 
@@ -154,7 +165,10 @@ class Episode:
         sentence = ENCODINGS[encoding](value)
         if sentence is None:
             found = f"{value.dtype} of shape {value.shape}" if isinstance(value, np.ndarray) else type(value).__name__
-            raise RldsError(f"{self.id}: {key} is not encoded as {encoding}, it holds {found}; name its encoding, one of {', '.join(ENCODINGS)}")
+            raise RldsError(
+                f"{self.id}: {key} is not encoded as {encoding}, it holds {found}; name its encoding, one of "
+                f"{', '.join(ENCODINGS)}"
+            )
         return sentence
 
     def _value(self, key: str, index: int) -> Any:
@@ -176,7 +190,12 @@ def decode(image: bytes | np.ndarray, what: str) -> np.ndarray:
     if not isinstance(image, np.ndarray):
         try:
             return np.array(Image.open(io.BytesIO(image)).convert("RGB"))
-        except (OSError, SyntaxError, TypeError, Image.DecompressionBombError) as error:  # SyntaxError: what PIL calls a broken PNG
+        except (
+            OSError,
+            SyntaxError,
+            TypeError,
+            Image.DecompressionBombError,
+        ) as error:  # SyntaxError: what PIL calls a broken PNG
             raise RldsError(f"{what} is not a readable image ({_line(error)})") from error
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
         raise RldsError(f"{what} is not an image but {image.dtype} of shape {image.shape}")
@@ -202,7 +221,9 @@ class Rlds:
         self.name = info.get("name") or self.folder.parent.name
         self.format = info.get("fileFormat", "tfrecord")
         if self.format not in FORMATS:
-            raise RldsError(f"{self.folder}: file format {self.format!r} is not read here, only {' and '.join(FORMATS)}")
+            raise RldsError(
+                f"{self.folder}: file format {self.format!r} is not read here, only {' and '.join(FORMATS)}"
+            )
         lengths = {s["name"]: [int(n) for n in s["shardLengths"]] for s in info.get("splits", [])}
         if split not in lengths:
             raise RldsError(f"{self.folder}: no split {split!r}; dataset_info.json has {sorted(lengths)}")
@@ -214,8 +235,10 @@ class Rlds:
         found = {int(m[1]): p for p in self.folder.iterdir() if (m := pattern.search(p.name))}
         missing = sorted(set(range(count)) - set(found))
         if missing:
-            raise RldsError(f"{self.folder}: {len(missing)} of {count} {self.split} shards are missing, the first is "
-                            f"number {missing[0]}; download the folder again")
+            raise RldsError(
+                f"{self.folder}: {len(missing)} of {count} {self.split} shards are missing, the first is "
+                f"number {missing[0]}; download the folder again"
+            )
         return [found[i] for i in range(count)]
 
     def __len__(self) -> int:
@@ -228,7 +251,9 @@ class Rlds:
         record = index - (int(self.ends[shard - 1]) if shard else 0)
         file, id = self.shards[shard], f"{self.name}/{self.split}/{index}"
         if record >= len(file):
-            raise RldsError(f"{file.path}: holds {len(file)} records, dataset_info.json promises more; download it again")
+            raise RldsError(
+                f"{file.path}: holds {len(file)} records, dataset_info.json promises more; download it again"
+            )
         features, decoders = _features(str(self.folder))
         payload = file[record]
         try:
@@ -245,7 +270,8 @@ def splits(folder: str | Path) -> list[str]:
 
 
 def find(root: str | Path, names: Iterable[str], version: str | None = None) -> Path:
-    """The version folder, without `version` the newest, of the first of `names` that lies under `root`, DOWNLOAD_DIR or CONVERSION_DIR."""
+    """The version folder, without `version` the newest, of the first of `names` that lies under `root`, DOWNLOAD_DIR or
+    CONVERSION_DIR."""
     names, others = list(names), []
     for name in names:
         for place in (Path(root), Path(root) / "DOWNLOAD_DIR", Path(root) / "CONVERSION_DIR"):
@@ -255,10 +281,14 @@ def find(root: str | Path, names: Iterable[str], version: str | None = None) -> 
                 return max(wanted, key=lambda p: [int(n) for n in re.findall(r"\d+", p.name)])
             others += versions
     if others:
-        raise FileNotFoundError(f"{others[0].parent}: version {version} is wanted, there is {', '.join(sorted(p.name for p in others))}; "
-                                f"fetch {names[0]}/{version}, or leave the set out of the mixture")
-    raise FileNotFoundError(f"no RLDS folder <name>/<version>/dataset_info.json for {' or '.join(names)} under {root}, "
-                            f"{root}/DOWNLOAD_DIR or {root}/CONVERSION_DIR; fetch it, or leave the set out of the mixture")
+        raise FileNotFoundError(
+            f"{others[0].parent}: version {version} is wanted, there is {', '.join(sorted(p.name for p in others))}; "
+            f"fetch {names[0]}/{version}, or leave the set out of the mixture"
+        )
+    raise FileNotFoundError(
+        f"no RLDS folder <name>/<version>/dataset_info.json for {' or '.join(names)} under {root}, "
+        f"{root}/DOWNLOAD_DIR or {root}/CONVERSION_DIR; fetch it, or leave the set out of the mixture"
+    )
 
 
 def masked_crc32c(data: bytes) -> int:
@@ -273,7 +303,10 @@ def _features(folder: str) -> tuple[Any, dict[str, Any]]:
     try:
         features = tfds.features.FeaturesDict.from_config(folder)
     except (ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
-        raise RldsError(f"{folder}/features.json names a feature that tensorflow-datasets does not know ({_line(error)}); download it again") from error
+        raise RldsError(
+            f"{folder}/features.json names a feature that tensorflow-datasets does not know ({_line(error)}); download "
+            "it again"
+        ) from error
     if "steps" not in features:
         raise RldsError(f"{folder}: features.json has no 'steps'; this is not an RLDS folder")
     return features, {"steps": _skip_images(features["steps"].feature)}
@@ -291,7 +324,9 @@ def _skip_images(feature: Any) -> dict[str, Any]:
 
 def _json(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing; an RLDS folder needs dataset_info.json and features.json beside its shards")
+        raise FileNotFoundError(
+            f"{path} is missing; an RLDS folder needs dataset_info.json and features.json beside its shards"
+        )
     try:
         return json.loads(path.read_text())
     except json.JSONDecodeError as error:

@@ -1,8 +1,11 @@
-"""Program: a trained artifact -> the same, small enough to come with a repository.   python -m common.ship path=ckpts/gidm/tiny out=<folder>
+"""Program: a trained artifact -> the same, small enough to come with a repository.   python -m common.ship
+path=ckpts/gidm/tiny out=<folder>
 
-Floating-point numbers become float16 (loading brings them back to float32), what the training left beside the artifact stays behind, and
+Floating-point numbers become float16 (loading brings them back to float32), what the training left beside the artifact
+stays behind, and
 model_card.md and SHA256SUMS come with it. `sha256sum -c SHA256SUMS` checks it, as artifact.load does.
 """
+
 from __future__ import annotations
 
 import json
@@ -46,8 +49,11 @@ def ship(path: str | Path, out: str | Path, *, notes: str = "") -> Path:
     path, out = Path(path), Path(out)
     record = artifact.meta(path)
     if record.get("scale") not in OWN:
-        raise ValueError(f"{path}: its scale is {record.get('scale')}; only models of scale={' or '.join(OWN)} are shipped, since those of others "
-                         "may hold weights under other licences")
+        raise ValueError(
+            f"{path}: its scale is {record.get('scale')}; only models of scale={' or '.join(OWN)} are shipped, since "
+            "those of others "
+            "may hold weights under other licences"
+        )
     if out.exists():
         raise FileExistsError(f"{out} is there already; name another folder with out=, or remove it")
     beside = out.with_name(f".{out.name}.{os.getpid()}")
@@ -63,7 +69,14 @@ def ship(path: str | Path, out: str | Path, *, notes: str = "") -> Path:
         stats = {**record["stats"], "shipped": {"from": artifact.sha256(path), "precision": "float16"}}
         (beside / "meta.json").write_text(json.dumps({**record, "stats": stats}, indent=2) + "\n")
         size = sum(file.stat().st_size for file in beside.rglob("*") if file.is_file()) / 1e6
-        card = CARD.format(what=WHAT[record["kind"]].capitalize(), count=count, size=size, measured=_measured(path), notes=notes and f"\n{notes}", **record)
+        card = CARD.format(
+            what=WHAT[record["kind"]].capitalize(),
+            count=count,
+            size=size,
+            measured=_measured(path),
+            notes=notes and f"\n{notes}",
+            **record,
+        )
         (beside / artifact.MODEL_CARD).write_text(card)
         names = sorted(file.relative_to(beside).as_posix() for file in beside.rglob("*") if file.is_file())
         (beside / artifact.SUMS).write_text("".join(f"{files.sha256(beside / name)}  {name}\n" for name in names))
@@ -74,7 +87,8 @@ def ship(path: str | Path, out: str | Path, *, notes: str = "") -> Path:
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """What an artifact is made of besides meta.json: its config and weights, or the parts that a diffusers pipeline's index names."""
+    """What an artifact is made of besides meta.json: its config and weights, or the parts that a diffusers pipeline's
+    index names."""
     index = folder / "model_index.json"
     for file in (folder / "config.yaml", folder / "weights.safetensors", index):
         if file.is_file():
@@ -100,11 +114,17 @@ def _half(tensor: Tensor) -> Tensor:
 def _measured(path: Path) -> str:
     """The last validation that the training wrote down, as a table."""
     log_file = path / "metrics.jsonl"
-    rows: list[dict[str, Any]] = [json.loads(line) for line in log_file.read_text().splitlines()] if log_file.is_file() else []
+    rows: list[dict[str, Any]] = (
+        [json.loads(line) for line in log_file.read_text().splitlines()] if log_file.is_file() else []
+    )
     held_out = next((row for row in reversed(rows) if any(key.startswith("val/") for key in row)), None)
     if held_out is None:
         return ""
-    lines = [f"| {key.removeprefix('val/')} | {value:.4g} |" for key, value in sorted(held_out.items()) if key.startswith("val/") and value is not None]
+    lines = [
+        f"| {key.removeprefix('val/')} | {value:.4g} |"
+        for key, value in sorted(held_out.items())
+        if key.startswith("val/") and value is not None
+    ]
     return "\n".join([f"\n| held out, step {held_out['step']:,} | |", "|---|---|", *lines, ""])
 
 

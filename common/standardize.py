@@ -1,4 +1,5 @@
 """Channels on one scale, by running statistics (Sec. 3.3; the bins of Table 8)."""
+
 from __future__ import annotations
 
 import torch
@@ -10,9 +11,12 @@ from torch import Tensor, nn
 class Standardize(nn.Module):
     """Every channel at mean 0 and deviation 1 over the training data, by running statistics that training gathers.
 
-    Channels of a UNet differ in offset and scale by far more than pictures make them differ. Statistics of the batch would
-    let samples see each other, and would not exist in use. `eps` is added to every variance. Every `sparing`-th token of a
-    sample is measured, starting one further at every batch, so that all places have their turn. Processes share what they
+    Channels of a UNet differ in offset and scale by far more than pictures make them differ. Statistics of the batch
+    would
+    let samples see each other, and would not exist in use. `eps` is added to every variance. Every `sparing`-th token
+    of a
+    sample is measured, starting one further at every batch, so that all places have their turn. Processes share what
+    they
     measured: the statistics are the global batch's.
     """
 

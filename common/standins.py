@@ -1,15 +1,19 @@
 """Tiny stand-ins for CLIP, T5, DINOv2 and Stable Video Diffusion, saved in the hub's own format.
 
     python -m common.standins                                     into ckpts/hub/tiny
-    python -m common.standins frames=[<video set>, ...] out=...   with the VAE and the visual encoder fitted anew, in half an hour
+    python -m common.standins frames=[<video set>, ...] out=...   with the VAE and the visual encoder fitted anew, in
+    half an hour
 
-Text encoders and UNet are random. The VAE must encode and decode pictures, and DINOv2's stand-in must tell what stands where:
-tiny_vae.safetensors and tiny_dinov2.safetensors were fitted by the second command to playtable's scenes A, B and C, whose videos
+Text encoders and UNet are random. The VAE must encode and decode pictures, and DINOv2's stand-in must tell what stands
+where:
+tiny_vae.safetensors and tiny_dinov2.safetensors were fitted by the second command to playtable's scenes A, B and C,
+whose videos
 carry no actions; scene D, in which policies are tested, was not among them.
 
 The real loading code reads them, so what runs at `tiny` is what runs at `full`. Their geometry keeps what the wiring
 rests on: SVD's tapped grid and DINOv2's patch grid have the same number of tokens (8 x 8 here, 16 x 16 in full).
 """
+
 from __future__ import annotations
 
 import logging
@@ -23,7 +27,12 @@ import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKLTemporalDecoder, EulerDiscreteScheduler, StableVideoDiffusionPipeline, UNetSpatioTemporalConditionModel
+from diffusers import (
+    AutoencoderKLTemporalDecoder,
+    EulerDiscreteScheduler,
+    StableVideoDiffusionPipeline,
+    UNetSpatioTemporalConditionModel,
+)
 from omegaconf import DictConfig
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -60,11 +69,18 @@ IMAGE = 64
 DINOV2 = {"img_size": IMAGE, "patch_size": 8, "embed_dim": WIDTH, "depth": 2, "num_heads": 2, "num_classes": 0}
 
 
-def make_all(out: str | Path, *, seed: int = 0, vae: AutoencoderKLTemporalDecoder | None = None, dinov2: nn.Module | None = None) -> Path:
+def make_all(
+    out: str | Path, *, seed: int = 0, vae: AutoencoderKLTemporalDecoder | None = None, dinov2: nn.Module | None = None
+) -> Path:
     """Write svd/, clip/, t5/ and dinov2/ under `out` (each beside its place, then renamed) and return it."""
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    makers = {"svd": lambda folder: _svd(folder, vae), "clip": _clip, "t5": _t5, "dinov2": lambda folder: _dinov2(folder, dinov2)}
+    makers = {
+        "svd": lambda folder: _svd(folder, vae),
+        "clip": _clip,
+        "t5": _t5,
+        "dinov2": lambda folder: _dinov2(folder, dinov2),
+    }
     for number, (name, make) in enumerate(makers.items()):
         beside = out / f".{name}.{os.getpid()}"
         shutil.rmtree(beside, ignore_errors=True)
@@ -79,9 +95,20 @@ def make_all(out: str | Path, *, seed: int = 0, vae: AutoencoderKLTemporalDecode
 
 def _clip(folder: Path) -> None:
     tokenizer = _tokenizer(bos="<|startoftext|>", eos="<|endoftext|>", pad="<|endoftext|>")
-    ids = {f"{name}_token_id": tokenizer.convert_tokens_to_ids(getattr(tokenizer, f"{name}_token")) for name in ("bos", "eos", "pad")}
-    config = CLIPTextConfig(vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=2 * WIDTH, projection_dim=WIDTH,
-                            num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=77, **ids)
+    ids = {
+        f"{name}_token_id": tokenizer.convert_tokens_to_ids(getattr(tokenizer, f"{name}_token"))
+        for name in ("bos", "eos", "pad")
+    }
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=WIDTH,
+        intermediate_size=2 * WIDTH,
+        projection_dim=WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=77,
+        **ids,
+    )
     model = CLIPTextModelWithProjection(config)
     _spread(model)
     model.save_pretrained(folder)
@@ -90,8 +117,17 @@ def _clip(folder: Path) -> None:
 
 def _t5(folder: Path) -> None:
     tokenizer = _tokenizer(eos="</s>", pad="<pad>")
-    config = T5Config(vocab_size=len(tokenizer), d_model=WIDTH, d_kv=WIDTH // 2, d_ff=2 * WIDTH, num_layers=2, num_heads=2,
-                      pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, decoder_start_token_id=tokenizer.pad_token_id)
+    config = T5Config(
+        vocab_size=len(tokenizer),
+        d_model=WIDTH,
+        d_kv=WIDTH // 2,
+        d_ff=2 * WIDTH,
+        num_layers=2,
+        num_heads=2,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        decoder_start_token_id=tokenizer.pad_token_id,
+    )
     T5EncoderModel(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -102,27 +138,72 @@ def _dinov2(folder: Path, model: nn.Module | None) -> None:
 
 def _svd(folder: Path, vae: AutoencoderKLTemporalDecoder | None) -> None:
     unet = UNetSpatioTemporalConditionModel(
-        sample_size=8, in_channels=24, out_channels=12, block_out_channels=(32, 64, 64), num_attention_heads=(1, 2, 2),
-        layers_per_block=1, cross_attention_dim=2 * WIDTH, addition_time_embed_dim=32, projection_class_embeddings_input_dim=96,
-        num_frames=4, down_block_types=("CrossAttnDownBlockSpatioTemporal", "CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
-        up_block_types=("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"))
-    image_encoder = CLIPVisionModelWithProjection(CLIPVisionConfig(
-        hidden_size=32, intermediate_size=32, projection_dim=2 * WIDTH, num_hidden_layers=1, num_attention_heads=1, image_size=32, patch_size=16))
+        sample_size=8,
+        in_channels=24,
+        out_channels=12,
+        block_out_channels=(32, 64, 64),
+        num_attention_heads=(1, 2, 2),
+        layers_per_block=1,
+        cross_attention_dim=2 * WIDTH,
+        addition_time_embed_dim=32,
+        projection_class_embeddings_input_dim=96,
+        num_frames=4,
+        down_block_types=(
+            "CrossAttnDownBlockSpatioTemporal",
+            "CrossAttnDownBlockSpatioTemporal",
+            "DownBlockSpatioTemporal",
+        ),
+        up_block_types=("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"),
+    )
+    image_encoder = CLIPVisionModelWithProjection(
+        CLIPVisionConfig(
+            hidden_size=32,
+            intermediate_size=32,
+            projection_dim=2 * WIDTH,
+            num_hidden_layers=1,
+            num_attention_heads=1,
+            image_size=32,
+            patch_size=16,
+        )
+    )
     scheduler = EulerDiscreteScheduler(  # SVD's published schedule
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", interpolation_type="linear", prediction_type="v_prediction",
-        sigma_min=0.002, sigma_max=700.0, steps_offset=1, timestep_spacing="leading", timestep_type="continuous", use_karras_sigmas=True)
-    pipeline = StableVideoDiffusionPipeline(vae=vae or fitted_vae(), image_encoder=image_encoder, unet=unet, scheduler=scheduler,
-                                            feature_extractor=CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32))
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        interpolation_type="linear",
+        prediction_type="v_prediction",
+        sigma_min=0.002,
+        sigma_max=700.0,
+        steps_offset=1,
+        timestep_spacing="leading",
+        timestep_type="continuous",
+        use_karras_sigmas=True,
+    )
+    pipeline = StableVideoDiffusionPipeline(
+        vae=vae or fitted_vae(),
+        image_encoder=image_encoder,
+        unet=unet,
+        scheduler=scheduler,
+        feature_extractor=CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32),
+    )
     pipeline.save_pretrained(folder)
 
 
 def blank_vae() -> AutoencoderKLTemporalDecoder:
-    """SVD's VAE, small: factor 8 as the original, but 12 channels, because an 8 x 8 latent of 4 would lose a block of 4 cm.
+    """SVD's VAE, small: factor 8 as the original, but 12 channels, because an 8 x 8 latent of 4 would lose a block of 4
+    cm.
 
-    Its decoder starts, and stays, blind to neighbouring frames: it is fitted on single pictures and decodes whole clips.
+    Its decoder starts, and stays, blind to neighbouring frames: it is fitted on single pictures and decodes whole
+    clips.
     """
-    vae = AutoencoderKLTemporalDecoder(block_out_channels=(32, 32, 64, 64), down_block_types=("DownEncoderBlock2D",) * 4, layers_per_block=1,
-                                       latent_channels=12, sample_size=IMAGE, scaling_factor=0.18215)
+    vae = AutoencoderKLTemporalDecoder(
+        block_out_channels=(32, 32, 64, 64),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        layers_per_block=1,
+        latent_channels=12,
+        sample_size=IMAGE,
+        scaling_factor=0.18215,
+    )
     with torch.no_grad():
         for name, weight in vae.decoder.named_parameters():
             if name.endswith("mix_factor"):
@@ -163,7 +244,8 @@ def fitted_dinov2() -> nn.Module:
 
 
 def _spread(model: CLIPTextModelWithProjection) -> None:
-    """CLIP's initial embeddings (std 0.02) barely differ after a random tower; a trained tower tells sentences apart."""
+    """CLIP's initial embeddings (std 0.02) barely differ after a random tower; a trained tower tells sentences
+    apart."""
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if "token_embedding" in name:
@@ -177,24 +259,35 @@ def _tokenizer(*, eos: str, pad: str, bos: str | None = None) -> PreTrainedToken
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(vocab_size=4096, special_tokens=special, initial_alphabet=alphabet, min_frequency=1, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=4096, special_tokens=special, initial_alphabet=alphabet, min_frequency=1, show_progress=False
+    )
     tokenizer.train_from_iterator(sorted(WORDS), trainer)
     template = " ".join(token for token in (bos, "$A", eos) if token)
-    tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=[(t, tokenizer.token_to_id(t)) for t in (bos, eos) if t])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=bos, eos_token=eos, pad_token=pad, unk_token=None)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=template, special_tokens=[(t, tokenizer.token_to_id(t)) for t in (bos, eos) if t]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=bos, eos_token=eos, pad_token=pad, unk_token=None
+    )
 
 
 class Frames:
-    """Random square cut-outs of random frames of a video set: a VAE is convolutional, small cut-outs teach it four times faster."""
+    """Random square cut-outs of random frames of a video set: a VAE is convolutional, small cut-outs teach it four
+    times faster."""
 
     def __init__(self, roots: Sequence[str | Path], cutout: int, limit: int = 6000) -> None:
         rng, picked = np.random.default_rng(0), []
         for root in roots:
             files = sorted((Path(root) / "videos").rglob("*.mp4"))
             if not files:
-                raise FileNotFoundError(f"{root}: no videos/**/*.mp4 to fit the VAE to; record some with scripts/playtable_record.sh")
-            picked += [files[i] for i in rng.permutation(len(files))[:limit // 10]]
-        self.images = torch.cat([(resize(f[:: max(1, len(f) // 10)], IMAGE) * 255).byte() for f in map(read_frames, picked)])
+                raise FileNotFoundError(
+                    f"{root}: no videos/**/*.mp4 to fit the VAE to; record some with scripts/playtable_record.sh"
+                )
+            picked += [files[i] for i in rng.permutation(len(files))[: limit // 10]]
+        self.images = torch.cat(
+            [(resize(f[:: max(1, len(f) // 10)], IMAGE) * 255).byte() for f in map(read_frames, picked)]
+        )
         self.cutout = cutout
 
     def __len__(self) -> int:
@@ -202,7 +295,10 @@ class Frames:
 
     def sample(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
         top, left = rng.integers(0, IMAGE - self.cutout + 1, 2)
-        return {"id": f"frame/{index}", "image": self.images[index, :, top:top + self.cutout, left:left + self.cutout].float() / 127.5 - 1}
+        return {
+            "id": f"frame/{index}",
+            "image": self.images[index, :, top : top + self.cutout, left : left + self.cutout].float() / 127.5 - 1,
+        }
 
 
 class Reconstruct(nn.Module):
@@ -221,16 +317,26 @@ class Reconstruct(nn.Module):
         image, kl = batch["image"], posterior.kl().mean()
         weight = 1 + self.colour_weight * (image.amax(1, keepdim=True) - image.amin(1, keepdim=True))
         error = (decoded - image).abs() + 2 * (decoded - image).square()
-        return {"loss": (weight * error).mean() + self.kl_weight * kl, "mse": (decoded - image).square().mean(), "kl": kl}
+        return {
+            "loss": (weight * error).mean() + self.kl_weight * kl,
+            "mse": (decoded - image).square().mean(),
+            "kl": kl,
+        }
 
 
 class Neighbourhoods:
-    """A sample set of whole pictures and, for each of their patches, the VAE's latents there and in the eight patches around it."""
+    """A sample set of whole pictures and, for each of their patches, the VAE's latents there and in the eight patches
+    around it."""
 
     def __init__(self, images: Tensor, vae: AutoencoderKLTemporalDecoder) -> None:
         self.images = images
         with torch.no_grad():
-            latents = torch.cat([vae.encode(chunk.float() / 127.5 - 1).latent_dist.mode() for chunk in tqdm(images.split(32), desc="latents")])
+            latents = torch.cat(
+                [
+                    vae.encode(chunk.float() / 127.5 - 1).latent_dist.mode()
+                    for chunk in tqdm(images.split(32), desc="latents")
+                ]
+            )
         self.latents = latents * vae.config.scaling_factor  # (N, 12, 8, 8)
 
     def __len__(self) -> int:
@@ -242,9 +348,11 @@ class Neighbourhoods:
 
 
 class TellNeighbourhood(nn.Module):
-    """The objective of the visual encoder: from each of its tokens, a linear layer tells the latents of the patch and of those around it.
+    """The objective of the visual encoder: from each of its tokens, a linear layer tells the latents of the patch and
+    of those around it.
 
-    A token of 64 numbers then says what stands in its patch and beside it, as DINOv2's tokens do. No action and no sentence is seen.
+    A token of 64 numbers then says what stands in its patch and beside it, as DINOv2's tokens do. No action and no
+    sentence is seen.
     """
 
     def __init__(self, model: nn.Module, target_dim: int) -> None:
@@ -254,28 +362,54 @@ class TellNeighbourhood(nn.Module):
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Pictures (B, 3, 64, 64) in [0, 1] and targets (B, 64, 108) -> the mean squared error."""
         mean, std = (torch.tensor(c).view(3, 1, 1) for c in (IMAGENET_MEAN, IMAGENET_STD))
-        tokens = self.model.forward_features((batch["image"] - mean) / std)[:, self.model.num_prefix_tokens:]
+        tokens = self.model.forward_features((batch["image"] - mean) / std)[:, self.model.num_prefix_tokens :]
         return {"loss": F.mse_loss(self.read(tokens), batch["target"])}
 
 
-def fit_dinov2(frames: Sequence[str | Path], vae: AutoencoderKLTemporalDecoder, output_dir: Path, *, steps: int, seed: int = 0) -> nn.Module:
+def fit_dinov2(
+    frames: Sequence[str | Path], vae: AutoencoderKLTemporalDecoder, output_dir: Path, *, steps: int, seed: int = 0
+) -> nn.Module:
     """Fit a blank visual encoder to the VAE's latents of video sets."""
     torch.manual_seed(seed)
     samples = Neighbourhoods(Frames(frames, cutout=IMAGE).images, vae)
-    loop = Loop(output_dir=str(output_dir), seed=seed, max_steps=steps, batch_size=32, schedule="cosine", warmup_steps=100, log_every=50, save_every=1000,
-                optimizer={"lr": 2e-3, "weight_decay": 1e-2}, wandb={"mode": "disabled"})
+    loop = Loop(
+        output_dir=str(output_dir),
+        seed=seed,
+        max_steps=steps,
+        batch_size=32,
+        schedule="cosine",
+        warmup_steps=100,
+        log_every=50,
+        save_every=1000,
+        optimizer={"lr": 2e-3, "weight_decay": 1e-2},
+        wandb={"mode": "disabled"},
+    )
     return loop.fit(TellNeighbourhood(blank_dinov2(), samples.latents.shape[1] * 9), samples).model
 
 
-def fit_vae(frames: Sequence[str | Path], output_dir: Path, *, steps: int, seed: int = 0) -> AutoencoderKLTemporalDecoder:
+def fit_vae(
+    frames: Sequence[str | Path], output_dir: Path, *, steps: int, seed: int = 0
+) -> AutoencoderKLTemporalDecoder:
     """Fit a blank VAE to video sets and set its scaling factor so that scaled latents have unit variance."""
     torch.manual_seed(seed)
     samples = Frames(frames, cutout=32)
-    loop = Loop(output_dir=str(output_dir), seed=seed, max_steps=steps, batch_size=8, schedule="cosine", warmup_steps=50, log_every=50, save_every=500,
-                optimizer={"lr": 1.5e-3, "weight_decay": 0.0, "betas": (0.9, 0.99)}, wandb={"mode": "disabled"})
+    loop = Loop(
+        output_dir=str(output_dir),
+        seed=seed,
+        max_steps=steps,
+        batch_size=8,
+        schedule="cosine",
+        warmup_steps=50,
+        log_every=50,
+        save_every=500,
+        optimizer={"lr": 1.5e-3, "weight_decay": 0.0, "betas": (0.9, 0.99)},
+        wandb={"mode": "disabled"},
+    )
     vae = loop.fit(Reconstruct(blank_vae()), samples).vae
     with torch.no_grad():
-        latents = torch.cat([vae.encode(chunk.float() / 127.5 - 1).latent_dist.mode() for chunk in samples.images[::8].split(32)])
+        latents = torch.cat(
+            [vae.encode(chunk.float() / 127.5 - 1).latent_dist.mode() for chunk in samples.images[::8].split(32)]
+        )
     vae.register_to_config(scaling_factor=float(1 / latents.std()))
     return vae
 

@@ -1,4 +1,5 @@
 """Where metrics go: metrics.jsonl always, wandb when it is logged in or asked for."""
+
 from __future__ import annotations
 
 import json

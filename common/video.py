@@ -1,4 +1,5 @@
 """Reading, resizing and writing video: decord first, PyAV where decord cannot (AV1, odd containers)."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
@@ -42,7 +43,7 @@ def read_batches(path: str | Path, first: int, last: int, size: int) -> Iterator
             yield frames
     except (decord.DECORDError, RuntimeError):
         rest = _decode_with_av(path, range(starts[yielded], last + 1))
-        yield from (rest[start:start + size] for start in range(0, len(rest), size))
+        yield from (rest[start : start + size] for start in range(0, len(rest), size))
 
 
 def probe(path: str | Path) -> tuple[int, float, tuple[int, int]]:
@@ -60,25 +61,31 @@ def write_mp4(path: str | Path, frames: np.ndarray, fps: float, *, gop: int = 8,
     path = Path(path)
     height, width = frames.shape[1:3]
     with beside(path) as part, av.open(str(part), "w") as container:
-        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000),
-                                      options={"crf": str(crf), "g": str(gop), "preset": "veryfast"})
+        stream = container.add_stream(
+            "libx264",
+            rate=Fraction(fps).limit_denominator(1000),
+            options={"crf": str(crf), "g": str(gop), "preset": "veryfast"},
+        )
         stream.width, stream.height = width - width % 2, height - height % 2
         stream.pix_fmt = "yuv420p"
         for image in frames:
-            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image[:stream.height, :stream.width]), format="rgb24")
+            frame = av.VideoFrame.from_ndarray(
+                np.ascontiguousarray(image[: stream.height, : stream.width]), format="rgb24"
+            )
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
 
 
 def resize(frames: np.ndarray, size: int, mode: str = "squeeze") -> Tensor:
-    """(T, H, W, 3) uint8 -> (T, 3, size, size) float in [0, 1], antialiased. `squeeze` ignores the aspect ratio (VPP), `crop` cuts the centre."""
+    """(T, H, W, 3) uint8 -> (T, 3, size, size) float in [0, 1], antialiased. `squeeze` ignores the aspect ratio (VPP),
+    `crop` cuts the centre."""
     if mode not in ("squeeze", "crop"):
         raise ValueError(f"unknown aspect rule {mode!r}; use squeeze or crop")
     if mode == "crop":
         height, width = frames.shape[1:3]
         side = min(height, width)
         top, left = (height - side) // 2, (width - side) // 2
-        frames = frames[:, top:top + side, left:left + side]
+        frames = frames[:, top : top + side, left : left + side]
     images = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2).float() / 255
     if images.shape[-2:] == (size, size):
         return images

@@ -1,4 +1,5 @@
 """Worker processes that end with the program that started them."""
+
 from __future__ import annotations
 
 import multiprocessing
@@ -11,8 +12,11 @@ from typing import Any
 
 
 def pool(workers: int, prepare: Callable[..., None] | None = None, *arguments: Any) -> ProcessPoolExecutor:
-    """Spawned processes, each of which calls `prepare(*arguments)` first. After a kill -9 of the program they end, too."""
-    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_begin, initargs=(prepare, arguments))
+    """Spawned processes, each of which calls `prepare(*arguments)` first. After a kill -9 of the program they end,
+    too."""
+    return ProcessPoolExecutor(
+        workers, multiprocessing.get_context("spawn"), initializer=_begin, initargs=(prepare, arguments)
+    )
 
 
 def _begin(prepare: Callable[..., None] | None, arguments: tuple[Any, ...]) -> None:

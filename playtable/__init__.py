@@ -1,4 +1,5 @@
 """An embedded benchmark: a simulated play table with CALVIN's geometry, tasks and protocol (DESIGN 7)."""
+
 from __future__ import annotations
 
 import os

@@ -1,8 +1,10 @@
 """Where a demonstration begins: the hand brought off its course, unseen by the recording (DESIGN 7).
 
-A policy ends up where no expert goes by itself: beside the block that it closes on, at the wrong side of a handle, anywhere
+A policy ends up where no expert goes by itself: beside the block that it closes on, at the wrong side of a handle,
+anywhere
 over the table after a task. Only demonstrations that begin there show it the way back.
 """
+
 from __future__ import annotations
 
 from contextlib import suppress
@@ -14,15 +16,21 @@ from playtable.expert import CABINET_TILT, Expert, block_of
 from playtable.motions import FITS, FORWARD, Stuck, hand
 from playtable.tasks import LIFTS_FROM_TABLE
 
-HOVER_SHARE = 0.2  # of lifts from the table begin with the open hand near the block, where a policy finds that it came down beside it
-WRONG_SIDE_SHARE = 0.25  # of the door's moves begin with the shut hand low beside its handle, as often as not where it cannot push
+# of lifts from the table begin with the open hand near the block, where a policy finds that it came down beside it
+HOVER_SHARE = 0.2
+WRONG_SIDE_SHARE = (
+    0.25  # of the door's moves begin with the shut hand low beside its handle, as often as not where it cannot push
+)
 LOST_SHARE = 0.35  # of the others begin with the empty hand anywhere over the table
 LOST_CLOSED_SHARE = 0.6  # of lost hands are shut, as fixtures leave them
 BURST_SHARE = 0.4  # of the rest begin behind an unrecorded push off their course
 BURST_AFTER, BURST_STEPS = (0, 45), (3, 11)
 BURST_CLOSED_SHARE = 0.3  # of pushes shut an open hand: a grasp that missed
 HOVER_ASIDE, HOVER_TURN = 0.025, 0.35  # m (deviation) and rad
-HOVER_ABOVE, HOVER_AROUND = (0.035, 0.13), (-0.004, 0.13)  # m above a block's middle, where fingers would meet it and where they fit around it
+HOVER_ABOVE, HOVER_AROUND = (
+    (0.035, 0.13),
+    (-0.004, 0.13),
+)  # m above a block's middle, where fingers would meet it and where they fit around it
 AT_HANDLE = (-0.12, -0.07, 0.48), (0.12, 0.0, 0.56)  # m, x from the handle
 LOST_WITHIN = (-0.38, -0.35, 0.47), (0.38, -0.02, 0.68)  # m
 LOST_TURN, LOST_TILT = 0.7, 0.4  # rad
@@ -31,7 +39,8 @@ BACK_OFF_STEPS = 15
 
 
 def displace(env: World, expert: Expert, rng: np.random.Generator, task: str) -> bool:
-    """Perhaps bring the hand, unseen by the recording, to where the expert would not have gone by itself. Did it move?"""
+    """Perhaps bring the hand, unseen by the recording, to where the expert would not have gone by itself. Did it
+    move?"""
     block = block_of(task) if task.startswith("lift") else None
     free = expert.held() is None
     if free and task in LIFTS_FROM_TABLE and rng.random() < HOVER_SHARE:
@@ -44,7 +53,8 @@ def displace(env: World, expert: Expert, rng: np.random.Generator, task: str) ->
         _burst(env, expert, rng, lift=block is not None)
     else:
         return False
-    # a block that a shut hand took by chance, or that is touched or falling before its lift begins, makes the task another one
+    # a block that a shut hand took by chance, or that is touched or falling before its lift begins, makes the task
+    # another one
     touched = block or (expert.held() if free else None)
     for _ in range(BACK_OFF_STEPS if touched else 0):
         contacts = expert.state.touching(touched)
@@ -68,8 +78,13 @@ def _lose(env: World, expert: Expert, rng: np.random.Generator) -> None:
     place = rng.uniform(*LOST_WITHIN)
     if any(np.linalg.norm(expert.state.block(name)[0][:2] - place[:2]) < BESIDE for name in expert.state.blocks):
         place[2] = max(place[2], OVER_BLOCKS)
-    _send(env, expert, place, hand(FORWARD + rng.uniform(-LOST_TURN, LOST_TURN), rng.uniform(0, LOST_TILT)),
-          grip=-1 if rng.random() < LOST_CLOSED_SHARE else 1)
+    _send(
+        env,
+        expert,
+        place,
+        hand(FORWARD + rng.uniform(-LOST_TURN, LOST_TURN), rng.uniform(0, LOST_TILT)),
+        grip=-1 if rng.random() < LOST_CLOSED_SHARE else 1,
+    )
 
 
 def _send(env: World, expert: Expert, place: np.ndarray, euler: np.ndarray, grip: int = 1) -> None:

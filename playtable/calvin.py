@@ -1,9 +1,13 @@
-"""The real CALVIN in playtable's clothes: `calvin_env` behind the same interface and the same privileged state (Sec. 4.2; DESIGN 6, 7).
+"""The real CALVIN in playtable's clothes: `calvin_env` behind the same interface and the same privileged state (Sec.
+4.2; DESIGN 6, 7).
 
-Physics, pictures, infos and the oracle are calvin_env's own; sentences, sequences and initial states are CALVIN's numbers, which
-playtable repeats (tests compare them). Vectors are those of `playtable.env`. Pictures cost 95 % of a step and are drawn when
+Physics, pictures, infos and the oracle are calvin_env's own; sentences, sequences and initial states are CALVIN's
+numbers, which
+playtable repeats (tests compare them). Vectors are those of `playtable.env`. Pictures cost 95 % of a step and are drawn
+when
 `observe` asks for them. One world in a process: calvin_env addresses the first one only.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -24,18 +28,23 @@ REFERENCE_STATE = sequences.INITIAL_STATES[0]
 class Calvin:
     """CALVIN's scene "A" to "D". `seed` drives the poses that a reset without arguments draws.
 
-    `renderer` is "egl", "cpu" (TinyRenderer, whose look differs from the dataset's) or "auto": EGL where there is a GPU.
+    `renderer` is "egl", "cpu" (TinyRenderer, whose look differs from the dataset's) or "auto": EGL where there is a
+    GPU.
     Raises calvin_sim.CalvinError, which names the README's steps, where calvin_env is not installed.
     """
 
-    def __init__(self, scene: str = "D", seed: int = 0, *, static_size: int = 200, gripper_size: int = 84, renderer: str = "auto") -> None:
+    def __init__(
+        self, scene: str = "D", seed: int = 0, *, static_size: int = 200, gripper_size: int = 84, renderer: str = "auto"
+    ) -> None:
         self.scene = get_scene(scene)
         self.name = f"calvin-{scene}"
         self._bullet, package = calvin_sim.load()
         self._version = calvin_sim.version(package)
         self._renderer = calvin_sim.choose_renderer(renderer)
         folder = calvin_sim.root(package)
-        self._config = calvin_sim.configuration(folder, scene, static_size=static_size, gripper_size=gripper_size, egl=self._renderer.egl)
+        self._config = calvin_sim.configuration(
+            folder, scene, static_size=static_size, gripper_size=gripper_size, egl=self._renderer.egl
+        )
         self._oracle = calvin_sim.oracle(folder)
         self._rng = np.random.default_rng(seed)
         self._sim: Any = None
@@ -60,8 +69,10 @@ class Calvin:
         self._bodies = {**{uid: name for name, uid in self._uids.items()}, self._sim.robot.robot_uid: "robot"}
         self._parts = {part.name: part for part in (*scene.doors, *scene.buttons, *scene.switches)}
         if tuple(self._uids) != self.scene.block_names:
-            raise calvin_sim.CalvinError(f"calvin_env's scene {self.scene.name} lists the blocks {', '.join(self._uids)}, not "
-                                         f"{', '.join(self.scene.block_names)}: it is not the published one; {calvin_sim.STEPS}")
+            raise calvin_sim.CalvinError(
+                f"calvin_env's scene {self.scene.name} lists the blocks {', '.join(self._uids)}, not "
+                f"{', '.join(self.scene.block_names)}: it is not the published one; {calvin_sim.STEPS}"
+            )
 
     def _draw_reference(self) -> str:
         """Hash of one pair of pictures: the same where renderer, assets and cameras are."""
@@ -108,16 +119,23 @@ class Calvin:
     def touching(self, name: str) -> frozenset[str]:
         """Names of what a block touches: "robot", "floor", other blocks or links of the table."""
         contacts = self._bullet.getContactPoints(bodyA=self._uids[name])
-        return frozenset(self._links[c[4]] if c[2] == self._table.uid else self._bodies.get(c[2], "floor") for c in contacts)
+        return frozenset(
+            self._links[c[4]] if c[2] == self._table.uid else self._bodies.get(c[2], "floor") for c in contacts
+        )
 
     # ---- the environment
 
-    def reset(self, state: dict | None = None, *, robot_obs: np.ndarray | None = None, scene_obs: np.ndarray | None = None) -> dict:
+    def reset(
+        self, state: dict | None = None, *, robot_obs: np.ndarray | None = None, scene_obs: np.ndarray | None = None
+    ) -> dict:
         """Put the world into a symbolic state or into raw vectors; returns the observation without pictures.
 
-        The world is loaded anew, since Bullet keeps contacts over a reset: what follows depends on the state alone, and a run that goes
-        on equals an unbroken one. So does the gripper's last command (robot_obs[14]), which calvin_env keeps. Without arguments the robot
-        takes its neutral pose and calvin_env draws the blocks. Raises ValueError for vectors of a wrong shape or with NaN.
+        The world is loaded anew, since Bullet keeps contacts over a reset: what follows depends on the state alone, and
+        a run that goes
+        on equals an unbroken one. So does the gripper's last command (robot_obs[14]), which calvin_env keeps. Without
+        arguments the robot
+        takes its neutral pose and calvin_env draws the blocks. Raises ValueError for vectors of a wrong shape or with
+        NaN.
         """
         if state is not None:
             if robot_obs is not None or scene_obs is not None:
@@ -151,7 +169,9 @@ class Calvin:
 
     def observe(self) -> dict:
         """The present observation with pictures: uint8 RGB `rgb_static` and `rgb_gripper` under `rgb_obs`."""
-        pictures = {f"rgb_{camera.name}": np.ascontiguousarray(camera.render()[0], dtype=np.uint8) for camera in self._cameras}
+        pictures = {
+            f"rgb_{camera.name}": np.ascontiguousarray(camera.render()[0], dtype=np.uint8) for camera in self._cameras
+        }
         return {"rgb_obs": pictures, **self._sim.get_state_obs()}
 
     def get_info(self) -> dict[str, Any]:
@@ -160,8 +180,11 @@ class Calvin:
 
     # ---- the benchmark
 
-    def sequences(self, count: int, *, tasks: list[str] | None = None, length: int = 5, seed: int = 0) -> list[tuple[dict, list[str]]]:
-        """`count` pairs of (symbolic initial state, tasks in a row). Raises RuntimeError where the default ones are not CALVIN's."""
+    def sequences(
+        self, count: int, *, tasks: list[str] | None = None, length: int = 5, seed: int = 0
+    ) -> list[tuple[dict, list[str]]]:
+        """`count` pairs of (symbolic initial state, tasks in a row). Raises RuntimeError where the default ones are not
+        CALVIN's."""
         pairs = sequences.generate(count, tasks=tasks, length=length, seed=seed)
         if tuple(tasks or TASKS) == TASKS and length == 5 and seed == 0:
             sequences.check_official(pairs)
@@ -182,7 +205,12 @@ class Calvin:
 
     def versions(self) -> dict[str, str]:
         """Simulator and renderer, and what the renderer makes of one fixed state."""
-        return {"simulator": self._version, "renderer": self._renderer.name, "reference_frame": self._reference, "python": platform.python_version()}
+        return {
+            "simulator": self._version,
+            "renderer": self._renderer.name,
+            "reference_frame": self._reference,
+            "python": platform.python_version(),
+        }
 
     def choices(self) -> dict[str, str]:
         """What "auto" came to, for others that are to draw alike."""

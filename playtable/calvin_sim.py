@@ -3,6 +3,7 @@
 Nothing of it is copied here: robot, scenes, cameras and tasks come from the configuration of the installed checkout.
 It draws with TinyRenderer (on the CPU) or with EGL; scores move with the renderer, so results name it.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -55,7 +56,8 @@ class Renderer(NamedTuple):
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """pybullet, its EGL plugin and calvin_env chatter on stdout and stderr, in part from C; errors are raised all the same."""
+    """pybullet, its EGL plugin and calvin_env chatter on stdout and stderr, in part from C; errors are raised all the
+    same."""
     c_library = ctypes.CDLL(None)
     kept = {}
     for number, stream in ((1, sys.stdout), (2, sys.stderr)):
@@ -93,9 +95,15 @@ def load() -> tuple[ModuleType, ModuleType]:
     except ImportError as error:
         raise CalvinError(f"CALVIN's simulator is not installed ({error}): {STEPS}") from error
     if getattr(package, "__file__", None) is None:
-        raise CalvinError(f"the folder {next(iter(package.__path__))} hides the installed calvin_env: keep the clone out of the folder where programs start")
+        raise CalvinError(
+            f"the folder {next(iter(package.__path__))} hides the installed calvin_env: keep the clone out of the "
+            "folder where programs start"
+        )
     if not (root(package) / "conf" / "scene").is_dir():
-        raise CalvinError(f"calvin_env in {root(package)} is without its folders conf/ and data/, install a clone with pip install -e: {STEPS}")
+        raise CalvinError(
+            f"calvin_env in {root(package)} is without its folders conf/ and data/, install a clone with pip install "
+            f"-e: {STEPS}"
+        )
     return pybullet, package
 
 
@@ -107,7 +115,9 @@ def root(package: ModuleType) -> Path:
 def configuration(folder: Path, scene: str, *, static_size: int, gripper_size: int, egl: bool) -> DictConfig:
     """calvin_env's own configuration of the dataset's robot, scene "A" to "D" and the two cameras of a policy."""
     conf = folder / "conf"
-    robot = OmegaConf.merge(OmegaConf.load(conf / "robot" / "panda.yaml"), OmegaConf.load(conf / "robot" / "panda_longer_finger.yaml"))
+    robot = OmegaConf.merge(
+        OmegaConf.load(conf / "robot" / "panda.yaml"), OmegaConf.load(conf / "robot" / "panda_longer_finger.yaml")
+    )
     del robot["defaults"]
     cameras = {name: OmegaConf.load(conf / "cameras" / "cameras" / f"{name}.yaml") for name in ("static", "gripper")}
     for name, size in (("static", static_size), ("gripper", gripper_size)):
@@ -116,7 +126,16 @@ def configuration(folder: Path, scene: str, *, static_size: int, gripper_size: i
     # scene_info is what the oracle compares
     env.update(use_scene_info=True, use_egl=egl, show_gui=False)
     scene_config = OmegaConf.load(conf / "scene" / f"calvin_scene_{scene}.yaml")
-    return OmegaConf.create({"env": env, "robot": robot, "scene": scene_config, "cameras": cameras, "data_path": str(folder / "data"), "use_vr": False})
+    return OmegaConf.create(
+        {
+            "env": env,
+            "robot": robot,
+            "scene": scene_config,
+            "cameras": cameras,
+            "data_path": str(folder / "data"),
+            "use_vr": False,
+        }
+    )
 
 
 def connect(config: DictConfig, seed: int) -> Any:
@@ -147,7 +166,8 @@ def oracle(folder: Path) -> Any:
 
 
 def version(package: ModuleType) -> str:
-    """calvin_env's commit and the versions below it. Raises CalvinError where it is no git checkout (its own code asks git, too)."""
+    """calvin_env's commit and the versions below it. Raises CalvinError where it is no git checkout (its own code asks
+    git, too)."""
     git = importlib.import_module("git")
     try:
         commit = git.Repo(root(package)).head.commit.hexsha
@@ -157,7 +177,8 @@ def version(package: ModuleType) -> str:
 
 
 def choose_renderer(wish: str) -> Renderer:
-    """"egl" or "cpu" as wished; "auto" is EGL where it renders on a GPU. Raises CalvinError where a wished EGL does not start."""
+    """ "egl" or "cpu" as wished; "auto" is EGL where it renders on a GPU. Raises CalvinError where a wished EGL does
+    not start."""
     if wish not in RENDERERS:
         raise ValueError(f"renderer={wish}: choose one of {', '.join(RENDERERS)}")
     cpu = Renderer(False, "pybullet TinyRenderer (CPU)")
@@ -171,7 +192,10 @@ def choose_renderer(wish: str) -> Renderer:
         log.warning("%s; pictures come from TinyRenderer", error)
         return cpu
     if wish == "auto" and any(name in device.lower() for name in SOFTWARE):
-        log.warning("EGL finds no GPU here: pictures come from TinyRenderer, whose look differs from CALVIN's dataset (renderer=egl takes Mesa)")
+        log.warning(
+            "EGL finds no GPU here: pictures come from TinyRenderer, whose look differs from CALVIN's dataset "
+            "(renderer=egl takes Mesa)"
+        )
         return cpu
     return Renderer(True, f"pybullet EGL, {device}")
 
@@ -183,11 +207,22 @@ def egl_device() -> str:
     """
     settings = {**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
     try:
-        done = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, errors="replace", timeout=PROBE_SECONDS, env=settings, check=False)
+        done = subprocess.run(
+            [sys.executable, "-c", PROBE],
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=PROBE_SECONDS,
+            env=settings,
+            check=False,
+        )
     except subprocess.TimeoutExpired as error:
         raise CalvinError(f"EGL did not answer within {PROBE_SECONDS} s") from error
     found = dict(re.findall(r"^(GL_RENDERER|GL_VERSION)=(.*)$", done.stdout, re.MULTILINE))
     if done.returncode or len(found) < 2:
         last = (done.stderr.strip().splitlines() or ["it says nothing"])[-1]
-        raise CalvinError(f"pybullet's EGL does not start (exit code {done.returncode}: {last}), install libegl1 and the GPU's driver or take renderer=cpu")
+        raise CalvinError(
+            f"pybullet's EGL does not start (exit code {done.returncode}: {last}), install libegl1 and the GPU's "
+            "driver or take renderer=cpu"
+        )
     return f"{found['GL_RENDERER']}, {found['GL_VERSION']}"

@@ -1,8 +1,10 @@
-"""One chain of scripted demonstrations: tasks in a row without a reset, so that they start where chains arrive (DESIGN 7).
+"""One chain of scripted demonstrations: tasks in a row without a reset, so that they start where chains arrive (DESIGN
+7).
 
 A *segment* is what one sentence describes. Labels are the expert's clean commands; what is executed carries noise.
 The shares follow a first policy's lessons (starting anywhere in a chain matters most; lifts are what needs eyes).
 """
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -71,14 +73,29 @@ def numbered(env: World, tasks: Sequence[str], longest: int, *, seed: int, numbe
     """
     hand = getattr(env, "embodiment", "robot") == "hand"
     key = (seed, "ABCD".index(env.scene.name) + len("ABCD") * hand)
-    return chain(env, tasks, longest, np.random.default_rng((*key, number)), begin=np.random.default_rng((*key, number // TWINS, TWINS)), turn=number % TWINS)
+    return chain(
+        env,
+        tasks,
+        longest,
+        np.random.default_rng((*key, number)),
+        begin=np.random.default_rng((*key, number // TWINS, TWINS)),
+        turn=number % TWINS,
+    )
 
 
-def chain(env: World, tasks: Sequence[str], longest: int, rng: np.random.Generator, *, begin: np.random.Generator | None = None,
-          turn: int = 0) -> tuple[list[Segment], int]:
+def chain(
+    env: World,
+    tasks: Sequence[str],
+    longest: int,
+    rng: np.random.Generator,
+    *,
+    begin: np.random.Generator | None = None,
+    turn: int = 0,
+) -> tuple[list[Segment], int]:
     """Demonstrated segments, at most `longest`, and the number of attempts that failed. `env` is reset first.
 
-    `begin` draws how the chain begins and of what kind it is (`rng`), `turn` which of the possible lifts a single lift is.
+    `begin` draws how the chain begins and of what kind it is (`rng`), `turn` which of the possible lifts a single lift
+    is.
     """
     begin = begin or rng
     shares = np.array(LENGTHS[:longest]) / sum(LENGTHS[:longest])

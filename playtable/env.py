@@ -4,6 +4,7 @@ robot_obs (15,): tool position 0-2 (m), Euler angles 3-5 (rad), opening 6 (m), a
 command 14. scene_obs (24,): slider, drawer, button, switch (m), lightbulb, led (0 or 1), then position and Euler
 angles of each block in the scene's order.
 """
+
 from __future__ import annotations
 
 import platform
@@ -46,8 +47,15 @@ class PlayTable:
     `embodiment` says what the pictures show at work, a "robot" or a person's "hand"; the physics are the same.
     """
 
-    def __init__(self, scene: str = "D", seed: int = 0, *, static_size: int = 200, gripper_size: int = 84,
-                 embodiment: str = "robot") -> None:
+    def __init__(
+        self,
+        scene: str = "D",
+        seed: int = 0,
+        *,
+        static_size: int = 200,
+        gripper_size: int = 84,
+        embodiment: str = "robot",
+    ) -> None:
         if embodiment not in WORLDS:
             raise ValueError(f"embodiment={embodiment!r}: choose one of {', '.join(WORLDS)}")
         for name, size in (("static_size", static_size), ("gripper_size", gripper_size)):
@@ -274,14 +282,20 @@ class PlayTable:
         lever = {"joint_state": joints[SWITCH], "logical_state": int(self._pressed(SWITCH))}
         return {
             "robot_info": {
-                "tcp_pos": robot[:3], "tcp_orn": robot[3:6], "gripper_opening_width": float(robot[6]),
-                "arm_joint_states": robot[7:14], "gripper_action": self.gripper_command,
-                "uid": self.uids["robot"], "contacts": contacts[self.uids["robot"]],
+                "tcp_pos": robot[:3],
+                "tcp_orn": robot[3:6],
+                "gripper_opening_width": float(robot[6]),
+                "arm_joint_states": robot[7:14],
+                "gripper_action": self.gripper_command,
+                "uid": self.uids["robot"],
+                "contacts": contacts[self.uids["robot"]],
             },
             "scene_info": {
                 "fixed_objects": {
                     "table": {
-                        "uid": self.uids["table"], "links": dict(self.links), "contacts": contacts[self.uids["table"]]
+                        "uid": self.uids["table"],
+                        "links": dict(self.links),
+                        "contacts": contacts[self.uids["table"]],
                     }
                 },
                 "movable_objects": {name: self._block_info(name, contacts) for name in self.scene.blocks},
@@ -343,7 +357,8 @@ class PlayTable:
 
 
 class PlayTableState:
-    """`PrivilegedState` of a `PlayTable` or of what has its readings; it holds no copy and always reads the present moment."""
+    """`PrivilegedState` of a `PlayTable` or of what has its readings; it holds no copy and always reads the present
+    moment."""
 
     def __init__(self, env: PlayTable) -> None:
         self._env = env

@@ -3,6 +3,7 @@
 It begins from wherever the robot stands, lets go of a block that its task has no use for, and tries again until it is
 given another task. `act` gives the clean command; who executes it may disturb it with `disturbed` while `fast` is true.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
@@ -195,7 +196,9 @@ class Expert(Motions):
         else:
             free = place == "table"
             height = float(self.rng.uniform(-0.004, 0.008)) if free else 0.0
-            yield from self.grasp(block, tilt=0.0 if place == "drawer" else None, offset=(0.0, 0.0, height), careful=not free)
+            yield from self.grasp(
+                block, tilt=0.0 if place == "drawer" else None, offset=(0.0, 0.0, height), careful=not free
+            )
         start = self.state.target()[0]
         if place == "slider":
             yield from self.goto(start + [0, -0.04, 0.07], speed=0.7, through=True)
@@ -248,9 +251,7 @@ class Expert(Motions):
         if whole:
             # Near the front the first half must be easy: the block is drawn away while it turns.
             near = self.state.block(block)[0][1] > NEAR_FRONT + 0.02
-            return min(
-                whole, key=lambda hold: max(abs(hold[0] - FORWARD), 0.0 if near else abs(sum(hold) - FORWARD))
-            )
+            return min(whole, key=lambda hold: max(abs(hold[0] - FORWARD), 0.0 if near else abs(sum(hold) - FORWARD)))
         return max(holds, key=lambda hold: abs(hold[1]), default=(FORWARD, angle))
 
     def _extent(self, block: str, axis: int) -> float:

@@ -1,9 +1,12 @@
-"""A person's bare arm in place of the robot's, to be seen only: a second source that does the same tasks (Sec. 3.1, A.2).
+"""A person's bare arm in place of the robot's, to be seen only: a second source that does the same tasks (Sec. 3.1,
+A.2).
 
-The arm hangs on the robot's links and the fingers on its two fingers, so that the joints, what collides and the scripted
+The arm hangs on the robot's links and the fingers on its two fingers, so that the joints, what collides and the
+scripted
 expert are the robot's own. What the paper takes from human video is that another body does the same, filmed without
 motions.
 """
+
 from __future__ import annotations
 
 from typing import Final
@@ -30,7 +33,8 @@ FINGERS: Final[tuple[tuple[float, float], ...]] = ((0.013, 0.092), (-0.010, 0.09
 
 
 def palm() -> list[str]:
-    """The palm and the ball of the thumb, in the hand's frame, whose z points to the fingertips and whose y the fingers open along."""
+    """The palm and the ball of the thumb, in the hand's frame, whose z points to the fingertips and whose y the fingers
+    open along."""
     return [
         geom("ellipsoid", (-0.016, -0.012, 0.022), (0.050, 0.034, 0.062), SKIN, SEEN),
         rod("capsule", ((-0.006, 0.006, -0.012), (0.002, 0.036, 0.042)), 0.021, SKIN, SEEN),

@@ -2,6 +2,7 @@
 
 Euler angles are fixed-axis xyz (roll, pitch, yaw) in radians: R = Rz(yaw) Ry(pitch) Rx(roll).
 """
+
 from __future__ import annotations
 
 from math import asin, atan2, cos, pi, sin

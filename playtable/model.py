@@ -2,6 +2,7 @@
 
 Bodies are named after CALVIN's links, so that contacts tell the same stories.
 """
+
 from __future__ import annotations
 
 from math import cos, pi, radians, sin, tan
@@ -235,7 +236,8 @@ def _listing() -> str:
 
 
 def write_mjcf(scene: Scene, edge: int = 256, *, hand: bool = False) -> str:
-    """The MJCF text of a scene; `edge` is the largest picture edge in pixels that will be asked for, `hand` shows a person's arm."""
+    """The MJCF text of a scene; `edge` is the largest picture edge in pixels that will be asked for, `hand` shows a
+    person's arm."""
     return f"""<mujoco model="playtable_{scene.name}">
 <compiler angle="radian" eulerseq="xyz" autolimits="true"/>
 <option timestep="{TIMESTEP:.12g}" integrator="implicitfast" cone="elliptic" impratio="3"

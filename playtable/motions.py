@@ -3,6 +3,7 @@
 Positions are metres in the world frame, Euler angles fixed-axis xyz radians. A yaw of pi/2 closes the fingers along x;
 `tilt` leans the hand towards -y (for that yaw), so that the fingers point forward into the cabinet.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
@@ -56,7 +57,8 @@ def straightened(yaw: float, slack: float) -> float:
 
 
 def hand(yaw: float = FORWARD, tilt: float = 0.0) -> np.ndarray:
-    """Euler angles (3,) of a hand that points down with a yaw and then leans back about the axis its fingers close on."""
+    """Euler angles (3,) of a hand that points down with a yaw and then leans back about the axis its fingers close
+    on."""
     return np.array([np.pi, -tilt, yaw])
 
 
@@ -76,7 +78,8 @@ def closing(yaw: float) -> np.ndarray:
 
 
 def _hand_frame(off: np.ndarray, euler: np.ndarray) -> tuple[float, float, float]:
-    """Metres off a place in that hand's frame: from the fingertips up, the way the fingers close, and square to both."""
+    """Metres off a place in that hand's frame: from the fingertips up, the way the fingers close, and square to
+    both."""
     back, across = fingers_back(euler), closing(euler[2])
     return float(off @ back), float(off @ across), float(off @ np.cross(back, across))
 
@@ -190,7 +193,8 @@ class Motions:
         return yaws or [FORWARD]
 
     def easy_yaw(self, block: str) -> float:
-        """The yaw nearest to FORWARD at which the fingers fit around a block and, if possible, beside its neighbours."""
+        """The yaw nearest to FORWARD at which the fingers fit around a block and, if possible, beside its
+        neighbours."""
         yaws = [comfortable_yaw(yaw) for yaw in self.grasp_yaws(block)]
         return min(yaws, key=lambda yaw: abs(yaw - FORWARD) + 3.0 * self._crowded(block, yaw))
 
@@ -246,10 +250,16 @@ class Motions:
         height, across, along = _hand_frame(at - position, euler)
         turn = np.abs(turn_between(facing, euler)).max()
         beside = float(np.hypot(across, along))
-        return self.state.gripper() > 0 and turn < 0.8 and beside < REACH_OVER and (height > CLEAR or height > -0.01 and abs(across) < FITS)
+        return (
+            self.state.gripper() > 0
+            and turn < 0.8
+            and beside < REACH_OVER
+            and (height > CLEAR or height > -0.01 and abs(across) < FITS)
+        )
 
     def funnel(self, position: np.ndarray, euler: np.ndarray) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
-        """Where to go next from above a grasp: the farther off its axis, the higher. Fingers that are low and askew go up first."""
+        """Where to go next from above a grasp: the farther off its axis, the higher. Fingers that are low and askew go
+        up first."""
         back = fingers_back(euler)
 
         def waypoint(at: np.ndarray, facing: np.ndarray) -> np.ndarray:
@@ -263,7 +273,8 @@ class Motions:
         return waypoint
 
     def close(self) -> Plan:
-        """Close until the fingers stop. A fixed pause would look the same at its beginning and its end, and a policy that
+        """Close until the fingers stop. A fixed pause would look the same at its beginning and its end, and a policy
+        that
         sees single pictures would learn to stay in it."""
         before = np.inf
         self.grip = -1
@@ -289,10 +300,16 @@ class Motions:
         yield from self.goto(self.state.target()[0] + [0, 0, 0.07], through=True)
 
     def withdraw(self, wanted: str | None = None) -> Plan:
-        """Draw open fingers back from a block between them, which would be carried off otherwise; not where they can take a wanted one."""
+        """Draw open fingers back from a block between them, which would be carried off otherwise; not where they can
+        take a wanted one."""
         tcp, _ = self.state.tcp()
         near = [name for name in self.state.blocks if np.linalg.norm(self.state.block(name)[0] - tcp) < 0.05]
-        if self.state.gripper() < 0 or not near or near == [wanted] and self.over(self.state.block(wanted)[0], self.hold(wanted)):
+        if (
+            self.state.gripper() < 0
+            or not near
+            or near == [wanted]
+            and self.over(self.state.block(wanted)[0], self.hold(wanted))
+        ):
             return
         at, facing = self.state.target()
         yield from self.goto(at + 0.09 * fingers_back(facing), through=True, firm=True, timeout=20)

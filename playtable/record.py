@@ -4,10 +4,13 @@
     python -m playtable.record env=calvin scene=D ...      in the real CALVIN, where calvin_env is installed
     python -m playtable.record env=playtable_hand scene=[A,B,C] tasks=eleven episodes=600 out=data/playtable/hand
 
-The last films a person's hand: a video set of the static camera with sentences, without CALVIN's frames and without motions.
-Chain i of a scene depends on (seed, scene, i) alone, whatever the number of workers. A killed recording goes on with the
+The last films a person's hand: a video set of the static camera with sentences, without CALVIN's frames and without
+motions.
+Chain i of a scene depends on (seed, scene, i) alone, whatever the number of workers. A killed recording goes on with
+the
 same command.
 """
+
 from __future__ import annotations
 
 import json
@@ -85,9 +88,15 @@ def record_chain(job: dict[str, Any]) -> dict[str, Any]:
             files.write_frames(beside / str(index), segment)
         if job["videos"]:
             files.write_films(beside / str(index), segment, cameras=2 if job["actions"] else 1)
-    summary = {"folder": done.name, "scene": job["scene"], "number": job["number"], "failed": failed,
-               "world": env.name.rsplit("-", 1)[0], "versions": env.versions(),
-               "segments": [{"task": s.task, "sentence": s.sentence, "length": len(s)} for s in segments]}
+    summary = {
+        "folder": done.name,
+        "scene": job["scene"],
+        "number": job["number"],
+        "failed": failed,
+        "world": env.name.rsplit("-", 1)[0],
+        "versions": env.versions(),
+        "segments": [{"task": s.task, "sentence": s.sentence, "length": len(s)} for s in segments],
+    }
     (beside / "summary.json").write_text(json.dumps(summary))
     shutil.rmtree(done, ignore_errors=True)
     os.replace(beside, done)
@@ -110,10 +119,13 @@ def record(
 ) -> dict[str, Any]:
     """Record `episodes` segments, equally over `scenes`, and return the counts.
 
-    Without `actions` only the video set is written, of the static camera, as a person is filmed; None records them where the world shows
+    Without `actions` only the video set is written, of the static camera, as a person is filmed; None records them
+    where the world shows
     a robot, and leaves them out where it shows a hand.
-    `env` names the world by its `_target_` and its further arguments; None is playtable. Raises ValueError for bad arguments and for an
-    `out` that holds another recording, RuntimeError where a scene gives none of the tasks or the simulator does not start.
+    `env` names the world by its `_target_` and its further arguments; None is playtable. Raises ValueError for bad
+    arguments and for an
+    `out` that holds another recording, RuntimeError where a scene gives none of the tasks or the simulator does not
+    start.
     """
     _check(scenes, tasks, {"episodes": episodes, "workers": workers}, length, validation_share)
     env = env or PLAYTABLE
@@ -124,12 +136,23 @@ def record(
     parts = out / ".parts"
     if ((out / "training" / "ep_start_end_ids.npy").is_file() or (out / "videos_set").is_dir()) and not parts.is_dir():
         raise ValueError(f"{out} already holds a recording: choose another out= or delete it")
-    settings = {"scenes": scenes, "tasks": list(tasks), "episodes": episodes, "length": length, "seed": seed,
-                "videos": videos, "validation_share": validation_share, "env": env, "actions": actions}
+    settings = {
+        "scenes": scenes,
+        "tasks": list(tasks),
+        "episodes": episodes,
+        "length": length,
+        "seed": seed,
+        "videos": videos,
+        "validation_share": validation_share,
+        "env": env,
+        "actions": actions,
+    }
     known = parts / "settings.json"
     if known.is_file() and json.loads(known.read_text()) != settings:
-        raise ValueError(f"{out} holds an unfinished recording with other settings ({known}): repeat those, "
-                         f"choose another out= or delete it")
+        raise ValueError(
+            f"{out} holds an unfinished recording with other settings ({known}): repeat those, "
+            f"choose another out= or delete it"
+        )
     files.write_text(known, json.dumps(settings))
     for restarts in count():
         try:
@@ -137,7 +160,9 @@ def record(
             break
         except BrokenProcessPool:
             if restarts == RESTARTS:
-                raise RuntimeError(f"a worker died for the {restarts + 1}th time; run the same command again, finished chains are kept") from None
+                raise RuntimeError(
+                    f"a worker died for the {restarts + 1}th time; run the same command again, finished chains are kept"
+                ) from None
             log.warning("a worker died; going on with new ones, finished chains are kept")
     if actions:
         counts = _assemble(chains, out, validation_share, videos=videos)
@@ -213,13 +238,19 @@ def _record_scene(summaries: Iterator[dict[str, Any]], scene: str, share: int) -
 
 
 def _check_same_world(summary: dict[str, Any], before: list[dict[str, Any]]) -> None:
-    """A recording that went on elsewhere must not mix the pictures of two renderers. A chain without segments drew none."""
+    """A recording that went on elsewhere must not mix the pictures of two renderers. A chain without segments drew
+    none."""
     first = next((chain for chain in before if chain["segments"]), summary)
     if summary["segments"] and summary["versions"] != first["versions"]:
-        differ = ", ".join(f"{key}: {first['versions'].get(key)} there, {value} here" for key, value in summary["versions"].items()
-                           if value != first["versions"].get(key))
-        raise RuntimeError(f"chain {summary['folder']} was not recorded like {first['folder']} ({differ}): "
-                           f"choose another out= or delete .parts in it to begin anew")
+        differ = ", ".join(
+            f"{key}: {first['versions'].get(key)} there, {value} here"
+            for key, value in summary["versions"].items()
+            if value != first["versions"].get(key)
+        )
+        raise RuntimeError(
+            f"chain {summary['folder']} was not recorded like {first['folder']} ({differ}): "
+            f"choose another out= or delete .parts in it to begin anew"
+        )
 
 
 def _held_out(chains: list[dict[str, Any]], share: float) -> set[str]:
@@ -246,7 +277,9 @@ def _assemble(chains: list[dict[str, Any]], out: Path, share: float, *, videos: 
                 if videos:
                     name = f"{len(episodes):06d}"
                     _move_films(source, out / "videos_set", f"{split}/{name}")
-                    files.write_annotation(out / "videos_set", split, name, segment["sentence"], scene, vectors[-1]["robot_obs"])
+                    files.write_annotation(
+                        out / "videos_set", split, name, segment["sentence"], scene, vectors[-1]["robot_obs"]
+                    )
                 episodes.append({"start": first, "end": last, **segment})
                 scenes.setdefault(scene, [first, last])[1] = last
                 first = last + 1
@@ -267,8 +300,14 @@ def _assemble_films(chains: list[dict[str, Any]], out: Path, share: float) -> di
         for index, segment in enumerate(summary["segments"]):
             name = f"{numbers[split]:06d}"
             _move_films(out / ".parts" / summary["folder"] / str(index), out / "videos_set", f"{split}/{name}")
-            files.write_human_annotation(out / "videos_set", split, name, segment["sentence"], f"calvin_scene_{summary['scene']}",
-                                         segment["length"])
+            files.write_human_annotation(
+                out / "videos_set",
+                split,
+                name,
+                segment["sentence"],
+                f"calvin_scene_{summary['scene']}",
+                segment["length"],
+            )
             numbers[split] += 1
             tasks[segment["task"]] += 1
             frames += segment["length"]
@@ -306,16 +345,29 @@ def main(cfg: DictConfig) -> None:
     out = Path(cfg.out)
     try:
         counts = record(
-            scenes=scenes, tasks=list(cfg.tasks.tasks), episodes=cfg.episodes, out=out,
-            env=OmegaConf.to_container(cfg.env, resolve=True), length=cfg.length,
-            workers=cfg.workers, seed=cfg.seed, validation_share=cfg.validation_share, videos=cfg.videos, actions=cfg.actions,
+            scenes=scenes,
+            tasks=list(cfg.tasks.tasks),
+            episodes=cfg.episodes,
+            out=out,
+            env=OmegaConf.to_container(cfg.env, resolve=True),
+            length=cfg.length,
+            workers=cfg.workers,
+            seed=cfg.seed,
+            validation_share=cfg.validation_share,
+            videos=cfg.videos,
+            actions=cfg.actions,
         )
     except (ValueError, RuntimeError) as error:
         sys.exit(f"error: {error}")
     summary = {**counts, "config": OmegaConf.to_container(cfg)}
     files.write_text(out / "recording.json", json.dumps(summary, indent=2) + "\n")
-    log.info("%d episodes, %d frames, %d failed attempts dropped; results in %s",
-             counts["episodes"], counts["frames"], counts["failed"], out)
+    log.info(
+        "%d episodes, %d frames, %d failed attempts dropped; results in %s",
+        counts["episodes"],
+        counts["frames"],
+        counts["failed"],
+        out,
+    )
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 A GL context belongs to the thread that made it, so a renderer is made at the first picture.
 """
+
 from __future__ import annotations
 
 import atexit
@@ -97,7 +98,8 @@ class Renderer:
         self._camera.type = mujoco.mjtCamera.mjCAMERA_FIXED
         self._mjr = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_100)
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._mjr)
-        # Runs at exit too, and there before what the import of the GL module registered: finalizers would all wait for their turn,
+        # Runs at exit too, and there before what the import of the GL module registered: finalizers would all wait for
+        # their turn,
         # which is that of the first one in the program, and a display that is gone cannot free its contexts.
         self._finalizer = weakref.finalize(self, _free, self._gl, self._mjr)
         self._finalizer.atexit = False

@@ -3,6 +3,7 @@
 The upper arm is only seen; wrist, hand and fingers collide. Gravity does not act on it, as if a controller compensated.
 As a `hand` the same bodies, joints and colliding shapes are there, unseen, and a person's arm is seen in their place.
 """
+
 from __future__ import annotations
 
 from typing import Final
@@ -101,7 +102,8 @@ def _shapes(link: int, *, hand: bool) -> list[str]:
 
 
 def write_robot(*, hand: bool = False) -> str:
-    """The robot's bodies, each link inside the one before; with `hand` a person's arm is seen in place of the robot's."""
+    """The robot's bodies, each link inside the one before; with `hand` a person's arm is seen in place of the
+    robot's."""
     inside = _hand(hand=hand)
     for i in reversed(range(7)):
         turn, offset = kinematics.LINKS[i]
@@ -113,11 +115,15 @@ def write_robot(*, hand: bool = False) -> str:
         ]
         inside = body(f"link{i + 1}", offset, [*parts, inside], f'euler="{turn:.10g} 0 0" gravcomp="1"')
     height = ROBOT_BASE[2]
-    foot = [] if hand else [
-        geom("cylinder", (-0.03, 0, 0.03), (0.10, 0.03), WHITE, SEEN),
-        rod("capsule", ((0, 0, 0.08), (0, 0, 0.14)), 0.066, WHITE, SEEN),
-        geom("cylinder", (-0.05, 0, -height / 2), (0.13, height / 2), 'material="stand"', SEEN),
-    ]
+    foot = (
+        []
+        if hand
+        else [
+            geom("cylinder", (-0.03, 0, 0.03), (0.10, 0.03), WHITE, SEEN),
+            rod("capsule", ((0, 0, 0.08), (0, 0, 0.14)), 0.066, WHITE, SEEN),
+            geom("cylinder", (-0.05, 0, -height / 2), (0.13, height / 2), 'material="stand"', SEEN),
+        ]
+    )
     return body("link0", ROBOT_BASE, [*foot, inside])
 
 

@@ -2,6 +2,7 @@
 
 World frame in metres: x to the right seen from the robot's side, y towards the cabinet, z up, table top at 0.44.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass

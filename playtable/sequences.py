@@ -4,6 +4,7 @@ The draws repeat upstream's calls of numpy's legacy generator one by one, so tha
 list. A symbolic state is `{led, lightbulb: 0|1, slider: right|left, drawer: closed|open, <colour>_block: table|
 slider_right|slider_left|drawer|grasped|stacked_top|stacked_bottom, grasped: 0|1}`.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -105,8 +106,14 @@ def _category(task: str) -> str:
         return "lift_" + task.rsplit("_", 1)[1]
     if task.startswith("turn"):
         return "light"
-    return {"move_slider_left": "slider", "move_slider_right": "slider", "open_drawer": "drawer",
-            "close_drawer": "drawer", "place_in_slider": "place", "place_in_drawer": "place"}.get(task, task)
+    return {
+        "move_slider_left": "slider",
+        "move_slider_right": "slider",
+        "open_drawer": "drawer",
+        "close_drawer": "drawer",
+        "place_in_slider": "place",
+        "place_in_drawer": "place",
+    }.get(task, task)
 
 
 RULES = _rules()
@@ -185,7 +192,9 @@ def _plan(tasks: tuple[str, ...], length: int, total: int, seed: int) -> tuple[i
     kinds = min(length, len({CATEGORIES[task] for task in tasks}))
     states = [state for state in INITIAL_STATES if _reachable(state, tasks, length, kinds)]
     if not states:
-        raise ValueError(f"no sequence of {length} of the tasks {', '.join(tasks)} is possible: add tasks or shorten it")
+        raise ValueError(
+            f"no sequence of {length} of the tasks {', '.join(tasks)} is possible: add tasks or shorten it"
+        )
     shares = [len(part) for part in np.array_split(range(total), len(states))]
     order = [(index, rank) for index, share in enumerate(shares) for rank in range(share)]
     np.random.RandomState(seed).shuffle(order)
@@ -222,14 +231,20 @@ def generate(
 
 def digest(pairs: list[tuple[State, list[str]]]) -> str:
     """sha256 of sequences as compact JSON."""
-    return hashlib.sha256(json.dumps([list(pair) for pair in pairs], sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps([list(pair) for pair in pairs], sort_keys=True, separators=(",", ":")).encode()
+    ).hexdigest()
 
 
 def check_official(pairs: list[tuple[State, list[str]]]) -> None:
-    """Raises RuntimeError where these are not the beginning of the published list: numpy's legacy generator draws differently."""
+    """Raises RuntimeError where these are not the beginning of the published list: numpy's legacy generator draws
+    differently."""
     known = max(count for count in OFFICIAL_SHA256 if count <= len(pairs))
     if digest(pairs[:known]) != OFFICIAL_SHA256[known]:
-        raise RuntimeError(f"the first {known} sequences are not CALVIN's: numpy {np.__version__} draws otherwise, take the one of requirements-lock.txt")
+        raise RuntimeError(
+            f"the first {known} sequences are not CALVIN's: numpy {np.__version__} draws otherwise, take the one of "
+            "requirements-lock.txt"
+        )
 
 
 def _fnv1_32(text: str) -> int:
@@ -254,7 +269,9 @@ def initial_state(condition: State, scene: Scene) -> tuple[np.ndarray, np.ndarra
     rng.shuffle(table)
     places = [condition[f"{colour}_block"] for colour in COLOURS]
     if any(place not in ("table", *SIDES) for place in places) or not 1 <= places.count("table") <= 2:
-        raise ValueError(f"no initial poses for blocks at {places}: CALVIN knows one or two on the table, the rest inside")
+        raise ValueError(
+            f"no initial poses for blocks at {places}: CALVIN knows one or two on the table, the rest inside"
+        )
     scene_obs = np.zeros(24)
     scene_obs[0] = scene.limits["base__slide"] if condition["slider"] == "left" else 0.0
     scene_obs[1] = DRAWER_OPEN if condition["drawer"] == "open" else 0.0

@@ -3,6 +3,7 @@
 Table and fixtures meet robot and blocks, the robot meets both, blocks meet everything; robot parts never meet each
 other and fixtures never meet the table that carries them.
 """
+
 from __future__ import annotations
 
 from typing import Final

@@ -3,6 +3,7 @@
 A task's oracle stops at a threshold (slider 0.15 of 0.28 m), so that what follows in a chain must be asked of the
 readings, never of symbols.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -101,7 +102,8 @@ def _block_tasks(state: PrivilegedState, zones: dict[str, str]) -> list[str]:
 
 
 def possible(state: PrivilegedState) -> list[str]:
-    """The tasks that can be carried out from here, in a fixed order. A block in the hand rules out none but lifts of it."""
+    """The tasks that can be carried out from here, in a fixed order. A block in the hand rules out none but lifts of
+    it."""
     zones = {block: zone(state, block) for block in state.blocks}
     drawer, slide = state.joint("base__drawer"), state.joint("base__slide")
     tasks = _block_tasks(state, zones)

@@ -1,8 +1,10 @@
 """What a scripted expert may know: the small privileged-state interface (DESIGN 7).
 
-`playtable.env.PlayTableState` reads it from this package's simulator and, through `playtable.calvin.Calvin`, from the real
+`playtable.env.PlayTableState` reads it from this package's simulator and, through `playtable.calvin.Calvin`, from the
+real
 `calvin_env`. World frame, metres, radians; Euler angles are fixed-axis xyz (roll, pitch, yaw), CALVIN's convention.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass

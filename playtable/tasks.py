@@ -3,6 +3,7 @@
 An info is CALVIN's dictionary (`robot_info`, `scene_info`). A contact is a sequence in pybullet's order: entry 2 is the
 other body's uid, entry 4 the other body's link.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable

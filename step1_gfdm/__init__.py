@@ -1,4 +1,5 @@
 """General Forward Dynamics Model (Sec. 3.1): imagine the next frames. Front door: GFDM, and DinoFuture of Table 6."""
+
 from step1_gfdm.dino_future import DinoFuture
 from step1_gfdm.model import GFDM
 

@@ -1,11 +1,14 @@
-"""Program: data sets as published -> video sets (A.2).   python -m step1_gfdm.convert source=bridge in=<folder> out=<set>
+"""Program: data sets as published -> video sets (A.2).   python -m step1_gfdm.convert source=bridge in=<folder>
+out=<set>
 
     <out>/annotation/{train,val}/<id>.json     texts, videos[].video_path, episode_id, video_length, fps[, state, scene]
     <out>/videos/{train,val}/<id>/<camera>.mp4
 
-The annotation is written last: with it, an episode is whole. What is there is skipped, so a stopped run goes on. Processes of
+The annotation is written last: with it, an episode is whole. What is there is skipped, so a stopped run goes on.
+Processes of
 accelerate launch share the episodes, and each spreads its own over `workers`.
 """
+
 from __future__ import annotations
 
 import errno
@@ -42,11 +45,24 @@ log = logging.getLogger(__name__)
 _source: dict[str, Source] = {}  # one a worker
 
 
-def convert(source: Source, out: Path, *, image_size: int = 256, aspect: str = "squeeze", gop: int = 8, crf: int = 18, limit: int | None = None,
-            workers: int = 1, max_bad_share: float = 0.1, rank: int = 0, world: int = 1) -> Counter:
+def convert(
+    source: Source,
+    out: Path,
+    *,
+    image_size: int = 256,
+    aspect: str = "squeeze",
+    gop: int = 8,
+    crf: int = 18,
+    limit: int | None = None,
+    workers: int = 1,
+    max_bad_share: float = 0.1,
+    rank: int = 0,
+    world: int = 1,
+) -> Counter:
     """Write the episodes of a source as a video set; returns how many ended how, and "frames".
 
-    limit: only the first so many usable episodes of each split. max_bad_share: the share of unreadable episodes at which the run
+    limit: only the first so many usable episodes of each split. max_bad_share: the share of unreadable episodes at
+    which the run
     stops; what a source leaves out by rule (BY_RULE) does not count.
     """
     options = {"image_size": image_size, "aspect": aspect, "gop": gop, "crf": crf}
@@ -54,7 +70,10 @@ def convert(source: Source, out: Path, *, image_size: int = 256, aspect: str = "
     counts = Counter(entry.reason for entry in listed if entry.reason) if rank == 0 else Counter()
     usable = [entry for entry in listed if not entry.reason]
     if limit is not None:
-        by_split = {split: [entry for entry in usable if entry.split == split] for split in sorted({entry.split for entry in usable})}
+        by_split = {
+            split: [entry for entry in usable if entry.split == split]
+            for split in sorted({entry.split for entry in usable})
+        }
         usable = [entry for entries in by_split.values() for entry in entries[:limit]]
     unusable = [entry for entry in listed if entry.reason and entry.reason not in BY_RULE]
     for entry in unusable if rank == 0 else ():
@@ -76,7 +95,9 @@ def convert(source: Source, out: Path, *, image_size: int = 256, aspect: str = "
     return counts
 
 
-def _run(source: Source, out: Path, listed: list[Listed], options: dict[str, Any], workers: int) -> Iterator[tuple[str, int, str]]:
+def _run(
+    source: Source, out: Path, listed: list[Listed], options: dict[str, Any], workers: int
+) -> Iterator[tuple[str, int, str]]:
     if workers <= 1:
         for entry in listed:
             yield _one(source, out, entry, options)
@@ -112,17 +133,26 @@ def _one(source: Source, out: Path, entry: Listed, options: dict[str, Any]) -> t
     try:
         episode = source.read(entry)
         folder = Path("videos") / entry.split / name
-        lengths = [_write(camera, out / folder / f"{number}.mp4", **options) for number, camera in enumerate(episode.cameras)]
+        lengths = [
+            _write(camera, out / folder / f"{number}.mp4", **options) for number, camera in enumerate(episode.cameras)
+        ]
         if len(set(lengths)) != 1:
             raise Unreadable(entry.id, f"its cameras have {lengths} frames")
     except BAD as error:
         return error.reason if isinstance(error, LeftOut) else "unreadable", 0, str(error)
     except OSError as error:
         if error.errno == errno.ENOSPC:
-            raise ValueError(f"{out}: the disk is full; free space and run the same command, finished episodes are kept") from error
+            raise ValueError(
+                f"{out}: the disk is full; free space and run the same command, finished episodes are kept"
+            ) from error
         raise
-    record = {"texts": episode.texts, "videos": [{"video_path": str(folder / f"{number}.mp4")} for number in range(len(lengths))],
-              "episode_id": entry.id, "video_length": lengths[0], "fps": episode.cameras[0].fps}
+    record = {
+        "texts": episode.texts,
+        "videos": [{"video_path": str(folder / f"{number}.mp4")} for number in range(len(lengths))],
+        "episode_id": entry.id,
+        "video_length": lengths[0],
+        "fps": episode.cameras[0].fps,
+    }
     if episode.state is not None:
         record["state"] = np.asarray(episode.state, np.float64).round(5).tolist()
     if episode.scene is not None:
@@ -133,7 +163,10 @@ def _one(source: Source, out: Path, entry: Listed, options: dict[str, Any]) -> t
 
 def _write(camera: Camera, path: Path, *, image_size: int, aspect: str, gop: int, crf: int) -> int:
     """One camera as mp4; only the small frames are held."""
-    small = [(video.resize(frames, image_size, aspect) * 255).round().byte().permute(0, 2, 3, 1).numpy() for frames in camera.batches]
+    small = [
+        (video.resize(frames, image_size, aspect) * 255).round().byte().permute(0, 2, 3, 1).numpy()
+        for frames in camera.batches
+    ]
     if not small:
         raise Unreadable(str(path), "no frames")
     video.write_mp4(path, np.concatenate(small), camera.fps or 1.0, gop=gop, crf=crf)
@@ -168,8 +201,11 @@ def _file_name(id: str) -> str:
 
 def _stop_if_bad(bad: int, of: int, limit: float, out: Path) -> None:
     if of and bad / of > limit:
-        raise ValueError(f"{bad} of {of} episodes are unreadable, more than max_bad_share={limit}: see the reasons above, or raise it; "
-                         f"what was converted stays in {out}")
+        raise ValueError(
+            f"{bad} of {of} episodes are unreadable, more than max_bad_share={limit}: see the reasons above, or raise "
+            "it; "
+            f"what was converted stays in {out}"
+        )
 
 
 def _remember(out: Path, options: dict[str, Any]) -> None:
@@ -188,8 +224,19 @@ def main(cfg: DictConfig) -> None:
     state = PartialState(cpu=True)
     out = Path(cfg.out)
     source = instantiate(OmegaConf.to_container(cfg.source, resolve=True), root=cfg.root)
-    counts = convert(source, out, image_size=cfg.image_size, aspect=cfg.aspect, gop=cfg.gop, crf=cfg.crf, limit=cfg.limit, workers=cfg.workers,
-                     max_bad_share=cfg.max_bad_share, rank=state.process_index, world=state.num_processes)
+    counts = convert(
+        source,
+        out,
+        image_size=cfg.image_size,
+        aspect=cfg.aspect,
+        gop=cfg.gop,
+        crf=cfg.crf,
+        limit=cfg.limit,
+        workers=cfg.workers,
+        max_bad_share=cfg.max_bad_share,
+        rank=state.process_index,
+        world=state.num_processes,
+    )
     log.info("process %d: %s", state.process_index, ", ".join(f"{n} {ending}" for ending, n in sorted(counts.items())))
     log.info("video set in %s; its latents: scripts/step1_prepare_data_latent.sh data=%s", out, out)
 

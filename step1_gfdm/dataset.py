@@ -1,12 +1,16 @@
 """Video sets on disk: annotation json -> latents to train on, or the video itself to look at (Sec. 3.1, A.2, Table 11).
 
     <set>/annotation/{train,val}/<id>.json     texts, videos[i].video_path, latent_videos[i].latent_video_path
-    <set>/latent_videos/...                    .pt, fp32 (T, 4, h, w), already times the VAE's scale; also latent_videos_svd/
+    <set>/latent_videos/...                    .pt, fp32 (T, 4, h, w), already times the VAE's scale; also
+    latent_videos_svd/
     <set>/videos/...
 
-Clip rules are data. {span: episode} squeezes a whole video into the clip; {stride: 2, start_every: 2} walks through it at a
-fixed pace, a clip starting at every second frame and its tail padded by repetition (both as VPP). T frames, F frames of a clip.
+Clip rules are data. {span: episode} squeezes a whole video into the clip; {stride: 2, start_every: 2} walks through it
+at a
+fixed pace, a clip starting at every second frame and its tail padded by repetition (both as VPP). T frames, F frames of
+a clip.
 """
+
 from __future__ import annotations
 
 import json
@@ -33,7 +37,10 @@ class ClipRule:
 
     def __init__(self, *, span: str | None = None, stride: int | None = None, start_every: int | None = None) -> None:
         if (span is None) == (stride is None) or span not in (None, "episode"):
-            raise ValueError(f"a clip rule is {{span: episode}} or {{stride: N, start_every: N}}, got span={span!r}, stride={stride!r}")
+            raise ValueError(
+                f"a clip rule is {{span: episode}} or {{stride: N, start_every: N}}, got span={span!r}, "
+                f"stride={stride!r}"
+            )
         if stride is not None and min(stride, start_every or stride) < 1:
             raise ValueError(f"stride and start_every are at least 1, got {stride} and {start_every}")
         self.stride, self.start_every = stride, start_every or stride
@@ -52,15 +59,26 @@ class ClipRule:
 class VideoSet:
     """The annotations of one split of one set, and the clips that a rule cuts from them.
 
-    root: the set's folder; annotation: its annotation folder ("annotation_abc_13" for VPP's CALVIN); max_frames drops longer
-    videos (VPP: 100); views: camera number -> probability; fraction keeps that share of the videos (common.human), of whose clips there
+    root: the set's folder; annotation: its annotation folder ("annotation_abc_13" for VPP's CALVIN); max_frames drops
+    longer
+    videos (VPP: 100); views: camera number -> probability; fraction keeps that share of the videos (common.human), of
+    whose clips there
     are `whole` without it. A set without a val folder keeps every 20th of its training videos for it.
     An annotation that cannot be read stays in the count and raises Unreadable when it is drawn.
     """
 
-    def __init__(self, root: str | Path, split: str = "train", *, num_frames: int, clip: Mapping[str, Any],
-                 annotation: str = "annotation", max_frames: int | None = None, views: Mapping[int, float] | None = None,
-                 fraction: float = 1.0) -> None:
+    def __init__(
+        self,
+        root: str | Path,
+        split: str = "train",
+        *,
+        num_frames: int,
+        clip: Mapping[str, Any],
+        annotation: str = "annotation",
+        max_frames: int | None = None,
+        views: Mapping[int, float] | None = None,
+        fraction: float = 1.0,
+    ) -> None:
         self.root, self.num_frames, self.rule = Path(root), num_frames, ClipRule(**clip)
         views = dict(views or {0: 1.0})
         total = sum(views.values())
@@ -70,8 +88,11 @@ class VideoSet:
         folder = self.root / annotation / split
         files = annotations(self.root / annotation, split)
         if not files:
-            raise FileNotFoundError(f"{folder}: no annotations here; record them with scripts/playtable_record.sh or convert a published set "
-                                    "(data/README.md)")
+            raise FileNotFoundError(
+                f"{folder}: no annotations here; record them with scripts/playtable_record.sh or convert a published "
+                "set "
+                "(data/README.md)"
+            )
         counts: dict[Path, int] = {}
         for file in tqdm(files, desc=f"{self.root.name}/{split}", unit="json", disable=len(files) < 1000, leave=False):
             try:
@@ -98,21 +119,46 @@ class VideoSet:
         """One of the cameras, which the episode must have."""
         view = int(rng.choice(self.views, p=self.view_shares))
         if isinstance(record.get("videos"), list) and view >= len(record["videos"]):
-            raise Unreadable(str(file), f"has {len(record['videos'])} cameras, camera {view} is asked for; set this set's views in the data config")
+            raise Unreadable(
+                str(file),
+                f"has {len(record['videos'])} cameras, camera {view} is asked for; set this set's views in the data "
+                "config",
+            )
         return view
 
 
 class LatentVideos(VideoSet):
     """Training clips: latents (F, 4, h, w) and the sentence. latent_shape: (4, h, w) that every file must have."""
 
-    def __init__(self, root: str | Path, split: str = "train", *, num_frames: int, clip: Mapping[str, Any], annotation: str = "annotation",
-                 max_frames: int | None = None, views: Mapping[int, float] | None = None, fraction: float = 1.0,
-                 latent_shape: tuple[int, int, int] = (4, 32, 32)) -> None:
-        super().__init__(root, split, num_frames=num_frames, clip=clip, annotation=annotation, max_frames=max_frames, views=views,
-                         fraction=fraction)
+    def __init__(
+        self,
+        root: str | Path,
+        split: str = "train",
+        *,
+        num_frames: int,
+        clip: Mapping[str, Any],
+        annotation: str = "annotation",
+        max_frames: int | None = None,
+        views: Mapping[int, float] | None = None,
+        fraction: float = 1.0,
+        latent_shape: tuple[int, int, int] = (4, 32, 32),
+    ) -> None:
+        super().__init__(
+            root,
+            split,
+            num_frames=num_frames,
+            clip=clip,
+            annotation=annotation,
+            max_frames=max_frames,
+            views=views,
+            fraction=fraction,
+        )
         self.latent_shape = tuple(latent_shape)
         if not any((self.root / name).is_dir() for name in LATENT_FOLDERS):
-            raise FileNotFoundError(f"{self.root}: no latents (latent_videos/); make them with scripts/step1_prepare_data_latent.sh data={self.root}")
+            raise FileNotFoundError(
+                f"{self.root}: no latents (latent_videos/); make them with scripts/step1_prepare_data_latent.sh "
+                f"data={self.root}"
+            )
 
     def sample(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
         """One clip as a VideoBatch item; the camera is drawn."""
@@ -128,10 +174,15 @@ class LatentVideos(VideoSet):
         try:
             latents = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-            raise Unreadable(str(path), f"not a latent file ({str(error).splitlines()[0][:120]}); encode it again") from error
+            raise Unreadable(
+                str(path), f"not a latent file ({str(error).splitlines()[0][:120]}); encode it again"
+            ) from error
         if not isinstance(latents, Tensor) or tuple(latents.shape[1:]) != self.latent_shape or not len(latents):
             found = tuple(latents.shape) if isinstance(latents, Tensor) else type(latents).__name__
-            raise Unreadable(str(path), f"holds {found}, needs (T, {', '.join(map(str, self.latent_shape))}); encode it at this scale")
+            raise Unreadable(
+                str(path),
+                f"holds {found}, needs (T, {', '.join(map(str, self.latent_shape))}); encode it at this scale",
+            )
         length = known_length(record)
         if length is not None and length != len(latents):
             raise Unreadable(str(path), f"holds {len(latents)} frames, its annotation says {length}; encode it again")
@@ -143,11 +194,30 @@ class LatentVideos(VideoSet):
 class VideoClips(VideoSet):
     """Clips of the videos themselves: frames (F, 3, size, size) in [0, 1] and the sentence."""
 
-    def __init__(self, root: str | Path, split: str = "val", *, num_frames: int, clip: Mapping[str, Any], image_size: int,
-                 annotation: str = "annotation", max_frames: int | None = None, views: Mapping[int, float] | None = None, fraction: float = 1.0,
-                 aspect: str = "squeeze") -> None:
-        super().__init__(root, split, num_frames=num_frames, clip=clip, annotation=annotation, max_frames=max_frames, views=views,
-                         fraction=fraction)
+    def __init__(
+        self,
+        root: str | Path,
+        split: str = "val",
+        *,
+        num_frames: int,
+        clip: Mapping[str, Any],
+        image_size: int,
+        annotation: str = "annotation",
+        max_frames: int | None = None,
+        views: Mapping[int, float] | None = None,
+        fraction: float = 1.0,
+        aspect: str = "squeeze",
+    ) -> None:
+        super().__init__(
+            root,
+            split,
+            num_frames=num_frames,
+            clip=clip,
+            annotation=annotation,
+            max_frames=max_frames,
+            views=views,
+            fraction=fraction,
+        )
         self.image_size, self.aspect = image_size, aspect
 
     def sample(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
@@ -163,7 +233,11 @@ class VideoClips(VideoSet):
             frames = video.read_frames(path, unique)[back]
         except video.VideoError as error:
             raise Unreadable(str(path), str(error)) from error
-        return {"id": f"{file}#{view}:{clip}", "frames": video.resize(frames, self.image_size, self.aspect), "text": record["texts"][0]}
+        return {
+            "id": f"{file}#{view}:{clip}",
+            "frames": video.resize(frames, self.image_size, self.aspect),
+            "text": record["texts"][0],
+        }
 
     def states(self, index: int) -> np.ndarray | None:
         """The robot's readings (F, D) at a clip's frames, None where the annotation has none."""
@@ -174,14 +248,25 @@ class VideoClips(VideoSet):
         return np.asarray(states, np.float64)[self.rule.frames(len(states), clip, self.num_frames)]
 
 
-def mixture(root: str | Path, sets: Mapping[str, Mapping[str, Any]], *, split: str = "train", num_frames: int,
-            latent_shape: tuple[int, int, int] = (4, 32, 32), image_size: int | None = None, human_fraction: float = 1.0,
-            length: int | None = None) -> Mixture:
+def mixture(
+    root: str | Path,
+    sets: Mapping[str, Mapping[str, Any]],
+    *,
+    split: str = "train",
+    num_frames: int,
+    latent_shape: tuple[int, int, int] = (4, 32, 32),
+    image_size: int | None = None,
+    human_fraction: float = 1.0,
+    length: int | None = None,
+) -> Mixture:
     """Table 11 as data. Each set: {weight, clip, and optionally folder, annotation, views, max_frames, human}.
 
-    Clips are latents, or the videos themselves where an `image_size` is given. `human_fraction` keeps that share of the videos and of
-    the weight of the sets marked `human` (common.human, Fig. 8). `length` is how many draws count as an epoch; None: as many as there
-    are clips, those of all human video included. At `human_fraction` 0 the human sets need not be on disk where `length` is given.
+    Clips are latents, or the videos themselves where an `image_size` is given. `human_fraction` keeps that share of the
+    videos and of
+    the weight of the sets marked `human` (common.human, Fig. 8). `length` is how many draws count as an epoch; None: as
+    many as there
+    are clips, those of all human video included. At `human_fraction` 0 the human sets need not be on disk where
+    `length` is given.
     """
     shares = human.shares(sets, human_fraction)
     members, weights, whole = {}, {}, 0
@@ -194,8 +279,11 @@ def mixture(root: str | Path, sets: Mapping[str, Mapping[str, Any]], *, split: s
             continue
         options["fraction"] = share
         with human.opened(name, share):
-            clips = (LatentVideos(folder, split, num_frames=num_frames, latent_shape=latent_shape, **options) if image_size is None
-                     else VideoClips(folder, split, num_frames=num_frames, image_size=image_size, **options))
+            clips = (
+                LatentVideos(folder, split, num_frames=num_frames, latent_shape=latent_shape, **options)
+                if image_size is None
+                else VideoClips(folder, split, num_frames=num_frames, image_size=image_size, **options)
+            )
         whole += clips.whole
         if share > 0:
             members[name], weights[name] = clips, weight * share
@@ -240,7 +328,8 @@ def video_path(root: Path, file: Path, record: Mapping[str, Any], view: int) -> 
 
 
 def latent_path(root: Path, file: Path, record: Mapping[str, Any], view: int) -> Path:
-    """Where a camera's latents lie. The folder's other name is tried too, as published sets mix them up; else Unreadable."""
+    """Where a camera's latents lie. The folder's other name is tried too, as published sets mix them up; else
+    Unreadable."""
     named = _named(root, file, record, "latent_videos", "latent_video_path", view)
     path = named or latent_target(root, file, record, view)
     parts = path.relative_to(root).parts
@@ -251,12 +340,16 @@ def latent_path(root: Path, file: Path, record: Mapping[str, Any], view: int) ->
     for candidate in candidates:
         if candidate.is_file():
             return candidate
-    raise Unreadable(str(file), f"its latents {path.relative_to(root)} are missing; make them with "
-                                f"scripts/step1_prepare_data_latent.sh data={root}")
+    raise Unreadable(
+        str(file),
+        f"its latents {path.relative_to(root)} are missing; make them with "
+        f"scripts/step1_prepare_data_latent.sh data={root}",
+    )
 
 
 def latent_target(root: Path, file: Path, record: Mapping[str, Any], view: int) -> Path:
-    """Where `encode` puts a camera's latents: where the annotation says, else latent_videos/<split>/<id>/<camera>.pt."""
+    """Where `encode` puts a camera's latents: where the annotation says, else
+    latent_videos/<split>/<id>/<camera>.pt."""
     named = _named(root, file, record, "latent_videos", "latent_video_path", view)
     return named or root / LATENT_FOLDERS[0] / file.parent.name / file.stem / f"{view}.pt"
 

@@ -1,8 +1,10 @@
 """Another forward model: DINOv2's tokens of the next frames, all at once (Table 6, row "DINO").
 
-The paper names it and no more. Ours is a regression in the space that the inverse model reads: no noise, no picture. B batch,
+The paper names it and no more. Ours is a regression in the space that the inverse model reads: no noise, no picture. B
+batch,
 F frames, N visual tokens of a frame, E their width, T text tokens, D model width.
 """
+
 from __future__ import annotations
 
 import torch
@@ -34,12 +36,15 @@ class FutureBlock(nn.Module):
 
 
 class DinoFuture(nn.Module):
-    """contracts.FutureDynamics in DINOv2's space: the present's tokens and a sentence -> tokens of F frames, the first being now.
+    """contracts.FutureDynamics in DINOv2's space: the present's tokens and a sentence -> tokens of F frames, the first
+    being now.
 
     It predicts the change from now and starts from no change. Frozen eyes and text stay out of its weights.
     """
 
-    def __init__(self, vision: DinoV2, text: ClipText, *, num_frames: int = 16, dim: int = 768, layers: int = 12, heads: int = 12) -> None:
+    def __init__(
+        self, vision: DinoV2, text: ClipText, *, num_frames: int = 16, dim: int = 768, layers: int = 12, heads: int = 12
+    ) -> None:
         super().__init__()
         self.vision, self.text, self.num_frames = vision, text, num_frames
         self.feature_dim, self.num_tokens = vision.dim, vision.num_tokens
@@ -52,7 +57,8 @@ class DinoFuture(nn.Module):
         nn.init.zeros_(self.out.bias)
 
     def forward(self, batch: FrameBatch) -> dict[str, Tensor]:
-        """Frames (B, F, 3, H, W) in [0, 1] and B sentences -> the training loss, beside the error of copying the present."""
+        """Frames (B, F, 3, H, W) in [0, 1] and B sentences -> the training loss, beside the error of copying the
+        present."""
         frames = batch["frames"]
         if frames.shape[1] != self.num_frames:
             raise ValueError(f"clips of {frames.shape[1]} frames for a model of {self.num_frames}: {batch['id'][:3]}")

@@ -1,7 +1,9 @@
-"""Program: videos -> VAE latents, once, before training (Sec. 3.1).   python -m step1_gfdm.encode data=<video set> [out=<set>]
+"""Program: videos -> VAE latents, once, before training (Sec. 3.1).   python -m step1_gfdm.encode data=<video set>
+[out=<set>]
 
 Several processes (accelerate launch) share the files. What is there and whole is skipped, so a stopped run goes on.
 """
+
 from __future__ import annotations
 
 import errno
@@ -57,11 +59,21 @@ class _Video:
 
 
 class _Groups(Dataset):
-    """Annotations in groups of a fixed make: the VAE's numbers may depend on what shares a batch, so a resumed run repeats its groups."""
+    """Annotations in groups of a fixed make: the VAE's numbers may depend on what shares a batch, so a resumed run
+    repeats its groups."""
 
-    def __init__(self, data: Path, out: Path, files: list[Path], group: int, shape: tuple[int, int, int], image_size: int, aspect: str) -> None:
+    def __init__(
+        self,
+        data: Path,
+        out: Path,
+        files: list[Path],
+        group: int,
+        shape: tuple[int, int, int],
+        image_size: int,
+        aspect: str,
+    ) -> None:
         self.data, self.out, self.shape, self.image_size, self.aspect = data, out, shape, image_size, aspect
-        self.groups = [files[start:start + group] for start in range(0, len(files), group)]
+        self.groups = [files[start : start + group] for start in range(0, len(files), group)]
 
     def __len__(self) -> int:
         return len(self.groups)
@@ -80,7 +92,10 @@ class _Groups(Dataset):
             cameras = len(record["videos"]) if isinstance(record.get("videos"), list) else 0
             if not cameras:
                 raise Unreadable(str(file), "names no videos")
-            targets = [latent_target(self.out, self.out / file.relative_to(self.data), record, number) for number in range(cameras)]
+            targets = [
+                latent_target(self.out, self.out / file.relative_to(self.data), record, number)
+                for number in range(cameras)
+            ]
         except Unreadable as error:
             return _Video(file, {}, [], str(error))
         return _Video(file, record, [_View(target, _whole(target, self.shape)) for target in targets])
@@ -91,23 +106,45 @@ class _Groups(Dataset):
             frames = video.read_frames(source)
             stated = known_length(each.record)
             if stated is not None and stated != len(frames):
-                raise Unreadable(str(source), f"has {len(frames)} frames, its annotation says {stated}; is the file truncated?")
+                raise Unreadable(
+                    str(source), f"has {len(frames)} frames, its annotation says {stated}; is the file truncated?"
+                )
             view.images = video.resize(frames, self.image_size, self.aspect)
         except (Unreadable, video.VideoError) as error:
             view.problem = str(error)
 
 
-def encode_set(data: Path, out: Path, latent_space: vae.LatentSpace, *, image_size: int, annotation: str = "annotation", aspect: str = "squeeze",
-               sample: bool = True, chunk: int = 64, group: int = 4, store: torch.dtype = torch.float32, seed: int = 0, limit: int | None = None,
-               workers: int = 0, max_bad_share: float = 1.0, rank: int = 0, world: int = 1) -> Counter:
-    """Encode every camera of every video of a set, or of the first `limit` of each split; returns how many videos ended how.
+def encode_set(
+    data: Path,
+    out: Path,
+    latent_space: vae.LatentSpace,
+    *,
+    image_size: int,
+    annotation: str = "annotation",
+    aspect: str = "squeeze",
+    sample: bool = True,
+    chunk: int = 64,
+    group: int = 4,
+    store: torch.dtype = torch.float32,
+    seed: int = 0,
+    limit: int | None = None,
+    workers: int = 0,
+    max_bad_share: float = 1.0,
+    rank: int = 0,
+    world: int = 1,
+) -> Counter:
+    """Encode every camera of every video of a set, or of the first `limit` of each split; returns how many videos ended
+    how.
 
-    group: videos whose frames share the VAE's batches of `chunk`; workers: processes that decode ahead. Bad videos are counted and
+    group: videos whose frames share the VAE's batches of `chunk`; workers: processes that decode ahead. Bad videos are
+    counted and
     named; past `max_bad_share` of them the run stops.
     """
     files = [file for split in sorted((data / annotation).glob("*/")) for file in sorted(split.glob("*.json"))[:limit]]
     if not files:
-        raise FileNotFoundError(f"{data / annotation}: no annotations of a video set here (data/README.md shows the layout)")
+        raise FileNotFoundError(
+            f"{data / annotation}: no annotations of a video set here (data/README.md shows the layout)"
+        )
     side = image_size // latent_space.factor
     groups = _Groups(data, out, files[rank::world], group, (latent_space.channels, side, side), image_size, aspect)
     counts: Counter = Counter()
@@ -123,14 +160,20 @@ def encode_set(data: Path, out: Path, latent_space: vae.LatentSpace, *, image_si
     return counts
 
 
-def _encode_group(videos: list[_Video], latent_space: vae.LatentSpace, *, sample: bool, chunk: int, store: torch.dtype, seed: int) -> None:
+def _encode_group(
+    videos: list[_Video], latent_space: vae.LatentSpace, *, sample: bool, chunk: int, store: torch.dtype, seed: int
+) -> None:
     """All decoded views in common batches; each to its own file, unless a whole one is there."""
-    decoded = [(each, number, view) for each in videos for number, view in enumerate(each.views) if view.images is not None]
+    decoded = [
+        (each, number, view) for each in videos for number, view in enumerate(each.views) if view.images is not None
+    ]
     if not decoded:
         return
     mean, deviation = latent_space.moments(torch.cat([view.images for _, _, view in decoded]) * 2 - 1, chunk=chunk)
     lengths = [len(view.images) for _, _, view in decoded]
-    for (each, number, view), latents, spread in zip(decoded, mean.cpu().split(lengths), deviation.cpu().split(lengths)):
+    for (each, number, view), latents, spread in zip(
+        decoded, mean.cpu().split(lengths), deviation.cpu().split(lengths)
+    ):
         view.images = None
         if view.there:
             continue
@@ -152,7 +195,9 @@ def _save(latents: Tensor, target: Path) -> None:
             part.write_bytes(buffer.getvalue())
     except OSError as error:
         if error.errno == errno.ENOSPC:
-            raise ValueError(f"{target}: the disk is full; free space and run the same command, finished latents are kept") from error
+            raise ValueError(
+                f"{target}: the disk is full; free space and run the same command, finished latents are kept"
+            ) from error
         raise
 
 
@@ -171,8 +216,11 @@ def _count(each: _Video, counts: Counter) -> None:
 def _stop_if_bad(counts: Counter, limit: float, out: Path) -> None:
     bad, total = counts["unreadable video"] + counts["unreadable annotation"], sum(counts.values())
     if total >= PATIENCE and bad / total > limit:
-        raise ValueError(f"{bad} of {total} videos are unreadable, more than max_bad_share={limit}: see the reasons above, or raise it; "
-                         f"what was encoded stays in {out}")
+        raise ValueError(
+            f"{bad} of {total} videos are unreadable, more than max_bad_share={limit}: see the reasons above, or raise "
+            "it; "
+            f"what was encoded stays in {out}"
+        )
 
 
 def _whole(path: Path, shape: tuple[int, int, int]) -> int:
@@ -193,8 +241,10 @@ def _write_annotation(out: Path, file: Path, record: dict[str, Any], lengths: di
     new = dict(record)
     if known_length(new) is None:
         new["video_length"] = min(lengths.values())
-    new["latent_videos"] = [{"latent_video_path": str(latent_target(out, file, record, view).relative_to(out))}
-                            for view in range(len(record["videos"]))]
+    new["latent_videos"] = [
+        {"latent_video_path": str(latent_target(out, file, record, view).relative_to(out))}
+        for view in range(len(record["videos"]))
+    ]
     if file.is_file() and new == record:
         return
     write_text(file, json.dumps(new, indent=2) + "\n")
@@ -211,9 +261,24 @@ def main(cfg: DictConfig) -> None:
     latent_space = vae.load(cfg.svd).to(state.device, PRECISIONS[precision])
     data = Path(cfg.videos)
     out = Path(cfg.out or data)
-    counts = encode_set(data, out, latent_space, image_size=cfg.image_size, annotation=cfg.annotation, aspect=cfg.aspect, sample=cfg.sample,
-                        chunk=cfg.chunk, group=cfg.group, store=PRECISIONS[cfg.store], workers=cfg.workers,
-                        max_bad_share=cfg.max_bad_share, limit=cfg.limit, seed=cfg.seed, rank=state.process_index, world=state.num_processes)
+    counts = encode_set(
+        data,
+        out,
+        latent_space,
+        image_size=cfg.image_size,
+        annotation=cfg.annotation,
+        aspect=cfg.aspect,
+        sample=cfg.sample,
+        chunk=cfg.chunk,
+        group=cfg.group,
+        store=PRECISIONS[cfg.store],
+        workers=cfg.workers,
+        max_bad_share=cfg.max_bad_share,
+        limit=cfg.limit,
+        seed=cfg.seed,
+        rank=state.process_index,
+        world=state.num_processes,
+    )
     log.info("process %d: %s", state.process_index, ", ".join(f"{n} {ending}" for ending, n in sorted(counts.items())))
     log.info("latents in %s", out)
 

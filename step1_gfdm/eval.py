@@ -1,9 +1,13 @@
-"""Program: how good is the forecast (Fig. 9, Q3, Q8)?   python -m step1_gfdm.eval path=ckpts/gfdm/<name> data=<video set>
+"""Program: how good is the forecast (Fig. 9, Q3, Q8)?   python -m step1_gfdm.eval path=ckpts/gfdm/<name> data=<video
+set>
 
-Truth against prediction by denoising steps, guidance and frame, beside copying the first frame (as it is, and as the VAE gives it
+Truth against prediction by denoising steps, guidance and frame, beside copying the first frame (as it is, and as the
+VAE gives it
 back) and the VAE's own limit; and what
-of the robot's coming motion can be read out of one-step features. F frames of a clip, of which frame 0 is given and not scored.
+of the robot's coming motion can be read out of one-step features. F frames of a clip, of which frame 0 is given and not
+scored.
 """
+
 from __future__ import annotations
 
 import json
@@ -62,7 +66,8 @@ class Scores:
         return np.array(self.frames[name][metric]).mean(1)
 
     def summarize(self) -> dict[str, dict[str, dict[str, float]]]:
-        """Mean and 95 % interval over clips of every metric, and of its paired difference to copying the first frame."""
+        """Mean and 95 % interval over clips of every metric, and of its paired difference to copying the first
+        frame."""
         summary: dict[str, dict[str, dict[str, float]]] = {}
         for name, metrics in self.frames.items():
             row = summary.setdefault(name, {})
@@ -76,15 +81,29 @@ class Scores:
 
     def by_frame(self) -> dict[str, dict[str, list[float]]]:
         """Forecast -> metric -> mean at every future frame."""
-        return {name: {metric: np.array(values).mean(0).tolist() for metric, values in metrics.items()} for name, metrics in self.frames.items()}
+        return {
+            name: {metric: np.array(values).mean(0).tolist() for metric, values in metrics.items()}
+            for name, metrics in self.frames.items()
+        }
 
 
 def _interval(values: tuple[float, float, float]) -> dict[str, float]:
     return dict(zip(("mean", "low", "high"), values))
 
 
-def measure(model: GFDM, clips: VideoClips, scores: Scores, *, count: int, steps: Iterable[int], guidance: Iterable[float], batch_size: int, seed: int,
-            strips: int, draw: Callable[[int, str, dict[str, Tensor]], None]) -> list[str]:
+def measure(
+    model: GFDM,
+    clips: VideoClips,
+    scores: Scores,
+    *,
+    count: int,
+    steps: Iterable[int],
+    guidance: Iterable[float],
+    batch_size: int,
+    seed: int,
+    strips: int,
+    draw: Callable[[int, str, dict[str, Tensor]], None],
+) -> list[str]:
     """Fill `scores`; returns what could not be read. The first `strips` clips are handed to `draw`."""
     readable, skipped = [], []
     rng = np.random.default_rng(seed)
@@ -99,39 +118,71 @@ def measure(model: GFDM, clips: VideoClips, scores: Scores, *, count: int, steps
     device = next(model.unet.parameters()).device
     settings = [(number, strength) for strength in guidance for number in steps]
     for start in tqdm(range(0, len(readable), batch_size), desc="forecast", unit="batch"):
-        batch = readable[start:start + batch_size]
+        batch = readable[start : start + batch_size]
         truth = torch.stack([item["frames"] for item in batch]).to(device)
         text = [item["text"] for item in batch]
         first = truth[:, 0] * 2 - 1
         coded = torch.stack([model.latent_space.encode(video * 2 - 1) for video in truth])
         limit = model.latent_space.decode(coded)
-        videos = {"truth": truth, COPY: truth[:, :1].expand_as(truth), CODED_COPY: limit[:, :1].expand_as(truth), LIMIT: limit}
+        videos = {
+            "truth": truth,
+            COPY: truth[:, :1].expand_as(truth),
+            CODED_COPY: limit[:, :1].expand_as(truth),
+            LIMIT: limit,
+        }
         for number, strength in settings:
             videos[_name(number, strength)] = model.generate(first, text, steps=number, guidance=strength, seed=seed)
         scores.add(videos)
         for i in range(max(0, min(len(batch), strips - start))):
-            draw(start + i, text[i], {name: video[i] for name, video in videos.items() if name not in (COPY, CODED_COPY)})
+            draw(
+                start + i, text[i], {name: video[i] for name, video in videos.items() if name not in (COPY, CODED_COPY)}
+            )
     return skipped
 
 
 def table(summary: dict[str, dict[str, dict[str, float]]], clips: int, notes: Iterable[str] = ()) -> str:
     """The summary as Markdown."""
-    names = {"psnr": ("PSNR (dB)", 2), "psnr_gain": ("gain", 2), "ssim": ("SSIM", 3), "ssim_gain": ("gain", 3), "lpips": ("LPIPS", 3),
-             "lpips_gain": ("difference", 3), "frechet": ("Fréchet", 2)}
+    names = {
+        "psnr": ("PSNR (dB)", 2),
+        "psnr_gain": ("gain", 2),
+        "ssim": ("SSIM", 3),
+        "ssim_gain": ("gain", 3),
+        "lpips": ("LPIPS", 3),
+        "lpips_gain": ("difference", 3),
+        "frechet": ("Fréchet", 2),
+    }
     shown = [key for key in names if key in summary[COPY]]
-    lines = [f"Future frames of {clips} clips; mean [95 % interval over clips]. Gain: paired difference to copying the first frame.",
-             *notes, "", f"| forecast | {' | '.join(names[key][0] for key in shown)} |", "|" + "---|" * (len(shown) + 1)]
+    lines = [
+        f"Future frames of {clips} clips; mean [95 % interval over clips]. Gain: paired difference to copying the "
+        "first frame.",
+        *notes,
+        "",
+        f"| forecast | {' | '.join(names[key][0] for key in shown)} |",
+        "|" + "---|" * (len(shown) + 1),
+    ]
     for name, row in summary.items():
-        cells = [f"{row[k]['mean']:.{names[k][1]}f} [{row[k]['low']:.{names[k][1]}f}, {row[k]['high']:.{names[k][1]}f}]" for k in shown]
+        cells = [
+            f"{row[k]['mean']:.{names[k][1]}f} [{row[k]['low']:.{names[k][1]}f}, {row[k]['high']:.{names[k][1]}f}]"
+            for k in shown
+        ]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
 def probe_table(results: dict[str, dict[str, tuple[float, float, float]]], clips: int) -> str:
     """The read-outs as Markdown."""
-    names = {"features": "one-step features", "present": "present picture", "difference": "features' share of the spread above the picture's"}
-    lines = ["", f"Read-out of the hand's displacement over the clip: R² on held-out clips of {clips} [95 % interval].", "",
-             "| read from | linear | MLP |", "|---|---|---|"]
+    names = {
+        "features": "one-step features",
+        "present": "present picture",
+        "difference": "features' share of the spread above the picture's",
+    }
+    lines = [
+        "",
+        f"Read-out of the hand's displacement over the clip: R² on held-out clips of {clips} [95 % interval].",
+        "",
+        "| read from | linear | MLP |",
+        "|---|---|---|",
+    ]
     for name, row in results.items():
         cells = [f"{row[kind][0]:.2f} [{row[kind][1]:.2f}, {row[kind][2]:.2f}]" for kind in ("linear", "mlp")]
         lines.append(f"| {names[name]} | {' | '.join(cells)} |")
@@ -152,17 +203,20 @@ def draw_horizon(path: Path, by_frame: dict[str, dict[str, list[float]]]) -> Non
 
 
 def film(clips: list[dict[str, Tensor]]) -> np.ndarray:
-    """Clips below each other, forecasts side by side, each (F, 3, H, W) in [0, 1] -> (F, rows H, columns W, 3) uint8, both sides even."""
+    """Clips below each other, forecasts side by side, each (F, 3, H, W) in [0, 1] -> (F, rows H, columns W, 3) uint8,
+    both sides even."""
     rows = [torch.cat([video.float().cpu() for video in clip.values()], dim=3) for clip in clips]
     frames = (torch.cat(rows, dim=2).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1)
-    return frames[:, :frames.shape[1] // 2 * 2, :frames.shape[2] // 2 * 2].numpy()
+    return frames[:, : frames.shape[1] // 2 * 2, : frames.shape[2] // 2 * 2].numpy()
 
 
 def draw_strip(path: Path, text: str, videos: dict[str, Tensor], *, columns: int = 8) -> None:
     """One PNG: a row a video (F, 3, H, W) in [0, 1], time to the right."""
     length = len(next(iter(videos.values())))
     shown = np.unique(np.linspace(0, length - 1, min(columns, length)).astype(int))
-    figure, axes = pyplot.subplots(len(videos), len(shown), figsize=(1.5 * len(shown) + 1, 1.55 * len(videos) + 0.4), squeeze=False)
+    figure, axes = pyplot.subplots(
+        len(videos), len(shown), figsize=(1.5 * len(shown) + 1, 1.55 * len(videos) + 0.4), squeeze=False
+    )
     for row, (name, video) in zip(axes, videos.items()):
         for axis, frame in zip(row, shown):
             axis.imshow(video[frame].permute(1, 2, 0).float().cpu().numpy())
@@ -176,7 +230,9 @@ def trained_clip(path: str, name: str) -> dict[str, Any]:
     """The clip rule that a GFDM was trained with, of the set of this name where it had several."""
     rules = artifact.meta(path, "gfdm")["stats"].get("clips")
     if not rules:
-        raise ValueError(f"{path} does not say how its training clips were cut; give clip={{stride: N}} or clip={{span: episode}}")
+        raise ValueError(
+            f"{path} does not say how its training clips were cut; give clip={{stride: N}} or clip={{span: episode}}"
+        )
     return rules.get(name) or next(iter(rules.values()))
 
 
@@ -184,7 +240,9 @@ def _name(steps: int, guidance: float = 1.0) -> str:
     return f"{steps} step" + "s" * (steps != 1) + (f", guidance {guidance:g}" if guidance != 1 else "")
 
 
-def _eyes(cfg: DictConfig, device: str) -> tuple[dict[str, Callable[[Tensor, Tensor], Tensor]], VideoEye | None, list[str]]:
+def _eyes(
+    cfg: DictConfig, device: str
+) -> tuple[dict[str, Callable[[Tensor, Tensor], Tensor]], VideoEye | None, list[str]]:
     """The metrics that this machine can make, and a line on each that it cannot."""
     metrics: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"psnr": psnr, "ssim": ssim}
     eye, notes = None, []
@@ -210,10 +268,20 @@ def main(cfg: DictConfig) -> None:
     device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = artifact.load(cfg.path, "gfdm").to(device)
     if not isinstance(model, GFDM):
-        raise ValueError(f"{cfg.path} holds a {type(model).__name__}, which makes no pictures; its error stands in metrics.jsonl (val/mse, val/copy_mse)")
+        raise ValueError(
+            f"{cfg.path} holds a {type(model).__name__}, which makes no pictures; its error stands in metrics.jsonl "
+            "(val/mse, val/copy_mse)"
+        )
     clip = OmegaConf.to_container(cfg.clip) if cfg.clip else trained_clip(cfg.path, Path(cfg.videos).name)
-    clips = VideoClips(cfg.videos, cfg.split, num_frames=model.num_frames, clip=clip, image_size=model.image_size, views={cfg.view: 1.0},
-                       annotation=cfg.annotation)
+    clips = VideoClips(
+        cfg.videos,
+        cfg.split,
+        num_frames=model.num_frames,
+        clip=clip,
+        image_size=model.image_size,
+        views={cfg.view: 1.0},
+        annotation=cfg.annotation,
+    )
     out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
     metrics, eye, notes = _eyes(cfg, device)
@@ -223,14 +291,35 @@ def main(cfg: DictConfig) -> None:
         draw_strip(out / "strips" / f"{number:03d}.png", text, videos)
         filmed.append(videos)
 
-    skipped = measure(model, clips, scores, count=cfg.count, steps=cfg.steps, guidance=cfg.guidance, batch_size=cfg.batch_size, seed=cfg.seed,
-                      strips=cfg.strips, draw=draw)
+    skipped = measure(
+        model,
+        clips,
+        scores,
+        count=cfg.count,
+        steps=cfg.steps,
+        guidance=cfg.guidance,
+        batch_size=cfg.batch_size,
+        seed=cfg.seed,
+        strips=cfg.strips,
+        draw=draw,
+    )
     notes += save_curves(Path(cfg.path), {"loss": "loss"}, out / "curves.png")
     summary, by_frame, number = scores.summarize(), scores.by_frame(), len(scores.clips(COPY, "psnr"))
     said = table(summary, number, notes)
-    results: dict[str, Any] = {"clips": number, "skipped": skipped, "guidance": list(cfg.guidance), "seed": cfg.seed, "data": str(cfg.videos),
-                               "split": cfg.split, "clip": clip, "gfdm_sha256": artifact.sha256(cfg.path), "notes": notes, "summary": summary,
-                               "by_frame": by_frame, "scores": scores.frames}
+    results: dict[str, Any] = {
+        "clips": number,
+        "skipped": skipped,
+        "guidance": list(cfg.guidance),
+        "seed": cfg.seed,
+        "data": str(cfg.videos),
+        "split": cfg.split,
+        "clip": clip,
+        "gfdm_sha256": artifact.sha256(cfg.path),
+        "notes": notes,
+        "summary": summary,
+        "by_frame": by_frame,
+        "scores": scores.frames,
+    }
     read = gather(model, clips, count=cfg.probe, batch_size=cfg.batch_size, seed=cfg.seed) if cfg.probe else None
     if read is not None:
         results["probe"] = read_out(read, seed=cfg.seed)

@@ -1,7 +1,9 @@
 """GFDM: imagine what happens next from one picture and a sentence (Sec. 3.1, A.3, Tables 6 and 10).
 
-B batch, F frames, L tokens of the tapped grid, C channels of the tapped blocks, T text tokens, c x h x w latent (SVD: 4 x 32 x 32).
+B batch, F frames, L tokens of the tapped grid, C channels of the tapped blocks, T text tokens, c x h x w latent (SVD: 4
+x 32 x 32).
 """
+
 from __future__ import annotations
 
 import math
@@ -22,10 +24,12 @@ from step1_gfdm import unet as svd_unet
 from step1_gfdm import vae as svd_vae
 from step1_gfdm.objective import Net, Objective
 
-# what an SVD pipeline folder holds beside the UNet; the image encoder is never used but lets SVD's own pipeline open ours
+# what an SVD pipeline folder holds beside the UNet; the image encoder is never used but lets SVD's own pipeline open
+# ours
 PIPELINE = ("vae", "scheduler", "image_encoder", "feature_extractor", "model_index.json")
 
-# Temporal attention has a row for every pixel of every latent, and SDPA puts rows on an axis of CUDA's grid that ends here (pytorch#146704):
+# Temporal attention has a row for every pixel of every latent, and SDPA puts rows on an axis of CUDA's grid that ends
+# here (pytorch#146704):
 # at 256 x 256, 64 pictures (a batch of 32 with two views) are one row too many
 MAX_ROWS = 65_535
 
@@ -33,17 +37,36 @@ MAX_ROWS = 65_535
 class GFDM(nn.Module):
     """Stable Video Diffusion told by text what to do; the first frame's latent is joined on channels.
 
-    svd: diffusers SVD pipeline folder or hub id (original SVD, VPP's checkpoints, our artifacts); clip: CLIP text encoder.
-    The fields from `text_tokens` on decide what the UNet sees; they are stored with the weights, so that training and use agree.
-    `denoise_steps` steps of a `schedule_steps` schedule are taken by `imagine` (Table 6 varies the first). `unet` changes entries
+    svd: diffusers SVD pipeline folder or hub id (original SVD, VPP's checkpoints, our artifacts); clip: CLIP text
+    encoder.
+    The fields from `text_tokens` on decide what the UNet sees; they are stored with the weights, so that training and
+    use agree.
+    `denoise_steps` steps of a `schedule_steps` schedule are taken by `imagine` (Table 6 varies the first). `unet`
+    changes entries
     of the UNet's config and starts it untrained.
     """
 
-    def __init__(self, svd: str, clip: str, *, objective: Objective, image_size: int = 256, num_frames: int = 16,
-                 taps: Sequence[int] = (0, 1), text_tokens: int = 20, text_positions: bool = False, text_dropout: float = 0.05,
-                 unscaled_condition: bool = True, fps: float = 7, motion_bucket: float = 127, noise_aug: float = 0.0,
-                 schedule_steps: int = 20, denoise_steps: int = 1, gradient_checkpointing: bool = False,
-                 unet: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        svd: str,
+        clip: str,
+        *,
+        objective: Objective,
+        image_size: int = 256,
+        num_frames: int = 16,
+        taps: Sequence[int] = (0, 1),
+        text_tokens: int = 20,
+        text_positions: bool = False,
+        text_dropout: float = 0.05,
+        unscaled_condition: bool = True,
+        fps: float = 7,
+        motion_bucket: float = 127,
+        noise_aug: float = 0.0,
+        schedule_steps: int = 20,
+        denoise_steps: int = 1,
+        gradient_checkpointing: bool = False,
+        unet: Mapping[str, Any] | None = None,
+    ) -> None:
         super().__init__()
         self.svd, self.objective, self._untrained = svd, objective, bool(unet)
         self.unet = svd_unet.load(svd, unet)
@@ -58,9 +81,13 @@ class GFDM(nn.Module):
         self.schedule_steps, self.denoise_steps = schedule_steps, denoise_steps
         width = self.unet.config.cross_attention_dim
         if width % self.text.dim:
-            raise ValueError(f"{svd}: the UNet reads text of width {width}, which is no multiple of CLIP's {self.text.dim}")
+            raise ValueError(
+                f"{svd}: the UNet reads text of width {width}, which is no multiple of CLIP's {self.text.dim}"
+            )
         self._copies = width // self.text.dim
-        self.register_buffer("_time_ids", torch.tensor([[fps, motion_bucket, noise_aug]], dtype=torch.float32), persistent=False)
+        self.register_buffer(
+            "_time_ids", torch.tensor([[fps, motion_bucket, noise_aug]], dtype=torch.float32), persistent=False
+        )
         positions = sincos_1d(text_tokens, self.text.dim) if text_positions else torch.zeros(1, self.text.dim)
         self.register_buffer("_text_positions", positions, persistent=False)
         self._noise: dict[tuple[int, torch.device], Tensor] = {}
@@ -81,7 +108,8 @@ class GFDM(nn.Module):
     def imagine(self, image: Tensor, text: list[str], *, seed: int = 0) -> Tensor:
         """(B, 3, H, W) in [-1, 1], B strings -> (B, F, L, C): features of the next frames, no decoding.
 
-        Every item starts from the same noise of `seed`, whatever the batch; several views go on the batch axis. More than one pass of
+        Every item starts from the same noise of `seed`, whatever the batch; several views go on the batch axis. More
+        than one pass of
         the UNet may hold are shared out evenly over several.
         """
         trains = any(p.requires_grad for p in self.unet.parameters())
@@ -89,7 +117,9 @@ class GFDM(nn.Module):
             first, tokens = self.encode_image(image), self.encode_text(text)
             passes = math.ceil(len(first) / max(1, MAX_ROWS // self.latent_size**2))
             if passes > 1:
-                return torch.cat([self._features(*part, seed) for part in zip(first.chunk(passes), tokens.chunk(passes))])
+                return torch.cat(
+                    [self._features(*part, seed) for part in zip(first.chunk(passes), tokens.chunk(passes))]
+                )
             return self._features(first, tokens, seed)
 
     def compile_unet(self, **options: Any) -> None:
@@ -99,12 +129,15 @@ class GFDM(nn.Module):
         self.__dict__["_tapped"] = tapped  # past torch's registry, where the UNet's weights would count twice
 
     def freeze_untapped(self) -> None:
-        """For training through `imagine`: blocks behind the last tap never run, and DDP must not wait for their gradients."""
-        for module in (*self.unet.up_blocks[max(self.taps) + 1:], self.unet.conv_norm_out, self.unet.conv_out):
+        """For training through `imagine`: blocks behind the last tap never run, and DDP must not wait for their
+        gradients."""
+        for module in (*self.unet.up_blocks[max(self.taps) + 1 :], self.unet.conv_norm_out, self.unet.conv_out):
             module.requires_grad_(False)
 
     @torch.no_grad()
-    def generate(self, image: Tensor, text: list[str], *, steps: int = 20, guidance: float = 1.0, seed: int = 0) -> Tensor:
+    def generate(
+        self, image: Tensor, text: list[str], *, steps: int = 20, guidance: float = 1.0, seed: int = 0
+    ) -> Tensor:
         """(B, 3, H, W) in [-1, 1], B strings -> video (B, F, 3, H, W) in [0, 1], frame 0 being the present.
 
         Guidance rises linearly from 1 at frame 0 to `guidance` at the last frame, as SVD and VPP do; 1 turns it off.
@@ -117,7 +150,9 @@ class GFDM(nn.Module):
     def encode_image(self, image: Tensor) -> Tensor:
         """(B, 3, H, W) in [-1, 1] -> (B, c, h, w): the mode of the VAE's distribution, times its scale."""
         if image.shape[1:] != (3, self.image_size, self.image_size):
-            raise ValueError(f"pictures of shape {tuple(image.shape[1:])}; this GFDM sees (3, {self.image_size}, {self.image_size})")
+            raise ValueError(
+                f"pictures of shape {tuple(image.shape[1:])}; this GFDM sees (3, {self.image_size}, {self.image_size})"
+            )
         return self.latent_space.encode(image)
 
     def encode_text(self, text: list[str]) -> Tensor:
@@ -145,16 +180,30 @@ class GFDM(nn.Module):
 
     def _features(self, first: Tensor, tokens: Tensor, seed: int) -> Tensor:
         noise = self._start_noise(len(first), seed)
-        x, timestep = self.objective.approach(self._net(first, tokens), noise, schedule_steps=self.schedule_steps, taken=self.denoise_steps - 1)
-        return svd_unet.features(self.unet, self._with_condition(x, first), timestep, text=tokens,
-                                 time_ids=self._ids(len(first)), taps=self.taps, tapped=self._tapped)
+        x, timestep = self.objective.approach(
+            self._net(first, tokens), noise, schedule_steps=self.schedule_steps, taken=self.denoise_steps - 1
+        )
+        return svd_unet.features(
+            self.unet,
+            self._with_condition(x, first),
+            timestep,
+            text=tokens,
+            time_ids=self._ids(len(first)),
+            taps=self.taps,
+            tapped=self._tapped,
+        )
 
     def _net(self, first: Tensor, text: Tensor) -> Net:
         """The UNet with its conditions filled in."""
 
         def net(x: Tensor, timestep: Tensor) -> Tensor:
-            return self.unet(self._with_condition(x, first), timestep, encoder_hidden_states=text,
-                             added_time_ids=self._ids(len(x)), return_dict=False)[0]
+            return self.unet(
+                self._with_condition(x, first),
+                timestep,
+                encoder_hidden_states=text,
+                added_time_ids=self._ids(len(x)),
+                return_dict=False,
+            )[0]
 
         return net
 
@@ -172,7 +221,9 @@ class GFDM(nn.Module):
     def _with_condition(self, x: Tensor, first: Tensor) -> Tensor:
         """Noisy latents (B, F, c, h, w) ++ first-frame latent (B, c, h, w) on channels, in the UNet's precision."""
         condition = first / self.latent_space.scale if self.unscaled_condition else first
-        return torch.cat([x, condition[:, None].expand(-1, x.shape[1], -1, -1, -1).to(x.dtype)], dim=2).to(self.unet.dtype)
+        return torch.cat([x, condition[:, None].expand(-1, x.shape[1], -1, -1, -1).to(x.dtype)], dim=2).to(
+            self.unet.dtype
+        )
 
     def _ids(self, count: int) -> Tensor:
         return self._time_ids.expand(count, -1)

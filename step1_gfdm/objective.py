@@ -1,8 +1,10 @@
 """What the denoiser learns and how a sampler uses it: EDM as SVD and VPP train it, and DDPM (Sec. 3.1, Eqs. 1-3).
 
-A `net(x_in, timestep)` is the network alone: scaled noisy latents (B, F, c, h, w) and times (B,) -> its raw output of the
+A `net(x_in, timestep)` is the network alone: scaled noisy latents (B, F, c, h, w) and times (B,) -> its raw output of
+the
 same shape. Text, first frame and guidance live inside it. Schedules run from pure noise (entry 0) to clean.
 """
+
 from __future__ import annotations
 
 import math
@@ -49,7 +51,9 @@ class Objective(ABC):
         """
         levels = self.levels(schedule_steps)
         if not 0 <= taken < len(levels):
-            raise ValueError(f"{taken + 1} denoising steps asked of a schedule with {len(levels)} steps; raise schedule_steps")
+            raise ValueError(
+                f"{taken + 1} denoising steps asked of a schedule with {len(levels)} steps; raise schedule_steps"
+            )
         x = self.start(noise)
         for level, following in zip(levels[:taken], levels[1:]):
             x = self.move(x, self._denoise(net, x, level), level, following)
@@ -75,8 +79,15 @@ class Objective(ABC):
 class EDM(Objective):
     """Karras et al. (2022) with SVD's preconditioning: sigma_data 1, v-prediction, Euler on Karras sigmas."""
 
-    def __init__(self, *, p_mean: float = 0.7, p_std: float = 1.6, sigma_min: float = 0.002, sigma_max: float = 700.0,
-                 rho: float = 7.0) -> None:
+    def __init__(
+        self,
+        *,
+        p_mean: float = 0.7,
+        p_std: float = 1.6,
+        sigma_min: float = 0.002,
+        sigma_max: float = 700.0,
+        rho: float = 7.0,
+    ) -> None:
         self.p_mean, self.p_std = p_mean, p_std
         self.sigma_min, self.sigma_max, self.rho = sigma_min, sigma_max, rho
 
@@ -121,8 +132,15 @@ class DDPM(Objective):
     `beta_schedule` is "linear" or "scaled_linear" (linear in sqrt(beta), as Stable Diffusion); the paper names none.
     """
 
-    def __init__(self, *, prediction: str = "epsilon", train_steps: int = 1000, beta_start: float = 0.00085,
-                 beta_end: float = 0.012, beta_schedule: str = "scaled_linear") -> None:
+    def __init__(
+        self,
+        *,
+        prediction: str = "epsilon",
+        train_steps: int = 1000,
+        beta_start: float = 0.00085,
+        beta_end: float = 0.012,
+        beta_schedule: str = "scaled_linear",
+    ) -> None:
         if prediction not in ("epsilon", "v"):
             raise ValueError(f"DDPM predicts 'epsilon' or 'v', not {prediction!r}")
         if beta_schedule == "linear":

@@ -1,7 +1,9 @@
-"""Distances that need a trained eye: LPIPS between frames, a Fréchet distance between videos (Fig. 9; Unterthiner et al., 2018).
+"""Distances that need a trained eye: LPIPS between frames, a Fréchet distance between videos (Fig. 9; Unterthiner et
+al., 2018).
 
 The eye is named beside every number: weights differ, and numbers of different eyes do not compare.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -24,18 +26,23 @@ def lpips(net: str) -> Callable[[Tensor, Tensor], Tensor]:
     """Frames (N, 3, H, W) twice, in [0, 1] -> (N,). net: alex, vgg or squeeze. Raises Missing."""
 
     def distance(prediction: Tensor, truth: Tensor) -> Tensor:
-        return learned_perceptual_image_patch_similarity(prediction.float().clamp(0, 1), truth.float().clamp(0, 1), net_type=net, reduction="none",
-                                                         normalize=True).reshape(-1)
+        return learned_perceptual_image_patch_similarity(
+            prediction.float().clamp(0, 1), truth.float().clamp(0, 1), net_type=net, reduction="none", normalize=True
+        ).reshape(-1)
 
     try:
         distance(torch.zeros(1, 3, 64, 64), torch.zeros(1, 3, 64, 64))
     except OSError as error:  # torchvision looks for its backbone in torch's hub folder, then on the net
-        raise Missing(f"LPIPS is left out: torchvision's {net} weights are not in {torch.hub.get_dir()} and cannot be fetched ({error})") from error
+        raise Missing(
+            f"LPIPS is left out: torchvision's {net} weights are not in {torch.hub.get_dir()} and cannot be fetched "
+            f"({error})"
+        ) from error
     return distance
 
 
 class VideoEye:
-    """A video as one vector: DINOv2's tokens averaged over each frame; their mean over time and the mean of their changes."""
+    """A video as one vector: DINOv2's tokens averaged over each frame; their mean over time and the mean of their
+    changes."""
 
     def __init__(self, path: str | Path, image_size: int, device: torch.device) -> None:
         try:
@@ -60,7 +67,8 @@ def frechet(prediction: Tensor, truth: Tensor) -> float:
 
 
 def frechet_ci(prediction: Tensor, truth: Tensor, *, resamples: int = 50, seed: int = 0) -> tuple[float, float, float]:
-    """(value, low, high): 95 % bootstrap over clips, pairs kept together. A resample repeats clips, which lifts the distance a little."""
+    """(value, low, high): 95 % bootstrap over clips, pairs kept together. A resample repeats clips, which lifts the
+    distance a little."""
     rng = np.random.default_rng(seed)
     draws = [torch.from_numpy(rng.integers(len(truth), size=len(truth))) for _ in range(resamples)]
     low, high = np.quantile([frechet(prediction[draw], truth[draw]) for draw in draws], [0.025, 0.975])

@@ -1,8 +1,11 @@
-"""How much of the coming motion stands in one-step features? Read-outs of the hand's displacement over the clip (Sec. 3.1).
+"""How much of the coming motion stands in one-step features? Read-outs of the hand's displacement over the clip (Sec.
+3.1).
 
-The forward model is worth its cost to a policy as far as its features say more than the present picture does. Both read-outs are
+The forward model is worth its cost to a policy as far as its features say more than the present picture does. Both
+read-outs are
 given the sentence. N clips, D numbers of a clip.
 """
+
 from __future__ import annotations
 
 from typing import NamedTuple
@@ -34,7 +37,8 @@ class Read(NamedTuple):
 
 @torch.no_grad()
 def gather(model: GFDM, clips: VideoClips, *, count: int, batch_size: int, seed: int) -> Read | None:
-    """Inputs of `count` clips of different videos as far as they go; None where annotations hold no readings of the robot."""
+    """Inputs of `count` clips of different videos as far as they go; None where annotations hold no readings of the
+    robot."""
     rng = np.random.default_rng(seed)
     device = next(model.unet.parameters()).device
     chosen = rng.permutation(len(clips))[:count]
@@ -44,7 +48,7 @@ def gather(model: GFDM, clips: VideoClips, *, count: int, batch_size: int, seed:
     inputs: dict[str, list[Tensor]] = {"features": [], "present": []}
     indices = list(moved)
     for start in tqdm(range(0, len(indices), batch_size), desc="probe", unit="batch"):
-        items = [clips.sample(index, rng) for index in indices[start:start + batch_size]]
+        items = [clips.sample(index, rng) for index in indices[start : start + batch_size]]
         first = torch.stack([item["frames"][0] for item in items]).to(device) * 2 - 1
         text = [item["text"] for item in items]
         told = model.text.pooled(text).cpu()
@@ -78,7 +82,9 @@ def read_out(read: Read, *, seed: int = 0) -> dict[str, dict[str, tuple[float, f
         errors = read_errors(read.inputs, read.displacement, parts, reader, seed=seed)
         for name, values in errors.items():
             results.setdefault(name, {})[kind] = r2_ci(values, scale)
-        results.setdefault("difference", {})[kind] = bootstrap_ci((errors["present"] - errors["features"]) / scale.mean())
+        results.setdefault("difference", {})[kind] = bootstrap_ci(
+            (errors["present"] - errors["features"]) / scale.mean()
+        )
     return results
 
 
@@ -88,6 +94,13 @@ def _mlp(x: np.ndarray, y: np.ndarray, fit: np.ndarray, seed: int) -> list[np.nd
     z, scale = parts.transform(x), y[fit].std() + 1e-9
     guesses = []
     for decay in (1e-1, 1.0, 10.0):
-        net = MLPRegressor(hidden_layer_sizes=(128,), alpha=decay, max_iter=300, random_state=seed, early_stopping=True, n_iter_no_change=20)
+        net = MLPRegressor(
+            hidden_layer_sizes=(128,),
+            alpha=decay,
+            max_iter=300,
+            random_state=seed,
+            early_stopping=True,
+            n_iter_no_change=20,
+        )
         guesses.append(net.fit(z[fit], y[fit] / scale).predict(z) * scale)
     return guesses

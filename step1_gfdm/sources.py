@@ -1,8 +1,10 @@
 """Data sets as their authors publish them, as episodes of video with sentences (A.2, Table 11).
 
-A source lists its episodes from annotations alone, and reads one when asked. Frames come as (T, H, W, 3) uint8 in batches, so
+A source lists its episodes from annotations alone, and reads one when asked. Frames come as (T, H, W, 3) uint8 in
+batches, so
 that a long video never lies in memory whole. What cannot be used is listed with its reason, and counted by `convert`.
 """
+
 from __future__ import annotations
 
 import csv
@@ -47,7 +49,8 @@ class Camera(NamedTuple):
 
 
 class Episode(NamedTuple):
-    """Sentences, cameras and, where the set has them, the robot's readings (T, D), the hand's position first, and the name of its scene."""
+    """Sentences, cameras and, where the set has them, the robot's readings (T, D), the hand's position first, and the
+    name of its scene."""
 
     texts: list[str]
     cameras: list[Camera]
@@ -70,13 +73,17 @@ class Source(Protocol):
 class SomethingSomething:
     """Something-Something-v2: <root>/labels/{train,validation}.json, <root>/20bn-something-something-v2/<id>.webm.
 
-    The published test set has no sentences. Older label files carry a prefix in their name, and any file in between may be
+    The published test set has no sentences. Older label files carry a prefix in their name, and any file in between may
+    be
     laid flat in <root>.
     """
 
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root)
-        self.videos = next((self.root / name for name in ("20bn-something-something-v2", "videos") if (self.root / name).is_dir()), self.root)
+        self.videos = next(
+            (self.root / name for name in ("20bn-something-something-v2", "videos") if (self.root / name).is_dir()),
+            self.root,
+        )
 
     def episodes(self) -> list[Listed]:
         """See Source."""
@@ -100,7 +107,8 @@ class SomethingSomething:
 class Folder:
     """Any folder of videos with a csv or json of captions.
 
-    csv: a column `video` (or file, path), a column `text` (or caption, label), and if wanted `start` and `end` in seconds,
+    csv: a column `video` (or file, path), a column `text` (or caption, label), and if wanted `start` and `end` in
+    seconds,
     `split` and `id`. json: a list of such records, or {video: text}.
     """
 
@@ -111,7 +119,9 @@ class Folder:
 
     def episodes(self) -> list[Listed]:
         """See Source."""
-        return [self._listed(number, record) for number, record in enumerate(self._records())] or _nothing(self.root, f"captions in {self.captions}")
+        return [self._listed(number, record) for number, record in enumerate(self._records())] or _nothing(
+            self.root, f"captions in {self.captions}"
+        )
 
     def read(self, listed: Listed) -> Episode:
         """See Source."""
@@ -125,7 +135,9 @@ class Folder:
             with self.captions.open(newline="", encoding="utf-8-sig") as stream:
                 return list(csv.DictReader(stream))
         content = _json(self.captions, (list, dict))
-        return [{"video": name, "text": text} for name, text in content.items()] if isinstance(content, dict) else content
+        return (
+            [{"video": name, "text": text} for name, text in content.items()] if isinstance(content, dict) else content
+        )
 
     def _listed(self, number: int, record: dict[str, Any]) -> Listed:
         name = next((record[key] for key in VIDEOS if record.get(key)), None)
@@ -137,19 +149,32 @@ class Folder:
             return Listed(str(record.get("id") or name), reason="path leaves the folder")
         start, end = (float(record[key]) if record.get(key) not in (None, "") else None for key in ("start", "end"))
         cut = "" if start is None else f"_{start:g}"
-        return Listed(str(record.get("id") or f"{Path(name).with_suffix('')}{cut}"), str(record.get("split") or "train"),
-                      None if text else NO_CAPTION, (str(path), text, start, end))
+        return Listed(
+            str(record.get("id") or f"{Path(name).with_suffix('')}{cut}"),
+            str(record.get("split") or "train"),
+            None if text else NO_CAPTION,
+            (str(path), text, start, end),
+        )
 
 
 class Rlds:
     """Robot episodes in an RLDS folder (Bridge, Fractal): every split that is there; `val` and `test` become val.
 
-    names: registry names, the first that lies under `root` counts; images: feature of each camera; text, state: of the sentence and
+    names: registry names, the first that lies under `root` counts; images: feature of each camera; text, state: of the
+    sentence and
     the readings; each as a list of names of which the first that is there counts (releases of one set differ).
     """
 
-    def __init__(self, root: str | Path, names: Sequence[str], *, images: Sequence[Sequence[str]], text: Sequence[str], fps: float,
-                 state: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        root: str | Path,
+        names: Sequence[str],
+        *,
+        images: Sequence[Sequence[str]],
+        text: Sequence[str],
+        fps: float,
+        state: Sequence[str] = (),
+    ) -> None:
         root = Path(root)
         self.folder = root if (root / "dataset_info.json").is_file() else rlds.find(root, names)
         self.images, self.text, self.state, self.fps = images, text, state, fps
@@ -157,8 +182,11 @@ class Rlds:
 
     def episodes(self) -> list[Listed]:
         """See Source."""
-        return [Listed(f"{split}_{index}", "train" if split == "train" else "val", key=(split, index))
-                for split, episodes in self.sets.items() for index in range(len(episodes))]
+        return [
+            Listed(f"{split}_{index}", "train" if split == "train" else "val", key=(split, index))
+            for split, episodes in self.sets.items()
+            for index in range(len(episodes))
+        ]
 
     def read(self, listed: Listed) -> Episode:
         """See Source."""
@@ -177,7 +205,8 @@ class Rlds:
 class Calvin:
     """CALVIN: one episode per annotated segment, cameras static and gripper; the training split of ABC.
 
-    Scene D is what the paper evaluates in: its frames are left out, in ABCD's training split as well (scene_info.npy tells), unless
+    Scene D is what the paper evaluates in: its frames are left out, in ABCD's training split as well (scene_info.npy
+    tells), unless
     `scene_d` asks for them. `val` is then the validation split, which is D.
     """
 
@@ -193,7 +222,9 @@ class Calvin:
             folder = self.root / split
             scenes = calvin.read_scenes(folder)
             withheld = [span for scene, span in scenes.items() if scene.upper().endswith("D") and not self.scene_d]
-            for number, (note, _) in enumerate(calvin.read_annotations(folder, calvin.read_recordings(folder), self.lang_folder)):
+            for number, (note, _) in enumerate(
+                calvin.read_annotations(folder, calvin.read_recordings(folder), self.lang_folder)
+            ):
                 in_d = any(note.start <= last and note.end >= first for first, last in withheld)
                 key = (split, note.start, note.end, note.text, calvin.scene_of(note.start, scenes))
                 found.append(Listed(f"{name}_{number:06d}", name, SCENE_D if in_d else None, key))
@@ -205,30 +236,49 @@ class Calvin:
 
         def camera(key: str) -> Camera:
             length = end - start + 1
-            return Camera(length, self.FPS, _batches(length, lambda place: calvin.read_frame(self.root / split, start + place, [key])[key]))
+            return Camera(
+                length,
+                self.FPS,
+                _batches(length, lambda place: calvin.read_frame(self.root / split, start + place, [key])[key]),
+            )
 
-        state = np.stack([calvin.read_frame(self.root / split, frame, ["robot_obs"])["robot_obs"] for frame in range(start, end + 1)])
+        state = np.stack(
+            [calvin.read_frame(self.root / split, frame, ["robot_obs"])["robot_obs"] for frame in range(start, end + 1)]
+        )
         return Episode([text], [camera(key) for key in calvin.KEYS.values()], state, scene)
 
 
 class Ego4d:
-    """Ego4D's hand-object benchmark: clips/<clip_uid>.mp4 or full_scale/<video_uid>.mp4, cut around each narrated action of fho_main.json.
+    """Ego4D's hand-object benchmark: clips/<clip_uid>.mp4 or full_scale/<video_uid>.mp4, cut around each narrated
+    action of fho_main.json.
 
-    Where both are there, the clip is read. A cut is the action's pre to post frame, or its start to end where those are not annotated.
+    Where both are there, the clip is read. A cut is the action's pre to post frame, or its start to end where those are
+    not annotated.
     Only what the camera wearer does ("#C C cuts the carrot" -> "cuts the carrot"), neither rejected nor invalid.
     """
 
     WEARER = re.compile(r"^\s*#c\s+c\s+", re.IGNORECASE)
     TAG = re.compile(r"#\w+")
 
-    def __init__(self, root: str | Path, *, clips: str = "clips", videos: str = "full_scale", annotations: str = "annotations/fho_main.json") -> None:
+    def __init__(
+        self,
+        root: str | Path,
+        *,
+        clips: str = "clips",
+        videos: str = "full_scale",
+        annotations: str = "annotations/fho_main.json",
+    ) -> None:
         self.root, self.clips, self.videos, self.annotations = Path(root), clips, videos, annotations
 
     def episodes(self) -> list[Listed]:
         """See Source."""
         content = _json(self.root / self.annotations, dict)
         found, number = [], {}
-        intervals = [(entry.get("video_uid"), interval) for entry in content.get("videos", []) for interval in entry.get("annotated_intervals", [])]
+        intervals = [
+            (entry.get("video_uid"), interval)
+            for entry in content.get("videos", [])
+            for interval in entry.get("annotated_intervals", [])
+        ]
         for whole, interval in intervals:
             name = str(interval.get("clip_uid") or whole)
             path, counted = self._file(interval.get("clip_uid"), whole)
@@ -246,7 +296,8 @@ class Ego4d:
         return Episode([text], [Camera(last - first + 1, fps, video.read_batches(path, first, last, BATCH))])
 
     def _file(self, clip: str | None, whole: str | None) -> tuple[str, str]:
-        """The file of an interval, and what the keys of its frame numbers begin with: those of a clip count from the clip's first."""
+        """The file of an interval, and what the keys of its frame numbers begin with: those of a clip count from the
+        clip's first."""
         cut, uncut = self.root / self.clips / f"{clip}.mp4", self.root / self.videos / f"{whole}.mp4"
         return (str(uncut), "") if uncut.is_file() and not cut.is_file() else (str(cut), "clip_")
 
@@ -258,8 +309,10 @@ class Ego4d:
             return Listed(id, reason=NOT_WEARER if text.strip() else NO_CAPTION)
         sentence = " ".join(self.TAG.sub(" ", self.WEARER.sub("", text)).split()).strip(" .")
         critical = action.get(f"{counted}critical_frames") or {}
-        first, last = (action.get(f"{counted}{edge}_frame") if critical.get(key) is None else critical[key]
-                       for key, edge in (("pre_frame", "start"), ("post_frame", "end")))
+        first, last = (
+            action.get(f"{counted}{edge}_frame") if critical.get(key) is None else critical[key]
+            for key, edge in (("pre_frame", "start"), ("post_frame", "end"))
+        )
         if first is None or last is None or not sentence:
             return Listed(id, reason=NO_CAPTION if not sentence else NO_FRAMES)
         return Listed(id, key=(path, sentence, int(first), int(last)))

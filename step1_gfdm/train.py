@@ -1,4 +1,6 @@
-"""Program: pretrain the forward model (Sec. 3.1, Table 10).   python -m step1_gfdm.train scale=tiny|small|full [experiment=gfdm/<row>] name=<name>"""
+"""Program: pretrain the forward model (Sec. 3.1, Table 10).   python -m step1_gfdm.train scale=tiny|small|full
+[experiment=gfdm/<row>] name=<name>"""
+
 from __future__ import annotations
 
 import logging
@@ -23,9 +25,14 @@ def main(cfg: DictConfig) -> None:
     model = loop.fit(model, train_set, val_set)
     if loop.accelerator.is_main_process:
         # where a model is built from an SVD folder, the artifact is itself one
-        config = {key: artifact.HERE if key == "svd" else value for key, value in OmegaConf.to_container(cfg.gfdm, resolve=True).items()}
+        config = {
+            key: artifact.HERE if key == "svd" else value
+            for key, value in OmegaConf.to_container(cfg.gfdm, resolve=True).items()
+        }
         clips = {name: options["clip"] for name, options in OmegaConf.to_container(cfg.data.sets, resolve=True).items()}
-        artifact.save(model, cfg.output_dir, kind="gfdm", config=config, step=loop.step, scale=cfg.scale, stats={"clips": clips})
+        artifact.save(
+            model, cfg.output_dir, kind="gfdm", config=config, step=loop.step, scale=cfg.scale, stats={"clips": clips}
+        )
         log.info("GFDM in %s", cfg.output_dir)
 
 

@@ -2,6 +2,7 @@
 
 B batch, F frames, L tokens of the tapped grid, C channels of all taps together.
 """
+
 from __future__ import annotations
 
 import copy
@@ -42,14 +43,18 @@ def load(svd: str | Path, changes: Mapping[str, Any] | None = None) -> UNetSpati
     path = require(svd, "Stable Video Diffusion")
     if changes:
         return build({**UNetSpatioTemporalConditionModel.load_config(path, subfolder="unet"), **changes})
-    unet, keys = UNetSpatioTemporalConditionModel.from_pretrained(path, subfolder="unet", torch_dtype=torch.float32, output_loading_info=True)
+    unet, keys = UNetSpatioTemporalConditionModel.from_pretrained(
+        path, subfolder="unet", torch_dtype=torch.float32, output_loading_info=True
+    )
     missing, unexpected = sorted(keys["missing_keys"]), sorted(keys["unexpected_keys"])
     if missing or unexpected:  # diffusers only warns, and starts what is missing at random
         raise ValueError(f"{path}/unet does not fit its config: missing {missing[:10]}, unexpected {unexpected[:10]}")
     return unet
 
 
-def build(config: Mapping[str, Any] | None = None, *, device: str | torch.device = "cpu") -> UNetSpatioTemporalConditionModel:
+def build(
+    config: Mapping[str, Any] | None = None, *, device: str | torch.device = "cpu"
+) -> UNetSpatioTemporalConditionModel:
     """An untrained UNet from a config (SVD's by default); `device="meta"` costs no memory."""
     with torch.device(device):
         return UNetSpatioTemporalConditionModel.from_config(dict(config or SVD_UNET))
@@ -78,7 +83,8 @@ class _Tap(nn.Module):
 
 
 class Tapped(nn.Module):
-    """A view of `unet`, sharing its modules, whose forward ends after the last tapped up block and gives what the tapped ones gave.
+    """A view of `unet`, sharing its modules, whose forward ends after the last tapped up block and gives what the
+    tapped ones gave.
 
     diffusers' own forward runs unchanged, so the outputs are the full pass's bit for bit in every diffusers version.
     """
@@ -87,7 +93,9 @@ class Tapped(nn.Module):
         super().__init__()
         self.unet = copy.copy(unet)
         self.unet._modules = dict(unet._modules)
-        kept: list[nn.Module] = [_Tap(block) if index in taps else block for index, block in enumerate(unet.up_blocks[: max(taps) + 1])]
+        kept: list[nn.Module] = [
+            _Tap(block) if index in taps else block for index, block in enumerate(unet.up_blocks[: max(taps) + 1])
+        ]
         self.tapped = [kept[tap] for tap in taps]
         self.unet.up_blocks = nn.ModuleList(kept if len(kept) == len(unet.up_blocks) else [*kept, _Stop()])
         self.unet.conv_norm_out = self.unet.conv_act = self.unet.conv_out = nn.Identity()
@@ -101,8 +109,16 @@ class Tapped(nn.Module):
         return outputs
 
 
-def features(unet: UNetSpatioTemporalConditionModel, sample: Tensor, timestep: Tensor, *, text: Tensor, time_ids: Tensor,
-             taps: Sequence[int] = (0, 1), tapped: Callable[..., list[Tensor]] | None = None) -> Tensor:
+def features(
+    unet: UNetSpatioTemporalConditionModel,
+    sample: Tensor,
+    timestep: Tensor,
+    *,
+    text: Tensor,
+    time_ids: Tensor,
+    taps: Sequence[int] = (0, 1),
+    tapped: Callable[..., list[Tensor]] | None = None,
+) -> Tensor:
     """Outputs of the tapped up blocks, coarse grids repeated to the finest one, joined on channels.
 
     sample (B, F, in_channels, h, w), timestep (B,), text (B, T, cross_attention_dim), time_ids (B, 3) -> (B, F, L, C).
@@ -111,7 +127,9 @@ def features(unet: UNetSpatioTemporalConditionModel, sample: Tensor, timestep: T
     outputs = (Tapped(unet, taps) if tapped is None else tapped)(sample, timestep, text, time_ids)
     grid = max((output.shape[-2:] for output in outputs), key=lambda size: size[0] * size[1])
     # VPP doubles coarse grids by nearest neighbour; with powers of two this is the same
-    joined = torch.cat([o if o.shape[-2:] == grid else F.interpolate(o, size=grid, mode="nearest") for o in outputs], dim=1)
+    joined = torch.cat(
+        [o if o.shape[-2:] == grid else F.interpolate(o, size=grid, mode="nearest") for o in outputs], dim=1
+    )
     return joined.flatten(2).transpose(1, 2).unflatten(0, sample.shape[:2])
 
 

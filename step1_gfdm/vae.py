@@ -2,6 +2,7 @@
 
 B batch, F frames, T frames of a whole video.
 """
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -25,11 +26,16 @@ class LatentSpace(Frozen):
 
     @torch.no_grad()
     def moments(self, images: Tensor, *, chunk: int = 64) -> tuple[Tensor, Tensor]:
-        """(N, 3, H, W) in [-1, 1] -> mean and deviation of the latents, each (N, c, H/factor, W/factor) in fp32, scaled."""
+        """(N, 3, H, W) in [-1, 1] -> mean and deviation of the latents, each (N, c, H/factor, W/factor) in fp32,
+        scaled."""
         found = [self.module.encode(part.to(self.device, self.dtype)).latent_dist for part in images.split(chunk)]
-        return tuple(torch.cat([getattr(each, name) for each in found]).float() * self.scale for name in ("mean", "std"))
+        return tuple(
+            torch.cat([getattr(each, name) for each in found]).float() * self.scale for name in ("mean", "std")
+        )
 
-    def encode(self, images: Tensor, *, sample: bool = False, generator: torch.Generator | None = None, chunk: int = 64) -> Tensor:
+    def encode(
+        self, images: Tensor, *, sample: bool = False, generator: torch.Generator | None = None, chunk: int = 64
+    ) -> Tensor:
         """(N, 3, H, W) in [-1, 1] -> (N, c, H/factor, W/factor) in fp32; the distribution's mode, or a sample of it."""
         mean, deviation = self.moments(images, chunk=chunk)
         return draw(mean, deviation, generator) if sample else mean
@@ -51,4 +57,6 @@ def draw(mean: Tensor, deviation: Tensor, generator: torch.Generator | None) -> 
 
 def load(svd: str | Path) -> LatentSpace:
     """The VAE of a diffusers SVD pipeline folder or hub id."""
-    return LatentSpace(AutoencoderKLTemporalDecoder.from_pretrained(require(svd, "Stable Video Diffusion"), subfolder="vae"))
+    return LatentSpace(
+        AutoencoderKLTemporalDecoder.from_pretrained(require(svd, "Stable Video Diffusion"), subfolder="vae")
+    )

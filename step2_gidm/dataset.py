@@ -1,4 +1,5 @@
 """What the inverse model is pretrained on: sets of transitions drawn by weight (Sec. 3.2, A.2, Table 12, Fig. 8)."""
+
 from __future__ import annotations
 
 import logging
@@ -18,13 +19,25 @@ KINDS: dict[str, type[Transitions]] = {"video": VideoTransitions, "rlds": RldsTr
 log = logging.getLogger(__name__)
 
 
-def mixture(sets: Mapping[str, Mapping[str, Any]], *, split: str = "train", human_fraction: float = 1.0, length: int | None = None,
-            augment: bool = False, stream: Mapping[str, Any] | None = None, **pairs: Any) -> Mixture | Stream:
-    """Sets drawn by weight. Each set: one of {video, rlds, calvin: folder}, and optionally weight, human, and what its class takes.
+def mixture(
+    sets: Mapping[str, Mapping[str, Any]],
+    *,
+    split: str = "train",
+    human_fraction: float = 1.0,
+    length: int | None = None,
+    augment: bool = False,
+    stream: Mapping[str, Any] | None = None,
+    **pairs: Any,
+) -> Mixture | Stream:
+    """Sets drawn by weight. Each set: one of {video, rlds, calvin: folder}, and optionally weight, human, and what its
+    class takes.
 
-    Without a weight a set counts by its size. `human_fraction` keeps that share of the videos of sets marked `human` and of their weight
-    (common.human, Fig. 8). `length` is how many draws count as an epoch; None: as many as there are episodes, those of all human video
-    included. At `human_fraction` 0 the human sets need not be on disk where `length` is given. Only training augments, and only training
+    Without a weight a set counts by its size. `human_fraction` keeps that share of the videos of sets marked `human`
+    and of their weight
+    (common.human, Fig. 8). `length` is how many draws count as an epoch; None: as many as there are episodes, those of
+    all human video
+    included. At `human_fraction` 0 the human sets need not be on disk where `length` is given. Only training augments,
+    and only training
     reads in a stream: `stream` holds what Stream takes, None reads every pair by random access.
     """
     shares = human.shares(sets, human_fraction)
@@ -40,7 +53,9 @@ def mixture(sets: Mapping[str, Mapping[str, Any]], *, split: str = "train", huma
             continue
         kinds = KINDS.keys() & options.keys()
         if len(kinds) != 1:
-            raise ValueError(f"set {name!r} needs one of {', '.join(f'{kind}=<folder>' for kind in KINDS)}, got {sorted(options)}")
+            raise ValueError(
+                f"set {name!r} needs one of {', '.join(f'{kind}=<folder>' for kind in KINDS)}, got {sorted(options)}"
+            )
         kind = kinds.pop()
         folder = options.pop(kind)
         if kind == "video":
@@ -63,8 +78,14 @@ def mixture(sets: Mapping[str, Mapping[str, Any]], *, split: str = "train", huma
     return Stream(mix, **stream) if stream and split == "train" else mix
 
 
-def open_x(root: str | Path, *, human_root: str | Path, names: Collection[str] | None = None, human_fraction: float = 1.0,
-           **options: Any) -> Mixture | Stream:
+def open_x(
+    root: str | Path,
+    *,
+    human_root: str | Path,
+    names: Collection[str] | None = None,
+    human_fraction: float = 1.0,
+    **options: Any,
+) -> Mixture | Stream:
     """Table 12: the 26 robot sets under `root` and Ego4D as a video set, drawn with the paper's shares.
 
     `names` restricts the robot sets; shares are normalised. Everything else is `mixture`'s.
@@ -77,7 +98,14 @@ def open_x(root: str | Path, *, human_root: str | Path, names: Collection[str] |
     windows = official_windows()
     for name in names:
         row = OXE[name]
-        sets[name] = {"rlds": rlds.find(root, row.folders, row.version), "weight": row.share, "fps": row.hz, "image": row.image, "text": row.text,
-                      "encoding": row.encoding, "window": windows[name]}
+        sets[name] = {
+            "rlds": rlds.find(root, row.folders, row.version),
+            "weight": row.share,
+            "fps": row.hz,
+            "image": row.image,
+            "text": row.text,
+            "encoding": row.encoding,
+            "window": windows[name],
+        }
     sets["ego4d"] = {"video": human_root, "weight": HUMAN_SHARE, "human": True, "window_seconds": HUMAN_SECONDS}
     return mixture(sets, human_fraction=human_fraction, **options)

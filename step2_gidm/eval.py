@@ -1,9 +1,11 @@
-"""Program: what do the latent actions carry (Sec. 3.2, Fig. 12)?   python -m step2_gidm.eval path=ckpts/gidm/<name> scale=<scale>
+"""Program: what do the latent actions carry (Sec. 3.2, Fig. 12)?   python -m step2_gidm.eval path=ckpts/gidm/<name>
+scale=<scale>
 
 Held-out error of the predicted future tokens beside predicting no change, beside the same prediction with another
 pair's latent action (the "action matters" gap), how many codes are in use, and where the queries look; then what the
 latent actions mean: their neighbours, the robot's motion read out of them, and what they do in another scene.
 """
+
 from __future__ import annotations
 
 import json
@@ -33,10 +35,20 @@ from step2_gidm.meaning import QUANTIZED, SENTENCE, Missing, Seen
 from step2_gidm.model import GIDM, InverseModel
 from step2_gidm.pictures import draw_attention, draw_neighbours, draw_transfer, film_attention
 
-ROWS = {"mse": "with its own latent action", "shuffled_mse": "with another pair's latent action", "copy_mse": "no change (the current frame)",
-        "gain": "gain over no change", "gap": "gap: what the right latent action is worth"}
-CURVES = {"loss": "loss", "error of the future frame's tokens": "mse|copy_mse", "gap to another pair's latent action": "gap",
-          "share of the codes in use": r"usage(_\d+)?", "perplexity": r"perplexity(_\d+)?"}  # title: names in metrics.jsonl; _0, _1, ...: by query
+ROWS = {
+    "mse": "with its own latent action",
+    "shuffled_mse": "with another pair's latent action",
+    "copy_mse": "no change (the current frame)",
+    "gain": "gain over no change",
+    "gap": "gap: what the right latent action is worth",
+}
+CURVES = {
+    "loss": "loss",
+    "error of the future frame's tokens": "mse|copy_mse",
+    "gap to another pair's latent action": "gap",
+    "share of the codes in use": r"usage(_\d+)?",
+    "perplexity": r"perplexity(_\d+)?",
+}  # title: names in metrics.jsonl; _0, _1, ...: by query
 log = logging.getLogger(__name__)
 
 
@@ -50,7 +62,10 @@ def draw_pairs(samples: SampleSet, count: int, seed: int) -> tuple[list[dict[str
             skipped.append(str(error))
             log.warning("skipped: %s", error)
     if len(pairs) < 2:
-        raise ValueError(f"{len(pairs)} of {count} pairs could be read, 2 are needed; the last: {skipped[-1] if skipped else 'pairs is too small'}")
+        raise ValueError(
+            f"{len(pairs)} of {count} pairs could be read, 2 are needed; the last: "
+            f"{skipped[-1] if skipped else 'pairs is too small'}"
+        )
     return pairs, skipped
 
 
@@ -65,7 +80,9 @@ def measure(model: InverseModel, pairs: list[dict[str, Any]], seen: Seen, *, bat
     device = next(model.parameters()).device
     rows: dict[str, list[Tensor]] = {"mse": [], "shuffled_mse": [], "copy_mse": []}
     columns = (seen.now, seen.future, seen.quantized, seen.quantized.roll(1, dims=0))
-    for chunk, *tensors in tqdm(list(zip(_chunks(pairs, batch_size), *(column.split(batch_size) for column in columns))), desc="decode"):
+    for chunk, *tensors in tqdm(
+        list(zip(_chunks(pairs, batch_size), *(column.split(batch_size) for column in columns))), desc="decode"
+    ):
         now, future, own, other = (values.to(device) for values in tensors)
         text = [pair["text"] for pair in chunk]
         guesses = {"mse": model.decode(now, own, text), "shuffled_mse": model.decode(now, other, text), "copy_mse": now}
@@ -76,28 +93,50 @@ def measure(model: InverseModel, pairs: list[dict[str, Any]], seen: Seen, *, bat
 
 
 def _chunks(pairs: list[dict[str, Any]], size: int) -> list[list[dict[str, Any]]]:
-    return [pairs[i:i + size] for i in range(0, len(pairs), size)]
+    return [pairs[i : i + size] for i in range(0, len(pairs), size)]
 
 
 def summarize(errors: dict[str, np.ndarray], codes: np.ndarray | None, total: int | None) -> dict[str, Any]:
     """Means with 95 % intervals; usage and perplexity of the codes over all positions and by query position."""
-    summary: dict[str, Any] = {name: dict(zip(("mean", "low", "high"), bootstrap_ci(values))) for name, values in errors.items()}
+    summary: dict[str, Any] = {
+        name: dict(zip(("mean", "low", "high"), bootstrap_ci(values))) for name, values in errors.items()
+    }
     if codes is not None:
         counts = [torch.from_numpy(np.unique(part, return_counts=True)[1]) for part in (codes, *codes.T)]
-        summary["codes"] = {"used": len(counts[0]), "of": total, "used_by_query": [len(part) for part in counts[1:]],
-                            "perplexity": float(perplexity(counts[0])), "perplexity_by_query": [float(perplexity(part)) for part in counts[1:]]}
+        summary["codes"] = {
+            "used": len(counts[0]),
+            "of": total,
+            "used_by_query": [len(part) for part in counts[1:]],
+            "perplexity": float(perplexity(counts[0])),
+            "perplexity_by_query": [float(perplexity(part)) for part in counts[1:]],
+        }
     return summary
 
 
 def table(summary: dict[str, Any], pairs: int) -> str:
     """The summary as Markdown."""
-    lines = [f"Mean squared error of the future frame's DINOv2 tokens, {pairs} held-out pairs; mean [95 % interval over pairs].", "",
-             "| future predicted | MSE |", "|---|---|"]
-    lines += [f"| {label} | {summary[name]['mean']:.4f} [{summary[name]['low']:.4f}, {summary[name]['high']:.4f}] |" for name, label in ROWS.items()]
+    lines = [
+        f"Mean squared error of the future frame's DINOv2 tokens, {pairs} held-out pairs; mean [95 % interval over "
+        "pairs].",
+        "",
+        "| future predicted | MSE |",
+        "|---|---|",
+    ]
+    lines += [
+        f"| {label} | {summary[name]['mean']:.4f} [{summary[name]['low']:.4f}, {summary[name]['high']:.4f}] |"
+        for name, label in ROWS.items()
+    ]
     if "codes" in summary:
         codes = summary["codes"]
-        used, even = ", ".join(map(str, codes["used_by_query"])), ", ".join(f"{value:.1f}" for value in codes["perplexity_by_query"])
-        lines += ["", f"Codes in use: {codes['used']} of {codes['of']} (by query: {used}); perplexity {codes['perplexity']:.1f} (by query: {even})."]
+        used, even = (
+            ", ".join(map(str, codes["used_by_query"])),
+            ", ".join(f"{value:.1f}" for value in codes["perplexity_by_query"]),
+        )
+        lines += [
+            "",
+            f"Codes in use: {codes['used']} of {codes['of']} (by query: {used}); perplexity {codes['perplexity']:.1f} "
+            f"(by query: {even}).",
+        ]
     else:
         lines += ["", "No codes: this model's bottleneck is continuous."]
     return "\n".join(lines) + "\n"
@@ -106,8 +145,13 @@ def table(summary: dict[str, Any], pairs: int) -> str:
 def retrieval_table(results: dict[str, Any], count: int, told: bool) -> str:
     """What neighbours share, as Markdown."""
     names = {"sentence": "share with the same sentence", "displacement": "cosine of the end effector's displacements"}
-    lines = ["", f"Neighbours: the nearest pair of each of the {count} nearest other episodes, same camera; mean [95 % interval over episodes]. "
-             f"Above random: beside all pairs that might have been found.{' The encoder is told the sentence.' if told else ''}"]
+    lines = [
+        "",
+        f"Neighbours: the nearest pair of each of the {count} nearest other episodes, same camera; mean [95 % interval "
+        "over episodes]. "
+        "Above random: beside all pairs that might have been "
+        f"found.{' The encoder is told the sentence.' if told else ''}",
+    ]
     for name, rows in results.items():
         lines += ["", f"| nearest by | {names[name]} | above random |", "|---|---|---|"]
         lines += [f"| {source} | {_cell(row['value'])} | {_cell(row['gain'], '+')} |" for source, row in rows.items()]
@@ -119,11 +163,21 @@ def motion_table(results: dict[str, Any]) -> str:
     names = {"motion": "displacement", "gripper": "gripper change"}
     columns = [(view, target) for view, row in results.items() for target in row]
     sizes = "; ".join(f"camera {v}, {names[t]}: " + " / ".join(map(str, results[v][t]["pairs"])) for v, t in columns)
-    lines = ["", "Linear read-outs of the robot's motion: R² on held-out episodes [95 % interval over them]. Pairs to fit / choose / measure: "
-             f"{sizes}. Fitted on training episodes; all inputs at most as wide as the latent action.", "",
-             "| read from | " + " | ".join(f"camera {view}: {names[target]}" for view, target in columns) + " |", "|" + "---|" * (len(columns) + 1)]
+    lines = [
+        "",
+        "Linear read-outs of the robot's motion: R² on held-out episodes [95 % interval over them]. Pairs to fit / "
+        "choose / measure: "
+        f"{sizes}. Fitted on training episodes; all inputs at most as wide as the latent action.",
+        "",
+        "| read from | " + " | ".join(f"camera {view}: {names[target]}" for view, target in columns) + " |",
+        "|" + "---|" * (len(columns) + 1),
+    ]
     for source in next(iter(results[columns[0][0]].values()))["r2"]:
-        lines.append(f"| {source} | " + " | ".join(_cell(results[view][target]["r2"][source], places=2) for view, target in columns) + " |")
+        lines.append(
+            f"| {source} | "
+            + " | ".join(_cell(results[view][target]["r2"][source], places=2) for view, target in columns)
+            + " |"
+        )
     for source in next(iter(results[columns[0][0]].values()))["lead"]:
         leads = (_cell(results[view][target]["lead"][source], "+", places=2) for view, target in columns)
         lines.append(f"| latent action, continuous, above {source} | " + " | ".join(leads) + " |")
@@ -132,12 +186,25 @@ def motion_table(results: dict[str, Any]) -> str:
 
 def transfer_table(results: dict[str, Any]) -> str:
     """What actions do in another scene, as Markdown."""
-    names = {"own": "its own", "same": "same sentence in another scene, at the same part of the episode",
-             "other": "another sentence in another scene, at the same part", "shuffled": "any in another scene", "gain": "same sentence above any",
-             "sentence_gain": "same sentence above another sentence"}
-    lines = ["", f"Transfer: cosine of the decoded change of tokens with the true one, {results['pairs']} pairs; mean [95 % interval over episodes].",
-             "", "| latent action | cosine |", "|---|---|"]
-    return "\n".join(lines + [f"| {label} | {_cell(results[name], places=3)} |" for name, label in names.items()]) + "\n"
+    names = {
+        "own": "its own",
+        "same": "same sentence in another scene, at the same part of the episode",
+        "other": "another sentence in another scene, at the same part",
+        "shuffled": "any in another scene",
+        "gain": "same sentence above any",
+        "sentence_gain": "same sentence above another sentence",
+    }
+    lines = [
+        "",
+        f"Transfer: cosine of the decoded change of tokens with the true one, {results['pairs']} pairs; mean [95 % "
+        "interval over episodes].",
+        "",
+        "| latent action | cosine |",
+        "|---|---|",
+    ]
+    return (
+        "\n".join(lines + [f"| {label} | {_cell(results[name], places=3)} |" for name, label in names.items()]) + "\n"
+    )
 
 
 def _cell(row: dict[str, float], sign: str = "", places: int = 2) -> str:
@@ -165,38 +232,66 @@ def training_inputs(model: InverseModel, cfg: DictConfig) -> tuple[dict[str, Ten
     except InstantiationException as error:
         if not isinstance(error.__cause__, EXPECTED):
             raise
-        raise Missing(f"read-outs of the robot's motion are left out: no training episodes to fit on ({error.__cause__})") from error
+        raise Missing(
+            f"read-outs of the robot's motion are left out: no training episodes to fit on ({error.__cause__})"
+        ) from error
     pairs, _ = draw_pairs(samples, cfg.probe, cfg.seed + 1)
-    parts = [meaning.inputs(model, meaning.look(model, chunk), chunk) for chunk in tqdm(_chunks(pairs, cfg.batch_size), desc="infer")]
+    parts = [
+        meaning.inputs(model, meaning.look(model, chunk), chunk)
+        for chunk in tqdm(_chunks(pairs, cfg.batch_size), desc="infer")
+    ]
     known = meaning.labels(pairs)
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]} | {SENTENCE: meaning.sentences(model, known.text)}, known
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]} | {
+        SENTENCE: meaning.sentences(model, known.text)
+    }, known
 
 
-def interpret(model: InverseModel, pairs: list[dict[str, Any]], seen: Seen, out: Path, cfg: DictConfig) -> tuple[dict[str, Any], str]:
-    """What the latent actions mean: results and their tables. A part that the data do not allow is a line of `notes`."""
+def interpret(
+    model: InverseModel, pairs: list[dict[str, Any]], seen: Seen, out: Path, cfg: DictConfig
+) -> tuple[dict[str, Any], str]:
+    """What the latent actions mean: results and their tables. A part that the data do not allow is a line of
+    `notes`."""
     known, values = meaning.labels(pairs), meaning.inputs(model, seen, pairs)
     results: dict[str, Any] = {"notes": []}
     said = ""
 
     def retrieve() -> str:
-        found = {source: meaning.neighbours(x, values[meaning.CONTINUOUS], known, cfg.neighbours) for source, x in values.items()}
+        found = {
+            source: meaning.neighbours(x, values[meaning.CONTINUOUS], known, cfg.neighbours)
+            for source, x in values.items()
+        }
         results["retrieval"] = meaning.retrieve(found, known)
         if cfg.pictures:
-            draw_neighbours(out / "neighbours.png", pairs, found[QUANTIZED][:, :3], _spread_out(known.text, cfg.pictures))
+            draw_neighbours(
+                out / "neighbours.png", pairs, found[QUANTIZED][:, :3], _spread_out(known.text, cfg.pictures)
+            )
         return retrieval_table(results["retrieval"], cfg.neighbours, "encoder" in model.text_in)
 
     def read() -> str:
         if not np.isfinite(known.motion).any():
-            raise Missing("read-outs of the robot's motion are left out: the data hold no readings of the robot ('state' in the annotations)")
+            raise Missing(
+                "read-outs of the robot's motion are left out: the data hold no readings of the robot ('state' in the "
+                "annotations)"
+            )
         fit, fit_known = training_inputs(model, cfg)
-        results["motion"] = meaning.read_motion(fit, fit_known, values | {SENTENCE: meaning.sentences(model, known.text)}, known, seed=cfg.seed)
+        results["motion"] = meaning.read_motion(
+            fit, fit_known, values | {SENTENCE: meaning.sentences(model, known.text)}, known, seed=cfg.seed
+        )
         return motion_table(results["motion"])
 
     def transfer() -> str:
         partners = meaning.transfers(known, cfg.seed)
         results["transfer"] = meaning.measure_transfer(model, seen, known, partners, batch_size=cfg.batch_size)
         if cfg.pictures:
-            draw_transfer(out / "transfer.png", model, pairs, seen, known, partners, _spread_out(known.text[partners.target], cfg.pictures))
+            draw_transfer(
+                out / "transfer.png",
+                model,
+                pairs,
+                seen,
+                known,
+                partners,
+                _spread_out(known.text[partners.target], cfg.pictures),
+            )
         return transfer_table(results["transfer"])
 
     for part in (retrieve, *([read] if cfg.probe else []), transfer):
@@ -228,18 +323,35 @@ def main(cfg: DictConfig) -> None:
     samples = instantiate(cfg.data, split=cfg.split, labelled=True, stream=None)
     pairs, skipped = draw_pairs(samples, cfg.pairs, cfg.seed)
     seen = look(model, pairs, batch_size=cfg.batch_size)
-    errors, codes = measure(model, pairs, seen, batch_size=cfg.batch_size), None if seen.codes is None else seen.codes.numpy()
+    errors, codes = (
+        measure(model, pairs, seen, batch_size=cfg.batch_size),
+        None if seen.codes is None else seen.codes.numpy(),
+    )
     summary = summarize(errors, codes, model.quantizer.size)
     meant, said = interpret(model, pairs, seen, out, cfg)
     meant["notes"] += save_curves(Path(cfg.path), CURVES, out / "curves.png") if cfg.pictures else []
     if isinstance(model, GIDM):
-        for i, pair in enumerate(pairs[:cfg.pictures]):
+        for i, pair in enumerate(pairs[: cfg.pictures]):
             draw_attention(model, pair, out / "attention" / f"{i:03d}.png")
         meant["notes"] += film(model, samples, out / "attention", cfg) if cfg.films else []
-    results = {"pairs": len(pairs), "skipped": skipped, "seed": cfg.seed, "split": cfg.split, "gidm_sha256": artifact.sha256(cfg.path),
-               "data": OmegaConf.to_container(cfg.data, resolve=True), "summary": summary, **meant,
-               "samples": [{"id": pair["id"], **{k: float(v[i]) for k, v in errors.items()},
-                            "codes": None if codes is None else codes[i].tolist()} for i, pair in enumerate(pairs)]}
+    results = {
+        "pairs": len(pairs),
+        "skipped": skipped,
+        "seed": cfg.seed,
+        "split": cfg.split,
+        "gidm_sha256": artifact.sha256(cfg.path),
+        "data": OmegaConf.to_container(cfg.data, resolve=True),
+        "summary": summary,
+        **meant,
+        "samples": [
+            {
+                "id": pair["id"],
+                **{k: float(v[i]) for k, v in errors.items()},
+                "codes": None if codes is None else codes[i].tolist(),
+            }
+            for i, pair in enumerate(pairs)
+        ],
+    }
     said = table(summary, len(pairs)) + said + "".join(f"\n{note}\n" for note in meant["notes"])
     write_text(out / "results.json", json.dumps(results, indent=2) + "\n")
     write_text(out / "table.md", said)

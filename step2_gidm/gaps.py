@@ -1,8 +1,10 @@
 """How far apart the two frames of a pair lie: about a second (Sec. 3.2, A.2), or the release's windows of frames.
 
-A gap takes (id, frames of the episode, frames a second, rng) and gives (distance, number of first frames to choose from). It raises
+A gap takes (id, frames of the episode, frames a second, rng) and gives (distance, number of first frames to choose
+from). It raises
 LeftOut for an episode that is too short for a pair, Unreadable where the clip is broken.
 """
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -16,19 +18,27 @@ from common.mixture import LeftOut, Unreadable
 class Seconds:
     """`seconds` times the set's frame rate, at least one step; where `seconds` is a list, every pair draws one of them.
 
-    `jitter` varies the gap by up to that fraction. Both frames lie inside the episode. No pair spans less than `least` of the gap. An
-    episode shorter than what is drawn gives its longest pair, so that short clips (Kuka, Ego4D) stay in use; one that is too short for
+    `jitter` varies the gap by up to that fraction. Both frames lie inside the episode. No pair spans less than `least`
+    of the gap. An
+    episode shorter than what is drawn gives its longest pair, so that short clips (Kuka, Ego4D) stay in use; one that
+    is too short for
     `least` gives none.
     """
 
     def __init__(self, *, seconds: float | Sequence[float], jitter: float, least: float, **_: Any) -> None:
-        self.seconds, self.jitter, self.least = [seconds] if isinstance(seconds, (int, float)) else list(seconds), jitter, least
+        self.seconds, self.jitter, self.least = (
+            [seconds] if isinstance(seconds, (int, float)) else list(seconds),
+            jitter,
+            least,
+        )
         if not self.seconds:
             raise ValueError("gap_seconds is an empty list; give one or more gaps in seconds")
 
     def __call__(self, id: str, length: int, fps: float, rng: np.random.Generator) -> tuple[int, int]:
         """See the module."""
-        gap = _steps(id, self.seconds[0] if len(self.seconds) == 1 else self.seconds[rng.integers(len(self.seconds))], fps)
+        gap = _steps(
+            id, self.seconds[0] if len(self.seconds) == 1 else self.seconds[rng.integers(len(self.seconds))], fps
+        )
         least = max(1, round(self.least * gap))
         if length - 1 < least:
             raise LeftOut(id, f"{length} frames are too few for pairs {gap} apart (min_gap={self.least})")
@@ -40,7 +50,8 @@ class Seconds:
 class Windows:
     """The release's: the first and last frame of a window of `window` frames, whatever the set's clock.
 
-    `window_seconds` stands for it where a set keeps other frames than the release did (Ego4D: every 15th). A window that leaves the
+    `window_seconds` stands for it where a set keeps other frames than the release did (Ego4D: every 15th). A window
+    that leaves the
     episode ends at its last frame, so pairs get shorter there, down to a frame beside itself.
     """
 

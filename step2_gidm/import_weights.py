@@ -1,7 +1,10 @@
-"""Program: UniVLA's or the release's inverse model -> our artifact.   python -m step2_gidm.import_weights path=lam_idm.ckpt name=<name>
+"""Program: UniVLA's or the release's inverse model -> our artifact.   python -m step2_gidm.import_weights
+path=lam_idm.ckpt name=<name>
 
-Keys are strict. What the file holds and ours does not need is named and counted (univla.LEFT): DINOv2 and T5, which ours names and never copies.
+Keys are strict. What the file holds and ours does not need is named and counted (univla.LEFT): DINOv2 and T5, which
+ours names and never copies.
 """
+
 from __future__ import annotations
 
 import logging
@@ -21,7 +24,8 @@ log = logging.getLogger(__name__)
 
 
 def fill(model: nn.Module, path: str | Path, *, skip_foreign: bool = False) -> dict[str, int]:
-    """Put a published checkpoint's weights into a GIDM, keys strict; returns what was left out: prefix -> how many numbers.
+    """Put a published checkpoint's weights into a GIDM, keys strict; returns what was left out: prefix -> how many
+    numbers.
 
     CheckpointError: the file cannot be read, is no latent action model, or is one of another size.
     """
@@ -38,13 +42,22 @@ def fill(model: nn.Module, path: str | Path, *, skip_foreign: bool = False) -> d
 
 @program("step2_import")
 def main(cfg: DictConfig) -> None:
-    check_import(cfg.path, cfg.output_dir, cfg.foreign, expected="UniVLA's lam-stage-1 or the release's lam_idm checkpoint")
+    check_import(
+        cfg.path, cfg.output_dir, cfg.foreign, expected="UniVLA's lam-stage-1 or the release's lam_idm checkpoint"
+    )
     model = instantiate(cfg.gidm)
     left = fill(model, cfg.path, skip_foreign=cfg.foreign == "skip")
     config = OmegaConf.to_container(cfg.gidm, resolve=True)
     source = {"file": Path(cfg.path).name, "sha256": sha256(Path(cfg.path)), "left": left}
-    artifact.save(model, cfg.output_dir, kind="gidm", config=config, scale="full", parents={source["file"]: source["sha256"]},
-                  stats={"imported": source})
+    artifact.save(
+        model,
+        cfg.output_dir,
+        kind="gidm",
+        config=config,
+        scale="full",
+        parents={source["file"]: source["sha256"]},
+        stats={"imported": source},
+    )
     for prefix, count in left.items():
         log.info("left out: %s* (%s numbers; %s)", prefix, f"{count:,}", LEFT[prefix])
     log.info("%d tensors taken; GIDM in %s", len(model.state_dict()), cfg.output_dir)

@@ -1,7 +1,9 @@
-"""What the latent actions mean: their neighbours, what of the robot's motion stands in them, what they do in another scene (Sec. 3.2).
+"""What the latent actions mean: their neighbours, what of the robot's motion stands in them, what they do in another
+scene (Sec. 3.2).
 
 P pairs, K latent-action tokens, d their width, N visual tokens, E their width. Everything here lies on the CPU.
 """
+
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
@@ -18,7 +20,8 @@ from common.probe import Parts, r2_ci, read_errors, spread
 from step2_gidm.model import InverseModel, clean
 
 CONTINUOUS, QUANTIZED = "latent action, continuous", "latent action, quantized"
-UNTOLD = "latent action, continuous, sentence withheld"  # an encoder that reads the sentence hands it on: what do the frames alone give?
+# an encoder that reads the sentence hands it on: what do the frames alone give?
+UNTOLD = "latent action, continuous, sentence withheld"
 TOKENS, PIXELS = "difference of DINOv2 tokens", "difference of pixels"
 SENTENCE, RANDOM = "sentence alone", "random codes (dealt from other pairs)"
 CONTROLS = (TOKENS, PIXELS, SENTENCE, RANDOM)
@@ -62,8 +65,17 @@ def look(model: InverseModel, pairs: Sequence[Mapping[str, Any]]) -> Seen:
     now, future = model.embed(frames.flatten(0, 1)).unflatten(0, frames.shape[:2]).unbind(1)
     action = model.infer(now, future, [pair["text"] for pair in pairs])
     codes = None if action.codes is None else action.codes.cpu()
-    untold = model.infer(now, future, [""] * len(pairs)).continuous.float().cpu() if "encoder" in model.text_in else None
-    return Seen(now.float().cpu(), future.float().cpu(), action.continuous.float().cpu(), action.quantized.float().cpu(), codes, untold)
+    untold = (
+        model.infer(now, future, [""] * len(pairs)).continuous.float().cpu() if "encoder" in model.text_in else None
+    )
+    return Seen(
+        now.float().cpu(),
+        future.float().cpu(),
+        action.continuous.float().cpu(),
+        action.quantized.float().cpu(),
+        codes,
+        untold,
+    )
 
 
 def join(parts: Sequence[Seen]) -> Seen:
@@ -73,6 +85,7 @@ def join(parts: Sequence[Seen]) -> Seen:
 
 def labels(pairs: Sequence[Mapping[str, Any]]) -> Labels:
     """Labels of pairs; see Transitions(labelled=True)."""
+
     def column(key: str, default: Any) -> np.ndarray:
         return np.array([pair.get(key, default) for pair in pairs])
 
@@ -83,7 +96,9 @@ def labels(pairs: Sequence[Mapping[str, Any]]) -> Labels:
             motion[i] = state[1][:3] - state[0][:3]
             if len(state[0]) == READINGS:
                 gripper[i] = state[1][6] - state[0][6]
-    return Labels(column("text", ""), episode, column("scene", ""), column("view", 0), column("phase", 0.0), motion, gripper)
+    return Labels(
+        column("text", ""), episode, column("scene", ""), column("view", 0), column("phase", 0.0), motion, gripper
+    )
 
 
 def inputs(model: InverseModel, seen: Seen, pairs: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
@@ -92,9 +107,13 @@ def inputs(model: InverseModel, seen: Seen, pairs: Sequence[Mapping[str, Any]]) 
     frames = torch.stack([pair["frames"] for pair in pairs])
     side = min(GRID, *model.vision.grid)
     untold = {} if seen.untold is None else {UNTOLD: seen.untold.flatten(1)}
-    return {CONTINUOUS: seen.continuous.flatten(1), QUANTIZED: seen.quantized.flatten(1), **untold,
-            TOKENS: F.adaptive_avg_pool2d(change, side).flatten(1),
-            PIXELS: F.adaptive_avg_pool2d(frames[:, 1] - frames[:, 0], min(PIXEL_GRID, frames.shape[-1])).flatten(1)}
+    return {
+        CONTINUOUS: seen.continuous.flatten(1),
+        QUANTIZED: seen.quantized.flatten(1),
+        **untold,
+        TOKENS: F.adaptive_avg_pool2d(change, side).flatten(1),
+        PIXELS: F.adaptive_avg_pool2d(frames[:, 1] - frames[:, 0], min(PIXEL_GRID, frames.shape[-1])).flatten(1),
+    }
 
 
 @torch.no_grad()
@@ -105,15 +124,18 @@ def sentences(model: InverseModel, texts: Sequence[str]) -> Tensor:
 
 
 def neighbours(values: Tensor, ties: Tensor, known: Labels, count: int) -> np.ndarray:
-    """The nearest pair of each of the `count` nearest other episodes, seen by the same camera (P, count); -1: none. Neighbouring pairs of an
+    """The nearest pair of each of the `count` nearest other episodes, seen by the same camera (P, count); -1: none.
+    Neighbouring pairs of an
     episode are near twins and would be one answer given twice. Equal distances are told apart by `ties`."""
     allowed = comparable(known)
-    first, second = (torch.cdist(x[None], x[None], compute_mode="donot_use_mm_for_euclid_dist")[0].numpy() for x in (values, ties))
+    first, second = (
+        torch.cdist(x[None], x[None], compute_mode="donot_use_mm_for_euclid_dist")[0].numpy() for x in (values, ties)
+    )
     found = np.full((len(allowed), count), -1)
     for i, order in enumerate(np.lexsort((second, first))):
         order = order[allowed[i, order]]
         best = order[np.sort(np.unique(known.episode[order], return_index=True)[1])][:count]
-        found[i, :len(best)] = best
+        found[i, : len(best)] = best
     return found
 
 
@@ -123,20 +145,28 @@ def comparable(known: Labels) -> np.ndarray:
 
 
 def retrieve(found: Mapping[str, np.ndarray], known: Labels) -> dict[str, Any]:
-    """How alike are `neighbours` (P, count), found by each input: share with the same sentence, cosine of the displacements.
+    """How alike are `neighbours` (P, count), found by each input: share with the same sentence, cosine of the
+    displacements.
 
-    By input: value and gain over the mean of all pairs that might have been found, with 95 % intervals over episodes. Raises Missing.
+    By input: value and gain over the mean of all pairs that might have been found, with 95 % intervals over episodes.
+    Raises Missing.
     """
     allowed = comparable(known)
     length = np.linalg.norm(known.motion, axis=1)
     direction = known.motion / np.maximum(length, 1e-9)[:, None]
     moving = allowed & (length[:, None] >= STILL) & (length >= STILL)
     same = (known.text[:, None] == known.text).astype(float)
-    scales = {"sentence": (same, allowed, (same * allowed).any(1)),
-              "displacement": (np.nan_to_num(direction) @ np.nan_to_num(direction).T, moving, moving.any(1))}
-    scales = {name: scale for name, scale in scales.items() if scale[2].any() and len(np.unique(known.episode[scale[2]])) > 1}
+    scales = {
+        "sentence": (same, allowed, (same * allowed).any(1)),
+        "displacement": (np.nan_to_num(direction) @ np.nan_to_num(direction).T, moving, moving.any(1)),
+    }
+    scales = {
+        name: scale for name, scale in scales.items() if scale[2].any() and len(np.unique(known.episode[scale[2]])) > 1
+    }
     if not scales:
-        raise Missing("retrieval is left out: no two episodes share a sentence, and no readings of the robot tell how they moved")
+        raise Missing(
+            "retrieval is left out: no two episodes share a sentence, and no readings of the robot tell how they moved"
+        )
     results: dict[str, Any] = {name: {} for name in scales}
     for source, near in found.items():
         for name, (alike, eligible, asked) in scales.items():
@@ -146,8 +176,12 @@ def retrieve(found: Mapping[str, np.ndarray], known: Labels) -> dict[str, Any]:
                 continue
             value = (np.take_along_axis(alike, near, 1) * counts)[asked].sum(1) / counts[asked].sum(1)
             chance = (alike * eligible)[asked].sum(1) / eligible[asked].sum(1)
-            results[name][source] = {"value": by_episode(value, known.episode[asked]), "gain": by_episode(value - chance, known.episode[asked]),
-                                     "chance": float(chance.mean()), "queries": int(asked.sum())}
+            results[name][source] = {
+                "value": by_episode(value, known.episode[asked]),
+                "gain": by_episode(value - chance, known.episode[asked]),
+                "chance": float(chance.mean()),
+                "queries": int(asked.sum()),
+            }
     return results
 
 
@@ -158,16 +192,20 @@ def by_episode(values: np.ndarray, episodes: np.ndarray) -> Interval:
 
 
 def split(fit: np.ndarray, test: np.ndarray, seed: int, choose: float = 0.25) -> Parts:
-    """Parts of the rows [fit; test] by the names of their episodes: a share of the episodes of `fit` chooses, those of `test` never fit."""
+    """Parts of the rows [fit; test] by the names of their episodes: a share of the episodes of `fit` chooses, those of
+    `test` never fit."""
     own = ~np.isin(fit, test)
     names = np.unique(fit[own])
-    chosen = np.random.default_rng(seed).permutation(names)[:max(1, round(choose * len(names)))]
+    chosen = np.random.default_rng(seed).permutation(names)[: max(1, round(choose * len(names)))]
     choosing = np.isin(fit, chosen)
     return Parts(np.flatnonzero(own & ~choosing), np.flatnonzero(own & choosing), len(fit) + np.arange(len(test)))
 
 
-def read_motion(fit: Mapping[str, Tensor], fit_known: Labels, test: Mapping[str, Tensor], test_known: Labels, *, seed: int) -> dict[str, Any]:
-    """Linear read-outs of the robot's motion: R^2 on held-out episodes with 95 % interval over them, by camera, target and input, and the
+def read_motion(
+    fit: Mapping[str, Tensor], fit_known: Labels, test: Mapping[str, Tensor], test_known: Labels, *, seed: int
+) -> dict[str, Any]:
+    """Linear read-outs of the robot's motion: R^2 on held-out episodes with 95 % interval over them, by camera, target
+    and input, and the
     `lead` of the continuous latent action over every control.
 
     Inputs wider than the latent action are cut to its number of principal components. Raises Missing.
@@ -176,25 +214,48 @@ def read_motion(fit: Mapping[str, Tensor], fit_known: Labels, test: Mapping[str,
     columns = fit[QUANTIZED].shape[1]
     for view in np.unique(test_known.view):
         for target in ("motion", "gripper"):
-            chosen = [np.flatnonzero((known.view == view) & np.isfinite(getattr(known, target)).all(1)) for known in (fit_known, test_known)]
+            chosen = [
+                np.flatnonzero((known.view == view) & np.isfinite(getattr(known, target)).all(1))
+                for known in (fit_known, test_known)
+            ]
             episodes = [known.episode[rows] for known, rows in zip((fit_known, test_known), chosen)]
             parts = split(*episodes, seed)
             if min(map(len, parts)) < 10 or len(np.unique(episodes[1])) < 2:
                 continue
-            truth = torch.from_numpy(np.concatenate([getattr(known, target)[rows] for known, rows in zip((fit_known, test_known), chosen)]))
+            truth = torch.from_numpy(
+                np.concatenate([getattr(known, target)[rows] for known, rows in zip((fit_known, test_known), chosen)])
+            )
             scale = spread(truth, parts)
             if scale.mean() < 1e-10:  # nothing moves
                 continue
-            x = {name: torch.cat([part[name][torch.from_numpy(rows)] for part, rows in zip((fit, test), chosen)]) for name in fit}
+            x = {
+                name: torch.cat([part[name][torch.from_numpy(rows)] for part, rows in zip((fit, test), chosen)])
+                for name in fit
+            }
             x[RANDOM] = x[QUANTIZED][torch.from_numpy(np.random.default_rng(seed).permutation(len(truth)))]
             errors = read_errors(x, truth, parts, columns=columns, seed=seed)
-            rows = {name: dict(zip(("mean", "low", "high"), r2_ci(values, scale, episodes[1]))) for name, values in errors.items()}
+            rows = {
+                name: dict(zip(("mean", "low", "high"), r2_ci(values, scale, episodes[1])))
+                for name, values in errors.items()
+            }
             # the R^2 of such errors is the difference of two R^2: paired, as both read the same pairs
-            leads = {name: dict(zip(("mean", "low", "high"), r2_ci(scale - errors[name] + errors[CONTINUOUS], scale, episodes[1])))
-                     for name in CONTROLS if name in errors}
-            results.setdefault(str(view), {})[target] = {"pairs": [len(part) for part in parts], "r2": rows, "lead": leads}
+            leads = {
+                name: dict(
+                    zip(("mean", "low", "high"), r2_ci(scale - errors[name] + errors[CONTINUOUS], scale, episodes[1]))
+                )
+                for name in CONTROLS
+                if name in errors
+            }
+            results.setdefault(str(view), {})[target] = {
+                "pairs": [len(part) for part in parts],
+                "r2": rows,
+                "lead": leads,
+            }
     if not results:
-        raise Missing("read-outs of the robot's motion are left out: too few pairs hold readings of the robot ('state' in the annotations)")
+        raise Missing(
+            "read-outs of the robot's motion are left out: too few pairs hold readings of the robot ('state' in the "
+            "annotations)"
+        )
     return results
 
 
@@ -218,11 +279,15 @@ def transfers(known: Labels, seed: int) -> Transfer:
         partners = []
         for candidates in (np.flatnonzero(apart[i] & same[i]), np.flatnonzero(apart[i] & ~same[i])):
             candidates = rng.permutation(candidates)  # equal phases: any
-            partners += [] if not len(candidates) else [candidates[np.abs(known.phase[candidates] - known.phase[i]).argmin()]]
+            partners += (
+                [] if not len(candidates) else [candidates[np.abs(known.phase[candidates] - known.phase[i]).argmin()]]
+            )
         if len(partners) == 2:
             rows.append((i, *partners, rng.choice(np.flatnonzero(apart[i]))))
     if len(rows) < 2:
-        raise Missing("transfer is left out: scenes share no sentence, so that nothing says what an action should do there")
+        raise Missing(
+            "transfer is left out: scenes share no sentence, so that nothing says what an action should do there"
+        )
     return Transfer(*np.array(rows).T)
 
 
@@ -230,14 +295,20 @@ def transfers(known: Labels, seed: int) -> Transfer:
 def carry(model: InverseModel, seen: Seen, known: Labels, target: np.ndarray, source: np.ndarray) -> Tensor:
     """The latent actions of `source` (M,) decoded in the frames of `target` (M,) -> tokens (M, N, E)."""
     device = next(model.parameters()).device
-    return model.decode(seen.now[target].to(device), seen.quantized[source].to(device), known.text[target].tolist()).float().cpu()
+    return (
+        model.decode(seen.now[target].to(device), seen.quantized[source].to(device), known.text[target].tolist())
+        .float()
+        .cpu()
+    )
 
 
-def measure_transfer(model: InverseModel, seen: Seen, known: Labels, pairs: Transfer, *, batch_size: int) -> dict[str, Any]:
+def measure_transfer(
+    model: InverseModel, seen: Seen, known: Labels, pairs: Transfer, *, batch_size: int
+) -> dict[str, Any]:
     """Cosine of the decoded change of tokens with the change that happened there, with 95 % intervals over episodes."""
     cosines: dict[str, list[Tensor]] = {"own": [], "same": [], "other": [], "shuffled": []}
     for start in tqdm(range(0, len(pairs.target), batch_size), desc="transfer"):
-        actions = Transfer(*(rows[start:start + batch_size] for rows in pairs))
+        actions = Transfer(*(rows[start : start + batch_size] for rows in pairs))
         target = actions.target
         now, truth = seen.now[target], (seen.future[target] - seen.now[target]).flatten(1)
         for name, action in zip(cosines, (target, actions.source, actions.other, actions.shuffled)):
@@ -245,11 +316,15 @@ def measure_transfer(model: InverseModel, seen: Seen, known: Labels, pairs: Tran
             cosines[name].append(F.cosine_similarity(change, truth))
     values = {name: torch.cat(parts).double().numpy() for name, parts in cosines.items()}
     values |= {"gain": values["same"] - values["shuffled"], "sentence_gain": values["same"] - values["other"]}
-    return {"pairs": len(pairs.target), **{name: by_episode(row, known.episode[pairs.target]) for name, row in values.items()}}
+    return {
+        "pairs": len(pairs.target),
+        **{name: by_episode(row, known.episode[pairs.target]) for name, row in values.items()},
+    }
 
 
 def nearest_frame(seen: Seen, known: Labels, tokens: Tensor, target: int) -> tuple[int, int]:
-    """(pair, moment) of the real frame of the target's scene and camera whose tokens (N, E) are nearest; its present frame does not count."""
+    """(pair, moment) of the real frame of the target's scene and camera whose tokens (N, E) are nearest; its present
+    frame does not count."""
     pool = np.flatnonzero((known.scene == known.scene[target]) & (known.view == known.view[target]))
     frames = torch.stack([seen.now[pool], seen.future[pool]], dim=1).flatten(2)  # (pool, moments, N E)
     present = (frames == seen.now[target].flatten()).all(2)

@@ -1,9 +1,10 @@
 """GIDM: infer the latent action that links two frames about one second apart (Sec. 3.2, Alg. 1, Table 10).
 
-    o_t, o_{t+n} --DINOv2--> e_t, e_{t+n} --+
-    instruction ---T5------> tokens --------+--> encoder (spatio-temporal, causal) --> N queries of o_{t+n} --> VQ --> a
-                                                                       e_t, a --> decoder (spatial) --> e_{t+n}, MSE
+o_t, o_{t+n} --DINOv2--> e_t, e_{t+n} --+
+instruction ---T5------> tokens --------+--> encoder (spatio-temporal, causal) --> N queries of o_{t+n} --> VQ --> a
+                                                                   e_t, a --> decoder (spatial) --> e_{t+n}, MSE
 """
+
 from __future__ import annotations
 
 import string
@@ -20,7 +21,8 @@ from common.metrics import code_counts, perplexity
 from step2_gidm.quantizer import Bottleneck, Quantizer
 from step2_gidm.transformer import SpatialTransformer, SpatioTemporalTransformer, attention_weights
 
-# B batch, N visual tokens of a frame, E their width, K latent-action tokens, d their width, L text tokens, D model width
+# B batch, N visual tokens of a frame, E their width, K latent-action tokens, d their width, L text tokens, D model
+# width
 
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -28,15 +30,29 @@ _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 class InverseModel(nn.Module):
     """What every inverse model of Table 7 shares: frozen eyes and text, a bottleneck, the decoder and the objective.
 
-    A subclass says in `encode` how two moments become K vectors of width `read_dim`. `text_in` names the parts that read
+    A subclass says in `encode` how two moments become K vectors of width `read_dim`. `text_in` names the parts that
+    read
     the instruction: the paper's encoder only, or encoder and decoder as in the release. With `clean_text` sentences
     are lower-cased and lose their punctuation here, so that pretraining and policies cannot differ. With `residual` the
     decoder predicts what changes and starts from no change; the release predicts the future tokens outright, and
     spends its first thousands of steps on copying the background.
     """
 
-    def __init__(self, *, vision: DinoV2, text: T5Text, quantizer: Quantizer, dim: int, heads: int, decoder_layers: int,
-                 queries: int, text_in: Collection[str], clean_text: bool, residual: bool, read_dim: int) -> None:
+    def __init__(
+        self,
+        *,
+        vision: DinoV2,
+        text: T5Text,
+        quantizer: Quantizer,
+        dim: int,
+        heads: int,
+        decoder_layers: int,
+        queries: int,
+        text_in: Collection[str],
+        clean_text: bool,
+        residual: bool,
+        read_dim: int,
+    ) -> None:
         super().__init__()
         unknown = set(text_in) - {"encoder", "decoder"}
         if unknown:
@@ -50,8 +66,14 @@ class InverseModel(nn.Module):
         self.to_latent = nn.Linear(read_dim, quantizer.dim)
         self.action_up = nn.Linear(quantizer.dim, self.embed_dim)
         self.patch_up = nn.Linear(self.embed_dim, self.embed_dim)
-        self.decoder = SpatialTransformer(self.embed_dim, dim, out_dim=self.embed_dim, tokens=queries + self.num_tokens,
-                                          layers=decoder_layers, heads=heads)
+        self.decoder = SpatialTransformer(
+            self.embed_dim,
+            dim,
+            out_dim=self.embed_dim,
+            tokens=queries + self.num_tokens,
+            layers=decoder_layers,
+            heads=heads,
+        )
         if residual:
             nn.init.zeros_(self.decoder.out.weight)
             nn.init.zeros_(self.decoder.out.bias)
@@ -84,7 +106,7 @@ class InverseModel(nn.Module):
             raise ValueError("this model's decoder reads the instruction (text_in); pass text")
         words = self._read(text) if "decoder" in self.text_in else (None, None)
         tokens = torch.cat([self.lift(quantized), self.patch_up(now)], dim=1)
-        predicted = self.decoder(tokens, *words)[:, quantized.shape[1]:]
+        predicted = self.decoder(tokens, *words)[:, quantized.shape[1] :]
         return now + predicted if self.residual else predicted
 
     def drop_decoder(self) -> None:
@@ -96,8 +118,10 @@ class InverseModel(nn.Module):
         self.quantizer.freeze_codes()
 
     def forward(self, batch: TransitionBatch) -> dict[str, Tensor]:
-        """Losses and statistics of Alg. 1. `copy_mse` is the error of predicting no change; in eval mode `gap` is how much
-        the error rises when latent actions are dealt to other samples of the batch. `codes` (K, C) counts them by query, for
+        """Losses and statistics of Alg. 1. `copy_mse` is the error of predicting no change; in eval mode `gap` is how
+        much
+        the error rises when latent actions are dealt to other samples of the batch. `codes` (K, C) counts them by
+        query, for
         `count_metrics`, where there are codes."""
         frames, text = batch["frames"], batch["text"]
         now, future = self.embed(frames.flatten(0, 1)).unflatten(0, frames.shape[:2]).unbind(1)
@@ -112,10 +136,13 @@ class InverseModel(nn.Module):
         return out
 
     def count_metrics(self, counts: dict[str, Tensor]) -> dict[str, float]:
-        """From the `codes` (K, C) of many batches: share of the codes in use and perplexity, over all queries and by query (`usage_0`, ...)."""
+        """From the `codes` (K, C) of many batches: share of the codes in use and perplexity, over all queries and by
+        query (`usage_0`, ...)."""
         parts = {"": counts["codes"].sum(0)} | {f"_{query}": part for query, part in enumerate(counts["codes"])}
         measures = {"usage": lambda part: (part > 0).float().mean(), "perplexity": perplexity}
-        return {f"{name}{end}": float(measure(part)) for end, part in parts.items() for name, measure in measures.items()}
+        return {
+            f"{name}{end}": float(measure(part)) for end, part in parts.items() for name, measure in measures.items()
+        }
 
     def on_step(self, step: int, accelerator: Any = None) -> dict[str, float]:
         """After every optimizer step: the bottleneck may restart dead codes, on a schedule of steps."""
@@ -123,8 +150,10 @@ class InverseModel(nn.Module):
 
     def _infer(self, now: Tensor, future: Tensor, text: list[str]) -> tuple[Tensor, Bottleneck]:
         if now.shape != future.shape or now.shape[1:] != (self.num_tokens, self.embed_dim):
-            raise ValueError(f"visual tokens must be (B, {self.num_tokens}, {self.embed_dim}) twice, got "
-                             f"{tuple(now.shape)} and {tuple(future.shape)}")
+            raise ValueError(
+                f"visual tokens must be (B, {self.num_tokens}, {self.embed_dim}) twice, got "
+                f"{tuple(now.shape)} and {tuple(future.shape)}"
+            )
         words = self._read(text) if "encoder" in self.text_in else (None, None)
         z = self.to_latent(self.encode(now, future, *words))
         return z, self.quantizer(z)
@@ -139,22 +168,47 @@ class InverseModel(nn.Module):
 class GIDM(InverseModel):
     """The paper's inverse model: learnable queries beside both frames, read at the future frame, vector-quantized.
 
-    Defaults are the paper's (Table 10); what it leaves open follows UniVLA, on which A.3 says it builds: heads, queries,
+    Defaults are the paper's (Table 10); what it leaves open follows UniVLA, on which A.3 says it builds: heads,
+    queries,
     depth of the decoder, and the queries' place (before the patches of both frames).
     """
 
-    def __init__(self, *, vision: DinoV2, text: T5Text, quantizer: Quantizer, dim: int = 768, heads: int = 12,
-                 encoder_layers: int = 16, decoder_layers: int = 16, queries: int = 4,
-                 text_in: Collection[str] = ("encoder",), clean_text: bool = True, residual: bool = True) -> None:
-        super().__init__(vision=vision, text=text, quantizer=quantizer, dim=dim, heads=heads, decoder_layers=decoder_layers,
-                         queries=queries, text_in=text_in, clean_text=clean_text, residual=residual, read_dim=dim)
+    def __init__(
+        self,
+        *,
+        vision: DinoV2,
+        text: T5Text,
+        quantizer: Quantizer,
+        dim: int = 768,
+        heads: int = 12,
+        encoder_layers: int = 16,
+        decoder_layers: int = 16,
+        queries: int = 4,
+        text_in: Collection[str] = ("encoder",),
+        clean_text: bool = True,
+        residual: bool = True,
+    ) -> None:
+        super().__init__(
+            vision=vision,
+            text=text,
+            quantizer=quantizer,
+            dim=dim,
+            heads=heads,
+            decoder_layers=decoder_layers,
+            queries=queries,
+            text_in=text_in,
+            clean_text=clean_text,
+            residual=residual,
+            read_dim=dim,
+        )
         self.queries = nn.Parameter(torch.empty(queries, self.embed_dim).uniform_(-1, 1))
-        self.encoder = SpatioTemporalTransformer(self.embed_dim, dim, tokens=queries + self.num_tokens,
-                                                 layers=encoder_layers, heads=heads)
+        self.encoder = SpatioTemporalTransformer(
+            self.embed_dim, dim, tokens=queries + self.num_tokens, layers=encoder_layers, heads=heads
+        )
 
     def encode(self, now: Tensor, future: Tensor, text: Tensor | None, text_mask: Tensor | None) -> Tensor:
         """The queries of the future frame after the encoder, (B, K, D)."""
-        return self.encode_frames(now, future, text, text_mask)[:, 1, :self.num_actions]
+        return self.encode_frames(now, future, text, text_mask)[:, 1, : self.num_actions]
 
     def encode_frames(self, now: Tensor, future: Tensor, text: Tensor | None, text_mask: Tensor | None) -> Tensor:
         """Every token of both frames after the encoder, queries first: (B, 2, K + N, D)."""
@@ -163,17 +217,22 @@ class GIDM(InverseModel):
 
     @torch.no_grad()
     def attention(self, now: Tensor, future: Tensor, text: list[str], *, layer: int = -1) -> Tensor:
-        """Where the queries look in the future frame (Fig. 12): (B, K, N), mean over heads, sums to one over patches."""
+        """Where the queries look in the future frame (Fig. 12): (B, K, N), mean over heads, sums to one over
+        patches."""
         seen: dict[str, Any] = {}
         spatial = self.encoder.blocks[layer].spatial
-        hook = spatial.register_forward_pre_hook(lambda _, args, kwargs: seen.update(x=args[0], **kwargs), with_kwargs=True)
+        hook = spatial.register_forward_pre_hook(
+            lambda _, args, kwargs: seen.update(x=args[0], **kwargs), with_kwargs=True
+        )
         try:
             self._infer(now, future, text)
         finally:
             hook.remove()
-        mask = None if seen["key_mask"] is None else seen["key_mask"][1::2]  # frames alternate: the odd rows are o_{t+n}
+        mask = (
+            None if seen["key_mask"] is None else seen["key_mask"][1::2]
+        )  # frames alternate: the odd rows are o_{t+n}
         weights = attention_weights(spatial, seen["x"][1::2], mask).mean(1)
-        maps = weights[:, :self.num_actions, self.num_actions:self.num_actions + self.num_tokens]
+        maps = weights[:, : self.num_actions, self.num_actions : self.num_actions + self.num_tokens]
         return maps / maps.sum(-1, keepdim=True)
 
 

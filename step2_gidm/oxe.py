@@ -1,8 +1,10 @@
 """Table 12 as one table: the 26 Open X-Embodiment sets that the inverse model is pretrained on (A.2).
 
 Sources: UniVLA's mixture for weights and keys, LeRobot's openx configuration for control rates, OpenVLA's published
-statistics for transition counts (Kuka and Bridge: implied by the paper's shares), the release's lists of names for windows.
+statistics for transition counts (Kuka and Bridge: implied by the paper's shares), the release's lists of names for
+windows.
 """
+
 from __future__ import annotations
 
 from typing import NamedTuple
@@ -48,7 +50,9 @@ OXE: dict[str, OxeSet] = {
     "viola": OxeSet(("viola",), 1.3, 2.0, 76_324, 20, "observation/agentview_rgb", OBSERVED, window=FAST),
     "berkeley_autolab_ur5": OxeSet(("berkeley_autolab_ur5",), 1.6, 2.0, 97_939, 5, text=OBSERVED, window=SLOW),
     "toto": OxeSet(("toto",), 2.8, 1.0, 325_699, 30, text=OBSERVED, window=FAST),
-    "language_table": OxeSet(("language_table",), 6.1, 0.1, 7_045_476, 10, "observation/rgb", "observation/instruction", "code_points"),
+    "language_table": OxeSet(
+        ("language_table",), 6.1, 0.1, 7_045_476, 10, "observation/rgb", "observation/instruction", "code_points"
+    ),
     "stanford_hydra": OxeSet(_rlds("stanford_hydra_dataset"), 6.2, 2.0, 358_234, 10),
     "austin_buds": OxeSet(_rlds("austin_buds_dataset"), 0.4, 1.0, 34_112, 20),
     "nyu_franka_play": OxeSet(_rlds("nyu_franka_play_dataset"), 1.2, 3.0, 44_875, 3, window=SLOW),
@@ -61,16 +65,21 @@ OXE: dict[str, OxeSet] = {
     "utaustin_mutex": OxeSet(("utaustin_mutex",), 3.0, 1.0, 361_883, 20, window=FAST),
     "berkeley_fanuc": OxeSet(("berkeley_fanuc_manipulation",), 1.1, 2.0, 62_613, 10),
     "cmu_stretch": OxeSet(("cmu_stretch",), 0.2, 1.0, 25_016, 10),
-    "bc_z": OxeSet(("bc_z",), 10.3, 0.2, 6_015_535, 10, text=OBSERVED, version="0.1.0"),  # later versions are broken (OpenVLA)
+    "bc_z": OxeSet(
+        ("bc_z",), 10.3, 0.2, 6_015_535, 10, text=OBSERVED, version="0.1.0"
+    ),  # later versions are broken (OpenVLA)
     "fmb": OxeSet(("fmb", "fmb_dataset"), 9.8, 1.0, 1_137_459, 10, "observation/image_side_1"),
     "dobbe": OxeSet(("dobbe",), 2.0, 0.2, 1_139_911, 3.75, "observation/wrist_image", window=SLOW),
 }
 HUMAN_SHARE = 3.5  # Ego4D, Table 12; all shares sum to 99.9
 HUMAN_TRANSITIONS = 406_000  # implied by that share
-HUMAN_SECONDS = 0.5  # that the release's Ego4D pairs span: a window of 2 of the 2 frames a second that it keeps; ours keep the clip's own rate
+# that the release's Ego4D pairs span: a window of 2 of the 2 frames a second that it keeps; ours keep the clip's own
+# rate
+HUMAN_SECONDS = 0.5
 
 
 def official_windows(seed: int = 42) -> dict[str, int]:
-    """Frames that the release's pairs span, by robot set: it draws one number a set, once a run, and these are one such draw."""
+    """Frames that the release's pairs span, by robot set: it draws one number a set, once a run, and these are one such
+    draw."""
     rng = np.random.default_rng(seed)
     return {name: int(rng.integers(*row.window, endpoint=True)) for name, row in OXE.items()}

@@ -1,8 +1,12 @@
-"""Transitions: two frames about one second apart and the instruction, drawn inside an episode and pictured (Sec. 3.2, A.2).
+"""Transitions: two frames about one second apart and the instruction, drawn inside an episode and pictured (Sec. 3.2,
+A.2).
 
-Every set measures the second by its own frame rate. No index is clamped to an episode's end, so no pair shows a frame beside
-itself (UniVLA and the release clamp: 61 % of Kuka's pairs and 29 % of Ego4D's do not move; `gap="official"` does as they do).
+Every set measures the second by its own frame rate. No index is clamped to an episode's end, so no pair shows a frame
+beside
+itself (UniVLA and the release clamp: 61 % of Kuka's pairs and 29 % of Ego4D's do not move; `gap="official"` does as
+they do).
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
@@ -40,17 +44,33 @@ class Clip(NamedTuple):
 class Transitions:
     """How pairs are drawn and pictured; subclasses say where frames come from.
 
-    `gap` is "seconds" or "official" (step2_gidm.gaps). `gap_seconds`, `jitter` and `min_gap` belong to the first, `window`, in frames, and
-    `window_seconds`, which wins, to the second. With `labelled` pairs also carry what evaluation knows them by, where the set has it:
-    episode, scene, view, phase (where in the episode the pair starts, 0 to 1) and state (2, D), the robot's readings at both moments.
+    `gap` is "seconds" or "official" (step2_gidm.gaps). `gap_seconds`, `jitter` and `min_gap` belong to the first,
+    `window`, in frames, and
+    `window_seconds`, which wins, to the second. With `labelled` pairs also carry what evaluation knows them by, where
+    the set has it:
+    episode, scene, view, phase (where in the episode the pair starts, 0 to 1) and state (2, D), the robot's readings at
+    both moments.
     """
 
-    def __init__(self, *, image_size: int, gap: str = "seconds", gap_seconds: float | Sequence[float] = 1.0, jitter: float = 0.0, min_gap: float = 0.5,
-                 window: int = 10, window_seconds: float | None = None, augment: bool = False, labelled: bool = False) -> None:
+    def __init__(
+        self,
+        *,
+        image_size: int,
+        gap: str = "seconds",
+        gap_seconds: float | Sequence[float] = 1.0,
+        jitter: float = 0.0,
+        min_gap: float = 0.5,
+        window: int = 10,
+        window_seconds: float | None = None,
+        augment: bool = False,
+        labelled: bool = False,
+    ) -> None:
         if gap not in GAPS:
             raise ValueError(f"unknown gap {gap!r}; use one of {', '.join(GAPS)}")
         self.image_size, self.augment, self.labelled = image_size, augment, labelled
-        self.gap = GAPS[gap](seconds=gap_seconds, jitter=jitter, least=min_gap, window=window, window_seconds=window_seconds)
+        self.gap = GAPS[gap](
+            seconds=gap_seconds, jitter=jitter, least=min_gap, window=window, window_seconds=window_seconds
+        )
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -61,7 +81,8 @@ class Transitions:
         return len(self)
 
     def open(self, index: int, rng: np.random.Generator | None = None) -> Clip:
-        """One episode. Where the camera is drawn, `rng` draws it; without one it is the first. Raises Unreadable where the episode is bad."""
+        """One episode. Where the camera is drawn, `rng` draws it; without one it is the first. Raises Unreadable where
+        the episode is bad."""
         raise NotImplementedError
 
     def decode(self, pair: Pair) -> Sequence[np.ndarray]:
@@ -69,8 +90,13 @@ class Transitions:
         raise NotImplementedError
 
     def about(self, episode: str, scene: str, view: int | str, start: int, length: int) -> dict[str, Any]:
-        """What evaluation knows a pair by that starts at frame `start` of `length`; empty unless `labelled`. The state is the subclass's to add."""
-        return {"episode": episode, "scene": scene, "view": view, "phase": start / max(1, length - 1)} if self.labelled else {}
+        """What evaluation knows a pair by that starts at frame `start` of `length`; empty unless `labelled`. The state
+        is the subclass's to add."""
+        return (
+            {"episode": episode, "scene": scene, "view": view, "phase": start / max(1, length - 1)}
+            if self.labelled
+            else {}
+        )
 
     def pairs(self, index: int, rng: np.random.Generator, count: int = 1) -> list[Pair]:
         """`count` pairs of one episode from one opening of it. Raises Unreadable."""
@@ -81,7 +107,10 @@ class Transitions:
         """Up to `steps` pairs in order through one episode: id, text, frames (T, 2, 3, S, S). Raises Unreadable."""
         clip = self.open(index)
         gap = min(self.gap(clip.id, clip.length, clip.fps, np.random.default_rng(0))[0], clip.length - 1)
-        pairs = [clip.pair(now, now + gap) for now in np.unique(np.linspace(0, clip.length - 1 - gap, steps).round().astype(int)).tolist()]
+        pairs = [
+            clip.pair(now, now + gap)
+            for now in np.unique(np.linspace(0, clip.length - 1 - gap, steps).round().astype(int)).tolist()
+        ]
         frames = torch.stack([self.fit(self.decode(pair)) for pair in pairs])
         return {"id": clip.id, "text": pairs[0].text, "frames": frames}
 
@@ -122,7 +151,7 @@ class Transitions:
 def perturb(images: Tensor, rng: np.random.Generator) -> Tensor:
     """Crop and colours as in UniVLA, one draw for all images of the pair: (T, 3, H, W) in [0, 1] -> the same."""
     size = images.shape[-1]
-    side = max(1, round(size * 0.9 ** 0.5))  # 0.9 of the area
+    side = max(1, round(size * 0.9**0.5))  # 0.9 of the area
     top, left = (int(v) for v in rng.integers(size - side + 1, size=2))
     images = vision.resized_crop(images, top, left, side, side, [size, size], antialias=True)
     images = (images + rng.uniform(-0.2, 0.2)).clamp(0, 1)

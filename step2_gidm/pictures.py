@@ -1,4 +1,6 @@
-"""Pictures and films of what the latent actions see and mean (Fig. 12). Frames are (3, S, S) in [0, 1]; K queries, N visual tokens."""
+"""Pictures and films of what the latent actions see and mean (Fig. 12). Frames are (3, S, S) in [0, 1]; K queries, N
+visual tokens."""
+
 from __future__ import annotations
 
 import textwrap
@@ -23,8 +25,10 @@ def attention_maps(model: GIDM, pairs: Sequence[Mapping[str, Any]], batch_size: 
     """Where each query looks in the future frames: (P, K, rows, columns), a map sums to one."""
     device, maps = next(model.parameters()).device, []
     for start in range(0, len(pairs), batch_size):
-        batch = pairs[start:start + batch_size]
-        now, future = (model.embed(torch.stack([pair["frames"][moment] for pair in batch]).to(device)) for moment in (0, 1))
+        batch = pairs[start : start + batch_size]
+        now, future = (
+            model.embed(torch.stack([pair["frames"][moment] for pair in batch]).to(device)) for moment in (0, 1)
+        )
         maps.append(model.attention(now, future, [pair["text"] for pair in batch]).float().cpu())
     return torch.cat(maps).unflatten(-1, model.vision.grid)
 
@@ -40,7 +44,10 @@ class Overlay:
         self.pictures = [axis.imshow(blank, vmin=0, vmax=1) for axis in axes[0]]
         # one scale a column: over a film it shows when a query looks hard and when it looks everywhere
         style = {"cmap": "jet", "alpha": 0.45, "extent": side, "interpolation": "bicubic", "vmin": 0}
-        self.heats = [axis.imshow(self.maps[0, k], vmax=float(self.maps[:, k].max()), **style) for k, axis in enumerate(axes[0][2:])]
+        self.heats = [
+            axis.imshow(self.maps[0, k], vmax=float(self.maps[:, k].max()), **style)
+            for k, axis in enumerate(axes[0][2:])
+        ]
         names = ["now", "future", "all queries", *(f"query {k}" for k in range(maps.shape[1]))]
         for axis, name in zip(axes[0], names):
             axis.set(xticks=[], yticks=[], xlim=side[:2], ylim=side[2:])
@@ -82,25 +89,48 @@ def film_attention(model: GIDM, clip: Mapping[str, Any], path: Path, *, fps: flo
 
 
 def draw_neighbours(path: Path, pairs: Sequence[Mapping[str, Any]], found: np.ndarray, queries: Sequence[int]) -> None:
-    """One PNG: a row a query with the pairs found for it (P, neighbours), each as its two frames; green: the same sentence."""
-    figure, axes = pyplot.subplots(len(queries), 1 + found.shape[1], figsize=(3.2 * (1 + found.shape[1]), 2.1 * len(queries)), squeeze=False)
+    """One PNG: a row a query with the pairs found for it (P, neighbours), each as its two frames; green: the same
+    sentence."""
+    figure, axes = pyplot.subplots(
+        len(queries), 1 + found.shape[1], figsize=(3.2 * (1 + found.shape[1]), 2.1 * len(queries)), squeeze=False
+    )
     for row, query in zip(axes, queries):
         for axis, number in zip(row, [query, *found[query]]):
             axis.axis("off")
             if number >= 0:
                 axis.imshow(_twin(pairs[number]["frames"]))
                 same = pairs[number]["text"] == pairs[query]["text"]
-                axis.set_title(_short(pairs[number]["text"]), fontsize=8, color="black" if number == query else SAME if same else OTHER)
+                axis.set_title(
+                    _short(pairs[number]["text"]),
+                    fontsize=8,
+                    color="black" if number == query else SAME if same else OTHER,
+                )
     for axis, name in zip(axes[0], ["query: now | future", *(f"neighbour {i + 1}" for i in range(found.shape[1]))]):
         axis.set_title(f"{name}\n{axis.get_title()}", fontsize=8, color=axis.title.get_color())
     save(figure, path)
 
 
-def draw_transfer(path: Path, model: InverseModel, pairs: Sequence[Mapping[str, Any]], seen: Seen, known: Labels, partners: Transfer,
-                  rows: Sequence[int]) -> None:
-    """One PNG: the action of one scene, the frame of another, and the real frame there that the decoded tokens are nearest to."""
-    names = ["action: now", "action: future", "another scene", "action decoded there\n(nearest real frame)", "what happened there"]
-    figure, axes = pyplot.subplots(len(rows), len(names), figsize=(2 * len(names), 2.1 * len(rows) + 0.3), squeeze=False)
+def draw_transfer(
+    path: Path,
+    model: InverseModel,
+    pairs: Sequence[Mapping[str, Any]],
+    seen: Seen,
+    known: Labels,
+    partners: Transfer,
+    rows: Sequence[int],
+) -> None:
+    """One PNG: the action of one scene, the frame of another, and the real frame there that the decoded tokens are
+    nearest to."""
+    names = [
+        "action: now",
+        "action: future",
+        "another scene",
+        "action decoded there\n(nearest real frame)",
+        "what happened there",
+    ]
+    figure, axes = pyplot.subplots(
+        len(rows), len(names), figsize=(2 * len(names), 2.1 * len(rows) + 0.3), squeeze=False
+    )
     for axis, name in zip(axes[0], names):
         axis.set_title(name, fontsize=9)
     target, source = partners.target[rows], partners.source[rows]

@@ -1,8 +1,10 @@
 """Four bottlenecks between the inverse model and its decoder (Sec. 3.2, Table 8).
 
 All share one protocol: `forward(z (B, K, dim)) -> Bottleneck` and `on_step(step)`, which the training loop calls after
-every optimizer step. A `delay` lets the decoder read z itself at first. The paper compares the four without defining them; each definition stands in its class.
+every optimizer step. A `delay` lets the decoder read z itself at first. The paper compares the four without defining
+them; each definition stands in its class.
 """
+
 from __future__ import annotations
 
 from typing import NamedTuple, Protocol
@@ -43,10 +45,13 @@ class Quantizer(Protocol):
 
 
 class Delayed(nn.Module):
-    """A bottleneck that takes over late: for the first `delay` batches of training the decoder reads z itself, to which only the table adapts.
+    """A bottleneck that takes over late: for the first `delay` batches of training the decoder reads z itself, to which
+    only the table adapts.
 
-    Quantized from the start, z first learns what is easiest to tell apart, the camera and the scene, and the commitment holds it there:
-    motion is a small difference within such a cluster. Finetuning does not start over: the count is saved, and frozen codes wait for nothing.
+    Quantized from the start, z first learns what is easiest to tell apart, the camera and the scene, and the commitment
+    holds it there:
+    motion is a small difference within such a cluster. Finetuning does not start over: the count is saved, and frozen
+    codes wait for nothing.
     """
 
     def __init__(self, delay: int) -> None:
@@ -61,7 +66,8 @@ class Delayed(nn.Module):
         self.requires_grad_(False)
 
     def share(self) -> Tensor | float:
-        """0 as long as the bottleneck waits, else 1; a tensor where that has to be counted, so that no step waits for the device."""
+        """0 as long as the bottleneck waits, else 1; a tensor where that has to be counted, so that no step waits for
+        the device."""
         if not self.delay or self.frozen or not self.training:
             return 1.0
         self.batches += 1
@@ -69,7 +75,8 @@ class Delayed(nn.Module):
 
 
 class Restarting(Delayed):
-    """A table of `codes`. Those that nobody used for `restart_every` steps move onto vectors of the latest batch; 0 never restarts."""
+    """A table of `codes`. Those that nobody used for `restart_every` steps move onto vectors of the latest batch; 0
+    never restarts."""
 
     def __init__(self, codes: int, dim: int, restart_every: int, restart_until: int | None, delay: int) -> None:
         super().__init__(delay)
@@ -80,7 +87,8 @@ class Restarting(Delayed):
         self._latest: Tensor | None = None
 
     def restart(self, dead: Tensor, vectors: Tensor, spread: Tensor) -> None:
-        """Move the codes `dead` (M) onto `vectors` (M, d); `spread` (d) is the deviation of the batch that they come from."""
+        """Move the codes `dead` (M) onto `vectors` (M, d); `spread` (d) is the deviation of the batch that they come
+        from."""
         raise NotImplementedError
 
     @torch.no_grad()
@@ -108,7 +116,8 @@ class Restarting(Delayed):
             self._latest = z.detach().flatten(0, 1)
 
     def _replacements(self, count: int, step: int) -> tuple[Tensor, Tensor]:
-        """`count` vectors of rank 0's latest batch, each a little off so that twins part, and its deviation; the draw depends on `step` only."""
+        """`count` vectors of rank 0's latest batch, each a little off so that twins part, and its deviation; the draw
+        depends on `step` only."""
         latest = self._latest
         generator = torch.Generator().manual_seed(step)
         order = torch.cat([torch.randperm(len(latest), generator=generator) for _ in range(-(-count // len(latest)))])
@@ -123,19 +132,34 @@ class Restarting(Delayed):
 class VectorQuantizer(Restarting):
     """VQ-VAE (van den Oord et al., 2017): the nearest of `codes` learned vectors, straight-through.
 
-    loss = ||sg(z) - c||^2 + beta ||z - sg(c)||^2, means over elements, weights of UniVLA and the release. Frozen codes leave
+    loss = ||sg(z) - c||^2 + beta ||z - sg(c)||^2, means over elements, weights of UniVLA and the release. Frozen codes
+    leave
     beta ||z - sg(c)||^2.
 
-    With `normalize`, the number K of latent-action tokens, every number of every token is brought to mean 0 and deviation 1 over the batch,
-    and in use over the training data, before z is compared with the codes; otherwise the K tokens differ by more than actions make
-    them differ. Codes sit at the means of what they stand for, so without it a smaller z makes a smaller loss: in finetuning, where no
-    reconstruction holds against it, latent actions shrank until they said nothing. The gradient passes through the batch's statistics:
-    when it did not, nothing held z itself, and its mean drifted far past its deviation. What frozen codes mean includes these statistics, so
+    With `normalize`, the number K of latent-action tokens, every number of every token is brought to mean 0 and
+    deviation 1 over the batch,
+    and in use over the training data, before z is compared with the codes; otherwise the K tokens differ by more than
+    actions make
+    them differ. Codes sit at the means of what they stand for, so without it a smaller z makes a smaller loss: in
+    finetuning, where no
+    reconstruction holds against it, latent actions shrank until they said nothing. The gradient passes through the
+    batch's statistics:
+    when it did not, nothing held z itself, and its mean drifted far past its deviation. What frozen codes mean includes
+    these statistics, so
     they freeze with them.
     """
 
-    def __init__(self, codes: int, dim: int, *, beta: float = 0.25, restart_every: int = 20,
-                 restart_until: int | None = None, normalize: int = 0, delay: int = 0) -> None:
+    def __init__(
+        self,
+        codes: int,
+        dim: int,
+        *,
+        beta: float = 0.25,
+        restart_every: int = 20,
+        restart_until: int | None = None,
+        normalize: int = 0,
+        delay: int = 0,
+    ) -> None:
         super().__init__(codes, dim, restart_every, restart_until, delay)
         self.beta = beta
         self.norm = nn.BatchNorm1d(normalize * dim, affine=False, momentum=0.02) if normalize else nn.Identity()
@@ -176,12 +200,22 @@ class GaussianMixture(Restarting):
     """Soft assignment to `codes` learned diagonal Gaussians: the posterior mean, straight-through (our definition).
 
     r_c = softmax(log pi_c + log N(z; mu_c, sigma_c)), quantized = sum_c r_c mu_c. The mixture is fitted by maximum
-    likelihood of sg(z); `beta` times the distance to the posterior mean commits the encoder, as in VQ. In 128 numbers a component
-    that is not the nearest gets no share and no gradient, so components restart as VQ's codes do, at the batch's deviation.
+    likelihood of sg(z); `beta` times the distance to the posterior mean commits the encoder, as in VQ. In 128 numbers a
+    component
+    that is not the nearest gets no share and no gradient, so components restart as VQ's codes do, at the batch's
+    deviation.
     """
 
-    def __init__(self, codes: int, dim: int, *, beta: float = 0.25, restart_every: int = 20, restart_until: int | None = None,
-                 delay: int = 0) -> None:
+    def __init__(
+        self,
+        codes: int,
+        dim: int,
+        *,
+        beta: float = 0.25,
+        restart_every: int = 20,
+        restart_until: int | None = None,
+        delay: int = 0,
+    ) -> None:
         super().__init__(codes, dim, restart_every, restart_until, delay)
         self.beta = beta
         self.means = nn.Parameter(torch.empty(codes, dim).uniform_(-1 / codes, 1 / codes))
@@ -206,10 +240,15 @@ class GaussianMixture(Restarting):
         return Bottleneck(quantized, loss, codes, stats)
 
     def _log_joint(self, z: Tensor) -> Tensor:
-        """(M, d) -> (M, C) log pi_c + log N(z; mu_c, sigma_c), up to a constant; written as products to spare (M, C, d)."""
-        log_scales = self.log_scales.clamp(-LOG_SCALE, LOG_SCALE)  # a component that sits on one point would win without bound
+        """(M, d) -> (M, C) log pi_c + log N(z; mu_c, sigma_c), up to a constant; written as products to spare (M, C,
+        d)."""
+        log_scales = self.log_scales.clamp(
+            -LOG_SCALE, LOG_SCALE
+        )  # a component that sits on one point would win without bound
         precision = (-2 * log_scales).exp()
-        distance = z.square() @ precision.T - 2 * z @ (self.means * precision).T + (self.means.square() * precision).sum(1)
+        distance = (
+            z.square() @ precision.T - 2 * z @ (self.means * precision).T + (self.means.square() * precision).sum(1)
+        )
         return self.logits.log_softmax(0) - log_scales.sum(1) - 0.5 * distance
 
     def restart(self, dead: Tensor, vectors: Tensor, spread: Tensor) -> None:
@@ -222,24 +261,28 @@ class GaussianMixture(Restarting):
 class Binning(Delayed):
     """Simple binning: the nearest of `bins` even levels in each of `dim` numbers, straight-through (our definition).
 
-    Every number is brought to mean 0 and deviation 1 over all positions by running statistics, and by erf(x / sqrt 2) into [-1, 1]: there
-    a normal number falls into all bins equally often, where a bare tanh puts most of a narrow one into the centre bin. No learned
-    table and no loss. Levels are the centres of equal bins of [-1, 1]. The joint index over the numbers is the code: 5 bins x 3 numbers
-    are 125 codes, the information of a 128-code book. Frozen codes change nothing here: what is measured of z goes on following z, so that its
+    Every number is brought to mean 0 and deviation 1 over all positions by running statistics, and by erf(x / sqrt 2)
+    into [-1, 1]: there
+    a normal number falls into all bins equally often, where a bare tanh puts most of a narrow one into the centre bin.
+    No learned
+    table and no loss. Levels are the centres of equal bins of [-1, 1]. The joint index over the numbers is the code: 5
+    bins x 3 numbers
+    are 125 codes, the information of a 128-code book. Frozen codes change nothing here: what is measured of z goes on
+    following z, so that its
     bins stay in even use.
     """
 
     def __init__(self, bins: int, dim: int, delay: int = 0) -> None:
         super().__init__(delay)
-        if bins ** dim >= 2 ** 62:
+        if bins**dim >= 2**62:
             raise ValueError(f"binning into {bins} bins x {dim} numbers has no joint index; use fewer of either")
-        self.bins, self.dim, self.size = bins, dim, bins ** dim
+        self.bins, self.dim, self.size = bins, dim, bins**dim
         self.standardize = Standardize(dim, sparing=1)
         self.register_buffer("radix", bins ** torch.arange(dim), persistent=False)
 
     def forward(self, z: Tensor) -> Bottleneck:
         """(B, K, dim) -> bin centres in (-1, 1)."""
-        even = (self.standardize(z.float()) * 0.5 ** 0.5).erf()
+        even = (self.standardize(z.float()) * 0.5**0.5).erf()
         index = ((even.detach() + 1) * self.bins / 2).long().clamp(0, self.bins - 1)
         centres = (2 * index + 1) / self.bins - 1
         codes = (index * self.radix).sum(-1)
@@ -252,7 +295,8 @@ class Binning(Delayed):
 
 
 class Continuous(nn.Module):
-    """Continuous latent action: no bottleneck but the width, and no codes; so there is nothing that a `delay` could put off."""
+    """Continuous latent action: no bottleneck but the width, and no codes; so there is nothing that a `delay` could put
+    off."""
 
     size = None
 

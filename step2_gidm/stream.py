@@ -1,9 +1,12 @@
 """Table 12 at full size: pairs read in a stream through a bounded buffer of encoded bytes (A.2).
 
-An RLDS episode is one record of up to 30 MB, so a pair by random access costs a whole one. Here a block of pairs is made of runs, each an
-episode that gives several pairs; a process holds the block it draws from, reads the next one along with it, and no two processes read the
+An RLDS episode is one record of up to 30 MB, so a pair by random access costs a whole one. Here a block of pairs is
+made of runs, each an
+episode that gives several pairs; a process holds the block it draws from, reads the next one along with it, and no two
+processes read the
 same block. What a block holds is a function of (seed, number of the block), whoever reads it and whenever.
 """
+
 from __future__ import annotations
 
 import functools
@@ -32,19 +35,30 @@ class Slot(NamedTuple):
 class Stream:
     """A mixture of transitions as a block set (common.mixture).
 
-    `block`: pairs of a block, shuffled among themselves; `pairs`: of them from one episode; `buffer_gb`: what the encoded images that the
-    workers of one rank hold may weigh, in GB. Pairs past that are left on disk and read when drawn, which is slower and changes nothing
+    `block`: pairs of a block, shuffled among themselves; `pairs`: of them from one episode; `buffer_gb`: what the
+    encoded images that the
+    workers of one rank hold may weigh, in GB. Pairs past that are left on disk and read when drawn, which is slower and
+    changes nothing
     else. Sets follow one another by weight; the episodes of a set come all once before any comes again.
     """
 
     def __init__(self, mixture: Mixture, *, block: int = 2048, pairs: int = 8, buffer_gb: float = 4.0) -> None:
         if not (1 <= pairs <= block and buffer_gb > 0):
-            raise ValueError(f"a stream needs 1 <= pairs <= block and a buffer, got pairs={pairs}, block={block}, buffer_gb={buffer_gb}")
+            raise ValueError(
+                f"a stream needs 1 <= pairs <= block and a buffer, got pairs={pairs}, block={block}, "
+                f"buffer_gb={buffer_gb}"
+            )
         self.mixture, self.pairs, self.runs, self.buffer = mixture, pairs, block // pairs, int(buffer_gb * 1e9)
         self.block = self.runs * pairs
         self.blocks = max(1, len(mixture) // self.block)
-        log.info("streaming %d sets: an epoch is %d blocks of %d pairs, %d from an episode; at most %.2f GB are held",
-                 len(mixture.sets), self.blocks, self.block, pairs, buffer_gb)
+        log.info(
+            "streaming %d sets: an epoch is %d blocks of %d pairs, %d from an episode; at most %.2f GB are held",
+            len(mixture.sets),
+            self.blocks,
+            self.block,
+            pairs,
+            buffer_gb,
+        )
 
     def __len__(self) -> int:
         return self.blocks * self.block
@@ -101,7 +115,8 @@ class Block:
 
 
 class Reader:
-    """The blocks of one process, `stride` apart: what is left of one and what is read of the next are held, never more than the budget."""
+    """The blocks of one process, `stride` apart: what is left of one and what is read of the next are held, never more
+    than the budget."""
 
     def __init__(self, stream: Stream, seed: int, stride: int) -> None:
         self.stream, self.seed, self.stride = stream, seed, stride
@@ -140,8 +155,14 @@ class Reader:
         self._fill(self.now, self.stream.runs)
         if self.now.left and not self.warned:
             self.warned = True
-            log.warning("block %d: %d of %d pairs do not fit into the buffer and are read again when drawn; raise data.stream.buffer_gb or "
-                        "lower data.stream.block (said once)", number, self.now.left, self.stream.block)
+            log.warning(
+                "block %d: %d of %d pairs do not fit into the buffer and are read again when drawn; raise "
+                "data.stream.buffer_gb or "
+                "lower data.stream.block (said once)",
+                number,
+                self.now.left,
+                self.stream.block,
+            )
 
     def _block(self, number: int) -> Block:
         return Block(number, [self.plan.episode(number, run) for run in range(self.stream.runs)], self.stream.block)

@@ -1,4 +1,6 @@
-"""Program: pretrain the inverse model (Sec. 3.2, Alg. 1, Table 10).   python -m step2_gidm.train scale=tiny|small|full [experiment=gidm/<row>] name=<name>"""
+"""Program: pretrain the inverse model (Sec. 3.2, Alg. 1, Table 10).   python -m step2_gidm.train scale=tiny|small|full
+[experiment=gidm/<row>] name=<name>"""
+
 from __future__ import annotations
 
 import logging

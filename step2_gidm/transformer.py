@@ -3,6 +3,7 @@
 Text tokens join a frame after its input stem and carry no position; padding is masked as keys, batch-major, so a
 sample gives the same output alone and beside longer sentences.
 """
+
 from __future__ import annotations
 
 import torch
@@ -90,7 +91,9 @@ class SpatialTransformer(nn.Module):
 
 def attention_weights(attention: Attention, x: Tensor, key_mask: Tensor | None = None) -> Tensor:
     """The softmax that SDPA never shows: x (B, S, D) -> (B, heads, S, S). For pictures, not for training."""
-    q, k = (project(x).unflatten(-1, (attention.heads, -1)).transpose(1, 2) for project in (attention.to_q, attention.to_k))
+    q, k = (
+        project(x).unflatten(-1, (attention.heads, -1)).transpose(1, 2) for project in (attention.to_q, attention.to_k)
+    )
     logits = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
     if key_mask is not None:
         logits = logits.masked_fill(~key_mask[:, None, None], float("-inf"))

@@ -1,7 +1,10 @@
-"""Where pairs of frames and their instruction come from: RLDS, videos, CALVIN's npz (Sec. 3.2, A.2). How they are drawn: step2_gidm.pairs.
+"""Where pairs of frames and their instruction come from: RLDS, videos, CALVIN's npz (Sec. 3.2, A.2). How they are
+drawn: step2_gidm.pairs.
 
-A set without a val split of its own holds out every twentieth episode. Where a set does not name its scenes, it counts as one.
+A set without a val split of its own holds out every twentieth episode. Where a set does not name its scenes, it counts
+as one.
 """
+
 from __future__ import annotations
 
 import json
@@ -27,8 +30,17 @@ class VideoTransitions(Transitions):
     on disk to train on and to hold out from (VPP's samples have val alone).
     """
 
-    def __init__(self, folder: str | Path, split: str = "train", *, fps: float | None = None, view: int | None = 0,
-                 fraction: float = 1.0, only: str | None = None, **pairs: Any) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        split: str = "train",
+        *,
+        fps: float | None = None,
+        view: int | None = 0,
+        fraction: float = 1.0,
+        only: str | None = None,
+        **pairs: Any,
+    ) -> None:
         super().__init__(**pairs)
         self.folder, self.fps, self.view = Path(folder), fps, view
         own = only is None and any((self.folder / "annotation" / "val").glob("*.json"))
@@ -36,7 +48,11 @@ class VideoTransitions(Transitions):
         files = sorted(place.glob("*.json"))
         if not files:
             others = sorted({path.parent.name for path in self.folder.glob("annotation/*/*.json")})
-            hint = f"there is {' and '.join(others)}: only={others[0]} shares it out" if others else "a video set holds annotation/train/<id>.json and videos/"
+            hint = (
+                f"there is {' and '.join(others)}: only={others[0]} shares it out"
+                if others
+                else "a video set holds annotation/train/<id>.json and videos/"
+            )
             raise FileNotFoundError(f"{place}: no json here; {hint}")
         files = files if own else [files[i] for i in _part(len(files), split)]
         self._whole, self.files = len(files), human.keep(files, fraction)
@@ -91,14 +107,24 @@ class VideoTransitions(Transitions):
 
 
 class CalvinTransitions(Transitions):
-    """A folder of CALVIN's npz frames, such as task_ABC_D/training or what playtable records: pairs inside the annotated segments.
+    """A folder of CALVIN's npz frames, such as task_ABC_D/training or what playtable records: pairs inside the
+    annotated segments.
 
-    `view` is "static", "gripper", or None to draw one each time. The twentieth that is held out are whole recordings, where there are
+    `view` is "static", "gripper", or None to draw one each time. The twentieth that is held out are whole recordings,
+    where there are
     several.
     """
 
-    def __init__(self, folder: str | Path, split: str = "train", *, fps: float = 30.0, view: str | None = "static",
-                 lang_folder: str = "lang_annotations", **pairs: Any) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        split: str = "train",
+        *,
+        fps: float = 30.0,
+        view: str | None = "static",
+        lang_folder: str = "lang_annotations",
+        **pairs: Any,
+    ) -> None:
         super().__init__(**pairs)
         if view is not None and view not in calvin_format.KEYS:
             raise ValueError(f"unknown view {view!r}; use {', '.join(calvin_format.KEYS)} or null for any")
@@ -108,7 +134,9 @@ class CalvinTransitions(Transitions):
         self.scenes = calvin_format.read_scenes(self.folder)
         found = calvin_format.read_annotations(self.folder, recordings, lang_folder)
         kept = set(_part(len(recordings) if len(recordings) > 1 else len(found), split).tolist())
-        self.segments = [note for number, (note, row) in enumerate(found) if (row if len(recordings) > 1 else number) in kept]
+        self.segments = [
+            note for number, (note, row) in enumerate(found) if (row if len(recordings) > 1 else number) in kept
+        ]
 
     def __len__(self) -> int:
         return len(self.segments)
@@ -128,14 +156,21 @@ class CalvinTransitions(Transitions):
             about = self.about(id, scene, view, start, length)
             if about:
                 about["state"] = self._states(id, frames)
-            return Pair(f"{name}/{frames[0]:07d}/{view}+{end - start}", note.text, (*frames, calvin_format.KEYS[view]), about=about)
+            return Pair(
+                f"{name}/{frames[0]:07d}/{view}+{end - start}",
+                note.text,
+                (*frames, calvin_format.KEYS[view]),
+                about=about,
+            )
 
         return Clip(id, length, self.fps, pair)
 
     def _states(self, id: str, frames: Sequence[int]) -> np.ndarray:
         """(2, 15) the robot's readings."""
         try:
-            return np.stack([calvin_format.read_frame(self.folder, frame, ["robot_obs"])["robot_obs"] for frame in frames]).astype(np.float64)
+            return np.stack(
+                [calvin_format.read_frame(self.folder, frame, ["robot_obs"])["robot_obs"] for frame in frames]
+            ).astype(np.float64)
         except calvin_format.CalvinFormatError as error:
             raise Unreadable(id, str(error)) from error
 
@@ -150,13 +185,23 @@ class CalvinTransitions(Transitions):
 
 
 class RldsTransitions(Transitions):
-    """An RLDS folder. `image` and `text` are paths inside a step, `encoding` is that of the sentence (common.rlds), `fps` the control rate.
+    """An RLDS folder. `image` and `text` are paths inside a step, `encoding` is that of the sentence (common.rlds),
+    `fps` the control rate.
 
     Episodes without an instruction are LeftOut, as UniVLA drops them.
     """
 
-    def __init__(self, folder: str | Path, split: str = "train", *, fps: float, image: str = "observation/image",
-                 text: str = "language_instruction", encoding: str = "text", **pairs: Any) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        split: str = "train",
+        *,
+        fps: float,
+        image: str = "observation/image",
+        text: str = "language_instruction",
+        encoding: str = "text",
+        **pairs: Any,
+    ) -> None:
         super().__init__(**pairs)
         if encoding not in rlds.ENCODINGS:
             raise ValueError(f"unknown encoding {encoding!r} of sentences; use {', '.join(rlds.ENCODINGS)}")
@@ -193,7 +238,10 @@ class RldsTransitions(Transitions):
     def decode(self, pair: Pair) -> Sequence[np.ndarray]:
         """See Transitions."""
         try:
-            return [rlds.decode(frame, f"{self.image} of its {which} frame") for frame, which in zip(pair.frames, ("first", "second"))]
+            return [
+                rlds.decode(frame, f"{self.image} of its {which} frame")
+                for frame, which in zip(pair.frames, ("first", "second"))
+            ]
         except rlds.RldsError as error:
             raise Unreadable(pair.id, str(error)) from error
 
@@ -208,7 +256,8 @@ def _part(count: int, split: str) -> np.ndarray:
 
 
 def _annotation(id: str, file: Path) -> tuple[str, list[str], list[list[float]], str]:
-    """The first sentence, the video paths, and where it tells them the robot's readings and the name of the scene (both else empty)."""
+    """The first sentence, the video paths, and where it tells them the robot's readings and the name of the scene (both
+    else empty)."""
     try:
         record = json.loads(file.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -219,4 +268,9 @@ def _annotation(id: str, file: Path) -> tuple[str, list[str], list[list[float]],
         raise Unreadable(id, f"{file} has no 'videos'")
     if not str(record["texts"][0]).strip():
         raise LeftOut(id, f"{file} has an empty sentence")
-    return record["texts"][0], [video["video_path"] for video in record["videos"]], record.get("state") or [], str(record.get("scene") or "")
+    return (
+        record["texts"][0],
+        [video["video_path"] for video in record["videos"]],
+        record.get("state") or [],
+        str(record.get("scene") or ""),
+    )

@@ -1,4 +1,5 @@
 """Step 3: forward and inverse dynamics coupled with an action adapter (Sec. 3.3-3.4)."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -10,5 +11,6 @@ def __getattr__(name: str) -> Any:
     """Opened when asked for: simulator processes pass through here and must not pay for torch and diffusers."""
     if name == "DeFI":
         from step3_defi.model import DeFI
+
         return DeFI
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

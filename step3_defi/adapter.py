@@ -2,6 +2,7 @@
 
 B batch, k noise draws of a sample, A actions, S context tokens, D width.
 """
+
 from __future__ import annotations
 
 import math
@@ -39,7 +40,8 @@ class SigmaEmbedding(nn.Module):
 
 
 class Block(nn.Module):
-    """Self-attention over the actions, cross-attention to the whole context, MLP; the first and last under adaLN-zero."""
+    """Self-attention over the actions, cross-attention to the whole context, MLP; the first and last under
+    adaLN-zero."""
 
     def __init__(self, dim: int, heads: int, dropout: float) -> None:
         super().__init__()
@@ -70,13 +72,27 @@ class ActionAdapter(nn.Module):
     every context token, and positions are coded: the released code's causal cross-attention hides most of the context.
     """
 
-    def __init__(self, streams: Mapping[str, tuple[int, int]], goal_dim: int, *, dim: int = 384, layers: int = 12, heads: int = 8,
-                 horizon: int = 10, action_dim: int = 7, dropout: float = 0.1) -> None:
+    def __init__(
+        self,
+        streams: Mapping[str, tuple[int, int]],
+        goal_dim: int,
+        *,
+        dim: int = 384,
+        layers: int = 12,
+        heads: int = 8,
+        horizon: int = 10,
+        action_dim: int = 7,
+        dropout: float = 0.1,
+    ) -> None:
         super().__init__()
         self.horizon, self.action_dim = horizon, action_dim
         self.goal = nn.Sequential(nn.Linear(goal_dim, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim))
-        self.streams = nn.ModuleDict({name: nn.Sequential(nn.Linear(width, dim), nn.LayerNorm(dim)) for name, (_, width) in streams.items()})
-        self.places = nn.ParameterDict({name: nn.Parameter(torch.randn(count, dim) * 0.02) for name, (count, _) in streams.items()})
+        self.streams = nn.ModuleDict(
+            {name: nn.Sequential(nn.Linear(width, dim), nn.LayerNorm(dim)) for name, (_, width) in streams.items()}
+        )
+        self.places = nn.ParameterDict(
+            {name: nn.Parameter(torch.randn(count, dim) * 0.02) for name, (count, _) in streams.items()}
+        )
         self.embed = nn.Linear(action_dim, dim)
         self.order = nn.Parameter(sincos_1d(horizon, dim))
         self.sigma = SigmaEmbedding(dim)
@@ -100,7 +116,8 @@ class ActionAdapter(nn.Module):
         return Context(torch.cat([goal[:, None], *tokens], dim=1), goal)
 
     def forward(self, noisy: Tensor, sigma: Tensor, context: Context) -> Tensor:
-        """Scaled noisy actions (B*k, A, 7), the k draws of a sample in a row, and sigma (B*k,) -> network output (B*k, A, 7)."""
+        """Scaled noisy actions (B*k, A, 7), the k draws of a sample in a row, and sigma (B*k,) -> network output (B*k,
+        A, 7)."""
         draws = len(noisy) // len(context.tokens)
         condition = self.sigma(sigma) + context.goal.repeat_interleave(draws, dim=0)
         x = self.embed(noisy) + self.order

@@ -4,6 +4,7 @@
 
 Leaves compare.json and table.md in `out`.
 """
+
 from __future__ import annotations
 
 import json
@@ -27,22 +28,46 @@ def compare_folders(a: Path, b: Path, *, seed: int = 0) -> tuple[dict[str, Any],
     settings = [journal.read_settings(folder) for folder in (a, b)]
     length = settings[0]["length"]
     horizons = stats.reported_horizons(min(s["horizon"] for s in settings))
-    result = {"a": str(a), "b": str(b), "worlds": [s["world"] for s in settings],
-              "horizons": {str(h): stats.compare(*records, h, seed=seed) for h in horizons},
-              "tasks": stats.compare_tasks(*records, horizons[-1], seed=seed), "tasks_horizon": horizons[-1]}
+    result = {
+        "a": str(a),
+        "b": str(b),
+        "worlds": [s["world"] for s in settings],
+        "horizons": {str(h): stats.compare(*records, h, seed=seed) for h in horizons},
+        "tasks": stats.compare_tasks(*records, horizons[-1], seed=seed),
+        "tasks_horizon": horizons[-1],
+    }
     common = sorted(set(records[0]) & set(records[1]))
-    rows = {f"{name}: {folder}, {s['world']}, {h} steps": stats.chain_stats([own[i] for i in common], h, length=length)
-            for h in horizons for name, folder, own, s in zip("ab", (a, b), records, settings)}
-    lines = [stats.chain_table(rows, length=length), "", "| horizon | sequences | a - b | 95 % | p |", "|---|---|---|---|---|"]
+    rows = {
+        f"{name}: {folder}, {s['world']}, {h} steps": stats.chain_stats([own[i] for i in common], h, length=length)
+        for h in horizons
+        for name, folder, own, s in zip("ab", (a, b), records, settings)
+    }
+    lines = [
+        stats.chain_table(rows, length=length),
+        "",
+        "| horizon | sequences | a - b | 95 % | p |",
+        "|---|---|---|---|---|",
+    ]
     for horizon, row in result["horizons"].items():
         low, high = row["difference_ci95"]
-        lines.append(f"| {horizon} | {row['sequences']} | {row['difference']:+.2f} | [{low:+.2f}, {high:+.2f}] | {row['p_value']:.4f} |")
-    lines += ["", f"Sub-tasks that both reached, within {horizons[-1]} steps (p-values not corrected for their number):", "",
-              "| task | pairs | a | b | a - b | 95 % | p |", "|---|---|---|---|---|---|---|"]
+        lines.append(
+            f"| {horizon} | {row['sequences']} | {row['difference']:+.2f} | [{low:+.2f}, {high:+.2f}] | "
+            f"{row['p_value']:.4f} |"
+        )
+    lines += [
+        "",
+        f"Sub-tasks that both reached, within {horizons[-1]} steps (p-values not corrected for their number):",
+        "",
+        "| task | pairs | a | b | a - b | 95 % | p |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for task, row in result["tasks"].items():
         low, high = (100 * bound for bound in row["difference_ci95"])
-        lines.append(f"| {task} | {row['pairs']} | {100 * row['rate_a']:.0f} % | {100 * row['rate_b']:.0f} % | {100 * row['difference']:+.0f} | "
-                     f"[{low:+.0f}, {high:+.0f}] | {row['p_value']:.4f} |")
+        lines.append(
+            f"| {task} | {row['pairs']} | {100 * row['rate_a']:.0f} % | {100 * row['rate_b']:.0f} % | "
+            f"{100 * row['difference']:+.0f} | "
+            f"[{low:+.0f}, {high:+.0f}] | {row['p_value']:.4f} |"
+        )
     return result, "\n".join(lines)
 
 

@@ -2,8 +2,10 @@
 
     python -m step3_defi.diagnose run=outputs/eval path=ckpts/defi/tiny
 
-Carries the first sequences out again, has the expert go on from moments of them, and leaves diagnosis.json, table.md and films/ in `out`.
+Carries the first sequences out again, has the expert go on from moments of them, and leaves diagnosis.json, table.md
+and films/ in `out`.
 """
+
 from __future__ import annotations
 
 import json
@@ -33,49 +35,95 @@ FILM_FPS, FILM_HOLD = 8, 2  # frames a second, and frames that each picture stay
 PAPER = "The paper sorted 200 failures on CALVIN by eye: forward dynamics 62 %, inverse dynamics 38 %."
 
 
-def diagnose(*, run: Path, path: Path, failures: int, every: int, within: int, ahead: int, steps: int, judged_by: dict[str, str], quantile: float,
-             workers: int, films: int, out: Path) -> dict[str, Any]:
-    """Judge the failures of `run`, a folder of step3_defi.eval that rolled out the policy in `path`; returns what stands in diagnosis.json.
+def diagnose(
+    *,
+    run: Path,
+    path: Path,
+    failures: int,
+    every: int,
+    within: int,
+    ahead: int,
+    steps: int,
+    judged_by: dict[str, str],
+    quantile: float,
+    workers: int,
+    films: int,
+    out: Path,
+) -> dict[str, Any]:
+    """Judge the failures of `run`, a folder of step3_defi.eval that rolled out the policy in `path`; returns what
+    stands in diagnosis.json.
 
     ValueError where the folder, the policy or the numbers do not fit together, RolloutError where a simulator fails.
     """
     settings = journal.read_settings(run)
     if settings["policy_sha256"] is None or settings["policy_sha256"] != artifact.sha256(path):
-        raise ValueError(f"{run} holds rollouts of {settings['policy']} {str(settings['policy_sha256'])[:12]}, not of {path}; name the policy that it was")
+        raise ValueError(
+            f"{run} holds rollouts of {settings['policy']} {str(settings['policy_sha256'])[:12]}, not of {path}; name "
+            "the policy that it was"
+        )
     check_rule(**judged_by, quantile=quantile)
     if min(failures, every, within, workers) < 1:
-        raise ValueError(f"failures={failures}, every={every}, within={within}, workers={workers}: each must be at least 1")
+        raise ValueError(
+            f"failures={failures}, every={every}, within={within}, workers={workers}: each must be at least 1"
+        )
     replay = Replay(journal.read(run / journal.NAME), failures=failures, horizon=settings["horizon"])
     policy = instantiate(OmegaConf.create(settings["planner"]), str(path), device=str(processes().device))
     critic, recorder = Critic(policy.model, steps=steps), Recorder(policy, every=every, within=within)
     check_rule(**judged_by, quantile=quantile, errors=critic.errors)
     if ahead % (critic.frames - 1) or ahead < recorder.execute:
-        raise ValueError(f"ahead={ahead}: a multiple of {critic.frames - 1}, the frames ahead that are imagined, and at least the {recorder.execute} "
-                         "actions of a plan")
+        raise ValueError(
+            f"ahead={ahead}: a multiple of {critic.frames - 1}, the frames ahead that are imagined, and at least the "
+            f"{recorder.execute} "
+            "actions of a plan"
+        )
     with Simulators(settings["env"], count=workers) as simulators:
         chains = replay.chains(slots=workers)
-        strayed = replay.strayed(tqdm(simulators.rollout(chains, recorder), total=len(chains), desc="repeat", unit="chain"))
+        strayed = replay.strayed(
+            tqdm(simulators.rollout(chains, recorder), total=len(chains), desc="repeat", unit="chain")
+        )
         if len(strayed) == len(chains):
-            raise ValueError(f"{run}: none of {len(chains)} sequences ends as in the journal; give workers= as the run had it, on a machine of its kind")
-        branches = {key: branch for index in replay.records if index not in strayed
-                    for key, branch in replay.moments(index, recorder, ahead=ahead, every=ahead // (critic.frames - 1)).items()}
+            raise ValueError(
+                f"{run}: none of {len(chains)} sequences ends as in the journal; give workers= as the run had it, on a "
+                "machine of its kind"
+            )
+        branches = {
+            key: branch
+            for index in replay.records
+            if index not in strayed
+            for key, branch in replay.moments(index, recorder, ahead=ahead, every=ahead // (critic.frames - 1)).items()
+        }
         subtasks = _examine(simulators, branches, replay, recorder, critic)
         limits = judge(subtasks, **judged_by, quantile=quantile)
         failed = [subtask for subtask in subtasks if not subtask.solved]
         for subtask in tqdm(failed[:films], desc="films", unit="film"):
             _film(simulators, branches, subtask, recorder, critic, out / "films")
-    results = {"run": str(run), "world": settings["world"], "policy_sha256": settings["policy_sha256"], "sequences": len(chains), "strayed": sorted(strayed),
-               "judged_by": judged_by, "quantile": quantile, "limits": limits, "split": split(failed) if failed else {},
-               "subtasks": [asdict(subtask) for subtask in subtasks]}
+    results = {
+        "run": str(run),
+        "world": settings["world"],
+        "policy_sha256": settings["policy_sha256"],
+        "sequences": len(chains),
+        "strayed": sorted(strayed),
+        "judged_by": judged_by,
+        "quantile": quantile,
+        "limits": limits,
+        "split": split(failed) if failed else {},
+        "subtasks": [asdict(subtask) for subtask in subtasks],
+    }
     write_text(out / "diagnosis.json", json.dumps(results, indent=2) + "\n")
-    note = (f"{len(chains)} sequences in {settings['world']}, {len(strayed)} of them left out because they did not repeat; wrong is above "
-            + " and ".join(f"{limit:.2f} ({name})" for name, limit in limits.items()) + f", {100 * quantile:.0f} % of the successes. {PAPER}")
+    note = (
+        f"{len(chains)} sequences in {settings['world']}, {len(strayed)} of them left out because they did not repeat; "
+        "wrong is above "
+        + " and ".join(f"{limit:.2f} ({name})" for name, limit in limits.items())
+        + f", {100 * quantile:.0f} % of the successes. {PAPER}"
+    )
     write_text(out / "table.md", f"{table(subtasks)}\n\n{note}\n")
     LOG.info("%s\n\n%s\nresults in %s", table(subtasks), note, out)
     return results
 
 
-def _examine(simulators: Simulators, branches: dict[Key, Branch], replay: Replay, recorder: Recorder, critic: Critic) -> list[Subtask]:
+def _examine(
+    simulators: Simulators, branches: dict[Key, Branch], replay: Replay, recorder: Recorder, critic: Critic
+) -> list[Subtask]:
     """Scored sub-tasks, in order."""
     found: dict[tuple[int, int], Subtask] = {}
     shown = simulators.branch(list(branches.values()))
@@ -94,11 +142,21 @@ def _examine(simulators: Simulators, branches: dict[Key, Branch], replay: Replay
 def _check_start(plan: Plan, start: np.ndarray, branch: Branch) -> None:
     seen = np.concatenate([plan.observation["robot_obs"], plan.observation["scene_obs"]])
     if not np.allclose(seen, start, atol=1e-6):
-        raise RolloutError(f"sequence {branch.index}, step {len(branch.past)}: the same actions led elsewhere ({np.abs(seen - start).max():.1g} apart), so "
-                           "this simulator cannot go back to a moment")
+        raise RolloutError(
+            f"sequence {branch.index}, step {len(branch.past)}: the same actions led elsewhere "
+            f"({np.abs(seen - start).max():.1g} apart), so "
+            "this simulator cannot go back to a moment"
+        )
 
 
-def _film(simulators: Simulators, branches: dict[Key, Branch], subtask: Subtask, recorder: Recorder, critic: Critic, folder: Path) -> None:
+def _film(
+    simulators: Simulators,
+    branches: dict[Key, Branch],
+    subtask: Subtask,
+    recorder: Recorder,
+    critic: Critic,
+    folder: Path,
+) -> None:
     """The seconds after a sub-task's moments: what happened, what was imagined, what the expert shows, side by side."""
     keys = [(subtask.index, subtask.number, int(moment["plan"])) for moment in subtask.moments]
     asked = [branch for key in keys for branch in (followed(branches[key], key, recorder), branches[key])]
@@ -108,7 +166,10 @@ def _film(simulators: Simulators, branches: dict[Key, Branch], subtask: Subtask,
         plan = recorder.plans[key]
         happened, expert = ([pictures[critic.key] for pictures in shown[2 * place + i]["frames"]] for i in range(2))
         imagined = enlarged(critic.imagine(plan), happened[0].shape[0])
-        movie.begin(f"{plan.instruction}, from step {key[2] * recorder.execute}: what happened | what was imagined | what the expert shows")
+        movie.begin(
+            f"{plan.instruction}, from step {key[2] * recorder.execute}: what happened | what was imagined | what the "
+            "expert shows"
+        )
         for row in range(critic.frames):
             page = [happened[min(row, len(happened) - 1)], imagined[row], expert[row]]
             for _ in range(FILM_HOLD):

@@ -1,9 +1,13 @@
 """Why a sub-task failed: was the forecast wrong, or the action? (App. Q9)
 
-At a moment of planning the scripted expert goes on from the very state that the policy saw. What the table looks like after its second
-is what the forecast is held against, what it did is what the plan is held against. How wrong is too wrong, sub-tasks that succeeded say.
-The expert is one way to go on, not the only one, and it plays each moment as a beginning: it first lets go of what it holds and rises.
+At a moment of planning the scripted expert goes on from the very state that the policy saw. What the table looks like
+after its second
+is what the forecast is held against, what it did is what the plan is held against. How wrong is too wrong, sub-tasks
+that succeeded say.
+The expert is one way to go on, not the only one, and it plays each moment as a beginning: it first lets go of what it
+holds and rises.
 """
+
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
@@ -22,7 +26,12 @@ from step3_defi.replay import Plan
 from step3_defi.stats import wilson
 
 VERDICTS = ("forecast", "action", "both", "neither")
-ERRORS = ("forecast", "forecast_tokens", "action", "gripper")  # of which greater is worse; tokens are the inverse model's
+ERRORS = (
+    "forecast",
+    "forecast_tokens",
+    "action",
+    "gripper",
+)  # of which greater is worse; tokens are the inverse model's
 MEASURES = {
     "forecast": "forecast, dB of squared error above copying the present",
     "forecast_tokens": "the same in visual tokens, dB",
@@ -49,7 +58,8 @@ class Subtask:
 
 
 class Critic:
-    """Scores moments with the eyes of the policy's own models. `steps` of denoising for a forecast; 1 is what the policy imagines with.
+    """Scores moments with the eyes of the policy's own models. `steps` of denoising for a forecast; 1 is what the
+    policy imagines with.
 
     ValueError: the forward model makes no pictures.
     """
@@ -57,7 +67,10 @@ class Critic:
     def __init__(self, model: DeFI, *, steps: int = 1) -> None:
         self.model, self.gfdm, self.steps = model, model.forward_model, steps
         if not hasattr(self.gfdm, "generate"):
-            raise ValueError(f"{type(self.gfdm).__name__} imagines features and no pictures: its forecasts cannot be held against what an expert shows")
+            raise ValueError(
+                f"{type(self.gfdm).__name__} imagines features and no pictures: its forecasts cannot be held against "
+                "what an expert shows"
+            )
         self.key = KEYS[model.views[0]]
         self.frames = self.gfdm.num_frames
         self.errors = tuple(name for name in ERRORS if model.gidm.num_tokens or name != "forecast_tokens")
@@ -70,14 +83,18 @@ class Critic:
 
     @torch.no_grad()
     def score(self, plan: Plan, expert: Mapping[str, Any]) -> dict[str, float]:
-        """Forecast in dB of squared error above that of copying the present, in pixels and in visual tokens; action as in `action_errors`.
+        """Forecast in dB of squared error above that of copying the present, in pixels and in visual tokens; action as
+        in `action_errors`.
 
-        A policy without inverse model (VPP) has no visual tokens. Present and truth go through the VAE, too: its blur is not the forecast's fault.
+        A policy without inverse model (VPP) has no visual tokens. Present and truth go through the VAE, too: its blur
+        is not the forecast's fault.
         """
         pictures = self._pictures([plan.observation["rgb_obs"][self.key], expert["frames"][-1][self.key]])
         now, truth = self.gfdm.latent_space.decode(self.gfdm.encode_image(pictures * 2 - 1)[:, None])[:, 0]
         three = torch.stack([self.imagine(plan)[-1], truth, now])
-        tokens = {"forecast_tokens": above_copy(*self.model.gidm.embed(three))} if "forecast_tokens" in self.errors else {}
+        tokens = (
+            {"forecast_tokens": above_copy(*self.model.gidm.embed(three))} if "forecast_tokens" in self.errors else {}
+        )
         return {"forecast": above_copy(*three), **tokens, **action_errors(plan.actions, expert["actions"])}
 
     def _pictures(self, pictures: list[np.ndarray]) -> Tensor:
@@ -85,7 +102,8 @@ class Critic:
 
 
 def above_copy(forecast: Tensor, truth: Tensor, now: Tensor) -> float:
-    """Squared error of a forecast over that of the present in its place, in dB: negative where the forecast knows more."""
+    """Squared error of a forecast over that of the present in its place, in dB: negative where the forecast knows
+    more."""
     own, copied = ((seen.float() - truth.float()).square().mean().clamp_min(1e-6) for seen in (forecast, now))
     return float(10 * torch.log10(own / copied))
 
@@ -93,15 +111,18 @@ def above_copy(forecast: Tensor, truth: Tensor, now: Tensor) -> float:
 def action_errors(plan: np.ndarray, expert: np.ndarray) -> dict[str, float]:
     """Two chunks (A, 7) and (at least A, 7) from one state, in units of an action.
 
-    action: root mean square over steps of the difference of the six pose entries. direction: cosine of the two displacements.
+    action: root mean square over steps of the difference of the six pose entries. direction: cosine of the two
+    displacements.
     gripper: share of the steps in which the commands differ.
     """
-    expert = expert[:len(plan)]
+    expert = expert[: len(plan)]
     moved = [chunk[:, :3].sum(0) for chunk in (plan, expert)]
     length = np.linalg.norm(moved[0]) * np.linalg.norm(moved[1])
-    return {"action": float(np.sqrt(np.square(plan[:, :6] - expert[:, :6]).sum(1).mean())),
-            "direction": float(moved[0] @ moved[1] / length) if length > 1e-9 else 0.0,
-            "gripper": float(((plan[:, 6] > 0) != (expert[:, 6] > 0)).mean())}
+    return {
+        "action": float(np.sqrt(np.square(plan[:, :6] - expert[:, :6]).sum(1).mean())),
+        "direction": float(moved[0] @ moved[1] / length) if length > 1e-9 else 0.0,
+        "gripper": float(((plan[:, 6] > 0) != (expert[:, 6] > 0)).mean()),
+    }
 
 
 def enlarged(video: Tensor, size: int) -> np.ndarray:
@@ -118,40 +139,70 @@ def check_rule(*, forecast: str, action: str, quantile: float, errors: Sequence[
 
 
 def judge(subtasks: Sequence[Subtask], *, forecast: str, action: str, quantile: float) -> dict[str, float]:
-    """Give each sub-task its verdict: an error is wrong where it is above this quantile of the sub-tasks that succeeded.
+    """Give each sub-task its verdict: an error is wrong where it is above this quantile of the sub-tasks that
+    succeeded.
 
     `forecast` and `action` name the errors that decide. Returns both limits; ValueError where no sub-task succeeded.
     """
     solved = [subtask for subtask in subtasks if subtask.solved]
     if not solved:
-        raise ValueError("no sub-task of these sequences succeeded, so nothing says how wrong is too wrong; diagnose a longer run")
-    limits = {name: float(np.quantile([subtask.score(name) for subtask in solved], quantile)) for name in (forecast, action)}
+        raise ValueError(
+            "no sub-task of these sequences succeeded, so nothing says how wrong is too wrong; diagnose a longer run"
+        )
+    limits = {
+        name: float(np.quantile([subtask.score(name) for subtask in solved], quantile)) for name in (forecast, action)
+    }
     for subtask in subtasks:
         wrong = tuple(subtask.score(name) > limits[name] for name in (forecast, action))
-        subtask.verdict = {(True, False): "forecast", (False, True): "action", (True, True): "both", (False, False): "neither"}[wrong]
+        subtask.verdict = {
+            (True, False): "forecast",
+            (False, True): "action",
+            (True, True): "both",
+            (False, False): "neither",
+        }[wrong]
     return limits
 
 
 def split(subtasks: Sequence[Subtask]) -> dict[str, dict[str, Any]]:
     """{verdict: {"count", "total", "ci95"}}, Wilson intervals."""
     counts = {verdict: sum(subtask.verdict == verdict for subtask in subtasks) for verdict in VERDICTS}
-    return {verdict: {"count": count, "total": len(subtasks), "ci95": wilson(count, len(subtasks))} for verdict, count in counts.items()}
+    return {
+        verdict: {"count": count, "total": len(subtasks), "ci95": wilson(count, len(subtasks))}
+        for verdict, count in counts.items()
+    }
 
 
 def table(subtasks: Sequence[Subtask]) -> str:
-    """Markdown: what was wrong in the sub-tasks that failed, by task and in all, and the same of those that succeeded."""
+    """Markdown: what was wrong in the sub-tasks that failed, by task and in all, and the same of those that
+    succeeded."""
     failed, solved = ([subtask for subtask in subtasks if subtask.solved == wanted] for wanted in (False, True))
-    lines = ["| failed sub-task | failures | forecast wrong | action wrong | both | neither |", "|---|---|---|---|---|---|"]
-    groups = {task: [subtask for subtask in failed if subtask.task == task] for task in sorted({subtask.task for subtask in failed})}
+    lines = [
+        "| failed sub-task | failures | forecast wrong | action wrong | both | neither |",
+        "|---|---|---|---|---|---|",
+    ]
+    groups = {
+        task: [subtask for subtask in failed if subtask.task == task]
+        for task in sorted({subtask.task for subtask in failed})
+    }
     for task, group in groups.items():
-        lines.append(f"| {task} | {len(group)} | " + " | ".join(str(cell["count"]) for cell in split(group).values()) + " |")
+        lines.append(
+            f"| {task} | {len(group)} | " + " | ".join(str(cell["count"]) for cell in split(group).values()) + " |"
+        )
     for name, group in (("**all failures**", failed), ("successes, for comparison", solved)):
         if group:
-            cells = [f"{cell['count']} ({100 * cell['count'] / cell['total']:.0f} % [{100 * cell['ci95'][0]:.0f}, {100 * cell['ci95'][1]:.0f}])"
-                     for cell in split(group).values()]
+            cells = [
+                f"{cell['count']} ({100 * cell['count'] / cell['total']:.0f} % [{100 * cell['ci95'][0]:.0f}, "
+                f"{100 * cell['ci95'][1]:.0f}])"
+                for cell in split(group).values()
+            ]
             lines.append(f"| {name} | {len(group)} | " + " | ".join(cells) + " |")
     lines += ["", "| median over sub-tasks | failures | successes |", "|---|---|---|"]
-    for name in (name for name in MEASURES if all(name in moment for subtask in subtasks for moment in subtask.moments)):
-        middles = [f"{np.median([subtask.score(name) for subtask in group]):.2f}" if group else "" for group in (failed, solved)]
+    for name in (
+        name for name in MEASURES if all(name in moment for subtask in subtasks for moment in subtask.moments)
+    ):
+        middles = [
+            f"{np.median([subtask.score(name) for subtask in group]):.2f}" if group else ""
+            for group in (failed, solved)
+        ]
         lines.append(f"| {MEASURES[name]} | {middles[0]} | {middles[1]} |")
     return "\n".join(lines)

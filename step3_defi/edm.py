@@ -1,7 +1,9 @@
-"""EDM for actions: how motions are noised, what the network learns and how ten steps undo it (Sec. 3.3; Karras et al., 2022).
+"""EDM for actions: how motions are noised, what the network learns and how ten steps undo it (Sec. 3.3; Karras et al.,
+2022).
 
 The paper is silent here; constants are those of the released code and VPP.
 """
+
 from __future__ import annotations
 
 import math
@@ -16,24 +18,44 @@ Network = Callable[[Tensor, Tensor], Tensor]  # (scaled noisy actions (N, A, 7),
 class EDM:
     """Preconditioning, training noise and sampler. `sigma_data` is the spread of the actions.
 
-    `temperature` scales the noise that sampling starts from: at 0 the sampler walks from the mean, and its result is the same
+    `temperature` scales the noise that sampling starts from: at 0 the sampler walks from the mean, and its result is
+    the same
     for every seed.
     """
 
-    def __init__(self, *, sigma_data: float = 0.5, sigma_min: float = 0.001, sigma_max: float = 80.0,
-                 log_location: float = math.log(0.5), log_scale: float = 0.5, steps: int = 10,
-                 sample_sigma_min: float | None = None, temperature: float = 1.0) -> None:
+    def __init__(
+        self,
+        *,
+        sigma_data: float = 0.5,
+        sigma_min: float = 0.001,
+        sigma_max: float = 80.0,
+        log_location: float = math.log(0.5),
+        log_scale: float = 0.5,
+        steps: int = 10,
+        sample_sigma_min: float | None = None,
+        temperature: float = 1.0,
+    ) -> None:
         if temperature < 0:
             raise ValueError(f"temperature={temperature}: it scales noise, so 0 or more")
         self.sigma_data, self.sigma_min, self.sigma_max = sigma_data, sigma_min, sigma_max
         self.log_location, self.log_scale, self.steps, self.temperature = log_location, log_scale, steps, temperature
         self.sample_sigma_min = sigma_min if sample_sigma_min is None else sample_sigma_min
 
-    def draw_sigma(self, count: int, device: torch.device | str = "cpu", *, generator: torch.Generator | None = None) -> Tensor:
+    def draw_sigma(
+        self, count: int, device: torch.device | str = "cpu", *, generator: torch.Generator | None = None
+    ) -> Tensor:
         """(count,) noise levels from the log-logistic distribution, truncated to [sigma_min, sigma_max]."""
-        low, high = (1 / (1 + math.exp(-(math.log(s) - self.log_location) / self.log_scale)) for s in (self.sigma_min, self.sigma_max))
+        low, high = (
+            1 / (1 + math.exp(-(math.log(s) - self.log_location) / self.log_scale))
+            for s in (self.sigma_min, self.sigma_max)
+        )
         share = low + (high - low) * torch.rand(count, generator=generator, device=device, dtype=torch.float64)
-        return (torch.logit(share) * self.log_scale + self.log_location).exp().clamp(self.sigma_min, self.sigma_max).float()
+        return (
+            (torch.logit(share) * self.log_scale + self.log_location)
+            .exp()
+            .clamp(self.sigma_min, self.sigma_max)
+            .float()
+        )
 
     def scalings(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(N,) -> c_skip, c_out, c_in, each (N, 1, 1)."""
@@ -61,7 +83,9 @@ class EDM:
 
     def schedule(self) -> Tensor:
         """(steps + 1,) exponentially falling noise levels, zero at the end."""
-        levels = torch.linspace(math.log(self.sigma_max), math.log(self.sample_sigma_min), self.steps, dtype=torch.float64).exp()
+        levels = torch.linspace(
+            math.log(self.sigma_max), math.log(self.sample_sigma_min), self.steps, dtype=torch.float64
+        ).exp()
         return torch.cat([levels, levels.new_zeros(1)]).float()
 
     def sample(self, network: Network, noise: Tensor) -> Tensor:

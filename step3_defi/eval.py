@@ -3,9 +3,12 @@
     python -m step3_defi.eval env=playtable scene=D policy=ckpts/defi/tiny tasks=eleven sequences=100 out=outputs/eval
     python -m step3_defi.eval policy=random|expert ...      accelerate launch -m step3_defi.eval ... on several GPUs
 
-A killed run goes on with the same command. Leaves rollouts.jsonl, results.json, table.md and videos/ in `out`. A sequence whose
-simulator fails twice is in no journal and no result is written without it: the run ends naming it, the same command tries it again.
+A killed run goes on with the same command. Leaves rollouts.jsonl, results.json, table.md and videos/ in `out`. A
+sequence whose
+simulator fails twice is in no journal and no result is written without it: the run ends naming it, the same command
+tries it again.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -40,29 +43,60 @@ WITHOUT_MODEL = ("random", "expert")
 FILM_FPS = 15
 
 
-def evaluate(*, env_config: dict[str, Any], agent: str, planner: DictConfig, tasks: list[str] | None, sequences: int,
-             length: int, horizon: int, workers: int, seed: int, out: Path, films: dict[str, int], patience: float = 300) -> dict[str, Any]:
+def evaluate(
+    *,
+    env_config: dict[str, Any],
+    agent: str,
+    planner: DictConfig,
+    tasks: list[str] | None,
+    sequences: int,
+    length: int,
+    horizon: int,
+    workers: int,
+    seed: int,
+    out: Path,
+    films: dict[str, int],
+    patience: float = 300,
+) -> dict[str, Any]:
     """Roll out `agent` (a policy's folder or hub id, "random" or "expert") and return what stands in results.json.
 
-    Raises ValueError where the arguments or the folder `out` do not fit, RolloutError where a simulator does not start or sequences
+    Raises ValueError where the arguments or the folder `out` do not fit, RolloutError where a simulator does not start
+    or sequences
     could not be judged.
     """
-    for key, value in {"sequences": sequences, "length": length, "horizon": horizon, "workers": workers, "patience": patience}.items():
+    for key, value in {
+        "sequences": sequences,
+        "length": length,
+        "horizon": horizon,
+        "workers": workers,
+        "patience": patience,
+    }.items():
         if value < 1:
             raise ValueError(f"{key}={value}: must be at least 1")
     folder = None if agent in WITHOUT_MODEL else _policy_folder(agent)
     sha256 = None if folder is None else artifact.sha256(folder)
     state, claims = processes(SLOWEST), Claims(out)
     with journal.alone(out) if state.is_main_process else nullcontext():
-        with Simulators(env_config, count=workers, patience=patience, pictures=bool(sha256 or films["candidates"])) as simulators:
-            check_alike({f"process {rank}": versions for rank, versions in enumerate(gather_object([simulators.versions]))})
+        with Simulators(
+            env_config, count=workers, patience=patience, pictures=bool(sha256 or films["candidates"])
+        ) as simulators:
+            check_alike(
+                {f"process {rank}": versions for rank, versions in enumerate(gather_object([simulators.versions]))}
+            )
             world = simulators.survey(Survey(sequences, tasks, length, seed))
             settings = {
-                "world": world["world"], "versions": simulators.versions, "env": env_config,
-                "policy": agent if sha256 is None else "artifact", "policy_sha256": sha256,
+                "world": world["world"],
+                "versions": simulators.versions,
+                "env": env_config,
+                "policy": agent if sha256 is None else "artifact",
+                "policy_sha256": sha256,
                 "planner": None if sha256 is None else OmegaConf.to_container(planner, resolve=True),
-                "tasks": tasks, "sequences": sequences, "sequences_sha256": _sha256(world["sequences"]),
-                "length": length, "horizon": horizon, "seed": seed,
+                "tasks": tasks,
+                "sequences": sequences,
+                "sequences_sha256": _sha256(world["sequences"]),
+                "length": length,
+                "horizon": horizon,
+                "seed": seed,
             }
             if state.is_main_process:
                 journal.claim(out, settings)
@@ -71,14 +105,31 @@ def evaluate(*, env_config: dict[str, Any], agent: str, planner: DictConfig, tas
             state.wait_for_everyone()
             done = journal.read(out / journal.NAME)
             chains = [
-                Chain(index, initial_state, list(chain), "policy" if sha256 else agent, horizon, seed,
-                      slot=index % workers, film_every=films["every"] if index < films["candidates"] else 0)
+                Chain(
+                    index,
+                    initial_state,
+                    list(chain),
+                    "policy" if sha256 else agent,
+                    horizon,
+                    seed,
+                    slot=index % workers,
+                    film_every=films["every"] if index < films["candidates"] else 0,
+                )
                 for index, (initial_state, chain) in enumerate(world["sequences"])
                 if index not in done
             ]
             policy = instantiate(planner, str(folder), device=str(state.device)) if sha256 and chains else None
-            _roll_out(simulators, chains, policy, out, claims, part=journal.part(out, state.process_index, state.num_processes),
-                      total=sequences, show=state.is_main_process, length=length)
+            _roll_out(
+                simulators,
+                chains,
+                policy,
+                out,
+                claims,
+                part=journal.part(out, state.process_index, state.num_processes),
+                total=sequences,
+                show=state.is_main_process,
+                length=length,
+            )
         state.wait_for_everyone()
         if not state.is_main_process:
             return {}
@@ -86,23 +137,46 @@ def evaluate(*, env_config: dict[str, Any], agent: str, planner: DictConfig, tas
         return _report(out, settings, films["keep"])
 
 
-def _roll_out(simulators: Simulators, chains: list[Chain], policy: ChunkPolicy | None, out: Path, claims: Claims, *, part: Path,
-              total: int, show: bool, length: int) -> None:
+def _roll_out(
+    simulators: Simulators,
+    chains: list[Chain],
+    policy: ChunkPolicy | None,
+    out: Path,
+    claims: Claims,
+    *,
+    part: Path,
+    total: int,
+    show: bool,
+    length: int,
+) -> None:
     by_index = {chain.index: chain for chain in chains}
     if not chains:
         return
-    with Journal(part) as lines, tqdm(total=len(chains), desc=f"rollout of {total}", unit="chain", disable=not show) as bar:
+    with (
+        Journal(part) as lines,
+        tqdm(total=len(chains), desc=f"rollout of {total}", unit="chain", disable=not show) as bar,
+    ):
         for result in simulators.rollout(chains, policy, claims.take):
             bar.update(claims.taken() - bar.n)  # by all processes
             if "failure" in result:
                 continue
             chain = by_index[result["index"]]
-            record = Record(index=chain.index, initial_state=chain.initial_state, tasks=chain.tasks,
-                            steps_to_success=result["steps_to_success"], clipped=result["clipped"], seed=chain.seed)
+            record = Record(
+                index=chain.index,
+                initial_state=chain.initial_state,
+                tasks=chain.tasks,
+                steps_to_success=result["steps_to_success"],
+                clipped=result["clipped"],
+                seed=chain.seed,
+            )
             if result["film"]:
                 solved = stats.chain_length(record, chain.horizon)
                 # before the journal's line: a sequence that counts as done has its film
-                write_mp4(out / "videos" / film.name(chain.index, solved, len(chain.tasks)), np.stack(result["film"]), FILM_FPS)
+                write_mp4(
+                    out / "videos" / film.name(chain.index, solved, len(chain.tasks)),
+                    np.stack(result["film"]),
+                    FILM_FPS,
+                )
             lines.append(record)
             lengths = stats.chain_lengths(lines.records.values(), chain.horizon)
             rates = " ".join(f"{100 * (lengths >= k).mean():.0f}" for k in range(1, length + 1))
@@ -113,16 +187,29 @@ def _report(out: Path, settings: dict[str, Any], keep: int) -> dict[str, Any]:
     """Merge the journal, write results.json and table.md, thin the films out. RolloutError: sequences are missing."""
     judged = journal.merge(out)
     if missing := [index for index in range(settings["sequences"]) if index not in judged]:
-        raise RolloutError(f"{len(missing)} of {settings['sequences']} sequences could not be judged, their simulators failed twice (see above): "
-                           f"{', '.join(map(str, missing))}; the others are in {out / journal.NAME}, the same command tries these again")
+        raise RolloutError(
+            f"{len(missing)} of {settings['sequences']} sequences could not be judged, their simulators failed twice "
+            "(see above): "
+            f"{', '.join(map(str, missing))}; the others are in {out / journal.NAME}, the same command tries these "
+            "again"
+        )
     records = list(judged.values())
     length, world, longest = settings["length"], settings["world"], settings["horizon"]
     horizons = {str(h): stats.chain_stats(records, h, length=length) for h in stats.reported_horizons(longest)}
     results = {
-        "world": world, "renderer": settings["versions"].get("renderer"), "versions": settings["versions"],
-        "policy": settings["policy"], "policy_sha256": settings["policy_sha256"],
-        "vocabulary": settings["tasks"], "sequences": len(records), "length": length, "seed": settings["seed"],
-        "horizons": horizons, "tasks": stats.task_stats(records, longest), "tasks_horizon": longest, "actions": stats.action_stats(records, longest),
+        "world": world,
+        "renderer": settings["versions"].get("renderer"),
+        "versions": settings["versions"],
+        "policy": settings["policy"],
+        "policy_sha256": settings["policy_sha256"],
+        "vocabulary": settings["tasks"],
+        "sequences": len(records),
+        "length": length,
+        "seed": settings["seed"],
+        "horizons": horizons,
+        "tasks": stats.task_stats(records, longest),
+        "tasks_horizon": longest,
+        "actions": stats.action_stats(records, longest),
     }
     write_text(out / "results.json", json.dumps(results, indent=2) + "\n")
     rows = {f"{settings['policy']}, {world}, {h} steps": row for h, row in horizons.items()}
@@ -143,7 +230,9 @@ def _policy_folder(agent: str) -> Path:
     try:
         return fetched(agent)
     except artifact.ArtifactError as error:
-        raise artifact.ArtifactError(f"policy={agent}: not random, not expert, and {error}; python -m step3_defi.train makes a policy") from error
+        raise artifact.ArtifactError(
+            f"policy={agent}: not random, not expert, and {error}; python -m step3_defi.train makes a policy"
+        ) from error
 
 
 def _sha256(value: Any) -> str:
@@ -164,10 +253,20 @@ def main(cfg: DictConfig) -> None:
     env_config = OmegaConf.to_container(cfg.env, resolve=True)
     if cfg.scene is not None:
         env_config["scene"] = cfg.scene
-    evaluate(env_config=env_config, agent=str(cfg.agent), planner=cfg.planner,
-             tasks=list(cfg.tasks.tasks) if cfg.tasks.tasks else None,
-             sequences=cfg.sequences, length=cfg.length, horizon=cfg.horizon, workers=cfg.workers, seed=cfg.seed,
-             out=Path(cfg.out), films=OmegaConf.to_container(cfg.films), patience=cfg.patience)
+    evaluate(
+        env_config=env_config,
+        agent=str(cfg.agent),
+        planner=cfg.planner,
+        tasks=list(cfg.tasks.tasks) if cfg.tasks.tasks else None,
+        sequences=cfg.sequences,
+        length=cfg.length,
+        horizon=cfg.horizon,
+        workers=cfg.workers,
+        seed=cfg.seed,
+        out=Path(cfg.out),
+        films=OmegaConf.to_container(cfg.films),
+        patience=cfg.patience,
+    )
 
 
 if __name__ == "__main__":

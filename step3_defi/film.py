@@ -1,4 +1,5 @@
 """Films of rollouts: the static camera with the instruction beneath, kept for the first successes and failures."""
+
 from __future__ import annotations
 
 import re

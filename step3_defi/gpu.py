@@ -1,8 +1,10 @@
 """The GPU that a process's simulators draw on: its own, where several processes share a machine (Sec. 4.2, DESIGN 6).
 
-Left alone, EGL draws everything on its first device. playtable's MuJoCo reads MUJOCO_EGL_DEVICE_ID, calvin_env's pybullet
+Left alone, EGL draws everything on its first device. playtable's MuJoCo reads MUJOCO_EGL_DEVICE_ID, calvin_env's
+pybullet
 EGL_VISIBLE_DEVICES, a place in EGL's list; neither follows torch.
 """
+
 from __future__ import annotations
 
 import ctypes
@@ -15,9 +17,11 @@ MOST = 64  # devices that are asked for
 
 
 def drawing(environment: Mapping[str, str], numbers: Sequence[int | None]) -> dict[str, str]:
-    """The variables to add to an environment for EGL to draw on the GPU of its LOCAL_RANK; what is set there already stays.
+    """The variables to add to an environment for EGL to draw on the GPU of its LOCAL_RANK; what is set there already
+    stays.
 
-    `numbers`: the CUDA number of each of EGL's devices. Nothing is added where EGL does not list that GPU, as without a GPU, or where
+    `numbers`: the CUDA number of each of EGL's devices. Nothing is added where EGL does not list that GPU, as without a
+    GPU, or where
     CUDA_VISIBLE_DEVICES names GPUs by other than numbers.
     """
     visible = environment.get("CUDA_VISIBLE_DEVICES")
@@ -32,7 +36,9 @@ def drawing(environment: Mapping[str, str], numbers: Sequence[int | None]) -> di
     added = {} if "EGL_VISIBLE_DEVICES" in environment else {"EGL_VISIBLE_DEVICES": str(numbers.index(counted[rank]))}
     if "MUJOCO_EGL_DEVICE_ID" not in environment:
         # MuJoCo 4 counts among CUDA_VISIBLE_DEVICES, MuJoCo 3 among all: with one that is visible they agree
-        added |= {"MUJOCO_EGL_DEVICE_ID": str(gpus[rank])} | ({} if visible is None else {"CUDA_VISIBLE_DEVICES": str(gpus[rank])})
+        added |= {"MUJOCO_EGL_DEVICE_ID": str(gpus[rank])} | (
+            {} if visible is None else {"CUDA_VISIBLE_DEVICES": str(gpus[rank])}
+        )
     return added
 
 
@@ -47,9 +53,16 @@ def cuda_numbers() -> tuple[int | None, ...]:
     addresses = [look_up(name) for name in (b"eglQueryDevicesEXT", b"eglQueryDeviceAttribEXT")]
     if not all(addresses):
         return ()
-    query = ctypes.CFUNCTYPE(ctypes.c_uint, ctypes.c_int, ctypes.POINTER(ctypes.c_void_p), ctypes.POINTER(ctypes.c_int))(addresses[0])
-    attribute = ctypes.CFUNCTYPE(ctypes.c_uint, ctypes.c_void_p, ctypes.c_int, ctypes.POINTER(ctypes.c_ssize_t))(addresses[1])
+    query = ctypes.CFUNCTYPE(
+        ctypes.c_uint, ctypes.c_int, ctypes.POINTER(ctypes.c_void_p), ctypes.POINTER(ctypes.c_int)
+    )(addresses[0])
+    attribute = ctypes.CFUNCTYPE(ctypes.c_uint, ctypes.c_void_p, ctypes.c_int, ctypes.POINTER(ctypes.c_ssize_t))(
+        addresses[1]
+    )
     devices, count, value = (ctypes.c_void_p * MOST)(), ctypes.c_int(0), ctypes.c_ssize_t(0)
     if not query(MOST, devices, ctypes.byref(count)):
         return ()
-    return tuple(value.value if attribute(device, CUDA_DEVICE, ctypes.byref(value)) else None for device in devices[:count.value])
+    return tuple(
+        value.value if attribute(device, CUDA_DEVICE, ctypes.byref(value)) else None
+        for device in devices[: count.value]
+    )

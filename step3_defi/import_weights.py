@@ -1,9 +1,12 @@
 """Program: a policy of the release, or VPP's dp-calvin, -> our artifact.
 
-    python -m step3_defi.import_weights path=<policy.pt> gfdm=<artifact or SVD folder> name=<name> foreign=skip [policy=vpp] [gidm=<artifact>]
+    python -m step3_defi.import_weights path=<policy.pt> gfdm=<artifact or SVD folder> name=<name> foreign=skip
+    [policy=vpp] [gidm=<artifact>]
 
-Keys are strict. What the file holds and ours does not need is named and counted (release.LEFT); the forward model is not in it.
+Keys are strict. What the file holds and ours does not need is named and counted (release.LEFT); the forward model is
+not in it.
 """
+
 from __future__ import annotations
 
 import logging
@@ -37,8 +40,14 @@ def fill(model: DeFI, path: str | Path, *, skip_foreign: bool = False) -> dict[s
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error
     if release.inverse != bool(model.gidm.num_actions):
-        raise CheckpointError(f"{path}: " + ("holds an inverse model (lam.*), so it is the release's; use policy=official" if release.inverse
-                                             else "holds no inverse model (lam.*), so it is VPP's; use policy=vpp"))
+        raise CheckpointError(
+            f"{path}: "
+            + (
+                "holds an inverse model (lam.*), so it is the release's; use policy=official"
+                if release.inverse
+                else "holds no inverse model (lam.*), so it is VPP's; use policy=vpp"
+            )
+        )
     if wrong := misfit(model, release.state):
         raise CheckpointError(f"{path} does not fit the configured policy (names are ours): {wrong}")
     model.load_state_dict(release.state)
@@ -53,26 +62,49 @@ def configure(cfg: DictConfig) -> dict[str, Any]:
     else:
         config["gfdm"] = {**OmegaConf.to_container(cfg.svd, resolve=True), "svd": cfg.parents.gfdm}
     if "path" in config["gidm"]:
-        config["gidm"] = {**config["gidm"], "path": cfg.parents.gidm} if cfg.parents.gidm else OmegaConf.to_container(cfg.lam, resolve=True)
+        config["gidm"] = (
+            {**config["gidm"], "path": cfg.parents.gidm}
+            if cfg.parents.gidm
+            else OmegaConf.to_container(cfg.lam, resolve=True)
+        )
     elif cfg.parents.gidm:
-        raise ValueError(f"gidm={cfg.parents.gidm}: this policy has no inverse model; leave gidm out, or use policy=official")
+        raise ValueError(
+            f"gidm={cfg.parents.gidm}: this policy has no inverse model; leave gidm out, or use policy=official"
+        )
     return config
 
 
 @program("step3_import")
 def main(cfg: DictConfig) -> None:
-    check_import(cfg.path, cfg.output_dir, cfg.foreign, expected="a policy of the release (saved_models/<step>.pt) or VPP's dp-calvin")
+    check_import(
+        cfg.path,
+        cfg.output_dir,
+        cfg.foreign,
+        expected="a policy of the release (saved_models/<step>.pt) or VPP's dp-calvin",
+    )
     config = configure(cfg)
     log.info("building the policy over %s", cfg.parents.gfdm)
     model = instantiate(config)
     log.info("reading %s", cfg.path)
     left = fill(model, cfg.path, skip_foreign=cfg.foreign == "skip")
     source = {"file": Path(cfg.path).name, "sha256": sha256(Path(cfg.path)), "left": left}
-    artifact.save(model, cfg.output_dir, kind="defi", config=config, scale=cfg.scale, parents=parents(config), stats={"imported": source})
+    artifact.save(
+        model,
+        cfg.output_dir,
+        kind="defi",
+        config=config,
+        scale=cfg.scale,
+        parents=parents(config),
+        stats={"imported": source},
+    )
     for prefix, count in left.items():
         log.info("left out: %s* (%s numbers; %s)", prefix, f"{count:,}", LEFT[prefix])
-    log.info("%d tensors of %s numbers taken; policy in %s", len(model.state_dict()), f"{sum(p.numel() for p in model.state_dict().values()):,}",
-             cfg.output_dir)
+    log.info(
+        "%d tensors of %s numbers taken; policy in %s",
+        len(model.state_dict()),
+        f"{sum(p.numel() for p in model.state_dict().values()):,}",
+        cfg.output_dir,
+    )
 
 
 def plain_keys(arguments: list[str]) -> list[str]:

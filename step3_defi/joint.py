@@ -1,7 +1,9 @@
-"""Forward, inverse and action objectives trained together: what Sec. 1 and 3 argue against, as a row (`experiment=defi/joint`).
+"""Forward, inverse and action objectives trained together: what Sec. 1 and 3 argue against, as a row
+(`experiment=defi/joint`).
 
 B batch, F frames of a clip, V views.
 """
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -17,14 +19,26 @@ from step3_defi.model import PARTS, DeFI
 
 
 class JointDeFI(DeFI):
-    """DeFI without pretraining: one run minimises the action loss, the GFDM's video loss and the GIDM's reconstruction loss.
+    """DeFI without pretraining: one run minimises the action loss, the GFDM's video loss and the GIDM's reconstruction
+    loss.
 
-    All parts learn but the third-party encoders and the VAE. Every window gives one action chunk, one clip (the present and the true
-    frames that follow, of a view that is drawn, as step 1 draws a camera) and one pair of moments (the clip's first and last frame, a
-    second apart, as in step 2). `video_weight` and `reconstruction_weight` are relative to the action loss. In use it is a DeFI.
+    All parts learn but the third-party encoders and the VAE. Every window gives one action chunk, one clip (the present
+    and the true
+    frames that follow, of a view that is drawn, as step 1 draws a camera) and one pair of moments (the clip's first and
+    last frame, a
+    second apart, as in step 2). `video_weight` and `reconstruction_weight` are relative to the action loss. In use it
+    is a DeFI.
     """
 
-    def __init__(self, gfdm: GFDM, gidm: GIDM, *parts: Any, video_weight: float = 1.0, reconstruction_weight: float = 1.0, **options: Any) -> None:
+    def __init__(
+        self,
+        gfdm: GFDM,
+        gidm: GIDM,
+        *parts: Any,
+        video_weight: float = 1.0,
+        reconstruction_weight: float = 1.0,
+        **options: Any,
+    ) -> None:
         super().__init__(gfdm, gidm, *parts, **options)
         self.video_weight, self.reconstruction_weight = video_weight, reconstruction_weight
 
@@ -41,12 +55,16 @@ class JointDeFI(DeFI):
     def forward(self, batch: PolicyBatch) -> dict[str, Tensor]:
         """DeFI's loss and metrics, plus both models' own, over PolicyBatch["futures"] of all frames 1..F-1."""
         clips = self._clips(batch)
-        out = super().forward({**batch, "futures": {name: clip[:, list(self.pair_frames)] for name, clip in clips.items()}})
+        out = super().forward(
+            {**batch, "futures": {name: clip[:, list(self.pair_frames)] for name, clip in clips.items()}}
+        )
         clip = self._draw(clips)
         video = self.video_loss(clip, batch)
         pair = self.gidm({"id": batch["id"], "frames": (clip[:, [0, -1]] + 1) / 2, "text": batch["text"]})
         loss = out["loss"] + self.video_weight * video + self.reconstruction_weight * pair["loss"]
-        own = {f"reconstruction_{name}": pair[name].detach() for name in ("loss", "mse", "copy_mse", "gap") if name in pair}
+        own = {
+            f"reconstruction_{name}": pair[name].detach() for name in ("loss", "mse", "copy_mse", "gap") if name in pair
+        }
         return {**out, "loss": loss, "video_loss": video.detach(), **own}
 
     def video_loss(self, clip: Tensor, batch: PolicyBatch) -> Tensor:
@@ -58,7 +76,10 @@ class JointDeFI(DeFI):
         """View name -> (B, F, 3, H, W), the present first."""
         futures = batch.get("futures")
         if futures is None or any(futures[name].shape[1] != self.gfdm.num_frames - 1 for name in self.views):
-            raise ValueError(f"joint training needs the true frames 1..{self.gfdm.num_frames - 1} of every view; set data.future_frames={self.gfdm.num_frames}")
+            raise ValueError(
+                f"joint training needs the true frames 1..{self.gfdm.num_frames - 1} of every view; set "
+                f"data.future_frames={self.gfdm.num_frames}"
+            )
         return {name: torch.cat([batch["views"][name][:, None], futures[name]], dim=1) for name in self.views}
 
     def _draw(self, clips: dict[str, Tensor]) -> Tensor:

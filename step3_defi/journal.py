@@ -1,10 +1,12 @@
-"""The journal of a rollout: one line a sequence, on disk before the next begins, so that a killed run goes on (DESIGN 6).
+"""The journal of a rollout: one line a sequence, on disk before the next begins, so that a killed run goes on (DESIGN
+6).
 
-    rollouts.jsonl     {"index", "initial_state", "tasks", "steps_to_success", "clipped", "seed"} a line
-    rollouts.<r>.jsonl the part of process r while several processes share the work
-    .claims/<index>    which sequences of a run under way are taken, by whichever process
-    settings.json      what the lines were made with; lines of other settings are never mixed in
+rollouts.jsonl     {"index", "initial_state", "tasks", "steps_to_success", "clipped", "seed"} a line
+rollouts.<r>.jsonl the part of process r while several processes share the work
+.claims/<index>    which sequences of a run under way are taken, by whichever process
+settings.json      what the lines were made with; lines of other settings are never mixed in
 """
+
 from __future__ import annotations
 
 import json
@@ -55,7 +57,9 @@ def read(path: str | Path) -> dict[int, Record]:
             record = {**UNKNOWN, **json.loads(line)}
             records[int(record["index"])] = {key: record[key] for key in Record.__annotations__}
         except (ValueError, KeyError, TypeError) as error:
-            raise JournalError(f"{path}, line {number}: no rollout record ({error!r}); remove the line or the file") from error
+            raise JournalError(
+                f"{path}, line {number}: no rollout record ({error!r}); remove the line or the file"
+            ) from error
     return dict(sorted(records.items()))
 
 
@@ -75,7 +79,9 @@ def alone(folder: Path) -> Iterator[None]:
         with FileLock(folder / ".lock", timeout=0):
             yield
     except Timeout as error:
-        raise JournalError(f"{folder}: another run is writing its journal; wait for its end, or choose another out=") from error
+        raise JournalError(
+            f"{folder}: another run is writing its journal; wait for its end, or choose another out="
+        ) from error
 
 
 class Journal:
@@ -96,7 +102,9 @@ class Journal:
     def __enter__(self) -> Journal:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.file.close()
 
     def append(self, record: Record) -> None:
@@ -111,7 +119,8 @@ class Journal:
 
 
 class Claims:
-    """Who works on which sequence, where several processes share a folder: a sequence is theirs who make its file first."""
+    """Who works on which sequence, where several processes share a folder: a sequence is theirs who make its file
+    first."""
 
     def __init__(self, folder: Path):
         self.folder = folder / ".claims"
@@ -151,8 +160,10 @@ def claim(folder: Path, settings: dict[str, Any]) -> None:
     there = json.loads(path.read_text())
     for key in sorted(set(there) | set(settings)):
         if there.get(key) != settings.get(key):
-            raise JournalError(f"{folder} holds rollouts of other settings ({key}: {_short(there.get(key))} there, "
-                               f"{_short(settings.get(key))} asked): choose another out= or delete it")
+            raise JournalError(
+                f"{folder} holds rollouts of other settings ({key}: {_short(there.get(key))} there, "
+                f"{_short(settings.get(key))} asked): choose another out= or delete it"
+            )
 
 
 def merge(folder: Path) -> dict[int, Record]:

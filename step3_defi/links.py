@@ -1,9 +1,11 @@
-"""Program: does what pretraining gave reach the robot? How much a policy relies on each stream, and how well its parts fit (Sec. 3.3, Table 4).
+"""Program: does what pretraining gave reach the robot? How much a policy relies on each stream, and how well its parts
+fit (Sec. 3.3, Table 4).
 
     python -m step3_defi.links path=ckpts/defi/tiny scale=tiny
 
 Leaves links.json, table.md and links.png (bars) in `out`.
 """
+
 from __future__ import annotations
 
 import json
@@ -36,13 +38,16 @@ PARTS = ("all", "motion", "gripper")
 
 @torch.no_grad()
 def examine(model: DeFI, batches: list[dict[str, Any]]) -> dict[str, Any]:
-    """Held-out batches of windows with true futures -> what stands in links.json. All shares are of the action loss, 0.1 being 10 %."""
+    """Held-out batches of windows with true futures -> what stands in links.json. All shares are of the action loss,
+    0.1 being 10 %."""
     costs: dict[str, list[dict[str, float]]] = defaultdict(list)
     numbers: dict[str, list[float]] = defaultdict(list)
     codes = {"imagined": torch.zeros(0), "true": torch.zeros(0)}
     for batch in tqdm(batches, desc="links", unit="batch"):
         text, actions = batch["text"], batch["actions"].to(model.device)
-        views, futures = ({name: tensor.to(model.device) for name, tensor in batch[key].items()} for key in ("views", "futures"))
+        views, futures = (
+            {name: tensor.to(model.device) for name, tensor in batch[key].items()} for key in ("views", "futures")
+        )
         seen = model.look(views, text, futures)
         goal, streams, extra = model.infer_streams(seen, text)
         generator = torch.Generator(model.device).manual_seed(0)
@@ -54,15 +59,27 @@ def examine(model: DeFI, batches: list[dict[str, Any]]) -> dict[str, Any]:
             numbers[f"spread_{name}"].append(float(reliance.spread(tokens)))
         if model.gidm.num_actions:
             _fit(model, seen, futures, text, numbers, codes)
-    return {"windows": sum(len(batch["text"]) for batch in batches), "streams": list(model.streams),
-            "costs": {name: {part: float(np.mean([row[part] for row in rows])) for part in PARTS} for name, rows in costs.items()},
-            "codes_used": {name: int((counts > 0).sum()) for name, counts in codes.items() if len(counts)},
-            **{name: float(np.mean(values)) for name, values in numbers.items()}}
+    return {
+        "windows": sum(len(batch["text"]) for batch in batches),
+        "streams": list(model.streams),
+        "costs": {
+            name: {part: float(np.mean([row[part] for row in rows])) for part in PARTS} for name, rows in costs.items()
+        },
+        "codes_used": {name: int((counts > 0).sum()) for name, counts in codes.items() if len(counts)},
+        **{name: float(np.mean(values)) for name, values in numbers.items()},
+    }
 
 
-def _fit(model: DeFI, seen: dict[str, Tensor], futures: dict[str, Tensor], text: list[str], numbers: dict[str, list[float]],
-         codes: dict[str, Tensor]) -> None:
-    """How far projected futures are from true ones, and what the inverse model makes of both; adds to `numbers` and `codes`."""
+def _fit(
+    model: DeFI,
+    seen: dict[str, Tensor],
+    futures: dict[str, Tensor],
+    text: list[str],
+    numbers: dict[str, list[float]],
+    codes: dict[str, Tensor],
+) -> None:
+    """How far projected futures are from true ones, and what the inverse model makes of both; adds to `numbers` and
+    `codes`."""
     _, _, present, projected = model.pair(seen)
     projected = projected[:, model.pairs_of]
     if model.projector.sees_now:  # else the present is imagined, too, and DINOv2's tokens are no target
@@ -83,19 +100,35 @@ def _fit(model: DeFI, seen: dict[str, Tensor], futures: dict[str, Tensor], text:
 
 def table(found: dict[str, Any]) -> str:
     """links.json as Markdown."""
-    lines = ["| stream | another window's | of motion | of the gripper | the mean | spread / rms |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| stream | another window's | of motion | of the gripper | the mean | spread / rms |",
+        "|---|---|---|---|---|---|",
+    ]
     for name in [*found["streams"], "gfdm"]:
         swap, mean = (found["costs"][f"{how}_{name}"] for how in ("swap", "mean"))
         spread = f"{found[f'spread_{name}']:.2f}" if name != "gfdm" else ""
         label = "everything of the forward model" if name == "gfdm" else name
-        lines.append(f"| {label} | {100 * swap['all']:+.1f} % | {100 * swap['motion']:+.1f} % | {100 * swap['gripper']:+.1f} % | "
-                     f"{100 * mean['all']:+.1f} % | {spread} |")
-    said = [f"Held-out action loss {found['action_loss']:.4f} over {found['windows']} windows; the columns say by how much it rises "
-            "where a stream is replaced."]
+        lines.append(
+            f"| {label} | {100 * swap['all']:+.1f} % | {100 * swap['motion']:+.1f} % | {100 * swap['gripper']:+.1f} % "
+            "| "
+            f"{100 * mean['all']:+.1f} % | {spread} |"
+        )
+    said = [
+        f"Held-out action loss {found['action_loss']:.4f} over {found['windows']} windows; the columns say by how much "
+        "it rises "
+        "where a stream is replaced."
+    ]
     if "copy_error" in found:
-        said.append(f"Projected futures: error {found['projector_error'] / found['copy_error']:.2f} of that of the present in their place.")
+        said.append(
+            f"Projected futures: error {found['projector_error'] / found['copy_error']:.2f} of that of the present in "
+            "their place."
+        )
     if found["codes_used"]:
-        said.append("Codes in use: " + ", ".join(f"{count} on {name} futures" for name, count in found["codes_used"].items()) + ".")
+        said.append(
+            "Codes in use: "
+            + ", ".join(f"{count} on {name} futures" for name, count in found["codes_used"].items())
+            + "."
+        )
     return "\n".join(lines) + "\n\n" + " ".join(said) + "\n"
 
 
@@ -120,14 +153,25 @@ def main(cfg: DictConfig) -> None:
     device = cfg.device or processes().device
     model = policy.load(cfg.path, device=device).model
     windows = instantiate(cfg.data, split=cfg.split, with_futures=True)
-    chunks = held_out(len(windows), cfg.batch_size, seed=cfg.seed, rank=0, world=1, most=-(-cfg.windows // cfg.batch_size))
+    chunks = held_out(
+        len(windows), cfg.batch_size, seed=cfg.seed, rank=0, world=1, most=-(-cfg.windows // cfg.batch_size)
+    )
     draws = Draws(windows, cfg.seed)
     batches = [collate([draws[key] for key in keys]) for keys, _ in chunks if len(keys) == cfg.batch_size]
     if not batches:
-        raise ValueError(f"{cfg.data.root}: fewer than batch_size={cfg.batch_size} windows in split {cfg.split}; set batch_size lower")
+        raise ValueError(
+            f"{cfg.data.root}: fewer than batch_size={cfg.batch_size} windows in split {cfg.split}; set batch_size "
+            "lower"
+        )
     found = examine(model, batches)
     out = Path(cfg.out)
-    write_text(out / "links.json", json.dumps({"path": str(cfg.path), "policy_sha256": artifact.sha256(cfg.path), "seed": cfg.seed, **found}, indent=2) + "\n")
+    write_text(
+        out / "links.json",
+        json.dumps(
+            {"path": str(cfg.path), "policy_sha256": artifact.sha256(cfg.path), "seed": cfg.seed, **found}, indent=2
+        )
+        + "\n",
+    )
     write_text(out / "table.md", table(found))
     draw(found, out / "links.png")
     LOG.info("%s", table(found))

@@ -1,9 +1,11 @@
 """Program: pack the frames that training would read, once (Sec. 4.2; store.py has the form).
 
-    python -m step3_defi.pack [scale=full] [data=calvin_abc|calvin_d|calvin_debug|playtable] [data.root=<folder>] [workers=16] [data.cache_dir=<folder>]
+    python -m step3_defi.pack [scale=full] [data=calvin_abc|calvin_d|calvin_debug|playtable] [data.root=<folder>]
+    [workers=16] [data.cache_dir=<folder>]
 
 Takes the words of step3_defi.train. A killed run goes on with the same command.
 """
+
 from __future__ import annotations
 
 import logging

@@ -1,4 +1,5 @@
 """Projector: features of imagined frames, put on one scale, onto the input manifold of the inverse model (Sec. 3.3)."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -26,18 +27,24 @@ class Projector(nn.Module):
         """(..., feature_dim) -> (..., out_dim)."""
         return self.norm(self.fc2(F.gelu(self.fc1(features))))
 
-    def pair(self, features: Tensor, frames: Sequence[int], tokens: int, now: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Two moments for the inverse model, on its grid of N = `tokens`: the present and every one of the P imagined `frames`.
+    def pair(
+        self, features: Tensor, frames: Sequence[int], tokens: int, now: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Two moments for the inverse model, on its grid of N = `tokens`: the present and every one of the P imagined
+        `frames`.
 
-        features (B, V, F, L, feature_dim), now (B, V, N, out_dim) -> present (B, V, 1, N, out_dim), futures (B, V, P, N, out_dim).
+        features (B, V, F, L, feature_dim), now (B, V, N, out_dim) -> present (B, V, 1, N, out_dim), futures (B, V, P,
+        N, out_dim).
         """
         return now[:, :, None], match_grid(self(features[:, :, list(frames)]), tokens)
 
 
 class ImaginedPresent(Projector):
-    """The release's: the present, too, is an imagined frame, number `present`, and learned codes tell the two moments apart.
+    """The release's: the present, too, is an imagined frame, number `present`, and learned codes tell the two moments
+    apart.
 
-    DINOv2 is never asked, so the inverse model works on features that it was not pretrained on (official release, Step 3).
+    DINOv2 is never asked, so the inverse model works on features that it was not pretrained on (official release, Step
+    3).
     """
 
     sees_now = False
@@ -47,7 +54,9 @@ class ImaginedPresent(Projector):
         self.present = present
         self.moments = nn.Parameter(torch.randn(2, 1, out_dim))
 
-    def pair(self, features: Tensor, frames: Sequence[int], tokens: int, now: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def pair(
+        self, features: Tensor, frames: Sequence[int], tokens: int, now: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """As Projector.pair; `now` is not read."""
         seen = match_grid(self(features[:, :, [self.present, *frames]]), tokens)
         return seen[:, :, :1] + self.moments[0], seen[:, :, 1:] + self.moments[1]
@@ -57,7 +66,7 @@ def match_grid(tokens: Tensor, count: int) -> Tensor:
     """Resize square token grids (..., L, D) to (..., count, D) where the two models cut the picture differently."""
     if tokens.shape[-2] == count:
         return tokens
-    side, target = round(tokens.shape[-2] ** 0.5), round(count ** 0.5)
+    side, target = round(tokens.shape[-2] ** 0.5), round(count**0.5)
     if side * side != tokens.shape[-2] or target * target != count:
         raise ValueError(f"token grids of {tokens.shape[-2]} and {count} tokens are not both square")
     grid = tokens.flatten(0, -3).transpose(1, 2).unflatten(2, (side, side))

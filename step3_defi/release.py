@@ -1,4 +1,5 @@
 """The names of the release's policies and VPP's, and ours (official release Step 3; VPP's dp-calvin)."""
+
 from __future__ import annotations
 
 import re
@@ -71,13 +72,17 @@ class Release(NamedTuple):
 
 
 def from_release(tensors: Mapping[str, Tensor]) -> Release:
-    """Tensors of a policy by their published names -> ours. An unknown name stays as it is, for strict loading to name it.
+    """Tensors of a policy by their published names -> ours. An unknown name stays as it is, for strict loading to name
+    it.
 
     ValueError: no policy at all.
     """
     if "Video_Former.latents" not in tensors or "model.inner_model.action_emb.weight" not in tensors:
-        raise ValueError(f"no policy of the release or of VPP (Video_Former.latents, model.inner_model.action_emb.weight) among its {len(tensors)} "
-                         f"tensors, which start with: {', '.join(sorted({name.split('.')[0] for name in tensors}))}")
+        raise ValueError(
+            "no policy of the release or of VPP (Video_Former.latents, model.inner_model.action_emb.weight) among its "
+            f"{len(tensors)} "
+            f"tensors, which start with: {', '.join(sorted({name.split('.')[0] for name in tensors}))}"
+        )
     inverse = {name: tensor for name, tensor in tensors.items() if name.startswith("lam.")}
     rest = {name: tensor for name, tensor in tensors.items() if not name.startswith(("lam.", *LEFT))}
     state = {f"gidm.{name}": tensor for name, tensor in from_univla(inverse).items()} if inverse else {}
@@ -89,5 +94,9 @@ def from_release(tensors: Mapping[str, Tensor]) -> Release:
 def _ours(name: str, tensor: Tensor) -> dict[str, Tensor]:
     if temporal := re.fullmatch(r"(Video_Former\.layers\.\d+\.1)\.qkv\.(weight|bias)", name):  # q, k and v in one layer
         parts = zip("qkv", torch.chunk(tensor, 3))
-        return {made: part for letter, third in parts for made, part in _ours(f"{temporal[1]}.to_{letter}.{temporal[2]}", third).items()}
+        return {
+            made: part
+            for letter, third in parts
+            for made, part in _ours(f"{temporal[1]}.to_{letter}.{temporal[2]}", third).items()
+        }
     return {renamed(name, NAMES): tensor}

@@ -1,7 +1,9 @@
-"""How much the action adapter relies on what it reads: what a wrong stream costs, and whether a stream varies at all (Sec. 3.3, Table 4).
+"""How much the action adapter relies on what it reads: what a wrong stream costs, and whether a stream varies at all
+(Sec. 3.3, Table 4).
 
 B batch, k noise draws of a sample, T tokens, C channels, A actions.
 """
+
 from __future__ import annotations
 
 import torch
@@ -12,7 +14,9 @@ MOTION, GRIPPER = slice(0, 6), slice(6, 7)  # of CALVIN's seven action dimension
 
 def dealt(stream: Tensor) -> Tensor:
     """Every sample gets its neighbour's: (B, ...) -> (B, ...)."""
-    return stream[torch.arange(len(stream), device=stream.device).roll(1)]  # rolling itself fails on fp16 under a CPU's autocast to bf16
+    return stream[
+        torch.arange(len(stream), device=stream.device).roll(1)
+    ]  # rolling itself fails on fp16 under a CPU's autocast to bf16
 
 
 def averaged(stream: Tensor) -> Tensor:
@@ -24,9 +28,11 @@ CHANGES = {"swap": dealt, "mean": averaged}
 
 
 def shares(wrong: Tensor, own: Tensor) -> dict[str, Tensor]:
-    """Squared errors (B * k, A, 7) with a wrong stream and with the right ones -> the rise, as a share of the right ones' mean.
+    """Squared errors (B * k, A, 7) with a wrong stream and with the right ones -> the rise, as a share of the right
+    ones' mean.
 
-    "all" is the rise of the whole loss, "motion" that of the six pose commands and "gripper" that of the gripper, each over its own loss.
+    "all" is the rise of the whole loss, "motion" that of the six pose commands and "gripper" that of the gripper, each
+    over its own loss.
     """
     parts = {"all": slice(None), "motion": MOTION, "gripper": GRIPPER}
     return {name: wrong[..., part].mean() / own[..., part].mean() - 1 for name, part in parts.items()}
@@ -38,6 +44,7 @@ def deviation(stream: Tensor) -> Tensor:
 
 
 def spread(stream: Tensor) -> Tensor:
-    """The deviation over samples as a share of the root mean square: (B, T, C) -> (), 0 for a stream that is constant over samples."""
+    """The deviation over samples as a share of the root mean square: (B, T, C) -> (), 0 for a stream that is constant
+    over samples."""
     stream = stream.detach().float()
     return deviation(stream) / stream.square().mean().sqrt().clamp_min(torch.finfo(torch.float32).tiny)

@@ -4,6 +4,7 @@
 
 Pictures and films are inline. A piece that is missing is named on the page, the rest is shown.
 """
+
 from __future__ import annotations
 
 import base64
@@ -26,8 +27,22 @@ from step3_defi import film, journal, stats
 
 LOG = logging.getLogger(__name__)
 MISSING = (FileNotFoundError, KeyError, ValueError)  # what reading an absent or unfinished piece raises
-CURVES = {name: name for name in ("loss", "mse", "action_loss", "bottleneck_loss", "alignment_loss", "video_loss", "reconstruction_loss",
-                                  "swap_latent", "mean_gfdm", "perplexity", "usage")}  # where a run logs them
+CURVES = {
+    name: name
+    for name in (
+        "loss",
+        "mse",
+        "action_loss",
+        "bottleneck_loss",
+        "alignment_loss",
+        "video_loss",
+        "reconstruction_loss",
+        "swap_latent",
+        "mean_gfdm",
+        "perplexity",
+        "usage",
+    )
+}  # where a run logs them
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #1c2430; background: #fff; }
 h1 { font-size: 1.7rem; } h2 { font-size: 1.25rem; margin-top: 2.5rem; border-bottom: 1px solid #d5dae1; } h3 { font-size: 1rem; margin-bottom: .3rem; }
@@ -41,8 +56,10 @@ img { max-width: 100%; } .missing { background: #fff4e0; border-left: 4px solid 
 def page(title: str, sections: Iterable[tuple[str, str]]) -> str:
     """The whole document; sections are (heading, html)."""
     body = "\n".join(f"<section><h2>{html.escape(heading)}</h2>\n{content}</section>" for heading, content in sections)
-    return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title><style>{STYLE}</style></head>\n'
-            f"<body><h1>{html.escape(title)}</h1>\n{body}\n</body></html>\n")
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title><style>{STYLE}</style></head>\n'
+        f"<body><h1>{html.escape(title)}</h1>\n{body}\n</body></html>\n"
+    )
 
 
 def or_missing(make: Callable[[], str], what: str) -> str:
@@ -69,8 +86,10 @@ def picture(source: str, caption: str) -> str:
 
 
 def movie(path: Path, caption: str) -> str:
-    return (f'<figure><video controls loop muted playsinline width="300" src="{inline(path, "video/mp4")}"></video>'
-            f"<figcaption>{html.escape(caption)}</figcaption></figure>\n")
+    return (
+        f'<figure><video controls loop muted playsinline width="300" src="{inline(path, "video/mp4")}"></video>'
+        f"<figcaption>{html.escape(caption)}</figcaption></figure>\n"
+    )
 
 
 def curves(name: str, folder: Path) -> str:
@@ -88,7 +107,9 @@ def markdown_html(text: str) -> str:
         lines = [line for line in block.splitlines() if not re.fullmatch(r"[|\s:-]+", line)]
         if lines and all(line.startswith("|") for line in lines):
             rows = [[_bold(cell.strip()) for cell in line.strip().strip("|").split("|")] for line in lines]
-            head, *others = [[f"<{tag}>{cell}</{tag}>" for cell in row] for tag, row in zip(["th"] + ["td"] * len(rows), rows)]
+            head, *others = [
+                [f"<{tag}>{cell}</{tag}>" for cell in row] for tag, row in zip(["th"] + ["td"] * len(rows), rows)
+            ]
             cells = "\n".join(f"<tr>{''.join(row)}</tr>" for row in [head, *others])
             blocks.append(f'<div class="wide"><table>{cells}</table></div>')
         elif lines:
@@ -116,8 +137,13 @@ def rollout_table(folders: Mapping[str, Path]) -> str:
     table = stats.chain_table(rows, length=first["length"], paper=stats.paper_label(first["world"]))
     facts = f"{first['world']}, {first['sequences']} sequences of {first['length']}, {horizon} steps a sub-task; 95 % bootstrap intervals over sequences."
     facts = f"{facts} {stats.caveat(first['world'], first['vocabulary'])}".rstrip()
-    paired = [or_missing(lambda other=other: _paired(next(iter(found)), other, folders, int(horizon)), f"The comparison with {other!r}")
-              for other in list(found)[1:]]
+    paired = [
+        or_missing(
+            lambda other=other: _paired(next(iter(found)), other, folders, int(horizon)),
+            f"The comparison with {other!r}",
+        )
+        for other in list(found)[1:]
+    ]
     tasks = _tasks(found)
     return markdown_html(f"{table}\n\n{facts}") + "".join(paired) + notes + markdown_html(tasks)
 
@@ -126,8 +152,11 @@ def _paired(a: str, b: str, folders: Mapping[str, Path], horizon: int) -> str:
     records = [journal.read(folders[label] / journal.NAME) for label in (a, b)]
     row = stats.compare(*records, horizon)
     low, high = row["difference_ci95"]
-    return (f"<p>{html.escape(a)} − {html.escape(b)}: {row['difference']:+.2f} tasks [{low:+.2f}, {high:+.2f}], paired over "
-            f"{row['sequences']} sequences, p = {row['p_value']:.4f}</p>\n")
+    return (
+        f"<p>{html.escape(a)} − {html.escape(b)}: {row['difference']:+.2f} tasks [{low:+.2f}, {high:+.2f}], paired "
+        "over "
+        f"{row['sequences']} sequences, p = {row['p_value']:.4f}</p>\n"
+    )
 
 
 def _tasks(found: Mapping[str, Mapping[str, Any]]) -> str:
@@ -146,7 +175,9 @@ def films(folder: Path, count: int) -> str:
     chosen = [(kind, path) for kind, paths in found.items() for path in paths[:count]]
     if not chosen:
         raise FileNotFoundError(f"no films in {folder / 'videos'}; roll out with films.candidates above 0")
-    captions = ["sequence {}: {} of {} tasks".format(*map(int, film.NAME.fullmatch(path.name).groups())) for _, path in chosen]
+    captions = [
+        "sequence {}: {} of {} tasks".format(*map(int, film.NAME.fullmatch(path.name).groups())) for _, path in chosen
+    ]
     return "".join(movie(path, f"{kind}, {caption}") for (kind, path), caption in zip(chosen, captions))
 
 
@@ -155,12 +186,16 @@ def evaluation(folder: Path, pictures: str, count: int) -> str:
     shown = sorted((folder / pictures).glob("*.png"))[:count]
     drawn = "".join(picture(inline(path, "image/png"), f"{pictures}/{path.name}") for path in shown)
     nothing = FileNotFoundError(f"no pictures in {folder / pictures}; run the step's eval program")
-    return or_missing(lambda: markdown_html(_text(folder / "table.md")), "The table") + (drawn or missing("A picture", nothing))
+    return or_missing(lambda: markdown_html(_text(folder / "table.md")), "The table") + (
+        drawn or missing("A picture", nothing)
+    )
 
 
 def links(folder: Path) -> str:
     """Table and bars of step3_defi.links."""
-    return markdown_html(_text(folder / "table.md")) + picture(inline(folder / "links.png", "image/png"), "rise of the held-out action loss")
+    return markdown_html(_text(folder / "table.md")) + picture(
+        inline(folder / "links.png", "image/png"), "rise of the held-out action loss"
+    )
 
 
 def build(cfg: Mapping[str, Any]) -> str:
@@ -170,13 +205,27 @@ def build(cfg: Mapping[str, Any]) -> str:
         folders = {label: Path(folder) for label, folder in rows.items()}
         first = next(iter(folders.values()))
         table = or_missing(lambda folders=folders: rollout_table(folders), title)
-        sections.append((title, table + "<h3>Films</h3>\n" + or_missing(lambda first=first: films(first, cfg["films"]), "A film")))
+        sections.append(
+            (title, table + "<h3>Films</h3>\n" + or_missing(lambda first=first: films(first, cfg["films"]), "A film"))
+        )
     sections += [
-        ("What the forward model imagines", or_missing(lambda: evaluation(Path(cfg["forecast"]), "strips", cfg["pictures"]), "The forecast")),
+        (
+            "What the forward model imagines",
+            or_missing(lambda: evaluation(Path(cfg["forecast"]), "strips", cfg["pictures"]), "The forecast"),
+        ),
         ("What the policy reads", or_missing(lambda: links(Path(cfg["links"])), "What each stream is worth")),
-        ("What the latent actions carry", or_missing(lambda: evaluation(Path(cfg["codes"]), "attention", cfg["pictures"]), "The code usage")),
-        ("Training", "".join(f"<h3>{html.escape(name)}</h3>\n" + or_missing(lambda name=name, folder=folder: curves(name, Path(folder)), name)
-                             for name, folder in cfg["training"].items())),
+        (
+            "What the latent actions carry",
+            or_missing(lambda: evaluation(Path(cfg["codes"]), "attention", cfg["pictures"]), "The code usage"),
+        ),
+        (
+            "Training",
+            "".join(
+                f"<h3>{html.escape(name)}</h3>\n"
+                + or_missing(lambda name=name, folder=folder: curves(name, Path(folder)), name)
+                for name, folder in cfg["training"].items()
+            ),
+        ),
     ]
     return page(cfg["title"], sections)
 

@@ -3,9 +3,11 @@
 What a row of a batch comes to depends on the batch's size and on the row's place in it, in the last bits. So the policy
 is always called with `workers` observations, a chain's plans are always made in the same row (its slot), rows that
 nobody needs are filled with copies, and all chains in progress wait for each other. With noise that depends on
-obs["rollout_key"] = (seed, sequence, sub-task, plan) alone, a run that was killed and goes on equals an unbroken one, and so
+obs["rollout_key"] = (seed, sequence, sub-task, plan) alone, a run that was killed and goes on equals an unbroken one,
+and so
 does one whose simulators die: a new one takes the sequence up again from its start, once.
 """
+
 from __future__ import annotations
 
 import logging
@@ -30,8 +32,10 @@ HOPELESS = 3  # sequences given up in a row: it is not them
 class Simulators:
     """`count` processes with one environment each, made from a Hydra configuration inside them. A context manager.
 
-    The first comes up alone, and what it chooses by itself the others are told: many that look for a GPU at once may find different ones.
-    `versions` are those of all; RolloutError where one that comes up has others. One that dies, reports an error or is silent for `patience`
+    The first comes up alone, and what it chooses by itself the others are told: many that look for a GPU at once may
+    find different ones.
+    `versions` are those of all; RolloutError where one that comes up has others. One that dies, reports an error or is
+    silent for `patience`
     seconds is replaced. `pictures`: each draws one as it comes up.
     """
 
@@ -54,7 +58,9 @@ class Simulators:
         self.workers += [Worker(number, self.setup, self.patience) for number in range(1, self.count)]
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def close(self) -> None:
@@ -63,7 +69,8 @@ class Simulators:
             worker.close()
 
     def survey(self, request: Survey) -> dict[str, Any]:
-        """{"world": name, "sequences": [(initial state, tasks), ...]} of these environments. SimulatorError: twice in vain."""
+        """{"world": name, "sequences": [(initial state, tasks), ...]} of these environments. SimulatorError: twice in
+        vain."""
         return self._ask("survey", request)
 
     def _ask(self, kind: str, request: Survey | None = None) -> dict[str, Any]:
@@ -90,7 +97,8 @@ class Simulators:
         return kind, content
 
     def branch(self, requests: Sequence[Branch]) -> Iterator[tuple[int, dict[str, Any]]]:
-        """(position of the request, what follows its moment) as they get done. Raises SimulatorError naming the sequence."""
+        """(position of the request, what follows its moment) as they get done. Raises SimulatorError naming the
+        sequence."""
         waiting, free = deque(enumerate(requests)), list(self.workers)
         busy: dict[Worker, int] = {}
         while waiting or busy:
@@ -104,11 +112,16 @@ class Simulators:
                     free.append(worker)
                     yield busy.pop(worker), content
 
-    def rollout(self, chains: list[Chain], policy: ChunkPolicy | None = None, claim: Callable[[int], bool] | None = None) -> Iterator[dict[str, Any]]:
-        """Hand chains to workers as they get free; yields {"index", "steps_to_success", "clipped", "film"} as chains end.
+    def rollout(
+        self, chains: list[Chain], policy: ChunkPolicy | None = None, claim: Callable[[int], bool] | None = None
+    ) -> Iterator[dict[str, Any]]:
+        """Hand chains to workers as they get free; yields {"index", "steps_to_success", "clipped", "film"} as chains
+        end.
 
-        Chains of the agent "policy" need `policy`; those that `claim` refuses are left to other processes. A chain whose simulator fails is
-        tried again from its start, in its slot; one that fails twice comes as {"index", "failure": why}. Raises RolloutError where that happens
+        Chains of the agent "policy" need `policy`; those that `claim` refuses are left to other processes. A chain
+        whose simulator fails is
+        tried again from its start, in its slot; one that fails twice comes as {"index", "failure": why}. Raises
+        RolloutError where that happens
         to HOPELESS chains in a row.
         """
         waiting, failures = Waiting(chains, claim), Failures()
@@ -158,8 +171,11 @@ def check_alike(versions: dict[str, dict[str, str]]) -> None:
     (first, known), *others = versions.items()
     for name, own in others:
         if differing := [key for key in sorted({*known, *own}) if known.get(key) != own.get(key)]:
-            raise RolloutError("one table needs simulators of one kind: " + "; ".join(f"{key} is {known.get(key)} in {first}, {own.get(key)} in {name}"
-                               for key in differing) + "; choose the renderer by hand (env.renderer=egl|cpu of CALVIN) or machines that are alike")
+            raise RolloutError(
+                "one table needs simulators of one kind: "
+                + "; ".join(f"{key} is {known.get(key)} in {first}, {own.get(key)} in {name}" for key in differing)
+                + "; choose the renderer by hand (env.renderer=egl|cpu of CALVIN) or machines that are alike"
+            )
 
 
 def _speaking(workers: list[Worker]) -> list[Worker]:
@@ -179,19 +195,25 @@ class Failures:
         """Whether the chain is to be tried once more."""
         self.attempts[chain.index] += 1
         last = self.attempts[chain.index] == ATTEMPTS
-        LOG.warning("%s; a new simulator %s", error, "goes on without the sequence" if last else "tries the sequence again")
+        LOG.warning(
+            "%s; a new simulator %s", error, "goes on without the sequence" if last else "tries the sequence again"
+        )
         return not last
 
     def judged(self, result: dict[str, Any]) -> None:
         """Told of every result. Raises RolloutError where simulators keep failing."""
         self.given_up = self.given_up + 1 if "failure" in result else 0
         if self.given_up == HOPELESS:
-            raise RolloutError(f"{HOPELESS} sequences in a row failed twice, the last: {result['failure']}; finished sequences are in the journal, "
-                               "the same command goes on from there")
+            raise RolloutError(
+                f"{HOPELESS} sequences in a row failed twice, the last: {result['failure']}; finished sequences are in "
+                "the journal, "
+                "the same command goes on from there"
+            )
 
 
 class Waiting:
-    """Chains that nobody works on yet, by slot. `claim`: whether a chain, by its index, is still to be had; all are where it is None."""
+    """Chains that nobody works on yet, by slot. `claim`: whether a chain, by its index, is still to be had; all are
+    where it is None."""
 
     def __init__(self, chains: list[Chain], claim: Callable[[int], bool] | None = None):
         self.claim = claim
@@ -209,7 +231,8 @@ class Waiting:
 
 
 def in_slots(slots: dict[Connection, int]) -> list[dict[int, Connection]]:
-    """Who asks, and their slots -> groups in which every slot is taken once; towards the end, chains of a slot may meet."""
+    """Who asks, and their slots -> groups in which every slot is taken once; towards the end, chains of a slot may
+    meet."""
     groups: list[dict[int, Connection]] = []
     for connection, slot in slots.items():
         free = next((group for group in groups if slot not in group), None)
@@ -224,11 +247,20 @@ def plan(policy: ChunkPolicy, requests: dict[int, tuple[dict, str]], *, size: in
     filler = next(iter(requests.values()))
     observations, instructions = map(list, zip(*(requests.get(slot, filler) for slot in range(size))))
     actions = np.asarray(policy.plan(observations, instructions), dtype=np.float64)
-    fits = actions.ndim == 3 and len(actions) == size and actions.shape[1] >= policy.execute and actions.shape[2] == ACTION_DIM
+    fits = (
+        actions.ndim == 3
+        and len(actions) == size
+        and actions.shape[1] >= policy.execute
+        and actions.shape[2] == ACTION_DIM
+    )
     if not fits:
-        raise RolloutError(f"the policy planned actions of shape {actions.shape}; needed are ({size}, at least {policy.execute}, "
-                           f"{ACTION_DIM}) for {size} simulators: check the policy's chunk length, execute and action width")
+        raise RolloutError(
+            f"the policy planned actions of shape {actions.shape}; needed are ({size}, at least {policy.execute}, "
+            f"{ACTION_DIM}) for {size} simulators: check the policy's chunk length, execute and action width"
+        )
     if not np.isfinite(actions).all():
         bad = int(np.argwhere(~np.isfinite(actions).all((1, 2)))[0, 0])
-        raise RolloutError(f"the policy planned actions that are not finite, for {instructions[bad]!r}: check its weights")
-    return {slot: actions[slot, :policy.execute] for slot in requests}
+        raise RolloutError(
+            f"the policy planned actions that are not finite, for {instructions[bad]!r}: check its weights"
+        )
+    return {slot: actions[slot, : policy.execute] for slot in requests}

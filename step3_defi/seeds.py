@@ -1,8 +1,11 @@
-"""Program: rows of a table by their held-out loss, over seeds (Table 4).   python -m step3_defi.seeds runs=ckpts/defi/few base=pretrained
+"""Program: rows of a table by their held-out loss, over seeds (Table 4).   python -m step3_defi.seeds
+runs=ckpts/defi/few base=pretrained
 
-Reads the last validation in every `runs`/<row>/<seed>/metrics.jsonl. A row's difference to the base is paired by seed, with the 95 % interval
+Reads the last validation in every `runs`/<row>/<seed>/metrics.jsonl. A row's difference to the base is paired by seed,
+with the 95 % interval
 of Student's t over the seeds that both have. Leaves seeds.json and table.md in `out`.
 """
+
 from __future__ import annotations
 
 import json
@@ -22,7 +25,8 @@ LOG = logging.getLogger(__name__)
 
 
 def last_validation(folder: Path) -> dict[str, float]:
-    """The last validation in a training's metrics.jsonl, without the prefix, and its step. Raises ValueError where there is none."""
+    """The last validation in a training's metrics.jsonl, without the prefix, and its step. Raises ValueError where
+    there is none."""
     path = folder / "metrics.jsonl"
     series = read_metrics(path)
     if "val/action_loss" not in series:
@@ -56,15 +60,27 @@ def compare(found: dict[str, dict[str, dict[str, float]]], base: str, metrics: l
     if base not in found:
         raise ValueError(f"base={base} is none of the rows: {', '.join(found) or 'the folder is empty'}")
     result: dict[str, Any] = {}
-    lines = ["| row | seeds | " + " | ".join(metrics) + " | action_loss against the base, in % [95 %] |", "|---" * (len(metrics) + 3) + "|"]
+    lines = [
+        "| row | seeds | " + " | ".join(metrics) + " | action_loss against the base, in % [95 %] |",
+        "|---" * (len(metrics) + 3) + "|",
+    ]
     for row, seeds in sorted(found.items(), key=lambda item: item[0] != base):
         values = {metric: np.array([run[metric] for run in seeds.values() if metric in run]) for metric in metrics}
         shared = sorted(set(seeds) & set(found[base]))
         ratios = np.array([seeds[seed]["action_loss"] / found[base][seed]["action_loss"] - 1 for seed in shared])
         share = interval(100 * ratios) if row != base and shared else None
         result[row] = {"seeds": sorted(seeds), "runs": seeds, "against_base_percent": share}
-        cells = [f"{part.mean():.4f} +- {part.std(ddof=1) if len(part) > 1 else float('nan'):.4f}" if len(part) else "" for part in values.values()]
-        lines.append(f"| {row} | {len(seeds)} | " + " | ".join(cells) + " | " + (f"{share[0]:+.1f} [{share[1]:+.1f}, {share[2]:+.1f}]" if share else "") + " |")
+        cells = [
+            f"{part.mean():.4f} +- {part.std(ddof=1) if len(part) > 1 else float('nan'):.4f}" if len(part) else ""
+            for part in values.values()
+        ]
+        lines.append(
+            f"| {row} | {len(seeds)} | "
+            + " | ".join(cells)
+            + " | "
+            + (f"{share[0]:+.1f} [{share[1]:+.1f}, {share[2]:+.1f}]" if share else "")
+            + " |"
+        )
     return result, "\n".join(lines)
 
 

@@ -1,4 +1,6 @@
-"""A simulator's process as the program sees it that plans for it: `rollout.Simulators` holds as many as it needs (DESIGN 6)."""
+"""A simulator's process as the program sees it that plans for it: `rollout.Simulators` holds as many as it needs
+(DESIGN 6)."""
+
 from __future__ import annotations
 
 import os
@@ -36,7 +38,12 @@ class Worker:
         self.connection, theirs = Pipe()
         # One thread a simulator: the cores belong to the other workers and to the policy.
         own = drawing(os.environ, cuda_numbers()) if torch.cuda.is_available() else {}
-        settings = {**os.environ, **own, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
+        settings = {
+            **os.environ,
+            **own,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
+        }
         command = [sys.executable, "-c", "from step3_defi.worker import main; main()", str(theirs.fileno())]
         self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=settings, stdin=subprocess.DEVNULL)
         theirs.close()
@@ -56,9 +63,12 @@ class Worker:
         return max(0.0, self.deadline - time.monotonic())
 
     def receive(self) -> tuple[str, Any]:
-        """The next answer. Raises SimulatorError where the worker reports an error, died, or stays silent past its deadline."""
+        """The next answer. Raises SimulatorError where the worker reports an error, died, or stays silent past its
+        deadline."""
         if not self.connection.poll(self.remaining()):
-            raise SimulatorError(f"{self._where()}: no sign of life; where its pace is more than {self.patience:g} s, raise patience=")
+            raise SimulatorError(
+                f"{self._where()}: no sign of life; where its pace is more than {self.patience:g} s, raise patience="
+            )
         try:
             kind, content = self.connection.recv()
         except (EOFError, ConnectionError) as error:
@@ -83,7 +93,9 @@ class Worker:
 
     def _send(self, message: Any) -> None:
         self._wait_from_now()
-        with suppress(ConnectionError):  # a worker that is gone shows where it is listened to, and may have left word why
+        with suppress(
+            ConnectionError
+        ):  # a worker that is gone shows where it is listened to, and may have left word why
             self.connection.send(message)
 
     def _wait_from_now(self) -> None:

@@ -3,6 +3,7 @@
 A journal holds steps to success up to the longest horizon. At a shorter horizon a chain ends at the first sub-task
 that took longer, so one run gives the paper's 280 (App. Q9), CALVIN's 360 and the release's 720 steps.
 """
+
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -42,7 +43,8 @@ def chain_lengths(records: Iterable[Record], horizon: int) -> np.ndarray:
 
 
 def chain_stats(records: Iterable[Record], horizon: int, *, length: int = 5, seed: int = 0) -> dict[str, Any]:
-    """{"avg_len", "avg_len_ci95", "chain_sr": {"1": ...}, "chain_sr_ci95": {"1": [low, high], ...}}, bootstrapped over sequences."""
+    """{"avg_len", "avg_len_ci95", "chain_sr": {"1": ...}, "chain_sr_ci95": {"1": [low, high], ...}}, bootstrapped over
+    sequences."""
     lengths = chain_lengths(records, horizon)
     mean, low, high = bootstrap_ci(lengths, seed=seed)
     rates = {str(k): bootstrap_ci(lengths >= k, seed=seed) for k in range(1, length + 1)}
@@ -60,16 +62,19 @@ def task_stats(records: Iterable[Record], horizon: int) -> dict[str, dict[str, A
     counts: dict[str, list[int]] = {}
     for record in records:
         done = chain_length(record, horizon)
-        for number, task in enumerate(record["tasks"][:done + 1]):
+        for number, task in enumerate(record["tasks"][: done + 1]):
             count = counts.setdefault(task, [0, 0])
             count[0] += number < done
             count[1] += 1
-    return {task: {"success": good, "total": total, "rate": good / total, "ci95": wilson(good, total)}
-            for task, (good, total) in sorted(counts.items())}
+    return {
+        task: {"success": good, "total": total, "rate": good / total, "ci95": wilson(good, total)}
+        for task, (good, total) in sorted(counts.items())
+    }
 
 
 def action_stats(records: Iterable[Record], longest: int) -> dict[str, int | None]:
-    """{"steps": control steps of all sub-tasks, "clipped": those whose action left [-1, 1], None where a journal did not count}."""
+    """{"steps": control steps of all sub-tasks, "clipped": those whose action left [-1, 1], None where a journal did
+    not count}."""
     records = list(records)
     steps = sum(longest if taken is None else taken for record in records for taken in record["steps_to_success"])
     counts = [record["clipped"] for record in records]
@@ -90,7 +95,8 @@ def is_calvin(world: str) -> bool:
 
 
 def caveat(world: str, vocabulary: Sequence[str] | None) -> str:
-    """What keeps results of `world` over the tasks of `vocabulary` (None: all) from standing beside the paper's; "" where nothing does."""
+    """What keeps results of `world` over the tasks of `vocabulary` (None: all) from standing beside the paper's; ""
+    where nothing does."""
     if not is_calvin(world):
         return "This world is not CALVIN: its numbers are not comparable with the paper's."
     if world != "calvin-D" or len(vocabulary or ()) not in (0, CALVIN_TASKS):
@@ -106,24 +112,38 @@ def compare(a: Mapping[int, Record], b: Mapping[int, Record], horizon: int, *, s
     """
     common = shared(a, b)
     first, second = (chain_lengths([records[i] for i in common], horizon) for records in (a, b))
-    return {"sequences": len(common), "avg_len_a": float(first.mean()), "avg_len_b": float(second.mean()), **_paired(first, second, seed)}
+    return {
+        "sequences": len(common),
+        "avg_len_a": float(first.mean()),
+        "avg_len_b": float(second.mean()),
+        **_paired(first, second, seed),
+    }
 
 
-def compare_tasks(a: Mapping[int, Record], b: Mapping[int, Record], horizon: int, *, seed: int = 0) -> dict[str, dict[str, Any]]:
-    """{task: {"pairs", "rate_a", "rate_b", "difference" (a - b), "difference_ci95", "p_value"}} over the sub-tasks that both reached.
+def compare_tasks(
+    a: Mapping[int, Record], b: Mapping[int, Record], horizon: int, *, seed: int = 0
+) -> dict[str, dict[str, Any]]:
+    """{task: {"pairs", "rate_a", "rate_b", "difference" (a - b), "difference_ci95", "p_value"}} over the sub-tasks that
+    both reached.
 
-    Reaching one takes success in all before it, so these are other trials than those of `task_stats`. p-values as of `compare`, one a task:
+    Reaching one takes success in all before it, so these are other trials than those of `task_stats`. p-values as of
+    `compare`, one a task:
     not corrected for their number.
     """
     outcomes: dict[str, list[tuple[bool, bool]]] = {}
     for index in shared(a, b):
         done = chain_length(a[index], horizon), chain_length(b[index], horizon)
-        for number, task in enumerate(a[index]["tasks"][:min(done) + 1]):
+        for number, task in enumerate(a[index]["tasks"][: min(done) + 1]):
             outcomes.setdefault(task, []).append((number < done[0], number < done[1]))
     found = {}
     for task, pairs in sorted(outcomes.items()):
         first, second = np.array(pairs, float).T
-        found[task] = {"pairs": len(pairs), "rate_a": float(first.mean()), "rate_b": float(second.mean()), **_paired(first, second, seed)}
+        found[task] = {
+            "pairs": len(pairs),
+            "rate_a": float(first.mean()),
+            "rate_b": float(second.mean()),
+            **_paired(first, second, seed),
+        }
     return found
 
 
@@ -137,11 +157,15 @@ def shared(a: Mapping[int, Record], b: Mapping[int, Record]) -> list[int]:
     """Sequences that both journals hold. Raises JournalError where there are none, or where they are not the same."""
     common = sorted(set(a) & set(b))
     if not common:
-        raise JournalError("the two journals share no sequence; roll out with the same sequences=, tasks=, length= and seed=")
+        raise JournalError(
+            "the two journals share no sequence; roll out with the same sequences=, tasks=, length= and seed="
+        )
     for index in common:
         if any(a[index][key] != b[index][key] for key in ("initial_state", "tasks")):
-            raise JournalError(f"sequence {index} differs between the two journals; roll out with the same sequences=, tasks=, "
-                               "length= and seed= in the same kind of world")
+            raise JournalError(
+                f"sequence {index} differs between the two journals; roll out with the same sequences=, tasks=, "
+                "length= and seed= in the same kind of world"
+            )
     return common
 
 
@@ -157,7 +181,8 @@ def permutation_p(difference: np.ndarray, *, seed: int = 0) -> float:
 
 
 def chain_table(rows: Mapping[str, Mapping[str, Any]], *, length: int = 5, paper: str | None = None) -> str:
-    """Markdown in the shape of Table 1: {label: chain_stats} and, for chains of five, the paper's row called `paper`."""
+    """Markdown in the shape of Table 1: {label: chain_stats} and, for chains of five, the paper's row called
+    `paper`."""
     columns = [str(k) for k in range(1, length + 1)]
     lines = ["| | " + " | ".join(columns) + " | Avg. Len. |", "|---|" + "---|" * (length + 1)]
     for label, stats in rows.items():
@@ -165,7 +190,9 @@ def chain_table(rows: Mapping[str, Mapping[str, Any]], *, length: int = 5, paper
         mean = f"**{stats['avg_len']:.2f}** {_interval(stats['avg_len_ci95'], 1, 2)}"
         lines.append(f"| {label} | " + " | ".join(rates) + f" | {mean} |")
     if paper and length == len(PAPER):
-        lines.append(f"| {paper} | " + " | ".join(f"{100 * PAPER[k]:.1f}" for k in columns) + f" | {PAPER_AVG_LEN:.2f} |")
+        lines.append(
+            f"| {paper} | " + " | ".join(f"{100 * PAPER[k]:.1f}" for k in columns) + f" | {PAPER_AVG_LEN:.2f} |"
+        )
     return "\n".join(lines)
 
 
@@ -178,7 +205,10 @@ def task_table(tasks: Mapping[str, Mapping[str, Any]]) -> str:
     """Markdown: success of each sub-task that was reached."""
     lines = ["| task | success | rate, 95 % |", "|---|---|---|"]
     for task, count in tasks.items():
-        lines.append(f"| {task} | {count['success']}/{count['total']} | {100 * count['rate']:.0f} % {_interval(count['ci95'], 100, 0)} |")
+        lines.append(
+            f"| {task} | {count['success']}/{count['total']} | {100 * count['rate']:.0f} % "
+            f"{_interval(count['ci95'], 100, 0)} |"
+        )
     return "\n".join(lines)
 
 

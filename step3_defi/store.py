@@ -1,12 +1,18 @@
-"""CALVIN's annotated frames packed once, so that a random window costs a read of a memory map and not an npz to open and inflate (Sec. 4.2).
+"""CALVIN's annotated frames packed once, so that a random window costs a read of a memory map and not an npz to open
+and inflate (Sec. 4.2).
 
-    <folder>/.defi_cache/pack1-<key>/00000.safetensors   of SHARD frames in a row: rel_actions (n, 7), and rgb_static (m, 200, 200, 3), ... of the pictured ones
-    <folder>/.defi_cache/pack1-<key>/index.safetensors   written last: frames (N,), rel_actions (N, 7), pictured (M,); without it a pack is unfinished
+    <folder>/.defi_cache/pack1-<key>/00000.safetensors   of SHARD frames in a row: rel_actions (n, 7), and rgb_static
+    (m, 200, 200, 3), ... of the pictured ones
+    <folder>/.defi_cache/pack1-<key>/index.safetensors   written last: frames (N,), rel_actions (N, 7), pictured (M,);
+    without it a pack is unfinished
 
-Pictures keep their size and every bit: 141 kB a frame with both cameras. The 674,946 annotated frames of task_ABC_D take 95 GB at most
-(517 GB as published); frames outside of annotations are not packed. A shard is renamed to its place when it is whole, so a killed build
+Pictures keep their size and every bit: 141 kB a frame with both cameras. The 674,946 annotated frames of task_ABC_D
+take 95 GB at most
+(517 GB as published); frames outside of annotations are not packed. A shard is renamed to its place when it is whole,
+so a killed build
 goes on with the shards that are missing.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -42,11 +48,17 @@ class Pack:
         self.folder = folder
         try:
             with safe_open(folder / INDEX, framework="np") as index:
-                self.record = json.loads(index.metadata()["pack"])  # one string: safetensors writes several in any order
-                self.frames, self.actions, self.pictured = (index.get_tensor(name) for name in ("frames", ACTIONS, "pictured"))
+                self.record = json.loads(
+                    index.metadata()["pack"]
+                )  # one string: safetensors writes several in any order
+                self.frames, self.actions, self.pictured = (
+                    index.get_tensor(name) for name in ("frames", ACTIONS, "pictured")
+                )
         except SafetensorError as error:
-            raise PackError(f"{folder / INDEX}: not readable ({error}); remove the folder, it is packed anew") from error
-        self._starts = np.searchsorted(self.pictured, self.frames[::self.record["shard"]])
+            raise PackError(
+                f"{folder / INDEX}: not readable ({error}); remove the folder, it is packed anew"
+            ) from error
+        self._starts = np.searchsorted(self.pictured, self.frames[:: self.record["shard"]])
         self._shards: dict[int, Any] = {}
 
     def __reduce__(self) -> tuple[type, tuple[Path]]:
@@ -54,7 +66,11 @@ class Pack:
 
     def holds(self, frames: np.ndarray, pictured: np.ndarray, keys: Sequence[str]) -> bool:
         """Are the motions of `frames` and the pictures of `pictured` inside?"""
-        return set(keys) <= set(self.record["keys"]) and np.isin(frames, self.frames).all() and np.isin(pictured, self.pictured).all()
+        return (
+            set(keys) <= set(self.record["keys"])
+            and np.isin(frames, self.frames).all()
+            and np.isin(pictured, self.pictured).all()
+        )
 
     def motions(self, frames: np.ndarray) -> np.ndarray:
         """(N, 7) float32 relative actions."""
@@ -67,9 +83,11 @@ class Pack:
         try:
             if number not in self._shards:
                 self._shards[number] = safe_open(_shard(self.folder, number), framework="np")
-            return {key: self._shards[number].get_slice(key)[row:row + 1][0] for key in keys}
+            return {key: self._shards[number].get_slice(key)[row : row + 1][0] for key in keys}
         except (OSError, SafetensorError) as error:
-            raise PackError(f"{_shard(self.folder, number)}: not readable ({error}); remove the folder, it is packed anew") from error
+            raise PackError(
+                f"{_shard(self.folder, number)}: not readable ({error}); remove the folder, it is packed anew"
+            ) from error
 
 
 def find(folder: Path, frames: np.ndarray, pictured: np.ndarray, keys: Sequence[str], cache: Path) -> Pack | None:
@@ -81,15 +99,28 @@ def find(folder: Path, frames: np.ndarray, pictured: np.ndarray, keys: Sequence[
     return None
 
 
-def packed(folder: Path, frames: np.ndarray, pictured: np.ndarray, keys: Sequence[str], cache: Path, *, workers: int = 1, shard: int = SHARD) -> Pack:
-    """Find a pack, go on with an unfinished one, or build it: motions of `frames` and, where `pictured`, the pictures named by `keys`.
+def packed(
+    folder: Path,
+    frames: np.ndarray,
+    pictured: np.ndarray,
+    keys: Sequence[str],
+    cache: Path,
+    *,
+    workers: int = 1,
+    shard: int = SHARD,
+) -> Pack:
+    """Find a pack, go on with an unfinished one, or build it: motions of `frames` and, where `pictured`, the pictures
+    named by `keys`.
 
-    One process builds at a time; others wait and open what it made. Raises PackError where the disk is full or cannot be written, and
+    One process builds at a time; others wait and open what it made. Raises PackError where the disk is full or cannot
+    be written, and
     CalvinFormatError naming the first file that is not as it should be; what was packed before stays.
     """
     frames = np.union1d(frames, pictured).astype(np.int64)
     record = json.dumps({"keys": sorted(keys), "shard": shard, "stamp": _stamp(folder)})
-    target = cache / (NAME + hashlib.sha256(record.encode() + frames.tobytes() + b"|" + pictured.tobytes()).hexdigest()[:16])
+    target = cache / (
+        NAME + hashlib.sha256(record.encode() + frames.tobytes() + b"|" + pictured.tobytes()).hexdigest()[:16]
+    )
     if pack := find(folder, frames, pictured, keys, cache):
         return pack
     try:
@@ -99,28 +130,42 @@ def packed(folder: Path, frames: np.ndarray, pictured: np.ndarray, keys: Sequenc
                 _fill(target, folder, frames, pictured, record, workers)
     except OSError as error:
         free = shutil.disk_usage(next(place for place in (target, *target.parents) if place.is_dir())).free
-        raise PackError(f"{target} cannot be written ({error}; {free / 1e9:.1f} GB are free there): make room or name another place with "
-                        f"data.cache_dir, then the same command goes on") from error
+        raise PackError(
+            f"{target} cannot be written ({error}; {free / 1e9:.1f} GB are free there): make room or name another "
+            "place with "
+            f"data.cache_dir, then the same command goes on"
+        ) from error
     return Pack(target)
 
 
 def _fill(target: Path, folder: Path, frames: np.ndarray, pictured: np.ndarray, record: str, workers: int) -> None:
-    """Write the shards that are missing, then the index. The caller holds the lock, so hidden files are those of a killed attempt."""
+    """Write the shards that are missing, then the index. The caller holds the lock, so hidden files are those of a
+    killed attempt."""
     for stale in target.glob(".*.part*"):
         stale.unlink()
     known = json.loads(record)
     size, keys = known["shard"], known["keys"]
-    parts = [frames[start:start + size] for start in range(0, len(frames), size)]
-    jobs = [(_shard(target, number), folder, part, np.intersect1d(part, pictured), keys) for number, part in enumerate(parts)
-            if not _whole(_shard(target, number))]
+    parts = [frames[start : start + size] for start in range(0, len(frames), size)]
+    jobs = [
+        (_shard(target, number), folder, part, np.intersect1d(part, pictured), keys)
+        for number, part in enumerate(parts)
+        if not _whole(_shard(target, number))
+    ]
     _check_room(target, folder, sum(len(job[3]) for job in jobs), pictured, keys)
-    with tqdm(total=len(frames), initial=len(frames) - sum(len(job[2]) for job in jobs), desc=f"pack {folder.parent.name}/{folder.name}",
-              unit="frame", mininterval=1) as bar:
+    with tqdm(
+        total=len(frames),
+        initial=len(frames) - sum(len(job[2]) for job in jobs),
+        desc=f"pack {folder.parent.name}/{folder.name}",
+        unit="frame",
+        mininterval=1,
+    ) as bar:
         for count in _written(jobs, workers):
             bar.update(count)
     actions = np.concatenate([_actions(_shard(target, number)) for number in range(len(parts))])
     with beside(target / INDEX) as part:
-        part.write_bytes(save({"frames": frames, ACTIONS: actions, "pictured": pictured.astype(np.int64)}, metadata={"pack": record}))
+        part.write_bytes(
+            save({"frames": frames, ACTIONS: actions, "pictured": pictured.astype(np.int64)}, metadata={"pack": record})
+        )
 
 
 def _written(jobs: list[tuple], workers: int) -> Iterator[int]:
@@ -132,7 +177,10 @@ def _written(jobs: list[tuple], workers: int) -> Iterator[int]:
         try:
             yield from processes.map(_write, jobs)
         except BrokenProcessPool as error:
-            raise PackError("a packing process was killed, perhaps for memory; the same command goes on, with workers=1 it needs the least") from error
+            raise PackError(
+                "a packing process was killed, perhaps for memory; the same command goes on, with workers=1 it needs "
+                "the least"
+            ) from error
         finally:
             processes.shutdown(cancel_futures=True)
 
@@ -146,7 +194,10 @@ def _write(job: tuple[Path, Path, np.ndarray, np.ndarray, list[str]]) -> int:
         actions.append(arrays.pop(ACTIONS).astype(np.float32))
         for key, picture in arrays.items():
             if pictures[key] and picture.shape != pictures[key][0].shape:
-                raise CalvinFormatError(f"{folder}, frame {frame}: {key} has shape {picture.shape}, the frames before it {pictures[key][0].shape}")
+                raise CalvinFormatError(
+                    f"{folder}, frame {frame}: {key} has shape {picture.shape}, the frames before it "
+                    f"{pictures[key][0].shape}"
+                )
             pictures[key].append(picture)
     arrays = {ACTIONS: np.stack(actions)} | {key: np.stack(found) for key, found in pictures.items() if found}
     with beside(path) as part:
@@ -161,8 +212,11 @@ def _check_room(target: Path, folder: Path, count: int, pictured: np.ndarray, ke
     needed = count * sum(picture.nbytes for picture in read_frame(folder, int(pictured[0]), keys).values())
     free = shutil.disk_usage(target).free
     if needed > free:
-        raise PackError(f"{target}: {needed / 1e9:.1f} GB are needed for {count} frames and {free / 1e9:.1f} GB are free; make room, name another "
-                        f"place with data.cache_dir, or read the npz files with data.pack=false")
+        raise PackError(
+            f"{target}: {needed / 1e9:.1f} GB are needed for {count} frames and {free / 1e9:.1f} GB are free; make "
+            "room, name another "
+            f"place with data.cache_dir, or read the npz files with data.pack=false"
+        )
 
 
 def _whole(path: Path) -> bool:

@@ -2,8 +2,10 @@
 
     python -m step3_defi.train scale=tiny|small|full [experiment=defi/<row>] name=<name> [init=<policy>]
 
-Leaves the policy as it was at the end in ckpts/defi/<name>, and as it was at its lowest held-out action loss in ckpts/defi/<name>/best.
+Leaves the policy as it was at the end in ckpts/defi/<name>, and as it was at its lowest held-out action loss in
+ckpts/defi/<name>/best.
 """
+
 from __future__ import annotations
 
 import logging
@@ -25,8 +27,10 @@ from step3_defi.model import DeFI
 
 log = logging.getLogger(__name__)
 # What a finetuning may change of a policy that it starts from: how it learns, and where the sentence encoder lies
-FREE = re.compile(r"trainable|noise_draws|alignment_\w+|bottleneck_weight|codebook|restart_codes|frozen_precision|edm\.log_\w+|goal\.path|"
-                  r"adapter\.(\w+_)?dropout")
+FREE = re.compile(
+    r"trainable|noise_draws|alignment_\w+|bottleneck_weight|codebook|restart_codes|frozen_precision|edm\.log_\w+|goal\.path|"
+    r"adapter\.(\w+_)?dropout"
+)
 
 
 @program("step3_defi")
@@ -47,31 +51,48 @@ def main(cfg: DictConfig) -> None:
         sets = _cache(sets, model, config, Path(cfg.cache_dir))
     loop = instantiate(cfg.loop, output_dir=cfg.output_dir, seed=cfg.seed)
     record = {"kind": "defi", "config": config, "scale": cfg.scale, "parents": policy.parents(config), "stats": stats}
-    model = loop.fit(model, sets["train"], sets["val"], keep=lambda step: artifact.save(model, Path(cfg.output_dir) / policy.BEST, step=step, **record))
+    model = loop.fit(
+        model,
+        sets["train"],
+        sets["val"],
+        keep=lambda step: artifact.save(model, Path(cfg.output_dir) / policy.BEST, step=step, **record),
+    )
     if loop.accelerator.is_main_process:
         artifact.save(model, cfg.output_dir, step=loop.step, **record)
         log.info("results in %s", cfg.output_dir)
 
 
 def start_config(start: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """`config` over the forward and inverse model of the policy `start`. Raises ValueError naming the keys in which the two differ beyond FREE."""
+    """`config` over the forward and inverse model of the policy `start`. Raises ValueError naming the keys in which the
+    two differ beyond FREE."""
     own = artifact.read_config(start, "defi")
     models = {name: own[name] for name in policy.PARENTS}
     for key, place in policy.find_parents(start).items():
         models[key.removesuffix(".path")] = {**models[key.removesuffix(".path")], "path": place}
-    there, asked = (dict(_leaves({key: value for key, value in tree.items() if key not in models})) for tree in (own, config))
-    wrong = [key for key in sorted(there.keys() | asked.keys()) if there.get(key) != asked.get(key) and not FREE.fullmatch(key)]
+    there, asked = (
+        dict(_leaves({key: value for key, value in tree.items() if key not in models})) for tree in (own, config)
+    )
+    wrong = [
+        key
+        for key in sorted(there.keys() | asked.keys())
+        if there.get(key) != asked.get(key) and not FREE.fullmatch(key)
+    ]
     if wrong:
-        raise ValueError(f"init={start} is another policy than the one asked for: " +
-                         "; ".join(f"policy.{key} is {there.get(key)} there, {asked.get(key)} here" for key in wrong) +
-                         "; set them as there (policy=official or policy=vpp for imported ones)")
+        raise ValueError(
+            f"init={start} is another policy than the one asked for: "
+            + "; ".join(f"policy.{key} is {there.get(key)} there, {asked.get(key)} here" for key in wrong)
+            + "; set them as there (policy=official or policy=vpp for imported ones)"
+        )
     if "gfdm" in own["trainable"] and "gfdm" not in config["trainable"]:
-        raise ValueError(f"init={start} holds a forward model of its own; keep it learning: policy/trainable=all or gfdm_adapter")
+        raise ValueError(
+            f"init={start} holds a forward model of its own; keep it learning: policy/trainable=all or gfdm_adapter"
+        )
     return {**config, **models}
 
 
 def take(model: DeFI, start: Path) -> None:
-    """Put the weights of the artifact `start` into a model of its config, keys strict, whatever of it learns here and learned there."""
+    """Put the weights of the artifact `start` into a model of its config, keys strict, whatever of it learns here and
+    learned there."""
     here = model.trainable
     model.set_trainable(artifact.read_config(start, "defi")["trainable"])
     artifact.load_weights(model, start)
@@ -87,14 +108,18 @@ def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
 
 
 def _cache(sets: dict[str, Any], model: DeFI, config: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Every set behind its cache. One process builds; the others wait and open it. Of an inverse model only the frozen eyes are cached, so all share.
+    """Every set behind its cache. One process builds; the others wait and open it. Of an inverse model only the frozen
+    eyes are cached, so all share.
 
-    What was computed is known by the weights of the parts that see, and by the rest of their config: under the same path others may lie today.
+    What was computed is known by the weights of the parts that see, and by the rest of their config: under the same
+    path others may lie today.
     """
     state = processes(SLOWEST)
     model.to(state.device)
-    gfdm, gidm = (artifact.read_config(part["path"], name, part["overrides"]) if policy.is_artifact(part) else part
-                  for name, part in ((name, config[name]) for name in policy.PARENTS))
+    gfdm, gidm = (
+        artifact.read_config(part["path"], name, part["overrides"]) if policy.is_artifact(part) else part
+        for name, part in ((name, config[name]) for name in policy.PARENTS)
+    )
     sources = {"gfdm": weights_sha256(model.forward_model) + repr(gfdm)}
     if model.sees_now or model.alignment_weight:
         sources["vision"] = weights_sha256(model.gidm.vision) + repr(gidm["vision"])
@@ -104,7 +129,12 @@ def _cache(sets: dict[str, Any], model: DeFI, config: dict[str, Any], folder: Pa
 
 def action_stats(actions: Any) -> dict[str, list[float]]:
     """For the record: CALVIN's relative actions lie in [-1, 1] already and are not normalised."""
-    return {"min": actions.min(0).tolist(), "max": actions.max(0).tolist(), "mean": actions.mean(0).tolist(), "std": actions.std(0).tolist()}
+    return {
+        "min": actions.min(0).tolist(),
+        "max": actions.max(0).tolist(),
+        "mean": actions.mean(0).tolist(),
+        "std": actions.std(0).tolist(),
+    }
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 B batch, V views, F frames, L tokens of a frame and view, Q queries of a frame, D width.
 """
+
 from __future__ import annotations
 
 import torch
@@ -13,7 +14,9 @@ from common.attention import Attention, Mlp, sincos_1d, sincos_2d
 class Layer(nn.Module):
     """Spatial cross-attention within a frame, temporal self-attention of every query slot, feed-forward."""
 
-    def __init__(self, dim: int, *, spatial_heads: int, spatial_head_dim: int, temporal_heads: int, temporal_norm: bool) -> None:
+    def __init__(
+        self, dim: int, *, spatial_heads: int, spatial_head_dim: int, temporal_heads: int, temporal_norm: bool
+    ) -> None:
         super().__init__()
         self.norm_queries, self.norm_features = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.spatial = Attention(dim, spatial_heads, head_dim=spatial_head_dim, out_bias=False)
@@ -37,29 +40,54 @@ class Layer(nn.Module):
 class VideoFormer(nn.Module):
     """16 x 14 queries of width 384 in 6 layers at full scale.
 
-    `positions` codes view, row and column of every feature token, and normalises before temporal attention. Without it the
+    `positions` codes view, row and column of every feature token, and normalises before temporal attention. Without it
+    the
     geometry and its 17,713,536 parameters are VPP's, whose features say where they are only by their content.
     """
 
-    def __init__(self, feature_dim: int, frames: int, views: int, *, tokens: int, dim: int = 384, hidden: int | None = 768,
-                 queries: int = 14, depth: int = 6, spatial_heads: int = 8, spatial_head_dim: int = 64, temporal_heads: int = 8,
-                 positions: bool = True) -> None:
+    def __init__(
+        self,
+        feature_dim: int,
+        frames: int,
+        views: int,
+        *,
+        tokens: int,
+        dim: int = 384,
+        hidden: int | None = 768,
+        queries: int = 14,
+        depth: int = 6,
+        spatial_heads: int = 8,
+        spatial_head_dim: int = 64,
+        temporal_heads: int = 8,
+        positions: bool = True,
+    ) -> None:
         super().__init__()
         self.dim, self.num_tokens, self.positions = dim, frames * queries, positions
-        self.embed = nn.Linear(feature_dim, dim) if hidden is None else nn.Sequential(
-            nn.Linear(feature_dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
-        scale = dim ** -0.5 if positions else 1.0  # VPP draws both tables from N(0, 1)
+        self.embed = (
+            nn.Linear(feature_dim, dim)
+            if hidden is None
+            else nn.Sequential(nn.Linear(feature_dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
+        )
+        scale = dim**-0.5 if positions else 1.0  # VPP draws both tables from N(0, 1)
         self.frame = nn.Parameter(torch.randn(frames, 1, dim) * scale)
         self.queries = nn.Parameter(torch.randn(frames, queries, dim) * scale)
         if positions:
-            side = round(tokens ** 0.5)
+            side = round(tokens**0.5)
             if side * side != tokens:
                 raise ValueError(f"the video former codes positions of square grids; {tokens} tokens are none")
             self.view = nn.Parameter(torch.randn(views, 1, dim) * 0.02)
             self.register_buffer("place", sincos_2d(side, side, dim), persistent=False)
             self.register_buffer("time", sincos_1d(frames, dim)[:, None], persistent=False)
-        self.layers = nn.ModuleList(Layer(dim, spatial_heads=spatial_heads, spatial_head_dim=spatial_head_dim,
-                                          temporal_heads=temporal_heads, temporal_norm=positions) for _ in range(depth))
+        self.layers = nn.ModuleList(
+            Layer(
+                dim,
+                spatial_heads=spatial_heads,
+                spatial_head_dim=spatial_head_dim,
+                temporal_heads=temporal_heads,
+                temporal_norm=positions,
+            )
+            for _ in range(depth)
+        )
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, features: Tensor) -> Tensor:

@@ -1,4 +1,6 @@
-"""VPP as the special case of DeFI that infers no latent action: what stands in the inverse model's place (Table 1; Hu et al., 2024)."""
+"""VPP as the special case of DeFI that infers no latent action: what stands in the inverse model's place (Table 1; Hu
+et al., 2024)."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -15,7 +17,9 @@ class NoInverse(nn.Module):
 
     def embed(self, image: Tensor) -> Tensor:
         """Nothing asks: `NoProjector` pairs no moments."""
-        raise ValueError("this policy has no inverse model, hence no visual tokens: it takes no alignment_weight and no stream now")
+        raise ValueError(
+            "this policy has no inverse model, hence no visual tokens: it takes no alignment_weight and no stream now"
+        )
 
     def infer(self, now: Tensor, future: Tensor, text: list[str]) -> LatentAction:
         """(B, 0, 0) twice -> no latent action, at no loss."""
@@ -40,7 +44,9 @@ class NoProjector(nn.Module):
     def __init__(self, feature_dim: int, out_dim: int) -> None:
         super().__init__()
 
-    def pair(self, features: Tensor, frames: Sequence[int], tokens: int, now: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def pair(
+        self, features: Tensor, frames: Sequence[int], tokens: int, now: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """features (B, V, F, L, C) -> two moments (B, V, 1, 0, 0) and (B, V, P, 0, 0)."""
         empty = features[:, :, list(frames), :0, :0]
         return empty[:, :, :1], empty

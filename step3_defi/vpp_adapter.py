@@ -1,7 +1,9 @@
-"""VPP's action transformer, which the release keeps: an encoder over the context, a decoder over the actions (Hu et al., 2024).
+"""VPP's action transformer, which the release keeps: an encoder over the context, a decoder over the actions (Hu et
+al., 2024).
 
 B batch, k noise draws of a sample, A actions, S context tokens, D width.
 """
+
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -20,9 +22,12 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 class Parts(nn.Module):
-    """What an encoder and a decoder layer share: pre-norm self-attention and MLP without biases (q, k and v have theirs)."""
+    """What an encoder and a decoder layer share: pre-norm self-attention and MLP without biases (q, k and v have
+    theirs)."""
 
-    def __init__(self, dim: int, heads: int, *, attention_dropout: float, residual_dropout: float, mlp_dropout: float) -> None:
+    def __init__(
+        self, dim: int, heads: int, *, attention_dropout: float, residual_dropout: float, mlp_dropout: float
+    ) -> None:
         super().__init__()
         self.norm_self, self.norm_mlp = nn.LayerNorm(dim, bias=False), nn.LayerNorm(dim, bias=False)
         self.self_attention = Attention(dim, heads, qkv_bias=True, out_bias=False, dropout=attention_dropout)
@@ -42,8 +47,12 @@ class EncoderLayer(Parts):
 class DecoderLayer(Parts):
     """Causal self-attention and MLP under adaLN of the noise level, causal cross-attention between them."""
 
-    def __init__(self, dim: int, heads: int, *, attention_dropout: float, residual_dropout: float, mlp_dropout: float) -> None:
-        super().__init__(dim, heads, attention_dropout=attention_dropout, residual_dropout=residual_dropout, mlp_dropout=mlp_dropout)
+    def __init__(
+        self, dim: int, heads: int, *, attention_dropout: float, residual_dropout: float, mlp_dropout: float
+    ) -> None:
+        super().__init__(
+            dim, heads, attention_dropout=attention_dropout, residual_dropout=residual_dropout, mlp_dropout=mlp_dropout
+        )
         self.norm_cross = nn.LayerNorm(dim)
         self.cross_attention = Attention(dim, heads, qkv_bias=True, out_bias=False, dropout=attention_dropout)
         self.adaln = nn.Linear(dim, 6 * dim)
@@ -51,7 +60,9 @@ class DecoderLayer(Parts):
     def forward(self, x: Tensor, context: Tensor, condition: Tensor) -> Tensor:
         """x (B*k, A, D), context (B*k, S, D), condition (B*k, D) -> (B*k, A, D)."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaln(F.silu(condition)).chunk(6, dim=1)
-        x = x + gate1[:, None] * self.drop(self.self_attention(modulate(self.norm_self(x), shift1, scale1), causal=True))
+        x = x + gate1[:, None] * self.drop(
+            self.self_attention(modulate(self.norm_self(x), shift1, scale1), causal=True)
+        )
         x = x + self.drop(self.cross_attention(self.norm_cross(x), context, causal=True))
         return x + gate2[:, None] * self.drop_mlp(self.mlp(modulate(self.norm_mlp(x), shift2, scale2)))
 
@@ -59,17 +70,35 @@ class DecoderLayer(Parts):
 class VPPAdapter(nn.Module):
     """4 + 4 layers of width 384 at full scale; stands where adapter.ActionAdapter does, of the same streams.
 
-    Nothing has a position. Action i attends to the context tokens 0..i only: the causal flag of the decoder also reaches its
-    cross-attention, and published weights have learned with it. So of the context, which the encoder has mixed, the decoder
+    Nothing has a position. Action i attends to the context tokens 0..i only: the causal flag of the decoder also
+    reaches its
+    cross-attention, and published weights have learned with it. So of the context, which the encoder has mixed, the
+    decoder
     reads the goal and the first A - 1 video tokens, and latent actions reach it through the encoder alone.
     """
 
-    def __init__(self, streams: Mapping[str, tuple[int, int]], goal_dim: int, *, dim: int = 384, encoder_layers: int = 4, decoder_layers: int = 4,
-                 heads: int = 8, horizon: int = 10, action_dim: int = 7, attention_dropout: float = 0.3, residual_dropout: float = 0.1,
-                 mlp_dropout: float = 0.05) -> None:
+    def __init__(
+        self,
+        streams: Mapping[str, tuple[int, int]],
+        goal_dim: int,
+        *,
+        dim: int = 384,
+        encoder_layers: int = 4,
+        decoder_layers: int = 4,
+        heads: int = 8,
+        horizon: int = 10,
+        action_dim: int = 7,
+        attention_dropout: float = 0.3,
+        residual_dropout: float = 0.1,
+        mlp_dropout: float = 0.05,
+    ) -> None:
         super().__init__()
         self.horizon, self.action_dim = horizon, action_dim
-        dropouts = {"attention_dropout": attention_dropout, "residual_dropout": residual_dropout, "mlp_dropout": mlp_dropout}
+        dropouts = {
+            "attention_dropout": attention_dropout,
+            "residual_dropout": residual_dropout,
+            "mlp_dropout": mlp_dropout,
+        }
         self.goal = nn.Sequential(nn.Linear(goal_dim, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim))
         self.streams = nn.ModuleDict({name: nn.Linear(width, dim) for name, (_, width) in streams.items()})
         self.encoder = nn.ModuleList(EncoderLayer(dim, heads, **dropouts) for _ in range(encoder_layers))
@@ -86,17 +115,19 @@ class VPPAdapter(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def encode(self, goal: Tensor, streams: Mapping[str, Tensor]) -> Context:
-        """Sentence feature (B, goal_dim) and name -> (B, tokens, width) -> what the decoder can see of the encoded context."""
+        """Sentence feature (B, goal_dim) and name -> (B, tokens, width) -> what the decoder can see of the encoded
+        context."""
         if streams.keys() != self.streams.keys():
             raise ValueError(f"the adapter reads streams {sorted(self.streams)}, got {sorted(streams)}")
         goal = self.goal(goal)
         x = torch.cat([goal[:, None], *(embed(streams[name]) for name, embed in self.streams.items())], dim=1)
         for layer in self.encoder:
             x = layer(x)
-        return Context(self.encoder_norm(x)[:, :self.horizon], goal)
+        return Context(self.encoder_norm(x)[:, : self.horizon], goal)
 
     def forward(self, noisy: Tensor, sigma: Tensor, context: Context) -> Tensor:
-        """Scaled noisy actions (B*k, A, 7), the k draws of a sample in a row, and sigma (B*k,) -> network output (B*k, A, 7)."""
+        """Scaled noisy actions (B*k, A, 7), the k draws of a sample in a row, and sigma (B*k,) -> network output (B*k,
+        A, 7)."""
         tokens = context.tokens.repeat_interleave(len(noisy) // len(context.tokens), dim=0)
         condition, x = self.sigma(sigma), self.embed(noisy)
         for layer in self.decoder:

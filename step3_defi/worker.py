@@ -3,9 +3,11 @@
 `rollout.Simulators` starts it and talks to it through a pipe; a worker imports the simulator and nothing of the models.
 
     parent -> worker   Setup, once; then Survey, Chain or Branch; actions (A, 7) after each "plan"
-    worker -> parent   ("up", dict), once; then ("survey", dict) | ("plan", (observation, instruction)) | ("alive", None) | ("chain", dict)
+    worker -> parent   ("up", dict), once; then ("survey", dict) | ("plan", (observation, instruction)) | ("alive",
+    None) | ("chain", dict)
                        | ("branch", dict); at any time ("error", str)
 """
+
 from __future__ import annotations
 
 import signal
@@ -134,7 +136,8 @@ class PlannedController:
 
 
 class Carried:
-    """A controller's actions as they are carried out: clipped to [-1, 1], and the steps counted where that changed one."""
+    """A controller's actions as they are carried out: clipped to [-1, 1], and the steps counted where that changed
+    one."""
 
     def __init__(self, controller: Controller, connection: Connection):
         self.controller, self.connection = controller, connection
@@ -183,7 +186,8 @@ def _run_task(env: Env, chain: Chain, number: int, task: str, controller: Contro
 
 
 def run_branch(env: Env, branch: Branch) -> dict[str, Any]:
-    """{"start": scene and robot vectors at the moment, "frames": pictures of all cameras there and every so many steps after, "actions": (ahead, 7)}.
+    """{"start": scene and robot vectors at the moment, "frames": pictures of all cameras there and every so many steps
+    after, "actions": (ahead, 7)}.
 
     The past is carried out again from the initial state: that needs no more of a simulator than to repeat itself.
     """
@@ -224,7 +228,12 @@ def answer(env: Env, request: Survey | Chain | Branch, connection: Connection) -
     film = Film() if request.film_every else None
     carried = Carried(controllers[request.agent](), connection)
     steps = run_chain(env, request, carried, film)
-    return "chain", {"index": request.index, "steps_to_success": steps, "clipped": carried.clipped, "film": film.frames if film else None}
+    return "chain", {
+        "index": request.index,
+        "steps_to_success": steps,
+        "clipped": carried.clipped,
+        "film": film.frames if film else None,
+    }
 
 
 class Confession:
@@ -236,7 +245,9 @@ class Confession:
     def __enter__(self) -> None:
         pass
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> bool:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
         if kind is None or issubclass(kind, (EOFError, ConnectionError)):
             return True
         # hydra wraps what an environment's constructor raised

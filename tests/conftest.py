@@ -1,4 +1,5 @@
 """Shared fixtures: the data that lies beside the checkout, and tiny stand-ins for third-party weights."""
+
 from __future__ import annotations
 
 import os
@@ -6,7 +7,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads that spin for a core taken by others made one test 50 times slower
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # threads that spin for a core taken by others made one test 50 times slower
 
 import pytest
 import torch
@@ -15,7 +18,8 @@ from accelerate.state import AcceleratorState
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the project is run from its root, not installed
-# absl (below tensorflow-datasets) closes the stream it met at import whenever Hydra sets logging up; here that is pytest's capture file
+# absl (below tensorflow-datasets) closes the stream it met at import whenever Hydra sets logging up; here that is
+# pytest's capture file
 absl_logging.get_absl_handler().python_handler.stream = sys.__stderr__
 
 

@@ -1,4 +1,5 @@
 """A line of code knows its room: floors, front doors, leaves, cycles, admission, hygiene. Standard library only."""
+
 from __future__ import annotations
 
 import ast
@@ -17,14 +18,31 @@ ROOMS = {  # room -> the rooms it may import
     "playtable": set(),
 }
 # Nobody imports them
-LEAVES = {"train", "eval", "encode", "convert", "record", "compare", "diagnose", "report", "import_weights", "pack", "standins", "missing", "ship"}
+LEAVES = {
+    "train",
+    "eval",
+    "encode",
+    "convert",
+    "record",
+    "compare",
+    "diagnose",
+    "report",
+    "import_weights",
+    "pack",
+    "standins",
+    "missing",
+    "ship",
+}
 SHARED = [room for room in ROOMS if room.startswith("step")]
 Files = dict[str, str]
 
 
 def sources() -> Files:
-    return {path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".").removesuffix(".__init__"): path.read_text()
-            for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))}
+    return {
+        path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".").removesuffix(".__init__"): path.read_text()
+        for room in ROOMS
+        for path in sorted((ROOT / room).rglob("*.py"))
+    }
 
 
 def edges(files: Files) -> dict[str, set[str]]:
@@ -64,7 +82,11 @@ def leaves(files: Files) -> list[str]:
 
 
 def data_meets_model_in_programs(files: Files) -> list[str]:
-    return [f"{a} -> {b}" for a, b in pairs(files) if {a, b} & {f"{r}.dataset" for r in SHARED} and {a, b} & {f"{r}.model" for r in SHARED}]
+    return [
+        f"{a} -> {b}"
+        for a, b in pairs(files)
+        if {a, b} & {f"{r}.dataset" for r in SHARED} and {a, b} & {f"{r}.model" for r in SHARED}
+    ]
 
 
 def cycles(files: Files) -> list[str]:
@@ -72,7 +94,7 @@ def cycles(files: Files) -> list[str]:
 
     def visit(node: str, path: list[str]) -> None:
         if node in path:
-            found.append(" -> ".join([*path[path.index(node):], node]))
+            found.append(" -> ".join([*path[path.index(node) :], node]))
         elif node not in done:
             for following in sorted(graph.get(node, ())):
                 visit(following, [*path, node])
@@ -87,7 +109,8 @@ PROMISED = {"common.rlds": "converting Bridge and Fractal (step 1) and finetunin
 
 
 def admission(files: Files) -> list[str]:
-    """common holds what two steps need today, by import or by the configs of several steps; its own programs are exempt."""
+    """common holds what two steps need today, by import or by the configs of several steps; its own programs are
+    exempt."""
     graph = edges(files)
     texts = [config.read_text() for config in (ROOT / "configs").rglob("*.yaml")]
     named = {target.rsplit(".", 1)[0] for text in texts for target in re.findall(r"_target_: (common\.[\w.]+)", text)}
@@ -103,7 +126,11 @@ def admission(files: Files) -> list[str]:
     configured = named.union(*map(reach, named))
     judged = [m for m in files if room(m) == "common" and m not in configured | PROMISED.keys() | {"common"}]
     users = {m: {room(a) for a in graph if room(a) != "common" and m in reach(a)} for m in judged}
-    return [f"{m}: used by {sorted(u) or 'nobody'}" for m, u in users.items() if len(u) < 2 and m.split(".")[-1] not in LEAVES]
+    return [
+        f"{m}: used by {sorted(u) or 'nobody'}"
+        for m, u in users.items()
+        if len(u) < 2 and m.split(".")[-1] not in LEAVES
+    ]
 
 
 def hygiene(files: Files) -> list[str]:
@@ -113,7 +140,9 @@ def hygiene(files: Files) -> list[str]:
         if not ast.get_docstring(tree):
             out.append(f"{module}: no module docstring")
         for node in ast.walk(tree):
-            if isinstance(node, ast.ExceptHandler) and (node.type is None or getattr(node.type, "id", "") in ("Exception", "BaseException")):
+            if isinstance(node, ast.ExceptHandler) and (
+                node.type is None or getattr(node.type, "id", "") in ("Exception", "BaseException")
+            ):
                 out.append(f"{module}:{node.lineno} catches what it does not name")
             if isinstance(node, ast.ImportFrom) and any(alias.name == "*" for alias in node.names):
                 out.append(f"{module}:{node.lineno} star import")
@@ -121,22 +150,38 @@ def hygiene(files: Files) -> list[str]:
                 out.append(f"{module}:{node.lineno} print")
             if isinstance(node, ast.Attribute) and node.attr == "cuda" and not isinstance(node.value, ast.Name):
                 out.append(f"{module}:{node.lineno} .cuda()")
-            if isinstance(node, ast.Constant) and isinstance(node.value, str) and re.match(r"/(home|mnt|work|data|root|tmp)/", node.value):
+            if (
+                isinstance(node, ast.Constant)
+                and isinstance(node.value, str)
+                and re.match(r"/(home|mnt|work|data|root|tmp)/", node.value)
+            ):
                 out.append(f"{module}:{node.lineno} path of a machine")
     return out
 
 
 def one_loop(files: Files) -> list[str]:
     """Only common.loop steps an optimizer."""
-    return [f"{m}:{n.lineno}" for m, t in files.items() if m != "common.loop" for n in ast.walk(ast.parse(t))
-            if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute) and n.func.attr == "step"
-            and "optim" in ast.unparse(n.func.value)]
+    return [
+        f"{m}:{n.lineno}"
+        for m, t in files.items()
+        if m != "common.loop"
+        for n in ast.walk(ast.parse(t))
+        if isinstance(n, ast.Call)
+        and isinstance(n.func, ast.Attribute)
+        and n.func.attr == "step"
+        and "optim" in ast.unparse(n.func.value)
+    ]
 
 
 def no_tensorflow(files: Files) -> list[str]:
     """RLDS is read without it. What tests/common/test_rlds.py asks at run time, asked of every line."""
-    imported = [(m, n.lineno, name) for m, t in files.items() for n in ast.walk(ast.parse(t)) if isinstance(n, (ast.Import, ast.ImportFrom))
-                for name in ([n.module or ""] if isinstance(n, ast.ImportFrom) else [alias.name for alias in n.names])]
+    imported = [
+        (m, n.lineno, name)
+        for m, t in files.items()
+        for n in ast.walk(ast.parse(t))
+        if isinstance(n, (ast.Import, ast.ImportFrom))
+        for name in ([n.module or ""] if isinstance(n, ast.ImportFrom) else [alias.name for alias in n.names])
+    ]
     return [f"{m}:{line}" for m, line, name in imported if name.split(".")[0] == "tensorflow"]
 
 

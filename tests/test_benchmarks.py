@@ -1,4 +1,6 @@
-"""The benchmarks run the project's own loop and models: a change of theirs must not leave them behind. Their numbers are not judged here."""
+"""The benchmarks run the project's own loop and models: a change of theirs must not leave them behind. Their numbers
+are not judged here."""
+
 from __future__ import annotations
 
 from pathlib import Path

@@ -1,4 +1,5 @@
 """Every row of every table composes, changes only what it claims, and asks only for artifacts that some row makes."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -13,10 +14,16 @@ from omegaconf import OmegaConf
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 STEP = {"gfdm": "step1_gfdm", "gidm": "step2_gidm", "defi": "step3_defi"}
-ROWS = sorted(str(p.relative_to(CONFIGS / "experiment").with_suffix("")) for p in (CONFIGS / "experiment").rglob("*.yaml"))
+ROWS = sorted(
+    str(p.relative_to(CONFIGS / "experiment").with_suffix("")) for p in (CONFIGS / "experiment").rglob("*.yaml")
+)
 SCALES = ("tiny", "small", "full")
 
-SHARED_OUT = ("loop.batch_size", "loop.accumulate", "loop.eval_batches")  # a step's samples, where the forward model learns
+SHARED_OUT = (
+    "loop.batch_size",
+    "loop.accumulate",
+    "loop.eval_batches",
+)  # a step's samples, where the forward model learns
 
 CHANGES = {  # row -> the only subtrees it may touch, besides its name
     "gfdm/eq3_ddpm": {"gfdm.objective"},
@@ -36,9 +43,22 @@ CHANGES = {  # row -> the only subtrees it may touch, besides its name
     "defi/no_alignment": {"policy.alignment_weight", "policy.alignment_steps", "data.with_futures"},
     "defi/a3_latent_only": {"policy.streams"},
     "defi/now": {"policy.streams"},
-    "defi/joint": {"policy._target_", "policy.gfdm", "policy.gidm", "policy.trainable", "policy.video_weight", "policy.reconstruction_weight",
-                   "policy.codebook", "policy.restart_codes", "policy.bottleneck_weight", "policy.alignment_weight", "policy.alignment_steps",
-                   "data.future_frames", "data.with_futures", *SHARED_OUT},
+    "defi/joint": {
+        "policy._target_",
+        "policy.gfdm",
+        "policy.gidm",
+        "policy.trainable",
+        "policy.video_weight",
+        "policy.reconstruction_weight",
+        "policy.codebook",
+        "policy.restart_codes",
+        "policy.bottleneck_weight",
+        "policy.alignment_weight",
+        "policy.alignment_steps",
+        "data.future_frames",
+        "data.with_futures",
+        *SHARED_OUT,
+    },
     "defi/official": {"policy", "loop", "data.min_window", "data.future_frames", "data.with_futures"},
     "defi/vpp": {"policy", "loop", "data.min_window", "data.future_frames", "data.with_futures"},
     "defi/t1_third_view": {"policy.views", "data.views"},
@@ -48,11 +68,18 @@ CHANGES = {  # row -> the only subtrees it may touch, besides its name
     "defi/t5_gfdm_no_human": {"policy.gfdm.path"},
     "defi/t5_gidm_no_human": {"policy.gidm.path"},
     "defi/t6_five_steps": {"policy.gfdm.overrides"},
-    **{f"defi/{row}": {"policy.gidm.path"} for row in ("t7_mlp", "t7_transformer", "t8_gaussian_mixture", "t8_binning", "t8_continuous")},
+    **{
+        f"defi/{row}": {"policy.gidm.path"}
+        for row in ("t7_mlp", "t7_transformer", "t8_gaussian_mixture", "t8_binning", "t8_continuous")
+    },
     "defi/t9_adapter": {"policy.trainable"},
     **{f"defi/t9_{row}": {"policy.trainable", *SHARED_OUT} for row in ("gfdm_adapter", "all")},
     **{f"defi/f4_data_{share}": {"data.fraction"} for share in (10, 20, 50)},
-    **{f"{model}/f8_human_{share}": {"data.human_fraction"} for model in ("gfdm", "gidm") for share in (0, 20, 40, 60, 80)},
+    **{
+        f"{model}/f8_human_{share}": {"data.human_fraction"}
+        for model in ("gfdm", "gidm")
+        for share in (0, 20, 40, 60, 80)
+    },
     **{f"defi/f8_human_{share}": {"policy.gfdm.path", "policy.gidm.path"} for share in (0, 20, 40, 60, 80)},
 }
 
@@ -69,7 +96,13 @@ def test_a_scale_speaks_of_one_size_and_one_hub(scale: str) -> None:
     assert gfdm["gfdm"]["image_size"] == defi["policy"]["image_size"]
     if scale != "full":
         assert gfdm["data"]["latent_shape"][1] * 8 == gfdm["gfdm"]["image_size"] == gidm["gidm"]["vision"]["image_size"]
-        places = [gfdm["gfdm"]["svd"], gfdm["gfdm"]["clip"], gidm["gidm"]["vision"]["path"], gidm["gidm"]["text"]["path"], defi["policy"]["goal"]["path"]]
+        places = [
+            gfdm["gfdm"]["svd"],
+            gfdm["gfdm"]["clip"],
+            gidm["gidm"]["vision"]["path"],
+            gidm["gidm"]["text"]["path"],
+            defi["policy"]["goal"]["path"],
+        ]
         assert all("/hub/tiny/" in place for place in places), places
 
 
@@ -108,7 +141,10 @@ def test_row_changes_only_what_it_claims(row):
 @pytest.mark.parametrize("scale", SCALES)
 def test_a_scale_says_whether_frozen_features_are_kept_on_the_disk(scale):
     """At full a window takes 42 MB, packed or not."""
-    assert all(resolved("step3_defi", f"scale={scale}", f"data.pack={pack}")["cache"] is (scale != "full") for pack in ("true", "false"))
+    assert all(
+        resolved("step3_defi", f"scale={scale}", f"data.pack={pack}")["cache"] is (scale != "full")
+        for pack in ("true", "false")
+    )
 
 
 @pytest.mark.parametrize("row", [row for row in ROWS if row.startswith("defi/")])
@@ -122,7 +158,10 @@ def test_a_forward_model_learns_in_batches_as_small_as_step_1s(row):
     for count in ("accumulate", "eval_batches"):
         assert loop["batch_size"] * loop[count] == base["batch_size"] * base[count]
     for scale in ("tiny", "small"):
-        assert resolved("step3_defi", f"experiment={row}", f"scale={scale}")["loop"] == resolved("step3_defi", f"scale={scale}")["loop"]
+        assert (
+            resolved("step3_defi", f"experiment={row}", f"scale={scale}")["loop"]
+            == resolved("step3_defi", f"scale={scale}")["loop"]
+        )
 
 
 @pytest.mark.parametrize("scale", SCALES)
@@ -131,22 +170,31 @@ def test_published_policies_compose_at_every_scale(choice, scale):
     cfg = resolved("step3_defi", choice, f"scale={scale}")
     policy = cfg["policy"]
     assert policy["adapter"]["_target_"] == "step3_defi.vpp_adapter.VPPAdapter" and not policy["alignment_weight"]
-    assert policy["streams"] == (["video"] if "vpp" in choice else ["video", "latent"]) and policy["codebook"] == ("frozen" if "vpp" in choice else "learned")
+    assert policy["streams"] == (["video"] if "vpp" in choice else ["video", "latent"]) and policy["codebook"] == (
+        "frozen" if "vpp" in choice else "learned"
+    )
     assert policy["edm"]["sample_sigma_min"] == 1.0 and policy["pair_views"] == ["static"] and not policy["standardize"]
-    assert policy["gfdm"]["overrides"] == {"fps": 4} and policy["gidm"].get("overrides", {"clean_text": False}) == {"clean_text": False}
+    assert policy["gfdm"]["overrides"] == {"fps": 4} and policy["gidm"].get("overrides", {"clean_text": False}) == {
+        "clean_text": False
+    }
     assert cfg["loop"]["optimizer"].get("betas") == ([0.9, 0.9] if choice.startswith("experiment") else None)
     assert cfg["data"]["min_window"] == (22 if choice.startswith("experiment") else None)
     for target in set(targets(cfg)):
         assert get_object(target)
 
 
-@pytest.mark.parametrize("scale, seconds", [("tiny", [1 / 3, 1.0]), ("small", [1 / 3, 1.0]), ("full", [1 / 3, 2 / 3, 1.0])])
+@pytest.mark.parametrize(
+    "scale, seconds", [("tiny", [1 / 3, 1.0]), ("small", [1 / 3, 1.0]), ("full", [1 / 3, 2 / 3, 1.0])]
+)
 def test_true_frames_lie_where_the_imagined_ones_do(scale, seconds):
     """Frame 15 of 16 at stride 2, or frame 3 of 4 at stride 10, is a second ahead at 30 Hz."""
     data = resolved("step3_defi", f"scale={scale}")["data"]
     assert [frame * data["future_stride"] / 30 for frame in data["future_frames"]] == pytest.approx(seconds)
     joint = resolved("step3_defi", "experiment=defi/joint", f"scale={scale}")
-    assert joint["policy"]["_target_"] == "step3_defi.joint.JointDeFI" and "path" not in joint["policy"]["gfdm"] | joint["policy"]["gidm"]
+    assert (
+        joint["policy"]["_target_"] == "step3_defi.joint.JointDeFI"
+        and "path" not in joint["policy"]["gfdm"] | joint["policy"]["gidm"]
+    )
     assert (joint["data"]["future_frames"] - 1) * joint["data"]["future_stride"] == 30
     for target in set(targets(joint)):
         assert get_object(target)
@@ -174,18 +222,35 @@ def test_scales_compose_and_every_target_exists(step, scale):
 
 @pytest.mark.parametrize("step", STEP.values())
 def test_the_share_of_damaged_draws_is_a_key(step):
-    assert resolved(step)["loop"]["max_bad_share"] == 0.05 and resolved(step, "scale=full", "loop.max_bad_share=0.2")["loop"]["max_bad_share"] == 0.2
+    assert (
+        resolved(step)["loop"]["max_bad_share"] == 0.05
+        and resolved(step, "scale=full", "loop.max_bad_share=0.2")["loop"]["max_bad_share"] == 0.2
+    )
 
 
-@pytest.mark.parametrize("data, root", [("calvin_abc", "task_ABC_D"), ("calvin_d", "task_D_D"), ("calvin_debug", "calvin_debug_dataset")])
+@pytest.mark.parametrize(
+    "data, root", [("calvin_abc", "task_ABC_D"), ("calvin_d", "task_D_D"), ("calvin_debug", "calvin_debug_dataset")]
+)
 def test_calvins_sets_have_one_reader(data, root):
     found, base = (resolved("step3_pack", "scale=full", f"data={name}")["data"] for name in (data, "calvin_abc"))
     assert found["_target_"] == "step3_defi.dataset.CalvinWindows" and found.keys() == base.keys()
-    assert found["root"] == f"data/calvin/{root}" and {key for key in base if base[key] != found[key]} <= {"root", "holdout", "val_folder"}
+    assert found["root"] == f"data/calvin/{root}" and {key for key in base if base[key] != found[key]} <= {
+        "root",
+        "holdout",
+        "val_folder",
+    }
 
 
-@pytest.mark.parametrize("step, bad", [("step2_gidm", "gidm=vaq"), ("step3_defi", "policy/trainable=everything"),
-                                       ("step2_gidm", "loop.lr=1"), ("step1_gfdm", "experiment=gfdm/t10"), ("step1_gfdm", "colour=blue")])
+@pytest.mark.parametrize(
+    "step, bad",
+    [
+        ("step2_gidm", "gidm=vaq"),
+        ("step3_defi", "policy/trainable=everything"),
+        ("step2_gidm", "loop.lr=1"),
+        ("step1_gfdm", "experiment=gfdm/t10"),
+        ("step1_gfdm", "colour=blue"),
+    ],
+)
 def test_unknown_keys_and_values_fail(step, bad):
     with pytest.raises(HydraException):
         resolved(step, bad)

@@ -1,4 +1,6 @@
-"""The paper's numbers: its tables add up except where they are known not to, and the full configs hold Tables 10 to 12."""
+"""The paper's numbers: its tables add up except where they are known not to, and the full configs hold Tables 10 to
+12."""
+
 from __future__ import annotations
 
 import pytest
@@ -31,8 +33,12 @@ ROWS = {  # table row -> success of 1..5 in a row (%), printed Avg. Len.
     "F8 0.8": (97.5, 93.3, 89.2, 84.1, 78.9, 4.43),
 }
 DO_NOT_ADD_UP = {  # the five columns are of another row, or the length is; which, only the authors know
-    "T5 All w/o h.v.": "repeats the columns of GIDM w/o h.v.", "T8 G.M.": "sums to 4.21", "T8 S.B.": "sums to 4.10",
-    "T8 C.L.A.": "sums to 4.27", "T9 Adapter Only": "sums to 4.32", "F8 0.0": "sums to 3.89",
+    "T5 All w/o h.v.": "repeats the columns of GIDM w/o h.v.",
+    "T8 G.M.": "sums to 4.21",
+    "T8 S.B.": "sums to 4.10",
+    "T8 C.L.A.": "sums to 4.27",
+    "T9 Adapter Only": "sums to 4.32",
+    "F8 0.0": "sums to 3.89",
 }
 
 
@@ -51,8 +57,18 @@ def test_table_10_in_the_full_configs():
     assert (gfdm["gfdm"]["image_size"], gfdm["gfdm"]["num_frames"], gfdm["gfdm"]["denoise_steps"]) == (256, 16, 1)
     assert (gidm["gidm"]["dim"], gidm["gidm"]["encoder_layers"], gidm["gidm"]["quantizer"]["codes"]) == (768, 16, 128)
     adapter = defi["policy"]["adapter"]
-    assert (adapter["dim"], adapter["layers"], adapter["action_dim"], defi["policy"]["edm"]["steps"]) == (384, 12, 7, 10)
-    assert defi["policy"]["trainable"] == ["gidm", "projector", "video_former", "adapter"]  # Table 9, "GIDM+Adapter (Ours)"
+    assert (adapter["dim"], adapter["layers"], adapter["action_dim"], defi["policy"]["edm"]["steps"]) == (
+        384,
+        12,
+        7,
+        10,
+    )
+    assert defi["policy"]["trainable"] == [
+        "gidm",
+        "projector",
+        "video_former",
+        "adapter",
+    ]  # Table 9, "GIDM+Adapter (Ours)"
 
 
 def test_as_many_failures_are_judged_as_in_q9():
@@ -62,9 +78,41 @@ def test_as_many_failures_are_judged_as_in_q9():
 def test_table_11_and_12_in_the_full_mixtures():
     weights = {name: options["weight"] for name, options in resolved("step1_gfdm")["data"]["sets"].items()}
     assert {k: round(v / sum(weights.values()), 4) for k, v in weights.items()} == {
-        "fractal": 0.3, "bridge": 0.1, "calvin_abc": 0.3, "something_something_v2": 0.15, "ego4d": 0.15}
+        "fractal": 0.3,
+        "bridge": 0.1,
+        "calvin_abc": 0.3,
+        "something_something_v2": 0.15,
+        "ego4d": 0.15,
+    }
     from step2_gidm import oxe
 
-    shares = [16.3, 7.4, 8.0, 4.1, 0.7, 0.4, 3.3, 1.3, 1.6, 2.8, 6.1, 6.2, 0.4, 1.2, 3.4, 0.1, 3.0, 2.3, 0.1, 1.3, 3.0, 1.1, 0.2, 10.3, 9.8, 2.0]
+    shares = [
+        16.3,
+        7.4,
+        8.0,
+        4.1,
+        0.7,
+        0.4,
+        3.3,
+        1.3,
+        1.6,
+        2.8,
+        6.1,
+        6.2,
+        0.4,
+        1.2,
+        3.4,
+        0.1,
+        3.0,
+        2.3,
+        0.1,
+        1.3,
+        3.0,
+        1.1,
+        0.2,
+        10.3,
+        9.8,
+        2.0,
+    ]
     assert round(sum(shares) + 3.5, 1) == 99.9  # as printed, Ego4D's 3.5 included
     assert len(oxe.OXE) == len(shares) == 26

@@ -1,4 +1,5 @@
 """The launchers, with `accelerate` replaced by one that writes down what it was asked for."""
+
 from __future__ import annotations
 
 import os
@@ -38,8 +39,14 @@ def run(root: Path, script: str, *words: str, **variables: str) -> subprocess.Co
     """A launcher, with the `accelerate` of `root`."""
     path = os.pathsep.join([str(root / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]])
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("DEFI_", "CUDA_", "ACCELERATE_"))}
-    return subprocess.run(["bash", str(root / "scripts" / script), *words], env={**kept, "PATH": path, "MACHINE": "cpu", **variables},
-                          capture_output=True, text=True, check=False, timeout=300)
+    return subprocess.run(
+        ["bash", str(root / "scripts" / script), *words],
+        env={**kept, "PATH": path, "MACHINE": "cpu", **variables},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
 
 
 def launch(root: Path, script: str, *words: str, **variables: str) -> list[str]:
@@ -54,41 +61,66 @@ def launch(root: Path, script: str, *words: str, **variables: str) -> list[str]:
 
 def test_a_row_trains_what_it_stands_on_then_itself_then_rolls_out(root: Path) -> None:
     assert launch(root, "reproduce_row.sh", "t5_all_no_human") == [
-        "step1_gfdm.train experiment=gfdm/t5_no_human name=t5_no_human", "step2_gidm.train experiment=gidm/t5_no_human name=t5_no_human",
+        "step1_gfdm.train experiment=gfdm/t5_no_human name=t5_no_human",
+        "step2_gidm.train experiment=gidm/t5_no_human name=t5_no_human",
         "step3_defi.train experiment=defi/t5_all_no_human name=t5_all_no_human",
-        "step3_defi.eval rollout=full policy=ckpts/defi/t5_all_no_human out=outputs/t5_all_no_human"]
+        "step3_defi.eval rollout=full policy=ckpts/defi/t5_all_no_human out=outputs/t5_all_no_human",
+    ]
     assert launch(root, "reproduce_row.sh", "t5_gfdm_no_human") == [  # its forward model is there by now
-        "step2_gidm.train name=full", "step3_defi.train experiment=defi/t5_gfdm_no_human name=t5_gfdm_no_human",
-        "step3_defi.eval rollout=full policy=ckpts/defi/t5_gfdm_no_human out=outputs/t5_gfdm_no_human"]
+        "step2_gidm.train name=full",
+        "step3_defi.train experiment=defi/t5_gfdm_no_human name=t5_gfdm_no_human",
+        "step3_defi.eval rollout=full policy=ckpts/defi/t5_gfdm_no_human out=outputs/t5_gfdm_no_human",
+    ]
 
 
 def test_a_row_below_full_rolls_out_what_its_scale_teaches(root: Path) -> None:
-    lines = launch(root, "reproduce_row.sh", "t4_gfdm_no_pretrain", "scale=tiny", "loop.max_steps=3", ROLLOUT="sequences=2")
-    assert lines == ["step2_gidm.train name=tiny scale=tiny loop.max_steps=3",
-                     "step3_defi.train experiment=defi/t4_gfdm_no_pretrain name=t4_gfdm_no_pretrain scale=tiny loop.max_steps=3",
-                     "step3_defi.eval rollout=tiny policy=ckpts/defi/t4_gfdm_no_pretrain out=outputs/t4_gfdm_no_pretrain sequences=2"]
+    lines = launch(
+        root, "reproduce_row.sh", "t4_gfdm_no_pretrain", "scale=tiny", "loop.max_steps=3", ROLLOUT="sequences=2"
+    )
+    assert lines == [
+        "step2_gidm.train name=tiny scale=tiny loop.max_steps=3",
+        "step3_defi.train experiment=defi/t4_gfdm_no_pretrain name=t4_gfdm_no_pretrain scale=tiny loop.max_steps=3",
+        "step3_defi.eval rollout=tiny policy=ckpts/defi/t4_gfdm_no_pretrain out=outputs/t4_gfdm_no_pretrain "
+        "sequences=2",
+    ]
 
 
 def test_a_row_does_not_stand_on_a_model_of_another_scale(root: Path) -> None:
-    """`t8_binning` of every scale has the same place; the inverse model of one must not become the policy of another."""
+    """`t8_binning` of every scale has the same place; the inverse model of one must not become the policy of
+    another."""
     assert launch(root, "reproduce_row.sh", "t8_binning", "scale=tiny")[-1].startswith("step3_defi.eval rollout=tiny ")
     done = run(root, "reproduce_row.sh", "t8_binning")
     assert done.returncode == 1 and done.stderr.strip() == (
-        "error: ckpts/gidm/t8_binning: this gidm is of scale=tiny, one of scale=full is needed; move it away, or train one with "
-        "scale=full under another name=, and give it with policy.gidm.path=")
+        "error: ckpts/gidm/t8_binning: this gidm is of scale=tiny, one of scale=full is needed; move it away, or train "
+        "one with "
+        "scale=full under another name=, and give it with policy.gidm.path="
+    )
     assert not (root / "asked").exists(), "nothing is trained before"
 
 
-@pytest.mark.parametrize("scale, world, tasks, protocol", [
-    ("tiny", "playtable.PlayTable", 11, ("A", 100, 360, 8)), ("small", "playtable.PlayTable", 11, ("A", 100, 360, 8)),
-    ("full", "playtable.calvin.Calvin", None, ("D", 1000, 720, 10))])
-def test_a_scale_is_rolled_out_in_what_it_was_trained_for(scale: str, world: str, tasks: int | None, protocol: tuple) -> None:
-    """The demonstrations of tiny and small hold eleven tasks in scene A; CALVIN's protocol asks for 1000 chains of 34 in D."""
+@pytest.mark.parametrize(
+    "scale, world, tasks, protocol",
+    [
+        ("tiny", "playtable.PlayTable", 11, ("A", 100, 360, 8)),
+        ("small", "playtable.PlayTable", 11, ("A", 100, 360, 8)),
+        ("full", "playtable.calvin.Calvin", None, ("D", 1000, 720, 10)),
+    ],
+)
+def test_a_scale_is_rolled_out_in_what_it_was_trained_for(
+    scale: str, world: str, tasks: int | None, protocol: tuple
+) -> None:
+    """The demonstrations of tiny and small hold eleven tasks in scene A; CALVIN's protocol asks for 1000 chains of 34
+    in D."""
     with initialize_config_dir(version_base=None, config_dir=str(ROOT / "configs")):
-        cfg, other = (compose("step3_eval", [f"rollout={scale}", "agent=x", *also]) for also in ((), ("tasks=lifts", "scene=C", "horizon=30")))
+        cfg, other = (
+            compose("step3_eval", [f"rollout={scale}", "agent=x", *also])
+            for also in ((), ("tasks=lifts", "scene=C", "horizon=30"))
+        )
     assert cfg.env._target_ == world and (tasks is None or len(cfg.tasks.tasks) == tasks)
     assert (cfg.scene, cfg.sequences, cfg.horizon, cfg.planner.execute) == protocol
-    assert (len(other.tasks.tasks), other.scene, other.horizon, other.sequences) == (3, "C", 30, protocol[1]), "what is asked for besides counts"
+    assert (len(other.tasks.tasks), other.scene, other.horizon, other.sequences) == (3, "C", 30, protocol[1]), (
+        "what is asked for besides counts"
+    )
 
 
 def test_a_row_of_one_model_trains_it_alone(root: Path) -> None:

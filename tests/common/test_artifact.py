@@ -1,4 +1,5 @@
 """Artifacts: bit-exact round trip, strict keys, kinds, nothing foreign built, nothing half-written."""
+
 from __future__ import annotations
 
 import json
@@ -17,7 +18,9 @@ CONFIG = {"_target_": "common.attention.Mlp", "dim": 4, "ratio": 2}
 def folder(tmp_path):
     from common.attention import Mlp
 
-    return artifact.save(Mlp(4, 2), tmp_path / "a", kind="gidm", config=CONFIG, step=3, parents={"gfdm": "ab"}, stats={"x": 1})
+    return artifact.save(
+        Mlp(4, 2), tmp_path / "a", kind="gidm", config=CONFIG, step=3, parents={"gfdm": "ab"}, stats={"x": 1}
+    )
 
 
 def test_round_trip_is_bit_exact_and_remembers_where_it_came_from(folder, tmp_path):
@@ -37,7 +40,9 @@ def test_wrong_kind_missing_folder_and_foreign_keys_are_one_clear_line(folder, t
         artifact.load(folder, "gfdm")
     with pytest.raises(ArtifactError, match=r"no artifact here.*step2_train_gidm.sh name=nothing"):
         artifact.load(tmp_path / "nothing", "gidm")
-    with pytest.raises(ArtifactError, match=r"step1_train_svd.sh experiment=gfdm/t5_no_human name=t5_no_human$"):  # a row by its own recipe
+    with pytest.raises(
+        ArtifactError, match=r"step1_train_svd.sh experiment=gfdm/t5_no_human name=t5_no_human$"
+    ):  # a row by its own recipe
         artifact.meta(tmp_path / "t5_no_human", "gfdm")
     state = load_file(folder / "weights.safetensors")
     state["stranger"] = state.pop("fc1.bias")
@@ -78,7 +83,9 @@ def test_a_scale_is_remembered_and_another_one_refused(folder, tmp_path):
     place = artifact.save(Mlp(4, 2), tmp_path / "tiny", kind="gidm", config=CONFIG, scale="tiny")
     assert artifact.meta(place)["scale"] == artifact.meta(artifact.copy(place, tmp_path / "copy"))["scale"] == "tiny"
     artifact.check_scale(place, "gidm", "tiny")
-    with pytest.raises(ArtifactError, match="^[^\n]*tiny: this gidm is of scale=tiny, one of scale=full is needed; move it away[^\n]*$"):
+    with pytest.raises(
+        ArtifactError, match="^[^\n]*tiny: this gidm is of scale=tiny, one of scale=full is needed; move it away[^\n]*$"
+    ):
         artifact.check_scale(place, "gidm", "full")
     assert artifact.meta(folder)["scale"] is None
     artifact.check_scale(folder, "gidm", "full")  # made elsewhere: nobody can say

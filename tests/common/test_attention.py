@@ -1,4 +1,5 @@
 """Attention: masks hide keys, the causal flag hides the future, position codes tell places apart."""
+
 from __future__ import annotations
 
 import torch

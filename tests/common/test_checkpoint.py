@@ -1,4 +1,6 @@
-"""Foreign checkpoints: tensors come out of every nest and suffix, nothing else is unpickled, and every failure is one line."""
+"""Foreign checkpoints: tensors come out of every nest and suffix, nothing else is unpickled, and every failure is one
+line."""
+
 from __future__ import annotations
 
 import argparse
@@ -20,8 +22,15 @@ TENSORS = {"lam.a": torch.arange(6.0).view(2, 3), "lam.b.weight": torch.ones(2, 
 
 
 @pytest.mark.parametrize("suffix", [".ckpt", ".pt", ".bin"])
-@pytest.mark.parametrize("wrap", [dict, lambda t: {"state_dict": OrderedDict(t), "epoch": 3, "hyper_parameters": {"dim": 8}},
-                                  lambda t: {"model": t, "args": {"x": [1, None]}}, lambda t: {"model": {"state_dict": t}}])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        dict,
+        lambda t: {"state_dict": OrderedDict(t), "epoch": 3, "hyper_parameters": {"dim": 8}},
+        lambda t: {"model": t, "args": {"x": [1, None]}},
+        lambda t: {"model": {"state_dict": t}},
+    ],
+)
 def test_tensors_come_out_of_every_nest(wrap: Any, suffix: str, tmp_path: Path) -> None:
     torch.save(wrap(TENSORS), tmp_path / f"x{suffix}")
     found = read_tensors(tmp_path / f"x{suffix}")
@@ -31,7 +40,10 @@ def test_tensors_come_out_of_every_nest(wrap: Any, suffix: str, tmp_path: Path) 
 def test_safetensors_legacy_pickles_parameters_and_modules_by_name(tmp_path: Path) -> None:
     save_file(TENSORS, tmp_path / "x.safetensors")
     torch.save(TENSORS, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
-    torch.save({"model": {"lam": {"a": nn.Parameter(TENSORS["lam.a"]), "b": {"weight": TENSORS["lam.b.weight"]}}}}, tmp_path / "deep.pt")
+    torch.save(
+        {"model": {"lam": {"a": nn.Parameter(TENSORS["lam.a"]), "b": {"weight": TENSORS["lam.b.weight"]}}}},
+        tmp_path / "deep.pt",
+    )
     for name in ("x.safetensors", "old.pt", "deep.pt"):
         found = read_tensors(tmp_path / name)
         assert found.keys() == TENSORS.keys() and all(torch.equal(found[key], TENSORS[key]) for key in TENSORS)
@@ -51,7 +63,10 @@ class Trap:
 def test_foreign_objects_are_named_and_read_past_only_when_asked(tmp_path: Path) -> None:
     held = {"optimizer": argparse.Namespace(lr=1e-4), "share": Fraction(1, 2)}
     torch.save({"state_dict": TENSORS, "hyper_parameters": held}, tmp_path / "x.ckpt")
-    with pytest.raises(CheckpointError, match=r"x.ckpt: holds objects of argparse.Namespace, fractions.Fraction beside its .*foreign=skip$") as caught:
+    with pytest.raises(
+        CheckpointError,
+        match=r"x.ckpt: holds objects of argparse.Namespace, fractions.Fraction beside its .*foreign=skip$",
+    ) as caught:
         read_tensors(tmp_path / "x.ckpt")
     assert "\n" not in str(caught.value)
     found = read_tensors(tmp_path / "x.ckpt", skip_foreign=True)
@@ -99,9 +114,14 @@ def test_dictionaries_of_other_classes_are_read_as_plain_ones(make: Any, tmp_pat
 def test_what_cannot_be_read_past_is_named(tmp_path: Path) -> None:
     slotted = Slotted(a=1)
     slotted.note = "x"
-    for held, message in ((Rows([1]), r"\(Can only append to lists, but got <class '.*test_checkpoint.Rows'>\)"), (slotted, r"\(TypeError\(.*\)")):
+    for held, message in (
+        (Rows([1]), r"\(Can only append to lists, but got <class '.*test_checkpoint.Rows'>\)"),
+        (slotted, r"\(TypeError\(.*\)"),
+    ):
         torch.save({"state_dict": TENSORS, "hyper_parameters": held}, tmp_path / "x.ckpt")
-        with pytest.raises(CheckpointError, match=f"x.ckpt: not readable as a checkpoint of tensors {message}") as caught:
+        with pytest.raises(
+            CheckpointError, match=f"x.ckpt: not readable as a checkpoint of tensors {message}"
+        ) as caught:
             read_tensors(tmp_path / "x.ckpt", skip_foreign=True)
         assert "\n" not in str(caught.value)
 
@@ -110,7 +130,11 @@ def test_what_cannot_be_read_past_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("function, blocked", [(os.mkdir, True), (shutil.copytree, False)])
 def test_no_code_of_a_checkpoint_runs(function: Any, blocked: bool, zipped: bool, tmp_path: Path) -> None:
     (tmp_path / "from").mkdir()
-    trap = Trap(function, str(tmp_path / "to")) if blocked else Trap(function, str(tmp_path / "from"), str(tmp_path / "to"))
+    trap = (
+        Trap(function, str(tmp_path / "to"))
+        if blocked
+        else Trap(function, str(tmp_path / "from"), str(tmp_path / "to"))
+    )
     torch.save({"model": TENSORS, "args": trap}, tmp_path / "x.pt", _use_new_zipfile_serialization=zipped)
     with pytest.raises(CheckpointError, match=function.__name__):
         read_tensors(tmp_path / "x.pt")
@@ -130,9 +154,15 @@ def test_what_is_no_checkpoint_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "text.pt").write_text("hello world")
     torch.save({"epoch": 3, "loops": {}}, tmp_path / "bare.ckpt")
     torch.save([1, 2], tmp_path / "list.pt")
-    for name, message in {"torn.safetensors": "not readable as safetensors", "empty.pt": "not readable", "cut.pt": "not readable",
-                          "text.pt": "not readable", "none.pt": "no such file", "bare.ckpt": "no tensors by name .*it holds: epoch, loops",
-                          "list.pt": "no tensors by name .*it holds: list"}.items():
+    for name, message in {
+        "torn.safetensors": "not readable as safetensors",
+        "empty.pt": "not readable",
+        "cut.pt": "not readable",
+        "text.pt": "not readable",
+        "none.pt": "no such file",
+        "bare.ckpt": "no tensors by name .*it holds: epoch, loops",
+        "list.pt": "no tensors by name .*it holds: list",
+    }.items():
         with pytest.raises(CheckpointError, match=f"{name}: {message}") as caught:
             read_tensors(tmp_path / name)
         assert "\n" not in str(caught.value)
@@ -148,4 +178,8 @@ def test_misfit_names_every_key() -> None:
     found = misfit(model, state)
     assert found.startswith("11 missing: 10.weight, ") and "; 12 unexpected: extra.0, " in found
     assert found.endswith("; 1 of another shape: 3.bias (3,) for (2,)")
-    assert all(f" {i}.weight" in found for i in range(4, 15)) and all(f"extra.{i}" in found for i in range(12)) and "\n" not in found
+    assert (
+        all(f" {i}.weight" in found for i in range(4, 15))
+        and all(f"extra.{i}" in found for i in range(12))
+        and "\n" not in found
+    )

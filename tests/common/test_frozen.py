@@ -1,4 +1,5 @@
 """Frozen encoders: invisible to training, loaded from folders in the hub's own format, caching that changes nothing."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -30,7 +31,10 @@ def test_every_weight_counts_in_the_hash_frozen_ones_too():
     class Part(nn.Module):
         def __init__(self):
             super().__init__()
-            self.own, self.foreign = nn.Linear(2, 2), frozen.Frozen(nn.Sequential(frozen.Frozen(nn.BatchNorm1d(2)), nn.Linear(2, 2, bias=False)))
+            self.own, self.foreign = (
+                nn.Linear(2, 2),
+                frozen.Frozen(nn.Sequential(frozen.Frozen(nn.BatchNorm1d(2)), nn.Linear(2, 2, bias=False))),
+            )
             self.register_buffer("ids", torch.zeros(3), persistent=False)
 
     torch.manual_seed(0)
@@ -38,7 +42,14 @@ def test_every_weight_counts_in_the_hash_frozen_ones_too():
     known = {frozen.weights_sha256(part)}
     assert known == {frozen.weights_sha256(part)}
     inner = part.foreign.module
-    for tensor in (part.own.bias, part.ids, inner[1].weight, inner[0].module.weight, inner[0].module.running_var, inner[0].module.num_batches_tracked):
+    for tensor in (
+        part.own.bias,
+        part.ids,
+        inner[1].weight,
+        inner[0].module.weight,
+        inner[0].module.running_var,
+        inner[0].module.num_batches_tracked,
+    ):
         tensor.data.view(-1)[-1:] += 1
         known.add(frozen.weights_sha256(part))
     part.ids = part.ids.half()
@@ -86,7 +97,7 @@ def test_real_tokenizers_load_through_the_same_path(shared_data, hub, tmp_path):
 
 
 WORDS = "open close push lift the red blue block drawer slowly left right".split()
-SENTENCES = [" ".join(WORDS[i:i + 1 + i % 5]) for i in range(len(WORDS))]
+SENTENCES = [" ".join(WORDS[i : i + 1 + i % 5]) for i in range(len(WORDS))]
 
 
 def rows(encoder: frozen.TextEncoder, texts: list[str]) -> list[torch.Tensor]:
@@ -95,8 +106,12 @@ def rows(encoder: frozen.TextEncoder, texts: list[str]) -> list[torch.Tensor]:
     return [tokens[keep] for tokens, keep in zip(*found)] if isinstance(found, tuple) else list(found)
 
 
-@pytest.mark.parametrize("make", [lambda hub: frozen.t5_text(hub / "t5"), lambda hub: frozen.clip_text(hub / "clip")], ids=["t5", "clip"])
-def test_a_sentence_is_encoded_once_and_the_same_whatever_comes_with_it(make: Callable[[Path], frozen.TextEncoder], hub: Path) -> None:
+@pytest.mark.parametrize(
+    "make", [lambda hub: frozen.t5_text(hub / "t5"), lambda hub: frozen.clip_text(hub / "clip")], ids=["t5", "clip"]
+)
+def test_a_sentence_is_encoded_once_and_the_same_whatever_comes_with_it(
+    make: Callable[[Path], frozen.TextEncoder], hub: Path
+) -> None:
     encoder, asked = make(hub), []
     real = encoder._encode
     encoder._encode = lambda texts: asked.extend(texts) or real(texts)
@@ -106,12 +121,16 @@ def test_a_sentence_is_encoded_once_and_the_same_whatever_comes_with_it(make: Ca
     assert len(asked) == len(SENTENCES)
     for size in (1, 3, 5):  # as runs that go on from elsewhere meet them
         encoder = make(hub)
-        parts = [row for i in range(0, len(SENTENCES), size) for row in rows(encoder, SENTENCES[i:i + size])]
+        parts = [row for i in range(0, len(SENTENCES), size) for row in rows(encoder, SENTENCES[i : i + size])]
         assert all(torch.equal(one, two) for one, two in zip(parts, together, strict=True))
 
 
-@pytest.mark.parametrize("make", [lambda hub: frozen.t5_text(hub / "t5"), lambda hub: frozen.clip_text(hub / "clip")], ids=["t5", "clip"])
-def test_the_cache_stays_below_its_bound_and_what_it_forgets_comes_back_equal(make: Callable[[Path], frozen.TextEncoder], hub: Path) -> None:
+@pytest.mark.parametrize(
+    "make", [lambda hub: frozen.t5_text(hub / "t5"), lambda hub: frozen.clip_text(hub / "clip")], ids=["t5", "clip"]
+)
+def test_the_cache_stays_below_its_bound_and_what_it_forgets_comes_back_equal(
+    make: Callable[[Path], frozen.TextEncoder], hub: Path
+) -> None:
     encoder, bounded, asked = make(hub), make(hub), []
     expected = rows(encoder, SENTENCES)
     assert encoder.held == sum(tensor.nbytes for row in encoder.cache.values() for tensor in row) > 0

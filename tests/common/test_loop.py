@@ -1,4 +1,6 @@
-"""The loop: resume equals straight run, the schedule drives the optimizer in use, EMA is used, bad losses name samples."""
+"""The loop: resume equals straight run, the schedule drives the optimizer in use, EMA is used, bad losses name
+samples."""
+
 from __future__ import annotations
 
 import json
@@ -20,8 +22,13 @@ from common.mixture import LeftOut, Mixture, Unreadable
 class Line:
     """y = 3x with a dropout-sensitive model; samples can be made poisonous, unreadable, or left out by rule."""
 
-    def __init__(self, length: int = 40, poison: int | None = None, unreadable: set[int] = frozenset(),
-                 short: set[int] = frozenset()) -> None:
+    def __init__(
+        self,
+        length: int = 40,
+        poison: int | None = None,
+        unreadable: set[int] = frozenset(),
+        short: set[int] = frozenset(),
+    ) -> None:
         self.length, self.poison, self.unreadable, self.short = length, poison, unreadable, short
 
     def __len__(self) -> int:
@@ -33,7 +40,11 @@ class Line:
         if index in self.short:
             raise LeftOut(f"line/{index}", "too short")
         x = np.float32(rng.normal())
-        return {"id": f"line/{index}", "x": torch.tensor([float("nan") if index == self.poison else x]), "y": torch.tensor([3 * x])}
+        return {
+            "id": f"line/{index}",
+            "x": torch.tensor([float("nan") if index == self.poison else x]),
+            "y": torch.tensor([3 * x]),
+        }
 
 
 class Net(nn.Module):
@@ -49,8 +60,18 @@ class Net(nn.Module):
 
 
 def make(folder, **changes) -> Loop:
-    options = {"output_dir": str(folder), "seed": 1, "max_steps": 12, "batch_size": 4, "optimizer": {"lr": 1e-2, "weight_decay": 1e-2},
-               "schedule": "cosine", "warmup_steps": 3, "ema_decay": 0.9, "save_every": 4, "log_every": 2}
+    options = {
+        "output_dir": str(folder),
+        "seed": 1,
+        "max_steps": 12,
+        "batch_size": 4,
+        "optimizer": {"lr": 1e-2, "weight_decay": 1e-2},
+        "schedule": "cosine",
+        "warmup_steps": 3,
+        "ema_decay": 0.9,
+        "save_every": 4,
+        "log_every": 2,
+    }
     return Loop(**(options | changes))
 
 
@@ -78,7 +99,10 @@ def test_resumed_run_equals_straight_run_bit_for_bit(tmp_path, accumulate):
     for a, b in zip(straight.parameters(), resumed.parameters()):
         assert torch.equal(a, b)
     lines = [(tmp_path / run / "metrics.jsonl").read_text().splitlines() for run in "ab"]
-    rows = [[{k: v for k, v in json.loads(line).items() if k not in ("time", "steps_per_second")} for line in run] for run in lines]
+    rows = [
+        [{k: v for k, v in json.loads(line).items() if k not in ("time", "steps_per_second")} for line in run]
+        for run in lines
+    ]
     assert [r["step"] for r in rows[1]] == [2, 4, 6, 8, 10, 12]
     assert rows[0] == rows[1]
 
@@ -96,22 +120,30 @@ class Counting(Dies):
 
 
 def test_counts_are_of_all_batches_between_two_lines_or_of_a_validation(tmp_path):
-    """Not means over batches, which know no more than a batch can hold; training and validation apart, also over a kill."""
+    """Not means over batches, which know no more than a batch can hold; training and validation apart, also over a
+    kill."""
+
     def run(folder, last):
         model = Counting()
         model.last = last
-        make(folder, accumulate=2, max_steps=10, save_every=5, log_every=5, eval_every=3, eval_batches=3).fit(model, Line(), Line(10))
+        make(folder, accumulate=2, max_steps=10, save_every=5, log_every=5, eval_every=3, eval_batches=3).fit(
+            model, Line(), Line(10)
+        )
         return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
     rows = run(tmp_path / "whole", None)
-    assert [(row["train/samples"], row["train/different"]) for row in rows if "train/loss" in row] == [(40, 40), (40, 40)]
+    assert [(row["train/samples"], row["train/different"]) for row in rows if "train/loss" in row] == [
+        (40, 40),
+        (40, 40),
+    ]
     assert [(row["val/samples"], row["val/different"]) for row in rows if "val/loss" in row] == [(10, 10)] * 4
     assert not any("seen" in key for row in rows for key in row)
     with pytest.raises(Killed):
         run(tmp_path / "broken", 8)
     again = run(tmp_path / "broken", None)
-    assert [{k: v for k, v in row.items() if k not in ("time", "steps_per_second")} for row in again] == \
-        [{k: v for k, v in row.items() if k not in ("time", "steps_per_second")} for row in rows]
+    assert [{k: v for k, v in row.items() if k not in ("time", "steps_per_second")} for row in again] == [
+        {k: v for k, v in row.items() if k not in ("time", "steps_per_second")} for row in rows
+    ]
 
 
 def test_sigterm_saves_and_the_next_run_goes_on(tmp_path):
@@ -165,14 +197,17 @@ def test_validation_sees_the_same_samples_from_everywhere_in_the_set(tmp_path):
 
 @pytest.mark.parametrize("length, most", [(1000, 3), (29, 16), (8, 16), (1, 16), (3, 16)])
 def test_processes_validate_on_the_same_samples_and_to_the_same_mean(length, most):
-    """As many batches for each, for sets that divide into no whole ones, and for sets of fewer samples than processes."""
+    """As many batches for each, for sets that divide into no whole ones, and for sets of fewer samples than
+    processes."""
     values = np.random.default_rng(0).normal(size=length)
 
     def look(world):
         ranks = [held_out(length, 8 // world, seed=1, rank=rank, world=world, most=most) for rank in range(world)]
         assert len({len(chunks) for chunks in ranks}) == 1 and all(keys for chunks in ranks for keys, _ in chunks)
         counted = sorted(index for chunks in ranks for keys, weight in chunks if weight for _, index in keys)
-        return counted, np.mean([sum(weight * values[[index for _, index in keys]].mean() for keys, weight in chunks) for chunks in ranks])
+        return counted, np.mean(
+            [sum(weight * values[[index for _, index in keys]].mean() for keys, weight in chunks) for chunks in ranks]
+        )
 
     for world in (2, 4, 8):
         alone, others = look(1), look(world)
@@ -188,13 +223,18 @@ def test_the_best_validation_is_told_of_while_its_averaged_weights_are_in_place(
         def keep(step):
             row = [p.detach().clone() for p in model.parameters()]
             told.append((step, row))
-        return make(folder, eval_every=1, best="error", save_every=2, optimizer={"lr": 0.2, "weight_decay": 0.0}).fit(model, Line(), val, keep=keep)
+
+        return make(folder, eval_every=1, best="error", save_every=2, optimizer={"lr": 0.2, "weight_decay": 0.0}).fit(
+            model, Line(), val, keep=keep
+        )
 
     told = []
     last = run(tmp_path / "whole", Net())
     rows = [json.loads(line) for line in (tmp_path / "whole/metrics.jsonl").read_text().splitlines()]
     errors = {row["step"]: row["val/error"] for row in rows if "val/error" in row}
-    lowest = [step for step in errors if errors[step] < min([errors[s] for s in errors if s < step], default=float("inf"))]
+    lowest = [
+        step for step in errors if errors[step] < min([errors[s] for s in errors if s < step], default=float("inf"))
+    ]
     assert [step for step, _ in told] == lowest and 1 < len(lowest) < len(errors)
     whole, told = told, []
     with pytest.raises(Killed):
@@ -223,7 +263,9 @@ def test_unreadable_samples_are_counted_and_too_many_stop_the_run(tmp_path):
     assert last["data/skipped"] == 1
     says = r"25\d of \d+ samples were unreadable, more than loop.max_bad_share=0.05: mend the data or raise it; the last: line/"
     with pytest.raises(RuntimeError, match=says):
-        make(tmp_path / "many", max_steps=100, batch_size=1, save_every=None).fit(Net(), Line(unreadable=set(range(30))))
+        make(tmp_path / "many", max_steps=100, batch_size=1, save_every=None).fit(
+            Net(), Line(unreadable=set(range(30)))
+        )
 
 
 def test_the_first_draws_say_nothing_about_the_share_of_damage(tmp_path):
@@ -233,13 +275,27 @@ def test_the_first_draws_say_nothing_about_the_share_of_damage(tmp_path):
 
 def test_what_a_rule_leaves_out_is_counted_apart_and_stops_no_run(tmp_path, caplog):
     caplog.set_level("INFO", "common.loop")
-    make(tmp_path / "some", max_steps=40, eval_every=40, eval_batches=2).fit(Net(), Line(unreadable={39}, short=set(range(35))), Line(8, short={3, 4}))
-    last = [json.loads(line) for line in (tmp_path / "some/metrics.jsonl").read_text().splitlines() if "data/left_out" in line][-1]
+    make(tmp_path / "some", max_steps=40, eval_every=40, eval_batches=2).fit(
+        Net(), Line(unreadable={39}, short=set(range(35))), Line(8, short={3, 4})
+    )
+    last = [
+        json.loads(line)
+        for line in (tmp_path / "some/metrics.jsonl").read_text().splitlines()
+        if "data/left_out" in line
+    ][-1]
     assert last["data/left_out"] > 500 and 0 < last["data/skipped"] < last["data/left_out"] / 10
-    assert any(message.startswith(f"{last['data/left_out']} of ") and "draws left out by rule and replaced, the last: line/" in message
-               for message in caplog.messages)
-    assert any("held-out samples left out by rule and replaced, the last: line/" in message for message in caplog.messages)
-    assert sum("unreadable sample replaced: line/39: torn" in message for message in caplog.messages) == last["data/skipped"]
+    assert any(
+        message.startswith(f"{last['data/left_out']} of ")
+        and "draws left out by rule and replaced, the last: line/" in message
+        for message in caplog.messages
+    )
+    assert any(
+        "held-out samples left out by rule and replaced, the last: line/" in message for message in caplog.messages
+    )
+    assert (
+        sum("unreadable sample replaced: line/39: torn" in message for message in caplog.messages)
+        == last["data/skipped"]
+    )
     with pytest.raises(RuntimeError, match="1000 samples in a row were left out, the last: line/.*: too short"):
         make(tmp_path / "all").fit(Net(), Line(short=set(range(40))))
 

@@ -1,4 +1,5 @@
 """Numbers that two steps report: the use of codes."""
+
 from __future__ import annotations
 
 import pytest

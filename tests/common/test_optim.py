@@ -12,14 +12,23 @@ def model() -> nn.Module:
 
 def test_a_part_may_learn_at_a_share_of_the_rate_and_the_schedule_keeps_it() -> None:
     whole = model()
-    optimizer, scheduler = optim.build(whole, lr=1e-3, weight_decay=0.1, factors={"gidm": 0.25}, schedule="constant_with_warmup", warmup_steps=2,
-                                       total_steps=10)
+    optimizer, scheduler = optim.build(
+        whole,
+        lr=1e-3,
+        weight_decay=0.1,
+        factors={"gidm": 0.25},
+        schedule="constant_with_warmup",
+        warmup_steps=2,
+        total_steps=10,
+    )
     for _ in range(3):
         optimizer.step()
         scheduler.step()
     rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
     decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
-    assert {rates[id(p)] for p in whole["gidm"].parameters()} == {2.5e-4} and {rates[id(p)] for p in whole["adapter"].parameters()} == {1e-3}
+    assert {rates[id(p)] for p in whole["gidm"].parameters()} == {2.5e-4} and {
+        rates[id(p)] for p in whole["adapter"].parameters()
+    } == {1e-3}
     assert decays[id(whole["gidm"].weight)] == 0.1 and decays[id(whole["gidm"].bias)] == 0.0
     assert scheduler.get_last_lr()[0] == 1e-3  # what is logged is the rate of the parts without a factor
 

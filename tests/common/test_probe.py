@@ -1,4 +1,5 @@
 """Read-outs: they find what is there, on units that were kept apart, and say how sure they are."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -37,7 +38,11 @@ def test_what_was_still_while_fitting_does_not_explode_when_measured() -> None:
 
 def test_parts_that_share_units_are_refused() -> None:
     with pytest.raises(ValueError, match="must not be fitted on"):
-        read_errors({"x": torch.randn(240, 3)}, torch.randn(240, 1), Parts(np.arange(121), np.arange(120, 160), np.arange(160, 240)))
+        read_errors(
+            {"x": torch.randn(240, 3)},
+            torch.randn(240, 1),
+            Parts(np.arange(121), np.arange(120, 160), np.arange(160, 240)),
+        )
 
 
 def test_alike_units_widen_the_interval() -> None:

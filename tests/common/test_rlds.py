@@ -1,4 +1,6 @@
-"""RLDS without TensorFlow: framing and its checksums, lazy decoding, shards, and one clear line for each kind of damage."""
+"""RLDS without TensorFlow: framing and its checksums, lazy decoding, shards, and one clear line for each kind of
+damage."""
+
 from __future__ import annotations
 
 import io
@@ -31,10 +33,20 @@ def picture(value: int) -> bytes:
 
 def write_set(folder: Path, *, shards: tuple[int, ...] = (2, 1), steps: int = 4) -> Path:
     """A little RLDS folder: features.json by tensorflow-datasets, examples in the wire format that it reads."""
-    features = tfds.features.FeaturesDict({"steps": tfds.features.Dataset({
-        "observation": {"image": tfds.features.Image(shape=(None, None, 3), encoding_format="png"), "wide": tfds.features.Text()},
-        "action": tfds.features.Tensor(shape=(2,), dtype=np.float32),
-        "instruction": tfds.features.Tensor(shape=(8,), dtype=np.int32)})})
+    features = tfds.features.FeaturesDict(
+        {
+            "steps": tfds.features.Dataset(
+                {
+                    "observation": {
+                        "image": tfds.features.Image(shape=(None, None, 3), encoding_format="png"),
+                        "wide": tfds.features.Text(),
+                    },
+                    "action": tfds.features.Tensor(shape=(2,), dtype=np.float32),
+                    "instruction": tfds.features.Tensor(shape=(8,), dtype=np.int32),
+                }
+            )
+        }
+    )
     folder.mkdir(parents=True)
     features.save_config(str(folder))
     codes = [*map(ord, "päck"), 0, 0, 0, 0]
@@ -51,8 +63,12 @@ def write_set(folder: Path, *, shards: tuple[int, ...] = (2, 1), steps: int = 4)
             data += record(example.SerializeToString())
             episode += 1
         (folder / f"toy-train.tfrecord-{number:05d}-of-{len(shards):05d}").write_bytes(data)
-    info = {"name": "toy", "version": "1.0.0", "fileFormat": "tfrecord",
-            "splits": [{"name": "train", "shardLengths": [str(n) for n in shards]}]}
+    info = {
+        "name": "toy",
+        "version": "1.0.0",
+        "fileFormat": "tfrecord",
+        "splits": [{"name": "train", "shardLengths": [str(n) for n in shards]}],
+    }
     (folder / "dataset_info.json").write_text(json.dumps(info))
     return folder
 
@@ -105,7 +121,9 @@ def test_find_looks_where_oxe_scripts_leave_things(toy: Path) -> None:
     shutil.move(toy, root / "CONVERSION_DIR" / "moved" / "0.1.0")
     assert find(root, ["moved"]) == root / "CONVERSION_DIR" / "moved" / "0.1.0"
     assert find(root, ["toy"], "0.9.0").name == "0.9.0", "a version that is asked for, and not the newest"
-    with pytest.raises(FileNotFoundError, match=r"oxe/toy: version 0.1.0 is wanted, there is 0.10.0, 0.9.0; fetch toy/0.1.0, or leave") as caught:
+    with pytest.raises(
+        FileNotFoundError, match=r"oxe/toy: version 0.1.0 is wanted, there is 0.10.0, 0.9.0; fetch toy/0.1.0, or leave"
+    ) as caught:
         find(root, ["toy"], "0.1.0")
     assert "\n" not in str(caught.value)
     shutil.copytree(root / "toy" / "0.9.0", root / "CONVERSION_DIR" / "toy" / "0.1.0")
@@ -135,7 +153,9 @@ def test_damaged_length_is_always_found(toy: Path) -> None:
         Rlds(toy)[0]
 
 
-@pytest.mark.parametrize("keep, message", [(-3, "record 1 .* the file ends before"), (5, "record 0 at byte 0 is cut off in its header")])
+@pytest.mark.parametrize(
+    "keep, message", [(-3, "record 1 .* the file ends before"), (5, "record 0 at byte 0 is cut off in its header")]
+)
 def test_truncated_shard(toy: Path, keep: int, message: str) -> None:
     shard(toy).write_bytes(shard(toy).read_bytes()[:keep])
     with pytest.raises(RldsError, match=message):
@@ -197,7 +217,10 @@ def to_array_record(folder: Path, out: Path) -> Path:
     writer = pytest.importorskip("array_record.python.array_record_module").ArrayRecordWriter
     out.mkdir(parents=True)
     for path in folder.glob("*.tfrecord-*"):
-        file, copy = TFRecordFile(path), writer(str(out / path.name.replace("tfrecord", "array_record")), "group_size:1")
+        file, copy = (
+            TFRecordFile(path),
+            writer(str(out / path.name.replace("tfrecord", "array_record")), "group_size:1"),
+        )
         for index in range(len(file)):
             copy.write(file[index])
         copy.close()
@@ -212,7 +235,10 @@ def test_array_record_gives_the_same_episodes(toy: Path, tmp_path: Path) -> None
     one, other = Rlds(toy), Rlds(copy)
     assert find(tmp_path, ["toy"]) == copy and splits(copy) == ["train"] and len(one) == len(other) == 3
     for index in range(3):
-        assert other.shards[0].path.suffix != one.shards[0].path.suffix and other[index].encoded("observation/wide", 2) == b"ab\0c\0\0"
+        assert (
+            other.shards[0].path.suffix != one.shards[0].path.suffix
+            and other[index].encoded("observation/wide", 2) == b"ab\0c\0\0"
+        )
         assert one[index].encoded("observation/image", 2) == other[index].encoded("observation/image", 2)
 
 
@@ -230,8 +256,10 @@ def test_damaged_array_record(toy: Path, tmp_path: Path, monkeypatch: pytest.Mon
     path = copy / "toy-train.array_record-00000-of-00002"
     whole = path.read_bytes()
     at = whole.index(b"ab\0c")
-    path.write_bytes(whole[:at] + b"x" + whole[at + 1:])
-    with pytest.raises(RldsError, match=r"00000-of-00002: record 0 is corrupt \(.*hash mismatch.*\); download the shard again") as caught:
+    path.write_bytes(whole[:at] + b"x" + whole[at + 1 :])
+    with pytest.raises(
+        RldsError, match=r"00000-of-00002: record 0 is corrupt \(.*hash mismatch.*\); download the shard again"
+    ) as caught:
         Rlds(copy)[0]
     assert "\n" not in str(caught.value)
     for content in (whole[:-9], b""):
@@ -250,7 +278,9 @@ def test_damaged_array_record(toy: Path, tmp_path: Path, monkeypatch: pytest.Mon
 def test_unknown_codec(toy: Path) -> None:
     config = (toy / "features.json").read_text()
     (toy / "features.json").write_text(config.replace("image_feature.Image", "image_feature.Hologram"))
-    with pytest.raises(RldsError, match="features.json names a feature that tensorflow-datasets does not know .*Hologram") as caught:
+    with pytest.raises(
+        RldsError, match="features.json names a feature that tensorflow-datasets does not know .*Hologram"
+    ) as caught:
         Rlds(toy)[0]
     assert "\n" not in str(caught.value)
     with pytest.raises(RldsError, match="frame 3 is not a readable image"):
@@ -260,6 +290,14 @@ def test_unknown_codec(toy: Path) -> None:
 
 
 def test_no_tensorflow(toy: Path) -> None:
-    code = ("import sys; from common.rlds import Rlds; import step2_gidm.dataset, common.loop; episode = Rlds(sys.argv[1])[0];"
-            "episode.image('observation/image', 1), episode.text('observation/wide'); sys.exit('tensorflow' in sys.modules)")
-    assert subprocess.run([sys.executable, "-c", code, str(toy)], cwd=Path(__file__).resolve().parents[2], check=False).returncode == 0
+    code = (
+        "import sys; from common.rlds import Rlds; import step2_gidm.dataset, common.loop; episode = "
+        "Rlds(sys.argv[1])[0];"
+        "episode.image('observation/image', 1), episode.text('observation/wide'); sys.exit('tensorflow' in sys.modules)"
+    )
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code, str(toy)], cwd=Path(__file__).resolve().parents[2], check=False
+        ).returncode
+        == 0
+    )

@@ -1,4 +1,6 @@
-"""Shipped artifacts: half the size, the same outputs to fp16 rounding, nothing of the training, no byte changed unseen."""
+"""Shipped artifacts: half the size, the same outputs to fp16 rounding, nothing of the training, no byte changed
+unseen."""
+
 from __future__ import annotations
 
 import json
@@ -29,17 +31,26 @@ def trained(hub: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pa
     for kind, program in PARENT_CONFIGS.items():
         config = OmegaConf.to_container(configure(program, f"paths.ckpts={root}")[kind], resolve=True)
         own = {"svd": artifact.HERE} if kind == "gfdm" else {}
-        folder = made[kind] = artifact.save(instantiate(config), root / kind, kind=kind, config={**config, **own}, step=3, scale="tiny", stats={"x": 1})
+        folder = made[kind] = artifact.save(
+            instantiate(config), root / kind, kind=kind, config={**config, **own}, step=3, scale="tiny", stats={"x": 1}
+        )
         for place in ("resume", "eval", "hydra"):
             (folder / place).mkdir()
             (folder / place / "state.bin").write_bytes(bytes(1000))
-        (folder / "metrics.jsonl").write_text(json.dumps(ROW) + "\n" + json.dumps({"step": 4, "train/loss": 1.0}) + "\n")
+        (folder / "metrics.jsonl").write_text(
+            json.dumps(ROW) + "\n" + json.dumps({"step": 4, "train/loss": 1.0}) + "\n"
+        )
     return made
 
 
 def rounded(model: nn.Module) -> nn.Module:
     """With every weight rounded to fp16 where it stands."""
-    model.load_state_dict({key: value.half().to(value.dtype) if value.is_floating_point() else value for key, value in model.state_dict().items()})
+    model.load_state_dict(
+        {
+            key: value.half().to(value.dtype) if value.is_floating_point() else value
+            for key, value in model.state_dict().items()
+        }
+    )
     return model
 
 
@@ -51,8 +62,13 @@ def weights_of(folder: Path) -> int:
 def test_a_forward_model_comes_back_to_fp16_rounding(trained: dict[str, Path], tmp_path: Path) -> None:
     shipped = ship(trained["gfdm"], tmp_path / "shipped")
     before, after = artifact.load(trained["gfdm"], "gfdm"), artifact.load(shipped, "gfdm")
-    assert {tensor.dtype for model in (after, after.latent_space.module) for tensor in model.state_dict().values()} == {torch.float32}
-    image, text = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1, ["open the drawer", "go"]
+    assert {tensor.dtype for model in (after, after.latent_space.module) for tensor in model.state_dict().values()} == {
+        torch.float32
+    }
+    image, text = (
+        torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1,
+        ["open the drawer", "go"],
+    )
     exact, found = before.imagine(image, text), after.imagine(image, text)
     assert not torch.equal(found, exact) and (found - exact).norm() < 1e-2 * exact.norm()
     rounded(before)
@@ -65,26 +81,53 @@ def test_an_inverse_model_comes_back_to_fp16_rounding(trained: dict[str, Path], 
     shipped = ship(trained["gidm"], tmp_path / "shipped")
     before, after = artifact.load(trained["gidm"], "gidm"), artifact.load(shipped, "gidm")
     tokens = before.embed(torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)))
-    exact, found = (model.infer(tokens, tokens.flip(0), ["open the drawer", "go"]).continuous for model in (before, after))
+    exact, found = (
+        model.infer(tokens, tokens.flip(0), ["open the drawer", "go"]).continuous for model in (before, after)
+    )
     assert not torch.equal(found, exact) and (found - exact).norm() < 1e-2 * exact.norm()
     assert torch.equal(rounded(before).infer(tokens, tokens.flip(0), ["open the drawer", "go"]).continuous, found)
-    assert {tensor.dtype for tensor in load_file(shipped / "weights.safetensors").values() if tensor.is_floating_point()} == {torch.float16}
+    assert {
+        tensor.dtype for tensor in load_file(shipped / "weights.safetensors").values() if tensor.is_floating_point()
+    } == {torch.float16}
 
 
 def test_only_the_artifact_is_shipped_with_its_card_and_sums(trained: dict[str, Path], tmp_path: Path) -> None:
     shipped = ship(trained["gidm"], tmp_path / "shipped", notes="Recorded in scenes A to C.")
-    assert {file.name for file in shipped.iterdir()} == {"config.yaml", "meta.json", "weights.safetensors", "model_card.md", "SHA256SUMS"}
+    assert {file.name for file in shipped.iterdir()} == {
+        "config.yaml",
+        "meta.json",
+        "weights.safetensors",
+        "model_card.md",
+        "SHA256SUMS",
+    }
     meta = artifact.meta(shipped, "gidm")
-    assert (meta["scale"], meta["step"], meta["stats"]["x"], meta["stats"]["shipped"]["from"]) == ("tiny", 3, 1, artifact.sha256(trained["gidm"]))
+    assert (meta["scale"], meta["step"], meta["stats"]["x"], meta["stats"]["shipped"]["from"]) == (
+        "tiny",
+        3,
+        1,
+        artifact.sha256(trained["gidm"]),
+    )
     card = (shipped / "model_card.md").read_text()
-    assert "license: mit" in card and "| codes_used | 7 |" in card and "held out, step 3" in card and card.endswith("Recorded in scenes A to C.")
+    assert (
+        "license: mit" in card
+        and "| codes_used | 7 |" in card
+        and "held out, step 3" in card
+        and card.endswith("Recorded in scenes A to C.")
+    )
     subprocess.run(["sha256sum", "--check", "--strict", "--quiet", "SHA256SUMS"], cwd=shipped, check=True)
     with pytest.raises(FileExistsError, match="is there already"):
         ship(trained["gidm"], shipped)
 
 
-@pytest.mark.parametrize("kind, name", [("gidm", "weights.safetensors"), ("gidm", "config.yaml"), ("gfdm", "unet/diffusion_pytorch_model.safetensors"),
-                                        ("gfdm", "vae/diffusion_pytorch_model.safetensors")])
+@pytest.mark.parametrize(
+    "kind, name",
+    [
+        ("gidm", "weights.safetensors"),
+        ("gidm", "config.yaml"),
+        ("gfdm", "unet/diffusion_pytorch_model.safetensors"),
+        ("gfdm", "vae/diffusion_pytorch_model.safetensors"),
+    ],
+)
 def test_a_flipped_byte_is_refused_in_one_line(trained: dict[str, Path], tmp_path: Path, kind: str, name: str) -> None:
     file = ship(trained[kind], tmp_path / "shipped") / name
     content = bytearray(file.read_bytes())
@@ -99,7 +142,9 @@ def test_a_flipped_byte_is_refused_in_one_line(trained: dict[str, Path], tmp_pat
 
 def test_training_anew_in_a_shipped_folder_is_no_damage(trained: dict[str, Path], tmp_path: Path) -> None:
     shipped = ship(trained["gidm"], tmp_path / "shipped")
-    artifact.save(artifact.load(trained["gidm"], "gidm"), shipped, kind="gidm", config=artifact.read_config(shipped, "gidm"))
+    artifact.save(
+        artifact.load(trained["gidm"], "gidm"), shipped, kind="gidm", config=artifact.read_config(shipped, "gidm")
+    )
     artifact.load(shipped, "gidm")
     assert not (shipped / "model_card.md").exists()
 

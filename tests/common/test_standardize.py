@@ -17,7 +17,9 @@ def test_statistics_become_those_of_the_training_data() -> None:
     for batch in data:
         norm(batch)
     out = norm.eval()(torch.cat(data)).flatten(0, -2)
-    assert torch.allclose(out.mean(0), torch.zeros(3), atol=0.1) and torch.allclose(out.std(0), torch.ones(3), atol=0.05)
+    assert torch.allclose(out.mean(0), torch.zeros(3), atol=0.1) and torch.allclose(
+        out.std(0), torch.ones(3), atol=0.05
+    )
     restored = Standardize(3).eval()
     restored.load_state_dict(norm.state_dict())
     assert torch.equal(restored(data[0]), norm(data[0]))

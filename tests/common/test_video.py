@@ -1,4 +1,5 @@
 """Video: what is written is what is read, bad files are one clear line."""
+
 from __future__ import annotations
 
 import decord
@@ -13,7 +14,7 @@ from common.video import VideoError, probe, read_batches, read_frames, resize, w
 def moving_square(count: int = 12) -> np.ndarray:
     frames = np.full((count, 48, 64, 3), 40, np.uint8)
     for t in range(count):
-        frames[t, 10:30, 2 * t:2 * t + 20] = (200, 60, 60)
+        frames[t, 10:30, 2 * t : 2 * t + 20] = (200, 60, 60)
     return frames
 
 
@@ -41,14 +42,17 @@ def test_truncated_video_and_frames_past_the_end(tmp_path):
     with pytest.raises(VideoError, match="frames 3..12 asked of a video of 12"):
         read_frames(tmp_path / "a.mp4", [3, 12])
     data = (tmp_path / "a.mp4").read_bytes()
-    (tmp_path / "cut.mp4").write_bytes(data[:len(data) // 2])
+    (tmp_path / "cut.mp4").write_bytes(data[: len(data) // 2])
     with pytest.raises(VideoError, match="cut.mp4"):
         read_frames(tmp_path / "cut.mp4")
 
 
 def test_real_formats(shared_data):
     """VP9 webm with an odd width and mpeg4, as the published sets hold them."""
-    for file in [*sorted((shared_data / "video_samples/sthv2").rglob("*.webm"))[:1], *sorted((shared_data / "video_samples/bridge").rglob("*.mp4"))[:1]]:
+    for file in [
+        *sorted((shared_data / "video_samples/sthv2").rglob("*.webm"))[:1],
+        *sorted((shared_data / "video_samples/bridge").rglob("*.mp4"))[:1],
+    ]:
         count, fps, size = probe(file)
         assert read_frames(file, [0, count - 1]).shape == (2, *size, 3) and fps > 0
 
@@ -75,7 +79,9 @@ def test_batches_are_the_frames_in_order(tmp_path, monkeypatch, decord_works):
     write_mp4(tmp_path / "a.mp4", moving_square(), fps=30)
     whole = read_frames(tmp_path / "a.mp4")
     if not decord_works:
-        monkeypatch.setattr("common.video.decord.VideoReader", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("no such codec")))
+        monkeypatch.setattr(
+            "common.video.decord.VideoReader", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("no such codec"))
+        )
     batches = list(read_batches(tmp_path / "a.mp4", 1, 9, 4))
     assert [len(batch) for batch in batches] == [4, 4, 1]
     assert np.abs(np.concatenate(batches).astype(int) - whole[1:10]).max() <= (0 if decord_works else 8)

@@ -1,4 +1,5 @@
 """A few motions by hand for the tests of the simulator, apart from the expert that is tested with them elsewhere."""
+
 from __future__ import annotations
 
 import numpy as np

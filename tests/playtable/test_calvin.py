@@ -1,4 +1,5 @@
 """The adapter to calvin_env, against a stand-in that has its interface and its habits but no physics."""
+
 from __future__ import annotations
 
 import gc
@@ -66,7 +67,9 @@ def test_pictures_are_drawn_only_when_they_are_looked_at(env: Calvin) -> None:
     pictures = env.observe()["rgb_obs"]
     assert drawn() == before + 2
     assert {name: (picture.shape, picture.dtype) for name, picture in pictures.items()} == {
-        "rgb_static": ((200, 200, 3), np.uint8), "rgb_gripper": ((84, 84, 3), np.uint8)}
+        "rgb_static": ((200, 200, 3), np.uint8),
+        "rgb_gripper": ((84, 84, 3), np.uint8),
+    }
     assert "rgb_obs" in env.step(FORWARD)[0] and drawn() == before + 4
 
 
@@ -93,13 +96,17 @@ def test_an_action_is_copied_and_its_gripper_is_a_sign(env: Calvin) -> None:
 
 
 @pytest.mark.parametrize("loads", [2, 50])
-def test_what_follows_a_reset_does_not_know_what_was_before(env: Calvin, monkeypatch: pytest.MonkeyPatch, loads: int) -> None:
+def test_what_follows_a_reset_does_not_know_what_was_before(
+    env: Calvin, monkeypatch: pytest.MonkeyPatch, loads: int
+) -> None:
     monkeypatch.setattr(calvin, "LOADS_A_CONNECTION", loads)
     runs = []
     for _ in range(5):
         first = env.reset(INITIAL_STATES[0])
         assert env.gripper_command == 1
-        runs.append(np.array([first["robot_obs"], *(env.step(-FORWARD, render=False)[0]["robot_obs"] for _ in range(3))]))
+        runs.append(
+            np.array([first["robot_obs"], *(env.step(-FORWARD, render=False)[0]["robot_obs"] for _ in range(3))])
+        )
         assert list(worlds()) == [0], "one connection, and the destructor of an old one left it alone"
     assert all(np.array_equal(run, runs[0]) for run in runs) and np.ptp(runs[0][:, 0]) > 0
 
@@ -125,8 +132,13 @@ def test_the_oracle_is_calvins_own(env: Calvin) -> None:
     env.reset(INITIAL_STATES[0])
     start = env.get_info()
     for _ in range(7):
-        assert not env.succeeded("open_drawer", start, env.step(FORWARD, render=False)[1]) or env.joint_reading("base__drawer") > 0.12
-    assert env.succeeded("open_drawer", start, env.get_info()) and not env.succeeded("close_drawer", start, env.get_info())
+        assert (
+            not env.succeeded("open_drawer", start, env.step(FORWARD, render=False)[1])
+            or env.joint_reading("base__drawer") > 0.12
+        )
+    assert env.succeeded("open_drawer", start, env.get_info()) and not env.succeeded(
+        "close_drawer", start, env.get_info()
+    )
     with pytest.raises(ValueError, match="fly"):
         env.succeeded("fly", start, start)
 
@@ -196,9 +208,17 @@ def test_versions_name_what_moves_scores(env: Calvin) -> None:
     assert same.versions() == versions != larger.versions()
 
 
-@pytest.mark.parametrize(("wish", "device", "egl"), [
-    ("auto", "llvmpipe (LLVM 15)", False), ("auto", "NVIDIA H100", True), ("egl", "llvmpipe (LLVM 15)", True), ("cpu", "NVIDIA H100", False),
-    ("auto", "crash", False), ("auto", "", False)])
+@pytest.mark.parametrize(
+    ("wish", "device", "egl"),
+    [
+        ("auto", "llvmpipe (LLVM 15)", False),
+        ("auto", "NVIDIA H100", True),
+        ("egl", "llvmpipe (LLVM 15)", True),
+        ("cpu", "NVIDIA H100", False),
+        ("auto", "crash", False),
+        ("auto", "", False),
+    ],
+)
 def test_egl_draws_where_there_is_a_gpu(monkeypatch: pytest.MonkeyPatch, wish: str, device: str, egl: bool) -> None:
     monkeypatch.setenv("FAKE_EGL", device)
     env = Calvin("D", renderer=wish)
@@ -243,18 +263,28 @@ def test_an_incomplete_calvin_env_says_what_is_wrong(monkeypatch: pytest.MonkeyP
         Calvin("D")
 
 
-@pytest.mark.parametrize("arguments", [["step3_defi.eval", "policy=random", "sequences=1"], ["playtable.record", "episodes=1"]])
+@pytest.mark.parametrize(
+    "arguments", [["step3_defi.eval", "policy=random", "sequences=1"], ["playtable.record", "episodes=1"]]
+)
 def test_programs_end_with_that_line(arguments: list[str], tmp_path: Path) -> None:
     if _installed():
         pytest.skip("calvin_env is installed here")
     command = [sys.executable, "-m", *arguments, "env=calvin", f"out={tmp_path}/out"]
     ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert ended.returncode == 1 and 'README.md, "Real CALVIN"' in ended.stderr.strip().splitlines()[-1]
-    assert "Traceback" not in ended.stderr and len([line for line in ended.stderr.splitlines() if line.startswith("error: ")]) == 1
+    assert (
+        "Traceback" not in ended.stderr
+        and len([line for line in ended.stderr.splitlines() if line.startswith("error: ")]) == 1
+    )
 
 
 def _installed() -> bool:
-    return subprocess.run([sys.executable, "-c", "import calvin_env"], capture_output=True, cwd=ROOT, check=False).returncode == 0
+    return (
+        subprocess.run(
+            [sys.executable, "-c", "import calvin_env"], capture_output=True, cwd=ROOT, check=False
+        ).returncode
+        == 0
+    )
 
 
 def test_the_recorder_closes_a_world_before_it_opens_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -268,7 +298,9 @@ def test_the_recorder_closes_a_world_before_it_opens_the_next(monkeypatch: pytes
 
 
 @pytest.mark.parametrize("named", [None, list(TASKS)])
-def test_sequences_that_are_not_calvins_are_refused(env: Calvin, monkeypatch: pytest.MonkeyPatch, named: list[str] | None) -> None:
+def test_sequences_that_are_not_calvins_are_refused(
+    env: Calvin, monkeypatch: pytest.MonkeyPatch, named: list[str] | None
+) -> None:
     monkeypatch.setattr(sequences, "OFFICIAL_SHA256", dict.fromkeys(sequences.OFFICIAL_SHA256, "0"))
     with pytest.raises(RuntimeError, match="not CALVIN's"):
         env.sequences(max(sequences.OFFICIAL_SHA256), tasks=named)

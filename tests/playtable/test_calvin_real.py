@@ -1,4 +1,6 @@
-"""The real calvin_env, where it is installed (README, "Real CALVIN"): geometry, exact repetition, the oracle, the expert, pictures."""
+"""The real calvin_env, where it is installed (README, "Real CALVIN"): geometry, exact repetition, the oracle, the
+expert, pictures."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -54,9 +56,13 @@ def test_playtables_geometry_is_calvins(env: Calvin) -> None:
     assert places["switch_link"][0] == pytest.approx(fixtures.switch_x, abs=1e-6)
     np.testing.assert_allclose(places["button_link"], fixtures.button, atol=1e-6)
     for name, part in env._parts.items():
-        assert bullet.getJointInfo(table.uid, part.joint_index)[9] == pytest.approx(SCENES[scene].limits[name], abs=1e-6)
+        assert bullet.getJointInfo(table.uid, part.joint_index)[9] == pytest.approx(
+            SCENES[scene].limits[name], abs=1e-6
+        )
     for block in env._sim.scene.movable_objects:
-        np.testing.assert_allclose(bullet.getCollisionShapeData(block.uid, -1)[0][3], SCENES[scene].sizes[block.name], atol=1e-6)
+        np.testing.assert_allclose(
+            bullet.getCollisionShapeData(block.uid, -1)[0][3], SCENES[scene].sizes[block.name], atol=1e-6
+        )
     surfaces = {name: np.array(box) for name, box in env._sim.scene.surfaces.items()}
     assert surfaces.keys() == SCENES[scene].surfaces.keys()
     for name, box in SCENES[scene].surfaces.items():
@@ -104,10 +110,20 @@ def test_the_oracle_knows_the_same_tasks(env: Calvin) -> None:
     assert set(env._oracle.tasks) == set(TASKS)
 
 
-@pytest.mark.parametrize("task", ["open_drawer", "move_slider_left", "turn_on_lightbulb", "turn_on_led", "lift_red_block_table"])
+@pytest.mark.parametrize(
+    "task", ["open_drawer", "move_slider_left", "turn_on_lightbulb", "turn_on_led", "lift_red_block_table"]
+)
 def test_playtables_expert_solves_calvins_tasks(env: Calvin, task: str) -> None:
-    state = {"led": 0, "lightbulb": 0, "slider": "right", "drawer": "closed", "red_block": "table", "blue_block": "slider_left",
-             "pink_block": "slider_right", "grasped": 0}
+    state = {
+        "led": 0,
+        "lightbulb": 0,
+        "slider": "right",
+        "drawer": "closed",
+        "red_block": "table",
+        "blue_block": "slider_left",
+        "pink_block": "slider_right",
+        "grasped": 0,
+    }
     env.reset(state)
     expert, start = env.expert(0), env.get_info()
     assert not env.succeeded(task, start, start)
@@ -131,7 +147,9 @@ def test_pictures_show_the_table(env: Calvin) -> None:
     pictures = env.observe()["rgb_obs"]
     static = pictures["rgb_static"].astype(int)
     assert {name: (picture.shape, picture.dtype) for name, picture in pictures.items()} == {
-        "rgb_static": ((200, 200, 3), np.uint8), "rgb_gripper": ((84, 84, 3), np.uint8)}
+        "rgb_static": ((200, 200, 3), np.uint8),
+        "rgb_gripper": ((84, 84, 3), np.uint8),
+    }
     for channel in (0, 2):
         others = np.delete(static, channel, axis=2).max(2)
         assert 50 < (static[:, :, channel] - others > 60).sum() < 2000, "a block of this colour lies on the table"

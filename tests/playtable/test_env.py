@@ -1,4 +1,5 @@
 """The simulator behind CALVIN's interface: vectors, determinism, physics of every fixture, pictures, bad input."""
+
 from __future__ import annotations
 
 import subprocess
@@ -132,7 +133,13 @@ def test_info_has_calvins_shape(env):
     hand.wait(2)
     robot, scene = hand.info["robot_info"], hand.info["scene_info"]
     assert set(robot) == {
-        "tcp_pos", "tcp_orn", "gripper_opening_width", "arm_joint_states", "gripper_action", "uid", "contacts"
+        "tcp_pos",
+        "tcp_orn",
+        "gripper_opening_width",
+        "arm_joint_states",
+        "gripper_action",
+        "uid",
+        "contacts",
     }
     table = scene["fixed_objects"]["table"]
     assert {"base_link", "plank_link", "drawer_link", "slide_link", "switch_link", "button_link"} <= set(table["links"])
@@ -427,7 +434,16 @@ def test_privileged_state_reads_the_present(env):
 
 def test_a_program_that_never_closes_ends_in_silence() -> None:
     """However early another library made the first finalizer of the program."""
-    program = ("import weakref\nclass Early: pass\nearly = Early()\nweakref.finalize(early, int)\nfrom playtable import PlayTable\n"
-               "worlds = [PlayTable('A'), PlayTable('D')]\nfor world in worlds: world.reset(); world.observe()")
-    ended = subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).resolve().parents[2], capture_output=True, text=True, timeout=120)
+    program = (
+        "import weakref\nclass Early: pass\nearly = Early()\nweakref.finalize(early, int)\nfrom playtable import "
+        "PlayTable\n"
+        "worlds = [PlayTable('A'), PlayTable('D')]\nfor world in worlds: world.reset(); world.observe()"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=Path(__file__).resolve().parents[2],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert ended.returncode == 0 and "Error" not in ended.stderr, ended.stderr

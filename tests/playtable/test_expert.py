@@ -1,4 +1,5 @@
 """The expert carries tasks out, keeps to the action format and behaves well where chains leave it."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -145,8 +146,11 @@ def test_random_starts_allow_their_task(worlds: dict[str, PlayTable], scene: str
 def test_possible_tasks_follow_the_readings(worlds: dict[str, PlayTable]) -> None:
     env = world(worlds, "D")
     start = random_start("open_drawer", env.scene, np.random.default_rng(0))
-    for drawer, slide, can in ((0.0, 0.0, {"open_drawer", "move_slider_left"}),
-                               (0.22, 0.28, {"close_drawer", "move_slider_right"}), (0.12, 0.15, set())):
+    for drawer, slide, can in (
+        (0.0, 0.0, {"open_drawer", "move_slider_left"}),
+        (0.22, 0.28, {"close_drawer", "move_slider_right"}),
+        (0.12, 0.15, set()),
+    ):
         scene_obs = start.scene_obs.copy()
         scene_obs[:2] = slide, drawer
         env.reset(robot_obs=start.robot_obs, scene_obs=scene_obs)
@@ -171,11 +175,17 @@ def test_it_lifts_as_soon_as_the_fingers_have_closed(worlds: dict[str, PlayTable
     env.reset(robot_obs=start.robot_obs, scene_obs=start.scene_obs)
     closed = [action for action in carry_out(env, env.expert(0), "lift_red_block_table") if action[6] < 0]
     still = [not action[:6].any() for action in closed]
-    assert 2 <= sum(still) <= 4 and not any(still[sum(still):]) and all(action[2] > 0 for action in closed[sum(still):])
+    assert (
+        2 <= sum(still) <= 4 and not any(still[sum(still) :]) and all(action[2] > 0 for action in closed[sum(still) :])
+    )
 
 
-@pytest.mark.parametrize("aside, height, turn", [((0.03, 0.02), 0.06, 0.3), ((0.0, 0.03), 0.005, 0.0), ((-0.02, -0.04), 0.1, -0.3)])
-def test_an_open_hand_near_a_block_goes_straight_to_it(worlds: dict[str, PlayTable], aside: tuple[float, float], height: float, turn: float) -> None:
+@pytest.mark.parametrize(
+    "aside, height, turn", [((0.03, 0.02), 0.06, 0.3), ((0.0, 0.03), 0.005, 0.0), ((-0.02, -0.04), 0.1, -0.3)]
+)
+def test_an_open_hand_near_a_block_goes_straight_to_it(
+    worlds: dict[str, PlayTable], aside: tuple[float, float], height: float, turn: float
+) -> None:
     """Beside its grasp a policy sees small corrections, not a detour over the table."""
     env = world(worlds, "A")
     start = random_start("lift_red_block_table", env.scene, np.random.default_rng(3))
@@ -206,7 +216,11 @@ def _there(expert: Expert, place: np.ndarray, euler: np.ndarray) -> Iterator[np.
 
 
 def test_the_funnel_is_low_in_the_middle_and_lifts_fingers_over_the_block(worlds: dict[str, PlayTable]) -> None:
-    motions, block, euler = Motions(PlayTableState(world(worlds, "A")), np.random.default_rng(0)), np.array([0.1, -0.1, 0.46]), hand()
+    motions, block, euler = (
+        Motions(PlayTableState(world(worlds, "A")), np.random.default_rng(0)),
+        np.array([0.1, -0.1, 0.46]),
+        hand(),
+    )
     funnel = motions.funnel(block, euler)
     assert np.allclose(funnel(block + [0, 0, 0.1], euler), block), "straight down on the axis"
     heights = [funnel(block + [0, off, 0.1], euler)[2] for off in (0.01, 0.02, 0.03, 0.2)]

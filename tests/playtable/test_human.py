@@ -1,4 +1,5 @@
 """The hand as a second source: seen instead of the robot, moved as the robot is, filmed without motions."""
+
 from __future__ import annotations
 
 import json
@@ -47,18 +48,30 @@ def test_the_hand_moves_as_the_robot_does_and_looks_unlike_it() -> None:
 def test_only_one_of_the_two_is_seen(shown: bool) -> None:
     model = build(get_scene("B"), hand=shown)
     first, last = model.body("link0").id, model.body("finger_right").id
-    looks = {model.mat(int(model.geom_matid[geom])).name for geom in range(model.ngeom)
-             if first <= model.geom_bodyid[geom] <= last and model.geom_group[geom] < 3}
+    looks = {
+        model.mat(int(model.geom_matid[geom])).name
+        for geom in range(model.ngeom)
+        if first <= model.geom_bodyid[geom] <= last and model.geom_group[geom] < 3
+    }
     assert looks == set(human.COLOURS) if shown else looks and not looks & set(human.COLOURS)
     assert not shown or sum(model.geom_contype == 2) == sum(build(get_scene("B")).geom_contype == 2)
 
 
 def test_the_expert_succeeds_as_a_hand_in_motions_of_its_own() -> None:
     tasks = ["open_drawer", "turn_on_led", "lift_red_block_table", "lift_blue_block_table", "move_slider_left"]
-    chains = {body: [numbered(PlayTable("A", embodiment=body, static_size=8, gripper_size=8), tasks, 2, seed=0, number=number)
-                     for number in range(4)] for body in ("robot", "hand")}
-    assert sum(failed for _, failed in chains["hand"]) <= 1 and sum(len(segments) for segments, _ in chains["hand"]) >= 4
-    robot, hand = ([segment.rel_actions for segments, _ in chains[body] for segment in segments] for body in ("robot", "hand"))
+    chains = {
+        body: [
+            numbered(PlayTable("A", embodiment=body, static_size=8, gripper_size=8), tasks, 2, seed=0, number=number)
+            for number in range(4)
+        ]
+        for body in ("robot", "hand")
+    }
+    assert (
+        sum(failed for _, failed in chains["hand"]) <= 1 and sum(len(segments) for segments, _ in chains["hand"]) >= 4
+    )
+    robot, hand = (
+        [segment.rel_actions for segments, _ in chains[body] for segment in segments] for body in ("robot", "hand")
+    )
     assert not any(np.array_equal(one, two) for one in robot for two in hand)
 
 
@@ -69,12 +82,21 @@ def test_an_unknown_embodiment_is_refused() -> None:
 
 def test_a_recording_of_a_hand_is_a_video_set_without_motions(tmp_path: Path) -> None:
     out = tmp_path / "hand"
-    request = {"scenes": ["A", "B"], "tasks": ["open_drawer", "close_drawer", "turn_on_led"], "episodes": 8, "workers": 1, "env": HAND,
-               "validation_share": 0.2}
+    request = {
+        "scenes": ["A", "B"],
+        "tasks": ["open_drawer", "close_drawer", "turn_on_led"],
+        "episodes": 8,
+        "workers": 1,
+        "env": HAND,
+        "validation_share": 0.2,
+    }
     counts = record(**request, out=out, videos=True)
     root = out / "videos_set"
     assert sorted(path.name for path in out.iterdir()) == ["videos_set"], "no frames, no actions"
-    notes = {split: [json.loads(path.read_text()) for path in sorted((root / "annotation" / split).glob("*.json"))] for split in ("train", "val")}
+    notes = {
+        split: [json.loads(path.read_text()) for path in sorted((root / "annotation" / split).glob("*.json"))]
+        for split in ("train", "val")
+    }
     assert len(notes["train"] + notes["val"]) == 8 == counts["episodes"] and notes["val"]
     assert sum(note["video_length"] for notes in notes.values() for note in notes) == counts["frames"]
     assert {note["scene"] for note in notes["train"]} == {"calvin_scene_A", "calvin_scene_B"}

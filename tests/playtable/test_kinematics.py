@@ -1,4 +1,5 @@
 """The arm's numbers against CALVIN's neutral pose and against MuJoCo (DESIGN 7)."""
+
 from __future__ import annotations
 
 import mujoco

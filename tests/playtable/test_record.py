@@ -1,4 +1,5 @@
 """Recording: CALVIN's files, labels that replay, and the same result however it is run."""
+
 from __future__ import annotations
 
 import contextlib
@@ -39,8 +40,9 @@ def unpickled(path: Path) -> dict:
 @pytest.fixture(scope="module")
 def recording(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
     out = tmp_path_factory.mktemp("recording") / "A"
-    counts = record(scenes=["A", "D"], tasks=FIXTURES, episodes=8, out=out, workers=2, seed=1, videos=True,
-                    validation_share=0.2)
+    counts = record(
+        scenes=["A", "D"], tasks=FIXTURES, episodes=8, out=out, workers=2, seed=1, videos=True, validation_share=0.2
+    )
     return out, counts
 
 
@@ -56,9 +58,12 @@ def test_frames_are_calvins(recording: tuple[Path, dict]) -> None:
     with np.load(out / "training" / "episode_0000000.npz", allow_pickle=False) as frame:
         shapes = {key: (frame[key].shape, frame[key].dtype) for key in frame.files}
     assert shapes == {
-        "rgb_static": ((200, 200, 3), np.uint8), "rgb_gripper": ((84, 84, 3), np.uint8),
-        "actions": ((7,), np.float64), "rel_actions": ((7,), np.float64),
-        "robot_obs": ((15,), np.float64), "scene_obs": ((24,), np.float64),
+        "rgb_static": ((200, 200, 3), np.uint8),
+        "rgb_gripper": ((84, 84, 3), np.uint8),
+        "actions": ((7,), np.float64),
+        "rel_actions": ((7,), np.float64),
+        "robot_obs": ((15,), np.float64),
+        "scene_obs": ((24,), np.float64),
     }
 
 
@@ -103,8 +108,14 @@ def test_the_video_set_has_its_layout(recording: tuple[Path, dict]) -> None:
             annotation = json.loads(path.read_text())
             assert annotation["texts"][0] in INSTRUCTIONS.values() and annotation["episode_id"] == path.stem
             assert annotation["latent_videos"][1]["latent_video_path"] == f"latent_videos/{split}/{path.stem}/1.pt"
-            scenes, spans = unpickled(recording[0] / folder / "scene_info.npy"), np.load(recording[0] / folder / "ep_start_end_ids.npy")
-            assert scenes[annotation["scene"]][0] <= spans[int(path.stem)][0] and spans[int(path.stem)][1] <= scenes[annotation["scene"]][1]
+            scenes, spans = (
+                unpickled(recording[0] / folder / "scene_info.npy"),
+                np.load(recording[0] / folder / "ep_start_end_ids.npy"),
+            )
+            assert (
+                scenes[annotation["scene"]][0] <= spans[int(path.stem)][0]
+                and spans[int(path.stem)][1] <= scenes[annotation["scene"]][1]
+            )
             assert np.shape(annotation["state"]) == (annotation["video_length"], 15)
             for entry, edge in zip(annotation["videos"], (200, 84)):
                 with av.open(str(root / entry["video_path"])) as film:
@@ -131,7 +142,9 @@ def test_the_number_of_workers_and_a_kill_do_not_matter(tmp_path: Path, monkeypa
     assert (tmp_path / "one" / ".parts").is_dir()
     with pytest.raises(ValueError, match="other settings"):
         record(**{**request, "seed": 4}, out=tmp_path / "one", workers=1)
-    summary = next(path for path in sorted(tmp_path.glob("one/.parts/*/summary.json")) if json.loads(path.read_text())["segments"])
+    summary = next(
+        path for path in sorted(tmp_path.glob("one/.parts/*/summary.json")) if json.loads(path.read_text())["segments"]
+    )
     text = summary.read_text()
     summary.write_text(text.replace('"renderer": "', '"renderer": "another '))
     with pytest.raises(RuntimeError, match=r"renderer: .*begin anew"):
@@ -149,7 +162,11 @@ def shoot(times: int) -> None:
     while len(shot) < times:
         for process in psutil.Process().children():
             with contextlib.suppress(psutil.NoSuchProcess):
-                if process.pid not in shot and "spawn_main" in " ".join(process.cmdline()) and process.cpu_times().user > 0.3:
+                if (
+                    process.pid not in shot
+                    and "spawn_main" in " ".join(process.cmdline())
+                    and process.cpu_times().user > 0.3
+                ):
                     process.kill()
                     shot.add(process.pid)
                     break
@@ -195,26 +212,48 @@ def test_lifts_are_shown_from_misses_too(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_twins_begin_alike_and_lift_what_their_sentence_names(monkeypatch: pytest.MonkeyPatch) -> None:
     env = unseeing("A", monkeypatch)
-    shares = {"LENGTHS": (1.0, 0.0, 0.0, 0.0, 0.0), "LIFT_LAST_SHARE": 1.0, "CALM_SHARE": 1.0, "TWO_BLOCKS_SHARE": 1.0, "SCATTERED_SHARE": 0.0}
+    shares = {
+        "LENGTHS": (1.0, 0.0, 0.0, 0.0, 0.0),
+        "LIFT_LAST_SHARE": 1.0,
+        "CALM_SHARE": 1.0,
+        "TWO_BLOCKS_SHARE": 1.0,
+        "SCATTERED_SHARE": 0.0,
+    }
     for name, share in shares.items():
         monkeypatch.setattr(f"playtable.demonstrate.{name}", share)
     for number in (0, 2, 4):
         (one,), (two,) = (numbered(env, ELEVEN, 5, seed=7, number=twin)[0] for twin in (number, number + 1))
-        assert {one.task, two.task} < {"lift_red_block_table", "lift_blue_block_table", "lift_pink_block_table"} and one.task != two.task
+        assert {one.task, two.task} < {
+            "lift_red_block_table",
+            "lift_blue_block_table",
+            "lift_pink_block_table",
+        } and one.task != two.task
         assert np.array_equal(one.scene_obs[0], two.scene_obs[0]) and np.array_equal(one.robot_obs[0], two.robot_obs[0])
     assert not np.array_equal(numbered(env, ELEVEN, 5, seed=7, number=6)[0][0].scene_obs[0], one.scene_obs[0])
 
 
 def test_lost_and_hovering_hands_still_carry_their_tasks_out(monkeypatch: pytest.MonkeyPatch) -> None:
     env = unseeing("A", monkeypatch)
-    for name, share in (("astray.LOST_SHARE", 1.0), ("astray.HOVER_SHARE", 0.5), ("astray.WRONG_SIDE_SHARE", 0.5), ("demonstrate.CALM_SHARE", 0.0)):
+    for name, share in (
+        ("astray.LOST_SHARE", 1.0),
+        ("astray.HOVER_SHARE", 0.5),
+        ("astray.WRONG_SIDE_SHARE", 0.5),
+        ("demonstrate.CALM_SHARE", 0.0),
+    ):
         monkeypatch.setattr(f"playtable.{name}", share)
     chains = [chain(env, ELEVEN, 1, np.random.default_rng(seed)) for seed in range(40)]
     assert sum(failed for _, failed in chains) <= 3
     places = np.array([segment.robot_obs[0][:3] for segments, _ in chains for segment in segments])
     assert (places.std(0) > [0.15, 0.05, 0.03]).all(), "the hand begins all over the table"
-    near = [np.abs(segment.robot_obs[0][:3] - block[:3]).max() < 0.15 for segments, _ in chains for segment in segments if segment.task.startswith("lift")
-            for block in [segment.scene_obs[0][6:].reshape(3, 6)[list(env.scene.blocks).index(f"block_{segment.task.split('_')[1]}")]]]
+    near = [
+        np.abs(segment.robot_obs[0][:3] - block[:3]).max() < 0.15
+        for segments, _ in chains
+        for segment in segments
+        if segment.task.startswith("lift")
+        for block in [
+            segment.scene_obs[0][6:].reshape(3, 6)[list(env.scene.blocks).index(f"block_{segment.task.split('_')[1]}")]
+        ]
+    ]
     assert sum(near) >= 3
 
 
@@ -235,9 +274,15 @@ def test_labels_replay_open_loop(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_bad_requests_say_what_to_do(tmp_path: Path) -> None:
     good = {"scenes": ["D"], "tasks": FIXTURES, "episodes": 2, "out": tmp_path / "x"}
-    for change, words in (({"scenes": ["E"]}, "A, B, C, D"), ({"tasks": ["sing"]}, "sing"), ({"tasks": []}, "empty"),
-                          ({"episodes": 0}, "episodes=0"), ({"workers": 0}, "workers=0"), ({"length": 9}, "length=9"),
-                          ({"validation_share": 1.5}, "validation_share=1.5")):
+    for change, words in (
+        ({"scenes": ["E"]}, "A, B, C, D"),
+        ({"tasks": ["sing"]}, "sing"),
+        ({"tasks": []}, "empty"),
+        ({"episodes": 0}, "episodes=0"),
+        ({"workers": 0}, "workers=0"),
+        ({"length": 9}, "length=9"),
+        ({"validation_share": 1.5}, "validation_share=1.5"),
+    ):
         with pytest.raises(ValueError, match=words):
             record(**{**good, **change})
     assert not (tmp_path / "x").exists()
@@ -263,8 +308,18 @@ def test_an_end_waits_for_no_chain_that_is_under_way(tmp_path: Path, monkeypatch
 
 
 def test_workers_end_with_a_program_that_is_killed(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "playtable.record", f"out={tmp_path}/x", "episodes=1000", "workers=2", "tasks=eleven"]
-    started = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=Path(__file__).parents[2])
+    command = [
+        sys.executable,
+        "-m",
+        "playtable.record",
+        f"out={tmp_path}/x",
+        "episodes=1000",
+        "workers=2",
+        "tasks=eleven",
+    ]
+    started = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=Path(__file__).parents[2]
+    )
     try:
         limit = time.monotonic() + 60
         while not list(tmp_path.glob("x/.parts/*/summary.json")):

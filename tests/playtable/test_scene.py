@@ -1,4 +1,5 @@
 """Places, sizes and ranges of the four scenes (facts of CALVIN), in the table and in the compiled model."""
+
 from __future__ import annotations
 
 import mujoco

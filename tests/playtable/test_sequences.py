@@ -1,4 +1,5 @@
 """Sequences equal upstream's, draw by draw; initial states carry CALVIN's numbers."""
+
 from __future__ import annotations
 
 import hashlib
@@ -103,8 +104,16 @@ def test_the_hash_is_pyhashs_fnv() -> None:
 
 
 def test_scene_d_has_calvins_poses() -> None:
-    state = {"led": 1, "lightbulb": 1, "slider": "left", "drawer": "open", "red_block": "slider_left",
-             "blue_block": "table", "pink_block": "slider_right", "grasped": 0}
+    state = {
+        "led": 1,
+        "lightbulb": 1,
+        "slider": "left",
+        "drawer": "open",
+        "red_block": "slider_left",
+        "blue_block": "table",
+        "pink_block": "slider_right",
+        "grasped": 0,
+    }
     robot, scene = initial_state(state, SCENES["D"])
     assert robot.shape == (15,) and scene.shape == (24,)
     np.testing.assert_allclose(robot[:6], [0.02586889, -0.2313129, 0.5712808, 3.09045411, -0.02908596, 1.50013585])
@@ -112,7 +121,9 @@ def test_scene_d_has_calvins_poses() -> None:
     np.testing.assert_allclose(scene[6:9], [-2.40851662e-01, 9.24044687e-02, 4.60990009e-01], atol=1e-8)
     np.testing.assert_allclose(scene[18:21], [7.03416330e-02, 9.24044687e-02, 4.60990009e-01], atol=1e-8)
     # which slot, and the yaws: drawn by upstream's generator from the state's hash
-    np.testing.assert_allclose(scene[[12, 11, 17, 23]], [0.229995412, 1.8859410064, 1.4881434377, 1.4683986863], atol=1e-9)
+    np.testing.assert_allclose(
+        scene[[12, 11, 17, 23]], [0.229995412, 1.8859410064, 1.4881434377, 1.4683986863], atol=1e-9
+    )
     np.testing.assert_array_equal(scene, initial_state(state, SCENES["D"])[1])
 
 

@@ -1,4 +1,5 @@
 """The oracle: each predicate on hand-made infos, at its thresholds."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -28,8 +29,12 @@ def info(*, doors: dict | None = None, lights: dict | None = None, robot: list |
     movable = {}
     for name, uid in UIDS.items():
         movable[name] = {
-            "current_pos": np.array([0.1 * uid, -0.1, 0.46]), "current_orn": yaw(0), "uid": uid,
-            "contacts": touch((TABLE, -1)), "current_lin_vel": np.zeros(3), "current_ang_vel": np.zeros(3),
+            "current_pos": np.array([0.1 * uid, -0.1, 0.46]),
+            "current_orn": yaw(0),
+            "uid": uid,
+            "contacts": touch((TABLE, -1)),
+            "current_lin_vel": np.zeros(3),
+            "current_ang_vel": np.zeros(3),
             **blocks.get(name, {}),
         }
     return {
@@ -73,10 +78,16 @@ def test_an_unknown_task_is_named() -> None:
 
 @pytest.mark.parametrize(
     ("task", "joint", "before", "after"),
-    [("open_drawer", "base__drawer", 0.0, 0.12), ("close_drawer", "base__drawer", 0.22, 0.10),
-     ("move_slider_left", "base__slide", 0.0, 0.15), ("move_slider_right", "base__slide", 0.28, 0.13)],
+    [
+        ("open_drawer", "base__drawer", 0.0, 0.12),
+        ("close_drawer", "base__drawer", 0.22, 0.10),
+        ("move_slider_left", "base__slide", 0.0, 0.15),
+        ("move_slider_right", "base__slide", 0.28, 0.13),
+    ],
 )
-def test_doors_must_pass_their_threshold_in_the_right_direction(task: str, joint: str, before: float, after: float) -> None:
+def test_doors_must_pass_their_threshold_in_the_right_direction(
+    task: str, joint: str, before: float, after: float
+) -> None:
     step = 0.001 if after > before else -0.001
     start = info(doors={joint: before})
     assert succeeded(task, start, info(doors={joint: after + step}))
@@ -95,8 +106,12 @@ def test_rotation_counts_from_60_degrees_on_the_spot_and_on_a_surface() -> None:
     def turned(degrees: float, **more: object) -> dict:
         return info(block_red={"current_orn": yaw(degrees), **more})
 
-    assert succeeded("rotate_red_block_left", info(), turned(61)) and not succeeded("rotate_red_block_left", info(), turned(59))
-    assert succeeded("rotate_red_block_right", info(), turned(-61)) and not succeeded("rotate_red_block_right", info(), turned(61))
+    assert succeeded("rotate_red_block_left", info(), turned(61)) and not succeeded(
+        "rotate_red_block_left", info(), turned(59)
+    )
+    assert succeeded("rotate_red_block_right", info(), turned(-61)) and not succeeded(
+        "rotate_red_block_right", info(), turned(61)
+    )
     assert not succeeded("rotate_blue_block_left", info(), turned(61))
     assert not succeeded("rotate_red_block_left", info(), turned(61, current_pos=at(0.31)))
     assert not succeeded("rotate_red_block_left", info(), turned(61, contacts=touch((ROBOT, 9))))

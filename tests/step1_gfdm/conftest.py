@@ -1,4 +1,5 @@
 """Helpers of this folder importable by its tests."""
+
 import sys
 from pathlib import Path
 

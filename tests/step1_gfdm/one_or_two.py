@@ -1,7 +1,8 @@
 """Trains a tiny forward model for a few steps, in as many processes as the launcher starts.
 
-    one_or_two.py <set> <hub> <out> <global batch> [<accelerate config with FSDP>]
+one_or_two.py <set> <hub> <out> <global batch> [<accelerate config with FSDP>]
 """
+
 import os
 import sys
 import zlib
@@ -24,14 +25,20 @@ class OwnNoise(GFDM):
 
     def forward(self, batch):
         text = self.encode_text(batch["text"])
-        losses = [self.objective.training_loss(self._net(latents[:, 0], text[[row]]), latents,
-                                               generator=torch.Generator().manual_seed(zlib.crc32(batch["id"][row].encode())))
-                  for row, latents in enumerate(batch["latents"].split(1))]
+        losses = [
+            self.objective.training_loss(
+                self._net(latents[:, 0], text[[row]]),
+                latents,
+                generator=torch.Generator().manual_seed(zlib.crc32(batch["id"][row].encode())),
+            )
+            for row, latents in enumerate(batch["latents"].split(1))
+        ]
         return {"loss": torch.stack(losses).mean()}
 
 
 def shard_on_the_cpu(config):
-    """What `accelerate launch` sets from a config of GPUs, for processes that accelerate would not let shard without GPUs."""
+    """What `accelerate launch` sets from a config of GPUs, for processes that accelerate would not let shard without
+    GPUs."""
     arguments = _validate_launch_command(launch_command_parser().parse_args(["--config_file", config, "-"]))[0]
     os.environ.update({key: value for key, value in prepare_multi_gpu_env(arguments).items() if "FSDP" in key})
     PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
@@ -45,8 +52,16 @@ if __name__ == "__main__":
     set_seed(0)
     model = OwnNoise(f"{hub}/svd", f"{hub}/clip", objective=EDM(), image_size=64, num_frames=4, text_dropout=0.0)
     samples = LatentVideos(data, num_frames=4, clip={"stride": 2}, latent_shape=(12, 8, 8))
-    loop = Loop(output_dir=f"{out}/run", seed=3, max_steps=5, batch_size=size // processes, accumulate=2, optimizer={"lr": 1e-3, "weight_decay": 1e-2},
-                log_every=1, save_every=3)
+    loop = Loop(
+        output_dir=f"{out}/run",
+        seed=3,
+        max_steps=5,
+        batch_size=size // processes,
+        accumulate=2,
+        optimizer={"lr": 1e-3, "weight_decay": 1e-2},
+        log_every=1,
+        save_every=3,
+    )
     model = loop.fit(model, samples)
     if loop.accelerator.is_main_process:
         torch.save(dict(model.unet.named_parameters()), Path(out) / "unet.pt")

@@ -1,4 +1,5 @@
 """Clips, mixtures and bad input; real Bridge latents where they are at hand."""
+
 import json
 
 import numpy as np
@@ -39,7 +40,13 @@ def test_wrong_clip_rules(wrong):
 
 
 def test_samples_are_the_right_frames_text_and_camera(tmp_path):
-    videos = LatentVideos(write_set(tmp_path, cameras=2, latent_shape=SHAPE), num_frames=4, clip=STRIDE, views={0: 0.75, 1: 0.25}, latent_shape=SHAPE)
+    videos = LatentVideos(
+        write_set(tmp_path, cameras=2, latent_shape=SHAPE),
+        num_frames=4,
+        clip=STRIDE,
+        views={0: 0.75, 1: 0.25},
+        latent_shape=SHAPE,
+    )
     assert len(videos) == 30
     sample = videos.sample(13, rng(1))
     assert sample["latents"].shape == (4, *SHAPE) and sample["latents"].dtype == torch.float32
@@ -61,20 +68,30 @@ def test_long_videos_are_dropped_on_request(tmp_path):
 
 def test_sets_without_a_val_folder_hold_videos_out(tmp_path):
     write_set(tmp_path, 22, length=2, latent_shape=SHAPE, val_folder=False)
-    train, val = (LatentVideos(tmp_path, split, num_frames=2, clip=STRIDE, latent_shape=SHAPE) for split in ("train", "val"))
+    train, val = (
+        LatentVideos(tmp_path, split, num_frames=2, clip=STRIDE, latent_shape=SHAPE) for split in ("train", "val")
+    )
     assert len(val.files) == 2 and not set(val.files) & set(train.files) and len(train.files) == 20
 
 
 def test_real_bridge_latents(shared_data):
     """Their annotations say latent_videos/, the files lie in latent_videos_svd/."""
-    videos = LatentVideos(shared_data / "video_samples/bridge", "val", num_frames=16, clip={"span": "episode"}, max_frames=100)
+    videos = LatentVideos(
+        shared_data / "video_samples/bridge", "val", num_frames=16, clip={"span": "episode"}, max_frames=100
+    )
     assert len(videos) == 3
     for index in range(3):
         sample = videos.sample(index, rng())
         assert sample["latents"].shape == (16, 4, 32, 32) and 0.5 < sample["latents"].std() < 1.0
     assert {videos.sample(i, rng())["text"] for i in range(3)} >= {"put the broccoli next to the bowl"}
     with pytest.raises(Unreadable, match=r"holds \(24, 4, 32, 32\), needs \(T, 12, 8, 8\)"):
-        LatentVideos(shared_data / "video_samples/bridge", "val", num_frames=16, clip={"span": "episode"}, latent_shape=(12, 8, 8)).sample(0, rng())
+        LatentVideos(
+            shared_data / "video_samples/bridge",
+            "val",
+            num_frames=16,
+            clip={"span": "episode"},
+            latent_shape=(12, 8, 8),
+        ).sample(0, rng())
 
 
 @pytest.mark.parametrize("name, frames", [("bridge", 24), ("rt1", 57), ("sthv2", 47)])
@@ -111,21 +128,24 @@ class Evil:
         return (eval, ("1/0",))
 
 
-@pytest.mark.parametrize("change, says", [
-    (drop("texts"), "has no sentence"),
-    (edit(texts=[]), "has no sentence"),
-    (lambda root, file, record: file.write_text("{"), "not a readable json"),
-    (save(torch.zeros(20, 4, 4, 4)), r"holds \(20, 4, 4, 4\), needs \(T, 4, 8, 8\)"),
-    (save(torch.full((20, *SHAPE), float("nan"))), "NaN"),
-    (save(torch.zeros(7, *SHAPE)), "holds 7 frames, its annotation says 20"),
-    (save({"a": 1}), "holds dict"),
-    (save(Evil()), "not a latent file"),
-    (lambda root, file, record: (root / "latent_videos/train/0/0.pt").write_bytes(b"PK torn"), "not a latent file"),
-    (lambda root, file, record: (root / "latent_videos/train/0/0.pt").unlink(), "are missing; make them with"),
-    (edit(latent_videos=[{"latent_video_path": "../../secret.pt"}]), "points outside its set"),
-    (edit(latent_videos=[{"latent_video_path": "/etc/passwd"}]), "points outside its set"),
-    (edit(latent_videos=[{}]), "has no latent_video_path"),
-])
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (drop("texts"), "has no sentence"),
+        (edit(texts=[]), "has no sentence"),
+        (lambda root, file, record: file.write_text("{"), "not a readable json"),
+        (save(torch.zeros(20, 4, 4, 4)), r"holds \(20, 4, 4, 4\), needs \(T, 4, 8, 8\)"),
+        (save(torch.full((20, *SHAPE), float("nan"))), "NaN"),
+        (save(torch.zeros(7, *SHAPE)), "holds 7 frames, its annotation says 20"),
+        (save({"a": 1}), "holds dict"),
+        (save(Evil()), "not a latent file"),
+        (lambda root, file, record: (root / "latent_videos/train/0/0.pt").write_bytes(b"PK torn"), "not a latent file"),
+        (lambda root, file, record: (root / "latent_videos/train/0/0.pt").unlink(), "are missing; make them with"),
+        (edit(latent_videos=[{"latent_video_path": "../../secret.pt"}]), "points outside its set"),
+        (edit(latent_videos=[{"latent_video_path": "/etc/passwd"}]), "points outside its set"),
+        (edit(latent_videos=[{}]), "has no latent_video_path"),
+    ],
+)
 def test_bad_samples_are_named(tmp_path, change, says):
     videos = broken(tmp_path, change)
     assert len(videos) > 0
@@ -158,7 +178,10 @@ def test_absent_folders_say_what_to_run(tmp_path):
 def test_mixture_draws_by_weight_and_keeps_a_part_of_human_video(tmp_path):
     write_set(tmp_path / "robot", 2, latent_shape=SHAPE)
     write_set(tmp_path / "ego", 10, latent_shape=SHAPE)
-    sets = {"robot": {"weight": 3, "clip": STRIDE}, "human": {"folder": "ego", "weight": 1, "clip": {"span": "episode"}, "human": True}}
+    sets = {
+        "robot": {"weight": 3, "clip": STRIDE},
+        "human": {"folder": "ego", "weight": 1, "clip": {"span": "episode"}, "human": True},
+    }
 
     def mix(human_fraction, sets=sets, **options):
         return mixture(tmp_path, sets, num_frames=4, latent_shape=SHAPE, human_fraction=human_fraction, **options)
@@ -167,7 +190,9 @@ def test_mixture_draws_by_weight_and_keeps_a_part_of_human_video(tmp_path):
         drawn = [mix(fraction, length=77).sample(i, rng(i))["id"] for i in range(600)]
         assert np.mean(["ego" in id for id in drawn]) == pytest.approx(share, abs=0.05)
         assert len({id for id in drawn if "ego" in id}) == kept, "the amount, not only the weight"
-        assert len(mix(fraction, length=77)) == 77 and len(mix(fraction)) == len(mix(1.0)), "an epoch is equally long whatever is kept"
+        assert len(mix(fraction, length=77)) == 77 and len(mix(fraction)) == len(mix(1.0)), (
+            "an epoch is equally long whatever is kept"
+        )
     away = {**sets, "human": {**sets["human"], "folder": "not there"}}
     without = mix(0, away, length=77)
     assert all("robot" in without.sample(i, rng(i))["id"] for i in range(20))

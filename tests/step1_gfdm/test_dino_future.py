@@ -1,4 +1,5 @@
 """The forward model of features: protocol, learning, and its place in the policy."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -35,7 +36,7 @@ def sliding(count: int, *, seed: int) -> dict[str, object]:
         texts.append("go right" if right else "go left")
         for frame in range(3):
             left = 12 + (8 if right else -8) * frame // 2
-            frames[i, frame, :, :, left:left + 8] = 0.9
+            frames[i, frame, :, :, left : left + 8] = 0.9
     return {"id": [str(i) for i in range(count)], "frames": frames, "text": texts}
 
 
@@ -50,10 +51,16 @@ def test_protocol(parts: dict[str, nn.Module]) -> None:
     out = model.train()(batch)
     assert torch.allclose(out["mse"], out["copy_mse"], atol=1e-5)
     out["loss"].backward()
-    assert not [name for name, p in model.named_parameters() if p.grad is None and not name.startswith(("vision", "text."))]
-    assert not [name for name in model.state_dict() if name.startswith(("vision", "text."))], "frozen encoders are named, not copied"
+    assert not [
+        name for name, p in model.named_parameters() if p.grad is None and not name.startswith(("vision", "text."))
+    ]
+    assert not [name for name in model.state_dict() if name.startswith(("vision", "text."))], (
+        "frozen encoders are named, not copied"
+    )
     with torch.no_grad():
-        assert torch.equal(model.imagine(image[:1], batch["text"][:1], seed=1), model.imagine(image[:1], batch["text"][:1], seed=2))
+        assert torch.equal(
+            model.imagine(image[:1], batch["text"][:1], seed=1), model.imagine(image[:1], batch["text"][:1], seed=2)
+        )
     with pytest.raises(ValueError, match="clips of 2 frames for a model of 3"):
         model({**batch, "frames": batch["frames"][:, :2]})
 
@@ -67,8 +74,13 @@ def test_it_learns_where_the_sentence_sends_things(parts: dict[str, nn.Module]) 
         optimizer.step()
     held_out = sliding(16, seed=1000)
     with torch.no_grad():
-        told, misled = (model.eval()({**held_out, "text": texts}) for texts in
-                        (held_out["text"], ["go left" if text == "go right" else "go right" for text in held_out["text"]]))
+        told, misled = (
+            model.eval()({**held_out, "text": texts})
+            for texts in (
+                held_out["text"],
+                ["go left" if text == "go right" else "go right" for text in held_out["text"]],
+            )
+        )
     assert told["mse"] < 0.5 * told["copy_mse"] < 0.5 * misled["mse"] * 2
 
 

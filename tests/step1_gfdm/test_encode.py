@@ -1,4 +1,5 @@
 """encode: latents of every camera, resumed, whole or absent; bad videos counted and named."""
+
 import json
 
 import numpy as np
@@ -32,7 +33,10 @@ def test_encodes_what_the_vae_says_and_training_reads_it(tmp_path, space):
     torch.testing.assert_close(stored, whole, atol=1e-5, rtol=1e-5)
     assert json.loads((root / "annotation/train/0.json").read_text())["video_length"] == 20
     videos = LatentVideos(root, num_frames=4, clip={"span": "episode"}, latent_shape=(space.channels, 8, 8))
-    assert torch.equal(videos.sample(1, np.random.default_rng(0))["latents"][0], torch.load(root / "latent_videos/train/1/0.pt", weights_only=True)[0])
+    assert torch.equal(
+        videos.sample(1, np.random.default_rng(0))["latents"][0],
+        torch.load(root / "latent_videos/train/1/0.pt", weights_only=True)[0],
+    )
 
 
 def test_goes_on_where_it_stopped_with_the_same_result(tmp_path, space):
@@ -69,7 +73,11 @@ def test_bad_videos_are_counted_named_and_leave_nothing(tmp_path, space, capsys)
     assert list(latents(root)) == ["latent_videos/train/3/0.pt"]
     said = capsys.readouterr()
     lines = [line for line in (said.out + said.err).splitlines() if "skipped:" in line]
-    assert len(lines) == 4 and any("no such video" in line for line in lines) and any("annotation says 99" in line for line in lines)
+    assert (
+        len(lines) == 4
+        and any("no such video" in line for line in lines)
+        and any("annotation says 99" in line for line in lines)
+    )
     assert not [p for p in root.rglob("*") if "part" in p.name]
 
 
@@ -91,7 +99,9 @@ def test_groups_and_workers_change_nothing_but_the_batches(tmp_path, space):
     roots = [write_set(tmp_path / name, 5) for name in ("alone", "together", "ahead")]
     for root, options in zip(roots, ({"group": 1}, {"group": 3}, {"group": 3, "workers": 2})):
         assert encode.encode_set(root, root, space, **options, **OPTIONS) == {"encoded": 5}
-    alone, together, ahead = ([torch.load(path, weights_only=True) for path in latents(root).values()] for root in roots)
+    alone, together, ahead = (
+        [torch.load(path, weights_only=True) for path in latents(root).values()] for root in roots
+    )
     assert all(torch.allclose(one, other, atol=1e-4) for one, other in zip(alone, together))
     assert all(torch.equal(one, other) for one, other in zip(together, ahead))
 
@@ -100,10 +110,14 @@ def test_compact_latents_are_read_like_any(tmp_path, space):
     exact, compact = write_set(tmp_path / "a", 1), write_set(tmp_path / "b", 1)
     encode.encode_set(exact, exact, space, **OPTIONS)
     encode.encode_set(compact, compact, space, store=torch.bfloat16, **OPTIONS)
-    stored, = latents(compact).values()
+    (stored,) = latents(compact).values()
     assert torch.load(stored, weights_only=True).dtype == torch.bfloat16
-    read = [LatentVideos(root, num_frames=4, clip={"span": "episode"}, latent_shape=(space.channels, 8, 8)).sample(0, np.random.default_rng(0))["latents"]
-            for root in (exact, compact)]
+    read = [
+        LatentVideos(root, num_frames=4, clip={"span": "episode"}, latent_shape=(space.channels, 8, 8)).sample(
+            0, np.random.default_rng(0)
+        )["latents"]
+        for root in (exact, compact)
+    ]
     assert read[1].dtype == torch.float32 and not torch.equal(*read) and torch.allclose(*read, rtol=2**-8, atol=1e-6)
 
 
@@ -121,7 +135,10 @@ def test_another_folder_and_ranks(tmp_path, space):
     for rank in (0, 1):
         encode.encode_set(data, out, space, rank=rank, world=2, **OPTIONS)
     assert len(latents(out)) == 3 and not latents(data)
-    found = [LatentVideos(out, split, num_frames=4, clip={"span": "episode"}, latent_shape=(space.channels, 8, 8)) for split in ("train", "val")]
+    found = [
+        LatentVideos(out, split, num_frames=4, clip={"span": "episode"}, latent_shape=(space.channels, 8, 8))
+        for split in ("train", "val")
+    ]
     assert list(map(len, found)) == [2, 1]  # the copy has no val folder
 
 
@@ -132,7 +149,7 @@ def test_truncated_real_webm(shared_data, tmp_path, space):
     for name, keep in (("1023", 1.0), ("1113", 0.5)):
         (tmp_path / f"annotation/val/{name}.json").write_bytes((source / f"annotation/val/{name}.json").read_bytes())
         content = (source / f"videos/{name}.webm").read_bytes()
-        (tmp_path / f"videos/{name}.webm").write_bytes(content[:int(len(content) * keep)])
+        (tmp_path / f"videos/{name}.webm").write_bytes(content[: int(len(content) * keep)])
     assert encode.encode_set(tmp_path, tmp_path, space, **OPTIONS) == {"encoded": 1, "unreadable video": 1}
     assert list(latents(tmp_path)) == ["latent_videos_svd/val/1023/0.pt"]
 

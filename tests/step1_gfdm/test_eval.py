@@ -1,4 +1,5 @@
 """What eval reports: frames, eyes that are there or not, and a probe that finds motion where it is and nowhere else."""
+
 from __future__ import annotations
 
 import json
@@ -22,8 +23,13 @@ def videos(count: int = 12) -> dict[str, torch.Tensor]:
     truth = torch.full((count, 4, 3, 32, 32), 0.2)
     for clip in range(count):
         for frame in range(4):
-            truth[clip, frame, :, 4 + clip:12 + clip, 2 + 6 * frame:10 + 6 * frame] = 0.9
-    return {"truth": truth, COPY: truth[:, :1].expand_as(truth), LIMIT: truth + 0.01, "good": truth + 0.02 * torch.randn_like(truth)}
+            truth[clip, frame, :, 4 + clip : 12 + clip, 2 + 6 * frame : 10 + 6 * frame] = 0.9
+    return {
+        "truth": truth,
+        COPY: truth[:, :1].expand_as(truth),
+        LIMIT: truth + 0.01,
+        "good": truth + 0.02 * torch.randn_like(truth),
+    }
 
 
 def test_scores_by_clip_and_by_frame() -> None:
@@ -31,9 +37,14 @@ def test_scores_by_clip_and_by_frame() -> None:
     shown = videos()
     for part in (slice(0, 5), slice(5, 12)):
         scores.add({name: video[part] for name, video in shown.items()})
-    assert np.allclose(scores.clips("good", "psnr"), psnr(shown["good"][:, 1:].flatten(0, 1), shown["truth"][:, 1:].flatten(0, 1)).view(12, 3).mean(1))
+    assert np.allclose(
+        scores.clips("good", "psnr"),
+        psnr(shown["good"][:, 1:].flatten(0, 1), shown["truth"][:, 1:].flatten(0, 1)).view(12, 3).mean(1),
+    )
     by_frame = scores.by_frame()
-    assert len(by_frame[COPY]["psnr"]) == 3 and by_frame[COPY]["psnr"][0] > by_frame[COPY]["psnr"][2], "a copy gets worse with time"
+    assert len(by_frame[COPY]["psnr"]) == 3 and by_frame[COPY]["psnr"][0] > by_frame[COPY]["psnr"][2], (
+        "a copy gets worse with time"
+    )
     summary = scores.summarize()
     assert summary[COPY]["psnr_gain"]["mean"] == 0 and summary["good"]["psnr_gain"]["low"] > 5
     said = table(summary, 12, ["A note."])
@@ -78,7 +89,9 @@ def test_film_is_a_grid() -> None:
 def test_clips_hand_out_readings(tmp_path: Path) -> None:
     root = write_set(tmp_path, 2)
     file = root / "annotation/train/1.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "state": [[float(frame), 0.0, 0.0] for frame in range(20)]}))
+    file.write_text(
+        json.dumps({**json.loads(file.read_text()), "state": [[float(frame), 0.0, 0.0] for frame in range(20)]})
+    )
     clips = VideoClips(root, "train", num_frames=3, clip={"span": "episode"}, image_size=32)
     assert clips.states(0) is None and clips.states(1)[:, 0].tolist() == [0, 9, 19]
 
@@ -90,7 +103,11 @@ def test_the_probe_finds_motion_where_it_is() -> None:
     telling = noise + displacement @ torch.randn(3, 200, generator=generator) * 20
     results = read_out(Read({"features": telling, "present": noise}, displacement))
     for kind in ("linear", "mlp"):
-        assert results["features"][kind][1] > 0.5 and results["present"][kind][0] < 0.15 and results["difference"][kind][1] > 0.3
+        assert (
+            results["features"][kind][1] > 0.5
+            and results["present"][kind][0] < 0.15
+            and results["difference"][kind][1] > 0.3
+        )
     curved = torch.cat([displacement.sign() * (displacement.abs() * 20) ** 3, noise[:, :10]], dim=1)
     assert read_out(Read({"features": curved, "present": noise}, displacement))["features"]["mlp"][0] > 0.3
     with pytest.raises(ValueError, match="a probe of 10 clips"):

@@ -1,4 +1,5 @@
 """GFDM: what imagine promises, what trains, and the artifact that is a diffusers pipeline folder."""
+
 import pytest
 import torch
 from diffusers import StableVideoDiffusionPipeline
@@ -10,7 +11,9 @@ from step1_gfdm.objective import DDPM, EDM
 
 
 def make(hub, **options):
-    return GFDM(str(hub / "svd"), str(hub / "clip"), **{"objective": EDM(), "image_size": 64, "num_frames": 4, **options})
+    return GFDM(
+        str(hub / "svd"), str(hub / "clip"), **{"objective": EDM(), "image_size": 64, "num_frames": 4, **options}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -34,16 +37,26 @@ def test_imagine_is_seeded_and_independent_of_the_batch(gfdm):
     assert full.shape == (3, gfdm.num_frames, gfdm.num_tokens, gfdm.feature_dim) and torch.isfinite(full).all()
     assert torch.equal(full, gfdm.imagine(IMAGES, TEXT, seed=1))
     for i in range(3):
-        torch.testing.assert_close(gfdm.imagine(IMAGES[i:i + 1], TEXT[i:i + 1], seed=1)[0], full[i], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            gfdm.imagine(IMAGES[i : i + 1], TEXT[i : i + 1], seed=1)[0], full[i], atol=1e-4, rtol=1e-4
+        )
     assert not torch.allclose(full, gfdm.imagine(IMAGES, TEXT, seed=2), atol=1e-2)
-    torch.testing.assert_close(gfdm.imagine(IMAGES[:1].repeat(2, 1, 1, 1), TEXT[:1] * 2).diff(dim=0).abs().max(), torch.tensor(0.0), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        gfdm.imagine(IMAGES[:1].repeat(2, 1, 1, 1), TEXT[:1] * 2).diff(dim=0).abs().max(),
+        torch.tensor(0.0),
+        atol=1e-5,
+        rtol=0,
+    )
 
 
 @pytest.mark.parametrize("trains", [False, True])
 def test_no_pass_has_more_rows_than_cudas_grid(gfdm, monkeypatch, trains):
-    """A latent of 8 x 8 has 64 rows: three pictures under a limit of 130 are two passes, of like size and with the same outcome."""
+    """A latent of 8 x 8 has 64 rows: three pictures under a limit of 130 are two passes, of like size and with the same
+    outcome."""
     rows, block = [], gfdm.unet.down_blocks[0].attentions[0].temporal_transformer_blocks[0]
-    handle = block.attn1.register_forward_pre_hook(lambda _, args, options: rows.append((args or tuple(options.values()))[0].shape[0]), with_kwargs=True)
+    handle = block.attn1.register_forward_pre_hook(
+        lambda _, args, options: rows.append((args or tuple(options.values()))[0].shape[0]), with_kwargs=True
+    )
     gfdm.requires_grad_(trains)
     whole = gfdm.imagine(IMAGES, TEXT, seed=1)
     monkeypatch.setattr("step1_gfdm.model.MAX_ROWS", 130)
@@ -71,7 +84,13 @@ def test_imagine_gives_gradients_only_to_a_model_that_trains(hub):
 @torch.no_grad()
 def test_denoise_steps_and_conditioning_switches_change_the_features(hub):
     base = make(hub).eval().imagine(IMAGES[:1], TEXT[:1])
-    for change in ({"denoise_steps": 3}, {"fps": 400}, {"text_positions": True}, {"unscaled_condition": False}, {"objective": DDPM()}):
+    for change in (
+        {"denoise_steps": 3},
+        {"fps": 400},
+        {"text_positions": True},
+        {"unscaled_condition": False},
+        {"objective": DDPM()},
+    ):
         assert not torch.equal(make(hub, **change).eval().imagine(IMAGES[:1], TEXT[:1]), base), change
     assert make(hub, taps=(1,)).num_tokens == 64
     wide = make(hub, unet={"block_out_channels": [64, 64, 96]})
@@ -96,7 +115,9 @@ def test_every_unet_parameter_gets_a_gradient_and_nothing_else_trains(hub, objec
     # cross-attention over one token has constant weights; over 20 tokens it does not
     silent = [n for n, p in model.named_parameters() if not p.grad.any()]
     assert silent == []
-    assert all(n.startswith("unet.") for n, _ in model.named_parameters()) and all(k.startswith("unet.") for k in model.state_dict())
+    assert all(n.startswith("unet.") for n, _ in model.named_parameters()) and all(
+        k.startswith("unet.") for k in model.state_dict()
+    )
 
 
 def test_frozen_parts_stay_in_eval(hub):
@@ -119,7 +140,7 @@ def test_wide_text_is_clip_repeated(gfdm):
     width = gfdm.unet.config.cross_attention_dim
     assert tokens.shape == (3, 20, width)
     for start in range(0, width, clip.shape[-1]):
-        assert torch.equal(tokens[..., start:start + clip.shape[-1]], clip)
+        assert torch.equal(tokens[..., start : start + clip.shape[-1]], clip)
 
 
 def test_condition_is_the_unscaled_first_frame_second_on_channels(gfdm):
@@ -131,7 +152,7 @@ def test_condition_is_the_unscaled_first_frame_second_on_channels(gfdm):
     handle.remove()
     sample = seen[0][0][0]
     expected = (data["latents"][:, :1] / gfdm.latent_space.scale).expand(-1, 4, -1, -1, -1)
-    assert torch.equal(sample[:, :, gfdm.latent_space.channels:], expected)
+    assert torch.equal(sample[:, :, gfdm.latent_space.channels :], expected)
     assert seen[0][1]["added_time_ids"].tolist() == [[7.0, 127.0, 0.0]] * 3
 
 
@@ -153,8 +174,15 @@ def test_bf16(hub):
 
 
 def config(hub):
-    return {"_target_": "step1_gfdm.GFDM", "svd": artifact.HERE, "clip": str(hub / "clip"), "objective": {"_target_": "step1_gfdm.objective.EDM"},
-            "image_size": 64, "num_frames": 4, "denoise_steps": 1}
+    return {
+        "_target_": "step1_gfdm.GFDM",
+        "svd": artifact.HERE,
+        "clip": str(hub / "clip"),
+        "objective": {"_target_": "step1_gfdm.objective.EDM"},
+        "image_size": 64,
+        "num_frames": 4,
+        "denoise_steps": 1,
+    }
 
 
 @torch.no_grad()
@@ -166,12 +194,17 @@ def test_artifact_is_a_pipeline_folder_and_comes_back_bit_exact(gfdm, hub, tmp_p
     back = GFDM(str(tmp_path / "b"), str(hub / "clip"), objective=EDM(), image_size=64, num_frames=4).eval()
     for other in (artifact.load(tmp_path / "a", "gfdm"), back):
         state = other.state_dict()
-        assert state.keys() == gfdm.state_dict().keys() and all(torch.equal(v, state[k]) for k, v in gfdm.state_dict().items())
+        assert state.keys() == gfdm.state_dict().keys() and all(
+            torch.equal(v, state[k]) for k, v in gfdm.state_dict().items()
+        )
         assert torch.equal(other.imagine(IMAGES, TEXT), gfdm.imagine(IMAGES, TEXT))
     assert artifact.load(tmp_path / "a", "gfdm", {"denoise_steps": 5}).denoise_steps == 5
     # an artifact made from an artifact still carries every part
     artifact.save(artifact.load(tmp_path / "a", "gfdm"), tmp_path / "c", kind="gfdm", config=config(hub))
-    assert load_file(tmp_path / "c/vae/diffusion_pytorch_model.safetensors").keys() == load_file(hub / "svd/vae/diffusion_pytorch_model.safetensors").keys()
+    assert (
+        load_file(tmp_path / "c/vae/diffusion_pytorch_model.safetensors").keys()
+        == load_file(hub / "svd/vae/diffusion_pytorch_model.safetensors").keys()
+    )
 
 
 @torch.no_grad()
@@ -182,7 +215,9 @@ def test_an_untrained_unet_of_another_shape_comes_back_too(hub, tmp_path):
     assert torch.equal(artifact.load(tmp_path, "gfdm").imagine(IMAGES, TEXT), model.imagine(IMAGES, TEXT))
 
 
-@pytest.mark.parametrize("damage", [lambda state: state.pop("conv_in.bias"), lambda state: state.update(extra=torch.zeros(1))])
+@pytest.mark.parametrize(
+    "damage", [lambda state: state.pop("conv_in.bias"), lambda state: state.update(extra=torch.zeros(1))]
+)
 def test_keys_are_strict(gfdm, hub, tmp_path, damage):
     artifact.save(gfdm, tmp_path, kind="gfdm", config=config(hub))
     file = tmp_path / "unet/diffusion_pytorch_model.safetensors"

@@ -1,4 +1,5 @@
 """EDM and DDPM against their definitions and against diffusers' schedulers."""
+
 import math
 
 import pytest
@@ -13,6 +14,7 @@ OBJECTIVES = [EDM(), DDPM(), DDPM(prediction="v")]
 
 def perfect_edm(clean):
     """The raw output that makes EDM's estimate the truth: v at noise level sigma."""
+
     def net(x_in, timestep):
         sigma = (4 * timestep).exp().view(-1, 1, 1, 1, 1)
         x = x_in * (sigma**2 + 1).sqrt()
@@ -39,13 +41,18 @@ def test_perfect_network_has_no_loss_and_samples_the_truth(objective):
     clean = torch.randn(SHAPE)
     assert objective.training_loss(perfect(objective, clean), clean, generator=torch.Generator().manual_seed(1)) < 1e-6
     for steps in (1, 4):
-        torch.testing.assert_close(objective.sample(perfect(objective, clean), torch.randn(SHAPE), steps=steps), clean, atol=2e-3, rtol=2e-3)
+        torch.testing.assert_close(
+            objective.sample(perfect(objective, clean), torch.randn(SHAPE), steps=steps), clean, atol=2e-3, rtol=2e-3
+        )
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_loss_is_seeded_and_has_gradient(objective):
     clean, scale = torch.randn(SHAPE), torch.ones((), requires_grad=True)
-    losses = [objective.training_loss(lambda x, t: scale * x, clean, generator=torch.Generator().manual_seed(s)) for s in (3, 3, 4)]
+    losses = [
+        objective.training_loss(lambda x, t: scale * x, clean, generator=torch.Generator().manual_seed(s))
+        for s in (3, 3, 4)
+    ]
     assert losses[0] == losses[1] != losses[2]
     losses[0].backward()
     assert scale.grad.abs() > 0
@@ -62,7 +69,9 @@ def test_edm_scalings_at_their_limits():
 def test_edm_loss_of_a_silent_network_follows_its_definition():
     """With F = 0 the error is c_skip * x - clean; the loss weighs its square by (sigma^2 + 1) / sigma^2."""
     clean = torch.randn(2000, 1, 1, 1, 1)
-    loss = EDM(p_mean=0.7, p_std=0.0).training_loss(lambda x, t: torch.zeros_like(x), clean, generator=torch.Generator().manual_seed(0))
+    loss = EDM(p_mean=0.7, p_std=0.0).training_loss(
+        lambda x, t: torch.zeros_like(x), clean, generator=torch.Generator().manual_seed(0)
+    )
     sigma = math.exp(0.7)
     expected = (sigma**4 / (sigma**2 + 1) ** 2 + sigma**2 / (sigma**2 + 1) ** 2) * (sigma**2 + 1) / sigma**2
     assert loss.item() == pytest.approx(expected, rel=0.1)
@@ -86,12 +95,24 @@ def test_first_step_is_unit_noise_at_sigma_700_whatever_the_schedule():
 
 @pytest.mark.parametrize("steps", [1, 2, 7])
 def test_edm_sampler_equals_diffusers_euler(steps):
-    scheduler = EulerDiscreteScheduler(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
-                                       prediction_type="v_prediction", use_karras_sigmas=True, sigma_min=0.002, sigma_max=700.0,
-                                       timestep_spacing="leading", timestep_type="continuous", steps_offset=1)
+    scheduler = EulerDiscreteScheduler(
+        num_train_timesteps=1000,
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type="v_prediction",
+        use_karras_sigmas=True,
+        sigma_min=0.002,
+        sigma_max=700.0,
+        timestep_spacing="leading",
+        timestep_type="continuous",
+        steps_offset=1,
+    )
     net = lambda x, t: torch.tanh(x) * 0.3 + t.view(-1, 1, 1, 1, 1) * 0.1  # noqa: E731
     noise = torch.randn(SHAPE)
-    if steps == 1:  # diffusers' Karras ramp starts at sigma_max for any count but cannot be set to one step in every version
+    if (
+        steps == 1
+    ):  # diffusers' Karras ramp starts at sigma_max for any count but cannot be set to one step in every version
         assert EDM().levels(1) == [pytest.approx(700.0)]
         torch.testing.assert_close(EDM().denoise_once(net, noise), EDM().sample(net, noise, steps=1))
         return
@@ -104,8 +125,16 @@ def test_edm_sampler_equals_diffusers_euler(steps):
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v"])
 def test_ddpm_sampler_equals_diffusers_ddim(prediction):
-    scheduler = DDIMScheduler(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
-                              set_alpha_to_one=True, timestep_spacing="trailing", prediction_type={"epsilon": "epsilon", "v": "v_prediction"}[prediction])
+    scheduler = DDIMScheduler(
+        num_train_timesteps=1000,
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=True,
+        timestep_spacing="trailing",
+        prediction_type={"epsilon": "epsilon", "v": "v_prediction"}[prediction],
+    )
     scheduler.set_timesteps(10)
     objective = DDPM(prediction=prediction)
     assert objective.levels(10) == scheduler.timesteps.tolist()

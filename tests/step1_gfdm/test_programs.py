@@ -1,4 +1,5 @@
 """The programs as a user runs them, and their configuration."""
+
 import contextlib
 import io
 import json
@@ -28,6 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture(scope="module")
 def run():
     """Run a program in this process, as its command line would; returns what it said."""
+
     def in_process(module, *arguments, cwd):
         # what a program says goes through logging, which Hydra sets up anew for each
         said = io.StringIO()
@@ -59,26 +61,54 @@ def test_scales_compose(scale):
 def test_the_papers_numbers():
     cfg = composed()
     assert (cfg.gfdm.image_size, cfg.gfdm.num_frames) == (256, 16)
-    assert (cfg.loop.optimizer.lr, cfg.loop.optimizer.weight_decay, cfg.loop.epochs, cfg.loop.batch_size * 8) == (1e-4, 1e-2, 20, 32)
-    assert {k: v.weight for k, v in cfg.data.sets.items()} == {"fractal": 30, "bridge": 10, "calvin_abc": 30, "something_something_v2": 15, "ego4d": 15}
+    assert (cfg.loop.optimizer.lr, cfg.loop.optimizer.weight_decay, cfg.loop.epochs, cfg.loop.batch_size * 8) == (
+        1e-4,
+        1e-2,
+        20,
+        32,
+    )
+    assert {k: v.weight for k, v in cfg.data.sets.items()} == {
+        "fractal": 30,
+        "bridge": 10,
+        "calvin_abc": 30,
+        "something_something_v2": 15,
+        "ego4d": 15,
+    }
     robots = composed("experiment=gfdm/t5_no_human").data
-    assert robots.human_fraction == 0 and sorted(k for k, v in robots.sets.items() if v.get("human")) == ["ego4d", "something_something_v2"]
+    assert robots.human_fraction == 0 and sorted(k for k, v in robots.sets.items() if v.get("human")) == [
+        "ego4d",
+        "something_something_v2",
+    ]
 
 
 def test_vpps_numbers():
     cfg = composed("experiment=gfdm/vpp")
     assert (cfg.loop.optimizer.lr, cfg.loop.optimizer.weight_decay, cfg.loop.batch_size) == (5e-6, 0.0, 6)
-    assert {k: v.weight for k, v in cfg.data.sets.items() if v.weight} == {"fractal": 20, "bridge": 20, "calvin_abc": 20, "something_something_v2": 40}
+    assert {k: v.weight for k, v in cfg.data.sets.items() if v.weight} == {
+        "fractal": 20,
+        "bridge": 20,
+        "calvin_abc": 20,
+        "something_something_v2": 40,
+    }
     assert (cfg.gfdm.objective.p_mean, cfg.gfdm.objective.p_std) == (0.7, 1.6)
 
 
 @pytest.mark.parametrize("row", sorted(p.stem for p in (ROOT / "configs/experiment/gfdm").glob("*.yaml")))
 def test_rows_change_only_what_they_claim(row):
-    claims = {"eq3_ddpm": ["gfdm.objective"], "eq3_ddpm_v": ["gfdm.objective"], "t5_no_human": ["data.human_fraction"], "vpp": ["data.sets", "loop"],
-              "t6_dino": ["gfdm", "data.image_size"]}
+    claims = {
+        "eq3_ddpm": ["gfdm.objective"],
+        "eq3_ddpm_v": ["gfdm.objective"],
+        "t5_no_human": ["data.human_fraction"],
+        "vpp": ["data.sets", "loop"],
+        "t6_dino": ["gfdm", "data.image_size"],
+    }
     allowed = ["name", "output_dir"] + claims.get(row, ["data.human_fraction"] if row.startswith("f8") else [])
     base, changed = (OmegaConf.to_container(c, resolve=True) for c in (composed(), composed(f"experiment=gfdm/{row}")))
-    different = [path for path in paths(base) ^ paths(changed) if not any(path[0] == a or path[0].startswith(a + ".") for a in allowed)]
+    different = [
+        path
+        for path in paths(base) ^ paths(changed)
+        if not any(path[0] == a or path[0].startswith(a + ".") for a in allowed)
+    ]
     assert different == [] and changed["name"] == row
 
 
@@ -100,14 +130,47 @@ def trained(hub, run, tmp_path_factory):
     (work / "ckpts/hub").mkdir(parents=True)
     (work / "ckpts/hub/tiny").symlink_to(hub)
     write_set(work / "data/playtable/A/videos_set", 4, length=40, cameras=2, val_folder=False)
-    said = {"encode": run("step1_gfdm.encode", "scale=tiny", "data=data/playtable/A/videos_set", "out=data/playtable/A/latents_set", cwd=work)}
+    said = {
+        "encode": run(
+            "step1_gfdm.encode",
+            "scale=tiny",
+            "data=data/playtable/A/videos_set",
+            "out=data/playtable/A/latents_set",
+            cwd=work,
+        )
+    }
     (work / "data/playtable/ABC").symlink_to("A")
     write_set(work / "data/playtable/hand/videos_set", 4, length=40, val_folder=False)
-    run("step1_gfdm.encode", "scale=tiny", "data=data/playtable/hand/videos_set", "out=data/playtable/hand/latents_set", cwd=work)
-    steps = ("loop.max_steps=6", "loop.batch_size=4", "loop.warmup_steps=2", "loop.save_every=3", "loop.log_every=1", "loop.eval_every=3")
+    run(
+        "step1_gfdm.encode",
+        "scale=tiny",
+        "data=data/playtable/hand/videos_set",
+        "out=data/playtable/hand/latents_set",
+        cwd=work,
+    )
+    steps = (
+        "loop.max_steps=6",
+        "loop.batch_size=4",
+        "loop.warmup_steps=2",
+        "loop.save_every=3",
+        "loop.log_every=1",
+        "loop.eval_every=3",
+    )
     said["train"] = run("step1_gfdm.train", "scale=tiny", "name=squares", *steps, cwd=work)
-    said["eval"] = run("step1_gfdm.eval", "path=ckpts/gfdm/squares", "data=data/playtable/A/videos_set", "count=3", "strips=2", "steps=[1,2]",
-                       "guidance=[1,2]", "lpips=null", "eye=ckpts/hub/tiny/dinov2", "eye_size=64", "probe=8", cwd=work)
+    said["eval"] = run(
+        "step1_gfdm.eval",
+        "path=ckpts/gfdm/squares",
+        "data=data/playtable/A/videos_set",
+        "count=3",
+        "strips=2",
+        "steps=[1,2]",
+        "guidance=[1,2]",
+        "lpips=null",
+        "eye=ckpts/hub/tiny/dinov2",
+        "eye_size=64",
+        "probe=8",
+        cwd=work,
+    )
     return work, said
 
 
@@ -115,9 +178,14 @@ def test_a_model_comes_out_of_three_commands(trained):
     work, said = trained
     assert "8 encoded" in said["encode"] and "latents in data/playtable/A/latents_set" in said["encode"]
     rows = [json.loads(line) for line in (work / "ckpts/gfdm/squares/metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows if "train/loss" in row] == [1, 2, 3, 4, 5, 6] and any("val/loss" in row for row in rows)
+    assert [row["step"] for row in rows if "train/loss" in row] == [1, 2, 3, 4, 5, 6] and any(
+        "val/loss" in row for row in rows
+    )
     meta = artifact.meta(work / "ckpts/gfdm/squares", "gfdm")
-    assert meta["stats"]["clips"] == dict.fromkeys(("robot", "hand"), {"stride": 10, "start_every": 2}) and meta["scale"] == "tiny"
+    assert (
+        meta["stats"]["clips"] == dict.fromkeys(("robot", "hand"), {"stride": 10, "start_every": 2})
+        and meta["scale"] == "tiny"
+    )
 
 
 def test_eval_writes_table_results_and_strips(trained):
@@ -125,7 +193,14 @@ def test_eval_writes_table_results_and_strips(trained):
     out = work / "ckpts/gfdm/squares/eval"
     results = json.loads((out / "results.json").read_text())
     assert results["clips"] == 3 and set(results["summary"]) == {
-        "copy the first frame", "copy it through the VAE", "VAE there and back", "1 step", "2 steps", "1 step, guidance 2", "2 steps, guidance 2"}
+        "copy the first frame",
+        "copy it through the VAE",
+        "VAE there and back",
+        "1 step",
+        "2 steps",
+        "1 step, guidance 2",
+        "2 steps, guidance 2",
+    }
     limit, coded = (results["by_frame"][name]["psnr"] for name in ("VAE there and back", "copy it through the VAE"))
     assert all(a > b for a, b in zip(limit, coded)), "what moved is missing from a copy"
     assert len(results["by_frame"]["1 step"]["psnr"]) == 3 and results["summary"]["1 step"]["frechet"]["mean"] > 0
@@ -135,21 +210,39 @@ def test_eval_writes_table_results_and_strips(trained):
         assert row["psnr"]["low"] <= row["psnr"]["mean"] <= row["psnr"]["high"]
     assert results["summary"]["copy the first frame"]["psnr_gain"]["mean"] == 0
     assert len(list((out / "strips").glob("*.png"))) == 2 and not list(out.rglob("*part*"))
-    assert "| copy the first frame |" in (out / "table.md").read_text() and f"results in {Path('ckpts/gfdm/squares/eval')}" in said["eval"]
+    assert (
+        "| copy the first frame |" in (out / "table.md").read_text()
+        and f"results in {Path('ckpts/gfdm/squares/eval')}" in said["eval"]
+    )
 
 
 def test_the_dino_row_is_trained_by_the_same_program(trained, run):
     work, _ = trained
-    steps = ("loop.max_steps=4", "loop.batch_size=4", "loop.warmup_steps=1", "loop.save_every=2", "loop.log_every=1", "loop.eval_every=2")
+    steps = (
+        "loop.max_steps=4",
+        "loop.batch_size=4",
+        "loop.warmup_steps=1",
+        "loop.save_every=2",
+        "loop.log_every=1",
+        "loop.eval_every=2",
+    )
     run("step1_gfdm.train", "scale=tiny", "experiment=gfdm/t6_dino", *steps, cwd=work)
     rows = [json.loads(line) for line in (work / "ckpts/gfdm/t6_dino/metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows if "train/copy_mse" in row] == [1, 2, 3, 4] and any("val/mse" in row for row in rows)
+    assert [row["step"] for row in rows if "train/copy_mse" in row] == [1, 2, 3, 4] and any(
+        "val/mse" in row for row in rows
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(work)
         model = artifact.load(work / "ckpts/gfdm/t6_dino", "gfdm")
     assert model.imagine(torch.zeros(1, 3, 64, 64), ["go"]).shape == (1, 4, model.num_tokens, model.feature_dim)
     with pytest.raises(ValueError, match="holds a DinoFuture, which makes no pictures"):
-        run("step1_gfdm.eval", "path=ckpts/gfdm/t6_dino", "data=data/playtable/A/videos_set", "clip={stride: 10}", cwd=work)
+        run(
+            "step1_gfdm.eval",
+            "path=ckpts/gfdm/t6_dino",
+            "data=data/playtable/A/videos_set",
+            "clip={stride: 10}",
+            cwd=work,
+        )
 
 
 def test_one_line_for_what_is_missing(trained, run):
@@ -169,7 +262,15 @@ def test_auto_encodes_in_bf16_where_that_pays(trained, run, monkeypatch, pays, p
     found = []
     for wish in ("auto", precision):
         out = f"data/{wish}_{precision}"
-        run("step1_gfdm.encode", "scale=tiny", "data=data/playtable/A/videos_set", f"out={out}", f"precision={wish}", "limit=1", cwd=work)
+        run(
+            "step1_gfdm.encode",
+            "scale=tiny",
+            "data=data/playtable/A/videos_set",
+            f"out={out}",
+            f"precision={wish}",
+            "limit=1",
+            cwd=work,
+        )
         found.append(torch.load(next((work / out).rglob("*.pt")), weights_only=True))
     assert torch.equal(*found)
 
@@ -191,7 +292,9 @@ def test_a_broken_run_goes_on_to_the_weights_of_an_unbroken_one(trained, run, mo
             run("step1_gfdm.train", *arguments, "name=broken", cwd=work)
     run("step1_gfdm.train", *arguments, "name=broken", cwd=work)
     clip = {"clip": str(work / "ckpts/hub/tiny/clip")}
-    whole, broken = (artifact.load(work / "ckpts/gfdm" / name, "gfdm", clip).state_dict() for name in ("whole", "broken"))
+    whole, broken = (
+        artifact.load(work / "ckpts/gfdm" / name, "gfdm", clip).state_dict() for name in ("whole", "broken")
+    )
     assert all(torch.equal(value, broken[key]) for key, value in whole.items())
 
 
@@ -199,8 +302,21 @@ def launched(folder, hub, processes, *config):
     """(weights of the UNet, rows of metrics.jsonl) of one_or_two.py."""
     folder.mkdir(exist_ok=True)
     launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port=29873"]
-    script = [str(Path(__file__).with_name("one_or_two.py")), str(folder.parent / "set"), str(hub), str(folder), "4", *config]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "WANDB_MODE": "disabled"}
+    script = [
+        str(Path(__file__).with_name("one_or_two.py")),
+        str(folder.parent / "set"),
+        str(hub),
+        str(folder),
+        "4",
+        *config,
+    ]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "WANDB_MODE": "disabled",
+    }
     subprocess.run([*launcher, *script], cwd=ROOT, env=environment, check=True, timeout=300)
     rows = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
     return torch.load(folder / "unet.pt", weights_only=True), rows
@@ -222,7 +338,9 @@ def test_two_processes_whole_or_sharded_train_as_one_with_the_same_global_batch(
     sharding = str(ROOT / "configs/accelerate/8gpu_fsdp.yaml")
     for other, found in (launched(tmp_path / "two", hub, 2), launched(tmp_path / "sharded", hub, 2, sharding)):
         for one, two in zip(rows, found, strict=True):
-            assert two["train/loss"] == pytest.approx(one["train/loss"], rel=1e-4) and two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
+            assert two["train/loss"] == pytest.approx(one["train/loss"], rel=1e-4) and two[
+                "grad_norm"
+            ] == pytest.approx(one["grad_norm"], rel=1e-3)
         # as far apart as rounding drives Adam, and nothing beside the way that both went
         assert distance(alone, other) < 0.01 * distance(alone, start)
     again, _ = launched(tmp_path / "sharded", hub, 2, sharding)  # from the saved shards

@@ -1,4 +1,5 @@
 """The truncated pass against hooks on the full one, and SVD's size."""
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,8 +8,16 @@ from common.frozen import MissingWeights
 from step1_gfdm import unet as svd_unet
 
 # SVD's four levels, narrow
-SMALL = {**svd_unet.SVD_UNET, "block_out_channels": [32, 32, 64, 64], "num_attention_heads": [1, 1, 2, 2], "layers_per_block": 1,
-         "cross_attention_dim": 64, "addition_time_embed_dim": 32, "projection_class_embeddings_input_dim": 96, "num_frames": 4}
+SMALL = {
+    **svd_unet.SVD_UNET,
+    "block_out_channels": [32, 32, 64, 64],
+    "num_attention_heads": [1, 1, 2, 2],
+    "layers_per_block": 1,
+    "cross_attention_dim": 64,
+    "addition_time_embed_dim": 32,
+    "projection_class_embeddings_input_dim": 96,
+    "num_frames": 4,
+}
 
 
 @pytest.fixture(scope="module")
@@ -19,8 +28,12 @@ def unet():
 
 def inputs(unet, side=16, frames=4, batch=2, tokens=20):
     config = unet.config
-    return (torch.randn(batch, frames, config.in_channels, side, side), torch.full((batch,), 1.6378),
-            torch.randn(batch, tokens, config.cross_attention_dim), torch.tensor([[7.0, 127.0, 0.0]]).repeat(batch, 1))
+    return (
+        torch.randn(batch, frames, config.in_channels, side, side),
+        torch.full((batch,), 1.6378),
+        torch.randn(batch, tokens, config.cross_attention_dim),
+        torch.tensor([[7.0, 127.0, 0.0]]).repeat(batch, 1),
+    )
 
 
 @pytest.mark.parametrize("taps", [(0,), (0, 1), (1,), (1, 2), (0, 3)])
@@ -75,7 +88,11 @@ def test_full_size_on_the_meta_device():
 def test_the_stand_in_has_three_levels(hub):
     unet = svd_unet.load(hub / "svd")
     sample, time, text, ids = inputs(unet, side=8)
-    assert svd_unet.features(unet, sample, time, text=text, time_ids=ids).shape[2:] == svd_unet.feature_shape(unet, (0, 1), 8) == (64, 128)
+    assert (
+        svd_unet.features(unet, sample, time, text=text, time_ids=ids).shape[2:]
+        == svd_unet.feature_shape(unet, (0, 1), 8)
+        == (64, 128)
+    )
 
 
 def test_refusals(unet, tmp_path):

@@ -1,4 +1,5 @@
 """The VAE's wrapper, and the stand-in that is fitted on single pictures but decodes clips."""
+
 import torch
 
 from common.standins import Reconstruct, blank_vae

@@ -1,10 +1,13 @@
-"""Trains a toy inverse model for a few steps on an RLDS folder, by random access and in a stream, in as many processes as the launcher starts.
+"""Trains a toy inverse model for a few steps on an RLDS folder, by random access and in a stream, in as many processes
+as the launcher starts.
 
     one_or_two.py <RLDS folder> <out>
 
-The global batch is eight pairs. Four of them are a micro-batch of the stream, which reads two blocks side by side: two workers of one
+The global batch is eight pairs. Four of them are a micro-batch of the stream, which reads two blocks side by side: two
+workers of one
 process do, or two processes. Held out are the pairs themselves, all of them.
 """
+
 import sys
 from pathlib import Path
 
@@ -19,15 +22,35 @@ from tests.step2_gidm.parts import make
 if __name__ == "__main__":
     folder, out = sys.argv[1], Path(sys.argv[2])
     processes = PartialState(cpu=True).num_processes
-    shared = {"seed": 3, "max_steps": 5, "optimizer": {"lr": 1e-3, "weight_decay": 1e-2}, "log_every": 1, "save_every": None, "eval_every": 5}
+    shared = {
+        "seed": 3,
+        "max_steps": 5,
+        "optimizer": {"lr": 1e-3, "weight_decay": 1e-2},
+        "log_every": 1,
+        "save_every": None,
+        "eval_every": 5,
+    }
     alone = {1: {"batch_size": 4, "accumulate": 2, "num_workers": 2}, 2: {"batch_size": 4}}[processes]
-    sets = {"toy": {"rlds": folder, "fps": 1, "image": "observation/image", "text": "instruction", "encoding": "code_points"}}
-    for kind, batch, stream in (("drawn", {"batch_size": 8 // processes}, None), ("streamed", alone, {"block": 12, "pairs": 3})):
+    sets = {
+        "toy": {
+            "rlds": folder,
+            "fps": 1,
+            "image": "observation/image",
+            "text": "instruction",
+            "encoding": "code_points",
+        }
+    }
+    for kind, batch, stream in (
+        ("drawn", {"batch_size": 8 // processes}, None),
+        ("streamed", alone, {"block": 12, "pairs": 3}),
+    ):
         set_seed(0)
         model = make()
         if not PartialState().process_index:
             torch.save(dict(model.named_parameters()), out / "start.pt")
         loop = Loop(output_dir=str(out / kind), **shared, **batch)
-        model = loop.fit(model, mixture(sets, stream=stream, length=36, image_size=16), mixture(sets, length=36, image_size=16))
+        model = loop.fit(
+            model, mixture(sets, stream=stream, length=36, image_size=16), mixture(sets, length=36, image_size=16)
+        )
         if loop.accelerator.is_main_process:
             torch.save(dict(model.named_parameters()), out / f"{kind}.pt")

@@ -1,4 +1,5 @@
 """Frozen parts small enough to reason about, and moving pictures whose motion is the only thing to infer."""
+
 from __future__ import annotations
 
 import torch
@@ -17,7 +18,9 @@ class Eyes(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("map", torch.randn(3, self.dim, generator=torch.Generator().manual_seed(0)), persistent=False)
+        self.register_buffer(
+            "map", torch.randn(3, self.dim, generator=torch.Generator().manual_seed(0)), persistent=False
+        )
 
     def forward(self, images: Tensor) -> Tensor:
         return nn.functional.adaptive_avg_pool2d(images, self.grid).flatten(2).transpose(1, 2) @ self.map
@@ -60,5 +63,9 @@ def moving(batch: int, seed: int = 0) -> dict[str, object]:
         y, x = (torch.randint(1, 3, (2,), generator=generator)).tolist()
         dy, dx = [(0, 1), (0, -1), (1, 0), (-1, 0)][int(torch.randint(4, (), generator=generator))]
         for frame, (row, column) in enumerate([(y, x), (y + dy, x + dx)]):
-            frames[i, frame, :, row * 4:row * 4 + 4, column * 4:column * 4 + 4] = 3.0
-    return {"id": [str(i) for i in range(batch)], "frames": frames, "text": ["move the square", "push"] * (batch // 2) + ["go"] * (batch % 2)}
+            frames[i, frame, :, row * 4 : row * 4 + 4, column * 4 : column * 4 + 4] = 3.0
+    return {
+        "id": [str(i) for i in range(batch)],
+        "frames": frames,
+        "text": ["move the square", "push"] * (batch // 2) + ["go"] * (batch % 2),
+    }

@@ -1,4 +1,5 @@
 """Transitions: gaps by each set's own clock, never clamped; one clear line for each bad input; Table 12's mixture."""
+
 from __future__ import annotations
 
 import itertools
@@ -29,7 +30,9 @@ PAIRS = {"image_size": 32}
 TOY = {"image": "observation/image", "text": "instruction", "encoding": "code_points"}  # what write_set writes
 
 
-def video_set(folder: Path, count: int = 2, *, length: int = 20, fps: float = 10.0, split: str = "train", views: int = 1) -> Path:
+def video_set(
+    folder: Path, count: int = 2, *, length: int = 20, fps: float = 10.0, split: str = "train", views: int = 1
+) -> Path:
     """Clips whose brightness counts the frames: view v of frame t is 8 t + v."""
     (folder / "annotation" / split).mkdir(parents=True, exist_ok=True)
     for i in range(count):
@@ -42,13 +45,17 @@ def video_set(folder: Path, count: int = 2, *, length: int = 20, fps: float = 10
     return folder
 
 
-@pytest.mark.parametrize("fps, gap_seconds, n", [(3, 1.0, 3), (5, 1.0, 5), (3.75, 1.0, 4), (30, 1.0, 30), (0.4, 1.0, 1), (30, 0.5, 15)])
+@pytest.mark.parametrize(
+    "fps, gap_seconds, n", [(3, 1.0, 3), (5, 1.0, 5), (3.75, 1.0, 4), (30, 1.0, 30), (0.4, 1.0, 1), (30, 0.5, 15)]
+)
 def test_gap_is_a_second_by_the_sets_own_clock(fps: float, gap_seconds: float, n: int) -> None:
     pairs = Transitions(image_size=8, gap_seconds=gap_seconds)
     rng = np.random.default_rng(0)
     drawn = {pairs.draw("x", 40, fps, rng)[0] for _ in range(2000)}
     assert {end - start for start, end in drawn} == {n}
-    assert {start for start, _ in drawn} == set(range(40 - n)), "every start inside the episode is drawn, none is clamped"
+    assert {start for start, _ in drawn} == set(range(40 - n)), (
+        "every start inside the episode is drawn, none is clamped"
+    )
 
 
 def test_short_episodes_give_their_longest_pair_or_are_reported() -> None:
@@ -77,7 +84,9 @@ def test_jitter_varies_the_gap_within_its_bounds() -> None:
 
 def test_several_pairs_of_an_episode_are_spread_over_it() -> None:
     pairs, rng = Transitions(image_size=8), np.random.default_rng(0)
-    assert sorted(pairs.draw("x", 14, 10, rng, 4)) == [(0, 10), (1, 11), (2, 12), (3, 13)], "as many as there are: every one"
+    assert sorted(pairs.draw("x", 14, 10, rng, 4)) == [(0, 10), (1, 11), (2, 12), (3, 13)], (
+        "as many as there are: every one"
+    )
     counts = np.bincount([start for _ in range(3000) for start, _ in pairs.draw("x", 15, 10, rng, 3)], minlength=5)
     assert np.allclose(counts / counts.sum(), 0.2, atol=0.02)
     assert all(len({start for start, _ in pairs.draw("x", 17, 10, rng, 5)}) == 5 for _ in range(200))
@@ -88,7 +97,9 @@ def test_official_gap_is_a_window_that_the_episode_cuts_off() -> None:
     pairs, rng = Transitions(image_size=8, gap="official", window=10), np.random.default_rng(0)
     drawn = {pairs.draw("x", 12, 30, rng)[0] for _ in range(1000)}
     assert drawn == {(t, min(t + 9, 11)) for t in range(12)}
-    assert Transitions(image_size=8, gap="official").draw("x", 1, 30, rng) == [(0, 0)], "the release keeps frames beside themselves"
+    assert Transitions(image_size=8, gap="official").draw("x", 1, 30, rng) == [(0, 0)], (
+        "the release keeps frames beside themselves"
+    )
     with pytest.raises(ValueError, match="unknown gap 'offical'; use one of seconds, official"):
         Transitions(image_size=8, gap="offical")
     with pytest.raises(ValueError, match="a window of 1 frames holds no pair"):
@@ -127,7 +138,9 @@ def test_video_pairs_are_the_frames_they_say(tmp_path: Path) -> None:
         view = int(sample["id"].split("@")[0].split("/")[-1])
         views.add(view)
         brightness = sample["frames"].mean((1, 2, 3)) * 255
-        assert gap == "10" and torch.allclose(brightness, torch.tensor([8.0 * int(place) + view, 8.0 * (int(place) + 10) + view]), atol=2)
+        assert gap == "10" and torch.allclose(
+            brightness, torch.tensor([8.0 * int(place) + view, 8.0 * (int(place) + 10) + view]), atol=2
+        )
     assert views == {0, 1} and sample["frames"].shape == (2, 3, 32, 32) and sample["text"] == "Sentence 0"
     assert samples.sample(1, np.random.default_rng(5))["id"] == samples.sample(1, np.random.default_rng(5))["id"]
 
@@ -147,8 +160,12 @@ def test_labelled_pairs_say_what_they_are_of(tmp_path: Path) -> None:
     plain, pair = samples.sample(0, rng), samples.sample(1, rng)
     start = int(pair["id"].split("@")[1].split("+")[0])
     assert pair["state"][:, 0].tolist() == [start, start + 10] and pair["phase"] == start / 19 and pair["view"] == 1
-    assert "state" not in plain and plain["scene"] == pair["scene"] == str(folder) and plain["episode"] != pair["episode"]
-    assert set(VideoTransitions(folder, **PAIRS).sample(0, rng)) == {"id", "frames", "text"}, "training batches have the same keys everywhere"
+    assert (
+        "state" not in plain and plain["scene"] == pair["scene"] == str(folder) and plain["episode"] != pair["episode"]
+    )
+    assert set(VideoTransitions(folder, **PAIRS).sample(0, rng)) == {"id", "frames", "text"}, (
+        "training batches have the same keys everywhere"
+    )
     file.write_text(json.dumps({**json.loads(file.read_text()), "state": [[0.0]] * 3}))
     with pytest.raises(Unreadable, match="3 readings of the robot for 20 frames"):
         samples.sample(1, rng)
@@ -162,10 +179,19 @@ def test_scenes_are_told_apart_within_a_set(tmp_path: Path) -> None:
     assert [samples.sample(i, rng)["scene"] for i in range(2)] == [str(folder), "calvin_scene_B"]
     root = write_calvin(tmp_path / "calvin") / "training"  # recordings from frames 100, 145, 190, 235
     assert CalvinTransitions(root, fps=10, labelled=True, **PAIRS).sample(0, rng)["scene"] == str(root)
-    np.save(root / "scene_info.npy", np.array({"calvin_scene_B": [100, 189], "calvin_scene_A": [190, 230]}, dtype=object), allow_pickle=True)
+    np.save(
+        root / "scene_info.npy",
+        np.array({"calvin_scene_B": [100, 189], "calvin_scene_A": [190, 230]}, dtype=object),
+        allow_pickle=True,
+    )
     samples = CalvinTransitions(root, fps=10, labelled=True, **PAIRS)
     samples.segments = [note for note, _ in read_annotations(root, read_recordings(root))]
-    assert [samples.sample(i, rng)["scene"] for i in range(4)] == ["calvin_scene_B", "calvin_scene_B", "calvin_scene_A", str(root)]
+    assert [samples.sample(i, rng)["scene"] for i in range(4)] == [
+        "calvin_scene_B",
+        "calvin_scene_B",
+        "calvin_scene_A",
+        str(root),
+    ]
     np.save(root / "scene_info.npy", np.array([rng], dtype=object), allow_pickle=True)
     with pytest.raises(CalvinFormatError, match="scene_info.npy cannot be read: it asks for"):
         CalvinTransitions(root, fps=10, **PAIRS)
@@ -174,8 +200,14 @@ def test_scenes_are_told_apart_within_a_set(tmp_path: Path) -> None:
 def test_a_walk_shows_the_pairs_of_a_clip_in_order(tmp_path: Path) -> None:
     clip = VideoTransitions(video_set(tmp_path / "toy"), **PAIRS).walk(0, 5)
     brightness = (clip["frames"].mean((2, 3, 4)) * 255 / 8).round()
-    assert brightness[:, 0].tolist() == [0, 2, 4, 7, 9] and (brightness[:, 1] - brightness[:, 0] == 10).all() and clip["text"] == "Sentence 0"
-    assert len(VideoTransitions(video_set(tmp_path / "toy"), **PAIRS).walk(0, 50)["frames"]) == 10, "no pair is shown twice"
+    assert (
+        brightness[:, 0].tolist() == [0, 2, 4, 7, 9]
+        and (brightness[:, 1] - brightness[:, 0] == 10).all()
+        and clip["text"] == "Sentence 0"
+    )
+    assert len(VideoTransitions(video_set(tmp_path / "toy"), **PAIRS).walk(0, 50)["frames"]) == 10, (
+        "no pair is shown twice"
+    )
     with pytest.raises(Unreadable, match="too few"):
         VideoTransitions(video_set(tmp_path / "short", length=3), **PAIRS).walk(0, 5)
 
@@ -221,7 +253,9 @@ def test_a_set_that_has_only_a_val_split_is_shared_out_when_told_to(tmp_path: Pa
 def test_fractions_lie_inside_one_another_and_are_the_forward_models(tmp_path: Path) -> None:
     folder = video_set(tmp_path / "toy", 19, length=2)
     kept = {share: VideoTransitions(folder, fraction=share, **PAIRS) for share in (0.0, 0.01, 0.2, 0.4, 0.8, 1.0)}
-    assert [len(each) for each in kept.values()] == [0, 1, 4, 7, 14, 18] and {each.whole for each in kept.values()} == {18}
+    assert [len(each) for each in kept.values()] == [0, 1, 4, 7, 14, 18] and {each.whole for each in kept.values()} == {
+        18
+    }
     for less, more in itertools.pairwise(kept.values()):
         assert set(less.files) < set(more.files) and less.files == sorted(less.files)
     (folder / "annotation/val").mkdir()  # keeps the forward model from holding out others than the inverse model does
@@ -240,7 +274,9 @@ def test_bad_clips_are_one_line(tmp_path: Path) -> None:
     broken.write_bytes(broken.read_bytes()[:300])
     samples = VideoTransitions(folder, **PAIRS)
     samples.files = sorted(note.glob("*.json"))
-    for index, message in enumerate(["has no 'texts'", "is not JSON", "has no 'videos'", "no such video", "toy/4: .*4/0.mp4"]):
+    for index, message in enumerate(
+        ["has no 'texts'", "is not JSON", "has no 'videos'", "no such video", "toy/4: .*4/0.mp4"]
+    ):
         with pytest.raises(Unreadable, match=message) as caught:
             samples.sample(index, np.random.default_rng(0))
         assert "\n" not in str(caught.value)
@@ -271,7 +307,9 @@ def test_mixture_weights_and_human_fraction(tmp_path: Path) -> None:
     half = mixture(sets, human_fraction=0.5, **PAIRS)
     assert half.shares[1] == pytest.approx(0.5 / 3.5) and len(half.sets[1]) == 4 and len(half.sets[0]) == 9
     none = mixture(sets, human_fraction=0.0, **PAIRS)
-    assert none.names == ["robot"] and len(none) == len(half) == len(mixture(sets, **PAIRS)) == 18, "epochs are equally long"
+    assert none.names == ["robot"] and len(none) == len(half) == len(mixture(sets, **PAIRS)) == 18, (
+        "epochs are equally long"
+    )
     shutil.rmtree(human)
     assert mixture(sets, human_fraction=0.0, length=5, **PAIRS).names == ["robot"]
     with pytest.raises(FileNotFoundError, match=r"set 'human'.*give data.length"):
@@ -294,7 +332,9 @@ def test_table_12() -> None:
     shares = {name: 100 * size / sum(sizes.values()) for name, size in sizes.items()}
     off = {name: round(share - paper[name], 2) for name, share in shares.items() if abs(share - paper[name]) > 0.13}
     assert not off, f"weight x transitions does not give the paper's share (difference): {off}"
-    assert HUMAN_SHARE == 3.5 and sum(sizes.values()) == pytest.approx(11.6e6, rel=1e-3), "transitions that 100 % stand for"
+    assert HUMAN_SHARE == 3.5 and sum(sizes.values()) == pytest.approx(11.6e6, rel=1e-3), (
+        "transitions that 100 % stand for"
+    )
 
 
 def test_calvin_pairs_lie_inside_their_annotation(tmp_path: Path) -> None:
@@ -309,13 +349,23 @@ def test_calvin_pairs_lie_inside_their_annotation(tmp_path: Path) -> None:
         name, rest = sample["id"].rsplit("/", 1)
         start, (view, gap) = int(name.split("/")[-1]), rest.split("+")
         note = samples.segments[index]
-        assert note.start <= start and start + int(gap) <= note.end and gap == "10" and sample["text"] == note.text and sample["text"]
+        assert (
+            note.start <= start
+            and start + int(gap) <= note.end
+            and gap == "10"
+            and sample["text"] == note.text
+            and sample["text"]
+        )
         for image, frame in zip(sample["frames"], (start, start + 10)):
             with np.load(root / f"training/episode_{frame:07d}.npz") as archive:
                 assert abs(archive[f"rgb_{view}"].mean() / 255 - image.mean()) < 0.02
         seen.add(view)
     assert seen == {"static", "gripper"} and samples.sample(0, rng)["frames"].shape == (2, 3, 32, 32)
-    assert mixture({"calvin": {"calvin": root / "training", "fps": 10, "view": "gripper"}}, **PAIRS).sample(0, rng)["id"].endswith("/gripper+10")
+    assert (
+        mixture({"calvin": {"calvin": root / "training", "fps": 10, "view": "gripper"}}, **PAIRS)
+        .sample(0, rng)["id"]
+        .endswith("/gripper+10")
+    )
 
 
 def test_labelled_calvin_pairs_hold_the_robots_readings(tmp_path: Path) -> None:
@@ -327,8 +377,15 @@ def test_labelled_calvin_pairs_hold_the_robots_readings(tmp_path: Path) -> None:
             np.savez(root / f"episode_{frame:07d}.npz", **{**archive, "robot_obs": np.full(15, float(frame))})
     pair = samples.sample(0, rng)
     start = int(pair["id"].split("/")[-2])
-    assert pair["state"].shape == (2, 15) and pair["state"][:, 0].tolist() == [start, start + 10] and pair["view"] == "static"
-    assert pair["phase"] == (start - note.start) / (note.end - note.start) and pair["episode"] != samples.sample(1, rng)["episode"]
+    assert (
+        pair["state"].shape == (2, 15)
+        and pair["state"][:, 0].tolist() == [start, start + 10]
+        and pair["view"] == "static"
+    )
+    assert (
+        pair["phase"] == (start - note.start) / (note.end - note.start)
+        and pair["episode"] != samples.sample(1, rng)["episode"]
+    )
     assert "state" not in CalvinTransitions(root, fps=10, **PAIRS).sample(0, rng)
 
 
@@ -357,7 +414,11 @@ def test_bad_calvin_is_one_line(tmp_path: Path) -> None:
 def test_frames_of_two_sizes_make_a_pair() -> None:
     grey = [np.full((6, 8, 3), 51, np.uint8), np.full((40, 30, 3), 102, np.uint8)]
     images = Transitions(image_size=16).picture(grey, np.random.default_rng(0))
-    assert images.shape == (2, 3, 16, 16) and torch.allclose(images[0], torch.tensor(0.2)) and torch.allclose(images[1], torch.tensor(0.4))
+    assert (
+        images.shape == (2, 3, 16, 16)
+        and torch.allclose(images[0], torch.tensor(0.2))
+        and torch.allclose(images[1], torch.tensor(0.4))
+    )
 
 
 def test_open_x_finds_sets_by_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -379,9 +440,15 @@ def test_open_x_finds_sets_by_table(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     mix = open_x(tmp_path, human_root=human, names=["fractal", "dobbe", "austin_buds"], image_size=32)
     assert mix.names == ["fractal", "dobbe", "austin_buds", "ego4d"]
     assert mix.shares == pytest.approx(np.array([16.3, 2.0, 0.4, 3.5]) / 22.2)
-    assert made["dobbe"]["fps"] == 3.75 and 3 <= made["dobbe"]["window"] <= 5 and made["dobbe"]["image"] == "observation/wrist_image"
+    assert (
+        made["dobbe"]["fps"] == 3.75
+        and 3 <= made["dobbe"]["window"] <= 5
+        and made["dobbe"]["image"] == "observation/wrist_image"
+    )
     assert made["fractal20220817_data"]["text"] == "observation/natural_language_instruction"
-    assert open_x(tmp_path, human_root="nowhere", names=["dobbe"], human_fraction=0, length=9, image_size=32).names == ["dobbe"]
+    assert open_x(tmp_path, human_root="nowhere", names=["dobbe"], human_fraction=0, length=9, image_size=32).names == [
+        "dobbe"
+    ]
     assert OXE["bc_z"].version == OXE["bridge"].version == "0.1.0"
     (tmp_path / "CONVERSION_DIR" / "bc_z" / "1.0.1").mkdir(parents=True)
     (tmp_path / "CONVERSION_DIR" / "bc_z" / "1.0.1" / "dataset_info.json").write_text("{}")
@@ -394,7 +461,10 @@ def test_open_x_finds_sets_by_table(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def bridge(shared_data: Path, **options: object) -> RldsTransitions:
-    return RldsTransitions(shared_data / "rlds_samples/bridge_dataset/1.0.0", **{"fps": 5, "image": "observation/image_0", **PAIRS, **options})
+    return RldsTransitions(
+        shared_data / "rlds_samples/bridge_dataset/1.0.0",
+        **{"fps": 5, "image": "observation/image_0", **PAIRS, **options},
+    )
 
 
 def test_real_rlds_pairs(shared_data: Path) -> None:
@@ -439,10 +509,15 @@ def test_an_episode_without_a_sentence_is_reported(tmp_path: Path) -> None:
 
 
 def test_a_sentence_is_read_as_the_table_says_and_a_contradiction_is_one_line(tmp_path: Path) -> None:
-    assert {name for name, row in OXE.items() if row.encoding == "code_points"} == {"language_table"} and OXE["language_table"].text.endswith("/instruction")
+    assert {name for name, row in OXE.items() if row.encoding == "code_points"} == {"language_table"} and OXE[
+        "language_table"
+    ].text.endswith("/instruction")
     folder, rng = write_set(tmp_path / "toy" / "1.0.0"), np.random.default_rng(0)
     assert RldsTransitions(folder, fps=1, text="observation/wide", **PAIRS).sample(0, rng)["text"] == "ab\0c"
-    with pytest.raises(Unreadable, match=r"toy/train/0: instruction is not encoded as text, it holds int32 of shape \(8,\); name its encoding") as caught:
+    with pytest.raises(
+        Unreadable,
+        match=r"toy/train/0: instruction is not encoded as text, it holds int32 of shape \(8,\); name its encoding",
+    ) as caught:
         RldsTransitions(folder, fps=1, **{**TOY, "encoding": "text"}, **PAIRS).sample(0, rng)
     assert "\n" not in str(caught.value)
     with pytest.raises(Unreadable, match="observation/wide is not encoded as code_points, it holds bytes"):
@@ -461,11 +536,18 @@ def silent(payload: bytes) -> bytes:
     return example.SerializeToString()
 
 
-def test_empty_shards_are_passed_over_and_an_empty_set_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_empty_shards_are_passed_over_and_an_empty_set_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     toy = {"fps": 1, **TOY}
     samples = RldsTransitions(write_set(tmp_path / "some" / "1.0.0", shards=(0, 2, 0, 2)), **toy, **PAIRS)
-    assert len(samples) == 3 and [samples.walk(i, 1)["frames"][0, 0].mean().mul(255).round().item() for i in range(3)] == [0, 10, 20]
-    sets = {"some": {"rlds": tmp_path / "some/1.0.0", **toy}, "none": {"rlds": write_set(tmp_path / "none" / "1.0.0", shards=(0,)), **toy}}
+    assert len(samples) == 3 and [
+        samples.walk(i, 1)["frames"][0, 0].mean().mul(255).round().item() for i in range(3)
+    ] == [0, 10, 20]
+    sets = {
+        "some": {"rlds": tmp_path / "some/1.0.0", **toy},
+        "none": {"rlds": write_set(tmp_path / "none" / "1.0.0", shards=(0,)), **toy},
+    }
     with pytest.raises(ValueError, match="set 'none': rlds=.*none/1.0.0 gives no train episodes"):
         mixture(sets, **PAIRS)
     assert mixture(sets, split="val", **PAIRS).names == ["some"] and "set 'none': rlds=" in caplog.text

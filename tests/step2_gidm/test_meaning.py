@@ -1,4 +1,6 @@
-"""What latent actions mean, with the truth planted: what is there is found, what is not is not, and test episodes are never fitted on."""
+"""What latent actions mean, with the truth planted: what is there is found, what is not is not, and test episodes are
+never fitted on."""
+
 from __future__ import annotations
 
 import json
@@ -19,14 +21,23 @@ from tests.step2_gidm.parts import make
 TASKS = ["open", "close", "lift", "push"]
 
 
-def labels(episodes: int, pairs: int, *, prefix: str = "e", motion: np.ndarray | None = None, scenes: int = 1) -> Labels:
+def labels(
+    episodes: int, pairs: int, *, prefix: str = "e", motion: np.ndarray | None = None, scenes: int = 1
+) -> Labels:
     """`pairs` pairs of each of `episodes` episodes; the tasks and the scenes take turns."""
     number = np.repeat(np.arange(episodes), pairs)
     count = len(number)
     names, where = np.char.add(prefix, number.astype(str)), np.char.add("scene", (number // 4 % scenes).astype(str))
     motion = np.full((count, 3), np.nan) if motion is None else motion
-    return Labels(np.array(TASKS)[number % len(TASKS)], names, where, np.zeros(count, int), np.tile(np.linspace(0, 1, pairs), episodes), motion,
-                  np.full((count, 1), np.nan))
+    return Labels(
+        np.array(TASKS)[number % len(TASKS)],
+        names,
+        where,
+        np.zeros(count, int),
+        np.tile(np.linspace(0, 1, pairs), episodes),
+        motion,
+        np.full((count, 1), np.nan),
+    )
 
 
 def moved(codes: Tensor) -> np.ndarray:
@@ -53,27 +64,39 @@ def test_the_read_out_finds_motion_in_codes_that_decide_it_and_nowhere_else() ->
     for name in (TOKENS, PIXELS, RANDOM):
         assert rows[name]["mean"] < 0.1 and rows[name]["low"] < 0, name
         lead = results["0"]["motion"]["lead"][name]
-        assert lead["mean"] == pytest.approx(rows[CONTINUOUS]["mean"] - rows[name]["mean"]) and 0.5 < lead["low"] < lead["mean"] < lead["high"]
+        assert (
+            lead["mean"] == pytest.approx(rows[CONTINUOUS]["mean"] - rows[name]["mean"])
+            and 0.5 < lead["low"] < lead["mean"] < lead["high"]
+        )
     assert results["0"]["motion"]["pairs"] == [600, 200, 200]
 
 
 def test_the_gripper_is_read_where_it_moves() -> None:
     codes = torch.randint(8, (300, 2))
     change = (codes[:, :1] > 3).double().numpy() * 0.08
-    fit, test = (labels(*size)._replace(gripper=rows) for size, rows in (((25, 8), change[:200]), ((20, 5), change[200:])))
+    fit, test = (
+        labels(*size)._replace(gripper=rows) for size, rows in (((25, 8), change[:200]), ((20, 5), change[200:]))
+    )
     fit = fit._replace(episode=np.char.add("f", fit.episode))
     inputs = told(codes[:200]), told(codes[200:])
     rows = meaning.read_motion(inputs[0], fit, inputs[1], test, seed=0)["0"]["gripper"]["r2"]
     assert rows[QUANTIZED]["low"] > 0.4 > 0.15 > rows[RANDOM]["mean"]
-    for other in (test._replace(view=np.ones(100, int)), test._replace(gripper=0 * test.gripper)):  # a camera never fitted; nothing moves
+    for other in (
+        test._replace(view=np.ones(100, int)),
+        test._replace(gripper=0 * test.gripper),
+    ):  # a camera never fitted; nothing moves
         with pytest.raises(Missing, match="too few pairs hold readings"):
-            meaning.read_motion(inputs[0], fit._replace(gripper=fit.gripper * other.gripper.any()), inputs[1], other, seed=0)
+            meaning.read_motion(
+                inputs[0], fit._replace(gripper=fit.gripper * other.gripper.any()), inputs[1], other, seed=0
+            )
 
 
 def fingerprints(known: Labels) -> dict[str, Tensor]:
     """Latent actions that tell the episode and nothing else."""
     names, number = np.unique(known.episode, return_inverse=True)
-    latent = torch.stack([torch.randn(64, generator=torch.Generator().manual_seed(int(name[1:]))) for name in names])[number]
+    latent = torch.stack([torch.randn(64, generator=torch.Generator().manual_seed(int(name[1:]))) for name in names])[
+        number
+    ]
     return {CONTINUOUS: latent, QUANTIZED: latent, TOKENS: latent, PIXELS: latent}
 
 
@@ -86,8 +109,16 @@ def test_an_episode_that_is_measured_is_never_fitted_on(monkeypatch: pytest.Monk
     parts = meaning.split(fit.episode, test.episode, 0)
     own = np.concatenate([fit.episode, test.episode])
     fitted, choosing, measured = (set(own[part]) for part in parts)
-    assert not fitted & measured and not fitted & choosing and not choosing & measured and len(choosing) == 10 and len(fitted) == 30
-    honest = meaning.read_motion(fingerprints(fit), fit, fingerprints(test), test, seed=0)["0"]["motion"]["r2"][QUANTIZED]
+    assert (
+        not fitted & measured
+        and not fitted & choosing
+        and not choosing & measured
+        and len(choosing) == 10
+        and len(fitted) == 30
+    )
+    honest = meaning.read_motion(fingerprints(fit), fit, fingerprints(test), test, seed=0)["0"]["motion"]["r2"][
+        QUANTIZED
+    ]
     assert honest["mean"] < 0.2, "what an episode looks like says nothing of how another one moves"
 
     def leaky(fit: np.ndarray, test: np.ndarray, seed: int) -> Parts:
@@ -95,7 +126,9 @@ def test_an_episode_that_is_measured_is_never_fitted_on(monkeypatch: pytest.Monk
         return Parts(np.flatnonzero(~last), np.flatnonzero(last), len(fit) + np.arange(len(test)))
 
     monkeypatch.setattr(meaning, "split", leaky)
-    leaked = meaning.read_motion(fingerprints(fit), fit, fingerprints(test), test, seed=0)["0"]["motion"]["r2"][QUANTIZED]
+    leaked = meaning.read_motion(fingerprints(fit), fit, fingerprints(test), test, seed=0)["0"]["motion"]["r2"][
+        QUANTIZED
+    ]
     assert leaked["mean"] > 0.8, "a split by pair would be believed"
 
 
@@ -110,13 +143,20 @@ def test_neighbours_are_the_planted_ones_of_other_episodes() -> None:
     assert all(len(set(row)) == 4 for row in known.episode[found]), "twins of one episode count once"
     ties = torch.cdist(by_task, by_task)
     ties[torch.from_numpy(known.episode[:, None] == known.episode)] = torch.inf
-    assert (known.episode[found[:, 0]] == known.episode[ties.argmin(1).numpy()]).all(), "equal codes are told apart by the continuous latent action"
-    results = meaning.retrieve({source: meaning.neighbours(x, by_task, known, 4) for source, x in values.items()}, known)
+    assert (known.episode[found[:, 0]] == known.episode[ties.argmin(1).numpy()]).all(), (
+        "equal codes are told apart by the continuous latent action"
+    )
+    results = meaning.retrieve(
+        {source: meaning.neighbours(x, by_task, known, 4) for source, x in values.items()}, known
+    )
     for name in (CONTINUOUS, QUANTIZED):
         assert results["sentence"][name]["value"]["mean"] == 1 and results["sentence"][name]["gain"]["low"] > 0.7
     chance = results["sentence"][PIXELS]
     assert chance["gain"]["low"] < 0 < chance["gain"]["high"] and chance["chance"] == pytest.approx(5 / 23)
-    assert results["displacement"][QUANTIZED]["value"]["mean"] > 0.99 and results["displacement"][PIXELS]["value"]["mean"] < 0.5
+    assert (
+        results["displacement"][QUANTIZED]["value"]["mean"] > 0.99
+        and results["displacement"][PIXELS]["value"]["mean"] < 0.5
+    )
 
 
 def test_neighbours_are_of_the_same_camera_and_may_be_too_few() -> None:
@@ -148,16 +188,29 @@ def test_an_action_carries_over_to_another_scene() -> None:
     model, seen, known = carried(2)
     partners = meaning.transfers(known, 0)
     assert len(partners.target) == 48 and (known.scene[partners.source] != known.scene[partners.target]).all()
-    assert (known.text[partners.source] == known.text[partners.target]).all() and (known.text[partners.other] != known.text[partners.target]).all()
-    assert all((known.phase[chosen] == known.phase[partners.target]).all() for chosen in (partners.source, partners.other))
+    assert (known.text[partners.source] == known.text[partners.target]).all() and (
+        known.text[partners.other] != known.text[partners.target]
+    ).all()
+    assert all(
+        (known.phase[chosen] == known.phase[partners.target]).all() for chosen in (partners.source, partners.other)
+    )
     results = meaning.measure_transfer(model, seen, known, partners, batch_size=16)
-    assert results["same"]["mean"] > 0.999 and results["own"]["mean"] > 0.999 and abs(results["other"]["mean"]) < 0.3 and results["gain"]["low"] > 0.4
-    assert results["sentence_gain"]["low"] > 0.6 and (known.scene[partners.shuffled] != known.scene[partners.target]).all()
+    assert (
+        results["same"]["mean"] > 0.999
+        and results["own"]["mean"] > 0.999
+        and abs(results["other"]["mean"]) < 0.3
+        and results["gain"]["low"] > 0.4
+    )
+    assert (
+        results["sentence_gain"]["low"] > 0.6 and (known.scene[partners.shuffled] != known.scene[partners.target]).all()
+    )
     tokens = meaning.carry(model, seen, known, partners.target[:1], partners.source[:1])[0]
     pair, moment = meaning.nearest_frame(seen, known, tokens, int(partners.target[0]))
     target = partners.target[0]
     assert moment == 1 and known.text[pair] == known.text[target] and known.scene[pair] == known.scene[target]
-    assert meaning.nearest_frame(seen, known, seen.now[target], int(target)) != (target, 0), "the present frame is no answer"
+    assert meaning.nearest_frame(seen, known, seen.now[target], int(target)) != (target, 0), (
+        "the present frame is no answer"
+    )
 
 
 def test_transfer_needs_two_scenes_with_a_task_in_common() -> None:
@@ -173,10 +226,14 @@ def square_set(folder: Path, split: str, count: int, seed: int) -> Path:
     rng = np.random.default_rng(seed)
     (folder / "annotation" / split).mkdir(parents=True, exist_ok=True)
     for i in range(count):
-        place = np.clip(rng.uniform(4, 44, 2) + np.cumsum(rng.normal(0, 1, 2) + rng.normal(0, 1.5, (16, 2)), 0), 0, 48).round().astype(int)
+        place = (
+            np.clip(rng.uniform(4, 44, 2) + np.cumsum(rng.normal(0, 1, 2) + rng.normal(0, 1.5, (16, 2)), 0), 0, 48)
+            .round()
+            .astype(int)
+        )
         frames = np.zeros((16, 64, 64, 3), np.uint8)
         for frame, (y, x) in zip(frames, place):
-            frame[y:y + 16, x:x + 16] = 200
+            frame[y : y + 16, x : x + 16] = 200
         write_mp4(folder / f"videos/{split}/{i}.mp4", frames, 8, crf=0)
         state = np.zeros((16, 15))
         state[:, :2] = place / 100
@@ -192,7 +249,9 @@ def test_motion_is_read_out_of_real_pictures(tmp_path: Path) -> None:
 
     def centre(now: Tensor, future: Tensor, *_: object) -> Tensor:
         """The planted truth: how far the colours' weight moved."""
-        return torch.cat([((future - now).transpose(1, 2) @ place).transpose(1, 2), torch.zeros(len(now), 2, 16)], dim=2)
+        return torch.cat(
+            [((future - now).transpose(1, 2) @ place).transpose(1, 2), torch.zeros(len(now), 2, 16)], dim=2
+        )
 
     model.encode = centre
     sides = []
@@ -204,13 +263,19 @@ def test_motion_is_read_out_of_real_pictures(tmp_path: Path) -> None:
     results = meaning.read_motion(*sides, seed=0)
     assert seen.untold is None and set(results["0"]) == {"motion"}, "this gripper is read and never moves"
     rows = results["0"]["motion"]["r2"]
-    assert rows[CONTINUOUS]["low"] > 0.95 and rows[RANDOM]["mean"] < 0.1 and rows[PIXELS]["mean"] < rows[CONTINUOUS]["low"]
+    assert (
+        rows[CONTINUOUS]["low"] > 0.95 and rows[RANDOM]["mean"] < 0.1 and rows[PIXELS]["mean"] < rows[CONTINUOUS]["low"]
+    )
 
 
 def test_the_sentence_can_be_withheld() -> None:
     model = make().eval()
-    pairs = [{"id": str(i), "frames": torch.rand(2, 3, 16, 16), "text": text} for i, text in enumerate(("open", "close", ""))]
+    pairs = [
+        {"id": str(i), "frames": torch.rand(2, 3, 16, 16), "text": text} for i, text in enumerate(("open", "close", ""))
+    ]
     seen = meaning.look(model, pairs)
-    assert torch.allclose(seen.untold[2], seen.continuous[2], atol=1e-6) and not torch.allclose(seen.untold[0], seen.continuous[0], atol=1e-3)
+    assert torch.allclose(seen.untold[2], seen.continuous[2], atol=1e-6) and not torch.allclose(
+        seen.untold[0], seen.continuous[0], atol=1e-3
+    )
     assert UNTOLD in meaning.inputs(model, seen, pairs) and meaning.sentences(model, ["open", "close"]).shape == (2, 8)
     assert meaning.labels(pairs).episode.tolist() == ["0", "1", "2"] and np.isnan(meaning.labels(pairs).motion).all()

@@ -1,4 +1,5 @@
 """The inverse models of Tables 7 and 8: no leak, one protocol, the paper's and the release's sizes, and learning."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -15,8 +16,12 @@ from step2_gidm.quantizer import Binning, Continuous, GaussianMixture, VectorQua
 from tests.step2_gidm.parts import DIM, Eyes, Meta, Words, make, moving
 
 KINDS = {"gidm": GIDM, "mlp": MLPInverse, "transformer": TransformerInverse}
-QUANTIZERS = {"vq": lambda: VectorQuantizer(8, 6), "mixture": lambda: GaussianMixture(8, 6), "binning": lambda: Binning(5, 3),
-              "continuous": lambda: Continuous(6)}
+QUANTIZERS = {
+    "vq": lambda: VectorQuantizer(8, 6),
+    "mixture": lambda: GaussianMixture(8, 6),
+    "binning": lambda: Binning(5, 3),
+    "continuous": lambda: Continuous(6),
+}
 
 
 @pytest.mark.parametrize("text_in", [["encoder"], ["encoder", "decoder"], []])
@@ -35,7 +40,10 @@ def test_protocol(kind: str, quantizer: str, text_in: list[str]) -> None:
     assert {"loss", "mse", "copy_mse", "codebook", "commitment"} <= set(out)
     assert ("codes" in out) == (quantizer != "continuous") == bool(model.num_codes)
     if "codes" in out:
-        assert torch.equal(out["codes"], torch.stack([torch.bincount(column, minlength=model.num_codes) for column in action.codes.unbind(1)]))
+        assert torch.equal(
+            out["codes"],
+            torch.stack([torch.bincount(column, minlength=model.num_codes) for column in action.codes.unbind(1)]),
+        )
     out["loss"].backward()
     silent = [name for name, p in model.named_parameters() if p.grad is None]
     assert not silent, f"no gradient reaches {silent}: DDP would stop"
@@ -59,7 +67,9 @@ def test_the_decoder_sees_the_future_through_the_latent_action_only(kind: str, t
     first = seen["out"]
     batch["frames"][:, 1] = torch.rand(4, 3, 16, 16)
     model(batch)
-    assert torch.equal(first, seen["out"]), "with the latent action held fixed, the prediction moved with the future frame"
+    assert torch.equal(first, seen["out"]), (
+        "with the latent action held fixed, the prediction moved with the future frame"
+    )
     batch["frames"][:, 0] = torch.rand(4, 3, 16, 16)
     model(batch)
     assert not torch.allclose(first, seen["out"])
@@ -75,7 +85,7 @@ def test_the_encoder_is_causal() -> None:
     words = model._read(batch["text"])
     one, two = (model.encode_frames(now, f, *words) for f in (future, torch.randn_like(future)))
     assert torch.equal(one[:, 0], two[:, 0])
-    assert not torch.allclose(one[:, 1, :model.num_actions], two[:, 1, :model.num_actions])
+    assert not torch.allclose(one[:, 1, : model.num_actions], two[:, 1, : model.num_actions])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -87,9 +97,11 @@ def test_a_sample_is_the_same_alone_and_in_a_batch(kind: str) -> None:
     together = model.infer(now, future, text)
     predicted = model.decode(now, together.quantized, text)
     for i in range(3):
-        alone = model.infer(now[i:i + 1], future[i:i + 1], text[i:i + 1])
+        alone = model.infer(now[i : i + 1], future[i : i + 1], text[i : i + 1])
         assert torch.allclose(alone.continuous[0], together.continuous[i], atol=1e-5)
-        assert torch.allclose(model.decode(now[i:i + 1], together.quantized[i:i + 1], text[i:i + 1])[0], predicted[i], atol=1e-5)
+        assert torch.allclose(
+            model.decode(now[i : i + 1], together.quantized[i : i + 1], text[i : i + 1])[0], predicted[i], atol=1e-5
+        )
 
 
 def test_instruction_reaches_the_latent_action_where_it_should() -> None:
@@ -120,14 +132,29 @@ def test_bad_inputs() -> None:
         model.decode(tokens, torch.zeros(2, model.num_actions, model.latent_dim))
 
 
-@pytest.mark.parametrize("layers, codes, text_in, total", [
-    (12, 16, ["encoder", "decoder"], 201_554_560),  # UniVLA's first stage and the release (facts/univla_lapa.md 1.4)
-    (16, 16, ["encoder", "decoder"], 267_685_504),
-    (16, 128, ["encoder"], 267_699_840),  # the paper's reading of Table 10
-])
+@pytest.mark.parametrize(
+    "layers, codes, text_in, total",
+    [
+        (
+            12,
+            16,
+            ["encoder", "decoder"],
+            201_554_560,
+        ),  # UniVLA's first stage and the release (facts/univla_lapa.md 1.4)
+        (16, 16, ["encoder", "decoder"], 267_685_504),
+        (16, 128, ["encoder"], 267_699_840),  # the paper's reading of Table 10
+    ],
+)
 def test_sizes(layers: int, codes: int, text_in: list[str], total: int) -> None:
     with torch.device("meta"):
-        model = GIDM(vision=Meta(), text=Meta(), quantizer=VectorQuantizer(codes, 128), encoder_layers=layers, decoder_layers=layers, text_in=text_in)
+        model = GIDM(
+            vision=Meta(),
+            text=Meta(),
+            quantizer=VectorQuantizer(codes, 128),
+            encoder_layers=layers,
+            decoder_layers=layers,
+            text_in=text_in,
+        )
     count = lambda module: sum(p.numel() for p in module.parameters())
     assert count(model) == total
     assert count(model.encoder) == 593_664 + layers * 9_447_168
@@ -161,18 +188,35 @@ def test_usage_and_perplexity_are_those_of_the_histograms() -> None:
     told = make().count_metrics({"codes": counts})
     assert set(told) == {f"{what}{end}" for what in ("usage", "perplexity") for end in ("", "_0", "_1")}
     for end, part in (("", counts.sum(0)), ("_0", counts[0])):
-        assert told[f"usage{end}"] == (part > 0).sum() / 8 and told[f"perplexity{end}"] == pytest.approx(float(perplexity(part)))
+        assert told[f"usage{end}"] == (part > 0).sum() / 8 and told[f"perplexity{end}"] == pytest.approx(
+            float(perplexity(part))
+        )
     assert told["usage_1"] == 1 / 8 and told["perplexity_1"] == pytest.approx(1.0)
 
 
 def test_artifact_round_trip_with_the_real_loaders(hub: Path, tmp_path: Path) -> None:
-    config = {"_target_": "step2_gidm.model.GIDM", "dim": 64, "heads": 4, "encoder_layers": 1, "decoder_layers": 1,
-              "vision": {"_target_": "common.frozen.dinov2", "path": str(hub / "dinov2"), "image_size": 64},
-              "text": {"_target_": "common.frozen.t5_text", "path": str(hub / "t5")},
-              "quantizer": {"_target_": "step2_gidm.quantizer.VectorQuantizer", "codes": 8, "dim": 16}}
-    model = GIDM(vision=dinov2(hub / "dinov2", 64), text=t5_text(hub / "t5"), quantizer=VectorQuantizer(8, 16), dim=64, heads=4,
-                 encoder_layers=1, decoder_layers=1)
-    assert not [name for name in model.state_dict() if name.startswith(("vision", "text."))], "frozen encoders are named, not copied"
+    config = {
+        "_target_": "step2_gidm.model.GIDM",
+        "dim": 64,
+        "heads": 4,
+        "encoder_layers": 1,
+        "decoder_layers": 1,
+        "vision": {"_target_": "common.frozen.dinov2", "path": str(hub / "dinov2"), "image_size": 64},
+        "text": {"_target_": "common.frozen.t5_text", "path": str(hub / "t5")},
+        "quantizer": {"_target_": "step2_gidm.quantizer.VectorQuantizer", "codes": 8, "dim": 16},
+    }
+    model = GIDM(
+        vision=dinov2(hub / "dinov2", 64),
+        text=t5_text(hub / "t5"),
+        quantizer=VectorQuantizer(8, 16),
+        dim=64,
+        heads=4,
+        encoder_layers=1,
+        decoder_layers=1,
+    )
+    assert not [name for name in model.state_dict() if name.startswith(("vision", "text."))], (
+        "frozen encoders are named, not copied"
+    )
     batch = {"id": ["a", "b"], "frames": torch.rand(2, 2, 3, 64, 64), "text": ["open the drawer", "push"]}
     model.train()(batch)["loss"].backward()
     artifact.save(model, tmp_path / "gidm", kind="gidm", config=config)
@@ -203,7 +247,18 @@ def test_attention_shows_the_patch_of_the_future_frame_that_a_query_looks_at() -
 
 
 def test_residual_decoder_starts_from_no_change() -> None:
-    fresh, outright = (GIDM(vision=Eyes(), text=Words(), quantizer=VectorQuantizer(8, 6), dim=32, heads=2, encoder_layers=1, decoder_layers=1,
-                            residual=residual).eval() for residual in (True, False))
+    fresh, outright = (
+        GIDM(
+            vision=Eyes(),
+            text=Words(),
+            quantizer=VectorQuantizer(8, 6),
+            dim=32,
+            heads=2,
+            encoder_layers=1,
+            decoder_layers=1,
+            residual=residual,
+        ).eval()
+        for residual in (True, False)
+    )
     batch = moving(4)
     assert fresh(batch)["mse"] == fresh(batch)["copy_mse"] and outright(batch)["mse"] != outright(batch)["copy_mse"]

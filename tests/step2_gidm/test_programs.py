@@ -1,4 +1,6 @@
-"""The programs end to end at toy size: configurations compose, training resumes exactly, evaluation writes its table."""
+"""The programs end to end at toy size: configurations compose, training resumes exactly, evaluation writes its
+table."""
+
 from __future__ import annotations
 
 import json
@@ -56,16 +58,36 @@ class Squares:
 def test_paper_preset() -> None:
     cfg = composed()
     gidm = cfg["gidm"]
-    assert gidm["dim"] == 768 and gidm["encoder_layers"] == 16 and gidm["quantizer"]["codes"] == 128 and gidm["text_in"] == ["encoder"]
-    assert cfg["loop"]["optimizer"] == {"lr": 1e-4, "weight_decay": 1e-2} and cfg["loop"]["epochs"] == 20 and cfg["loop"]["batch_size"] == 32
-    assert cfg["data"]["gap_seconds"] == 1.0 and cfg["data"]["human_fraction"] == 1.0 and cfg["data"]["image_size"] == 224
-    assert cfg["data"]["gap"] == "seconds" and cfg["data"]["stream"]["buffer_gb"] <= 4 and cfg["data"]["stream"]["block"] % cfg["loop"]["batch_size"] == 0
+    assert (
+        gidm["dim"] == 768
+        and gidm["encoder_layers"] == 16
+        and gidm["quantizer"]["codes"] == 128
+        and gidm["text_in"] == ["encoder"]
+    )
+    assert (
+        cfg["loop"]["optimizer"] == {"lr": 1e-4, "weight_decay": 1e-2}
+        and cfg["loop"]["epochs"] == 20
+        and cfg["loop"]["batch_size"] == 32
+    )
+    assert (
+        cfg["data"]["gap_seconds"] == 1.0 and cfg["data"]["human_fraction"] == 1.0 and cfg["data"]["image_size"] == 224
+    )
+    assert (
+        cfg["data"]["gap"] == "seconds"
+        and cfg["data"]["stream"]["buffer_gb"] <= 4
+        and cfg["data"]["stream"]["block"] % cfg["loop"]["batch_size"] == 0
+    )
 
 
 def test_official_preset() -> None:
     cfg = composed("experiment=gidm/official")
     gidm = cfg["gidm"]
-    assert (gidm["encoder_layers"], gidm["decoder_layers"], gidm["queries"], gidm["text_in"]) == (12, 12, 4, ["encoder", "decoder"])
+    assert (gidm["encoder_layers"], gidm["decoder_layers"], gidm["queries"], gidm["text_in"]) == (
+        12,
+        12,
+        4,
+        ["encoder", "decoder"],
+    )
     assert (gidm["quantizer"]["codes"], gidm["quantizer"]["dim"], gidm["quantizer"]["beta"]) == (16, 128, 0.25)
     assert cfg["loop"]["max_grad_norm"] == 0.1 and cfg["loop"]["batch_size"] == 64 and cfg["data"]["gap"] == "official"
 
@@ -93,8 +115,17 @@ def test_rows_build(row: str, hub: Path) -> None:
     assert torch.isfinite(out["loss"])
 
 
-@pytest.mark.parametrize("field, values", [("encoder_layers", (1, 3)), ("decoder_layers", (1, 3)), ("quantizer.codes", (4, 9)), ("quantizer.dim", (5, 8)),
-                                           ("queries", (2, 3)), ("text_in", ([], ["encoder"], ["decoder"], ["encoder", "decoder"]))])
+@pytest.mark.parametrize(
+    "field, values",
+    [
+        ("encoder_layers", (1, 3)),
+        ("decoder_layers", (1, 3)),
+        ("quantizer.codes", (4, 9)),
+        ("quantizer.dim", (5, 8)),
+        ("queries", (2, 3)),
+        ("text_in", ([], ["encoder"], ["decoder"], ["encoder", "decoder"])),
+    ],
+)
 def test_every_field_acts(field: str, values: tuple, hub: Path) -> None:
     """From the word on the command line to what the model computes."""
     for value in values:
@@ -109,19 +140,42 @@ def test_every_field_acts(field: str, values: tuple, hub: Path) -> None:
         one, two = (["open the drawer"] * 16, ["push the red block left"] * 16)
         action = model.infer(now, future, one)
         decoded = model.decode(now, action.quantized, one)
-        depth = {side: sum(block in set(getattr(model, side).blocks) for block in ran) for side in ("encoder", "decoder")}
-        seen = {"encoder_layers": depth["encoder"], "decoder_layers": depth["decoder"], "quantizer.dim": action.quantized.shape[2],
-                "quantizer.codes": model.quantizer.size, "queries": action.codes.shape[1],
-                "text_in": [name for name, (a, b) in {"encoder": (action.continuous, model.infer(now, future, two).continuous),
-                                                      "decoder": (decoded, model.decode(now, action.quantized, two))}.items() if not torch.equal(a, b)]}
+        depth = {
+            side: sum(block in set(getattr(model, side).blocks) for block in ran) for side in ("encoder", "decoder")
+        }
+        seen = {
+            "encoder_layers": depth["encoder"],
+            "decoder_layers": depth["decoder"],
+            "quantizer.dim": action.quantized.shape[2],
+            "quantizer.codes": model.quantizer.size,
+            "queries": action.codes.shape[1],
+            "text_in": [
+                name
+                for name, (a, b) in {
+                    "encoder": (action.continuous, model.infer(now, future, two).continuous),
+                    "decoder": (decoded, model.decode(now, action.quantized, two)),
+                }.items()
+                if not torch.equal(a, b)
+            ],
+        }
         assert seen[field] == value
-        assert decoded.shape == future.shape and action.codes.max() < model.quantizer.size == len(model.quantizer.codebook)
+        assert decoded.shape == future.shape and action.codes.max() < model.quantizer.size == len(
+            model.quantizer.codebook
+        )
 
 
 def test_real_data_trains(shared_data: Path, hub: Path, tmp_path: Path) -> None:
-    sets = {"bridge_rlds": {"rlds": shared_data / "rlds_samples/bridge_dataset/1.0.0", "fps": 5, "image": "observation/image_0"},
-            **{name: {"video": shared_data / "video_samples" / name, "only": "val", "fps": fps}
-               for name, fps in (("bridge", 5.0), ("rt1", 3.0), ("sthv2", None))}}
+    sets = {
+        "bridge_rlds": {
+            "rlds": shared_data / "rlds_samples/bridge_dataset/1.0.0",
+            "fps": 5,
+            "image": "observation/image_0",
+        },
+        **{
+            name: {"video": shared_data / "video_samples" / name, "only": "val", "fps": fps}
+            for name, fps in (("bridge", 5.0), ("rt1", 3.0), ("sthv2", None))
+        },
+    }
     gidm = composed("scale=tiny")["gidm"]
     gidm["vision"]["path"], gidm["text"]["path"] = str(hub / "dinov2"), str(hub / "t5")
     data = {"image_size": 64, "length": 64}
@@ -131,7 +185,12 @@ def test_real_data_trains(shared_data: Path, hub: Path, tmp_path: Path) -> None:
     steps = [row for row in rows if "train/mse" in row]
     error, copied = (sum(row[f"train/{key}"] for row in steps[6:]) for key in ("mse", "copy_mse"))
     assert len(steps) == 12 and error < 0.99 * copied and all(row["data/skipped"] == 0 for row in steps)
-    by_query = {f"{split}/{what}_{query}" for split in ("train", "val") for what in ("usage", "perplexity") for query in range(4)}
+    by_query = {
+        f"{split}/{what}_{query}"
+        for split in ("train", "val")
+        for what in ("usage", "perplexity")
+        for query in range(4)
+    }
     assert {"val/mse", "val/copy_mse", "val/gap", "val/usage", "val/perplexity", *by_query} <= set().union(*rows)
 
 
@@ -162,39 +221,72 @@ def test_resume_equals_unbroken(hub: Path, tmp_path: Path) -> None:
 
 def code_use(row: dict[str, float]) -> dict[str, float]:
     """What a row of metrics.jsonl says of the codes."""
-    return {key: pytest.approx(value) for key, value in row.items() if key.split("/")[-1].startswith(("usage", "perplexity"))}
+    return {
+        key: pytest.approx(value)
+        for key, value in row.items()
+        if key.split("/")[-1].startswith(("usage", "perplexity"))
+    }
 
 
 def test_logged_code_use_is_that_of_the_model_on_all_held_out_pairs(tmp_path: Path) -> None:
     """Not of a batch, whose four latent actions could be four codes at most."""
     every, model = moving_all(Squares()), make(quantizer=VectorQuantizer(128, 6))
     with torch.no_grad():
-        z = model.infer(*model.embed(every["frames"].flatten(0, 1)).unflatten(0, (-1, 2)).unbind(1), every["text"]).continuous
+        z = model.infer(
+            *model.embed(every["frames"].flatten(0, 1)).unflatten(0, (-1, 2)).unbind(1), every["text"]
+        ).continuous
         model.quantizer.codebook.copy_(z.flatten(0, 1))
     still = {"batch_size": 2, "optimizer": {"lr": 0.0, "weight_decay": 0.0}}
-    model = Loop(output_dir=str(tmp_path / "run"), max_steps=1, eval_every=1, eval_batches=99, **(LOOP | still)).fit(model, Squares(), Squares())
+    model = Loop(output_dir=str(tmp_path / "run"), max_steps=1, eval_every=1, eval_batches=99, **(LOOP | still)).fit(
+        model, Squares(), Squares()
+    )
     said = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()][-1]
     with torch.no_grad():
         counts = model(every)["codes"]
-    assert {key.removeprefix("val/"): value for key, value in code_use(said).items()} == model.count_metrics({"codes": counts})
+    assert {key.removeprefix("val/"): value for key, value in code_use(said).items()} == model.count_metrics(
+        {"codes": counts}
+    )
     assert said["val/usage"] > 4 / 128
 
 
 def moving_all(samples: Squares) -> dict:
     """Every sample in one batch."""
     rows = [samples.sample(i, np.random.default_rng(0)) for i in range(len(samples))]
-    return {"id": [row["id"] for row in rows], "frames": torch.stack([row["frames"] for row in rows]), "text": [row["text"] for row in rows]}
+    return {
+        "id": [row["id"] for row in rows],
+        "frames": torch.stack([row["frames"] for row in rows]),
+        "text": [row["text"] for row in rows],
+    }
 
 
 def launched(folder: Path, sets: Path, processes: int) -> dict[str, tuple[dict[str, torch.Tensor], list[dict]]]:
     """kind of set -> (weights, rows of metrics.jsonl) of one_or_two.py."""
     folder.mkdir()
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port=29879",
-               str(Path(__file__).with_name("one_or_two.py")), str(sets), str(folder)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "WANDB_MODE": "disabled"}
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        f"--nproc_per_node={processes}",
+        "--master_port=29879",
+        str(Path(__file__).with_name("one_or_two.py")),
+        str(sets),
+        str(folder),
+    ]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "WANDB_MODE": "disabled",
+    }
     subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=300)
-    return {kind: (torch.load(folder / f"{kind}.pt", weights_only=True),
-                   [json.loads(line) for line in (folder / kind / "metrics.jsonl").read_text().splitlines()]) for kind in ("drawn", "streamed")}
+    return {
+        kind: (
+            torch.load(folder / f"{kind}.pt", weights_only=True),
+            [json.loads(line) for line in (folder / kind / "metrics.jsonl").read_text().splitlines()],
+        )
+        for kind in ("drawn", "streamed")
+    }
 
 
 def test_two_processes_train_as_one_with_the_same_global_batch(tmp_path: Path) -> None:
@@ -202,13 +294,19 @@ def test_two_processes_train_as_one_with_the_same_global_batch(tmp_path: Path) -
     alone, pair = (launched(tmp_path / str(processes), tmp_path / "toy" / "1.0.0", processes) for processes in (1, 2))
     for kind, (weights, rows) in alone.items():
         others, found = pair[kind]
-        assert [code_use(row) for row in found] == [code_use(row) for row in rows] and len(code_use(rows[-1])) == 6, kind
+        assert [code_use(row) for row in found] == [code_use(row) for row in rows] and len(code_use(rows[-1])) == 6, (
+            kind
+        )
         rows, found = rows[:-1], found[:-1]  # the last is of the validation
         assert len(rows) == 5 and len({row["train/loss"] for row in rows}) == 5
         for one, two in zip(rows, found, strict=True):
-            assert two["train/loss"] == pytest.approx(one["train/loss"], rel=1e-4) and two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3), kind
+            assert two["train/loss"] == pytest.approx(one["train/loss"], rel=1e-4) and two[
+                "grad_norm"
+            ] == pytest.approx(one["grad_norm"], rel=1e-3), kind
         start = torch.load(tmp_path / "1" / "start.pt", weights_only=True)
-        apart, way = (sum((weights[key] - other[key]).square().sum() for key in weights).sqrt() for other in (others, start))
+        apart, way = (
+            sum((weights[key] - other[key]).square().sum() for key in weights).sqrt() for other in (others, start)
+        )
         assert apart < 0.01 * way, f"{kind}: as far apart as rounding drives Adam"
 
 
@@ -235,12 +333,24 @@ def test_pairs_need_data() -> None:
 
 
 def test_films_of_every_kind_of_set(tmp_path: Path) -> None:
-    toy = {"rlds": write_set(tmp_path / "toy" / "1.0.0"), "fps": 1, "image": "observation/image", "text": "instruction", "encoding": "code_points"}
-    sets = {"toy": toy, "calvin": {"calvin": write_calvin(tmp_path / "calvin", recordings=2) / "training", "fps": 10},
-            "short": {"video": video_set(tmp_path / "short", 2, length=3)}}
+    toy = {
+        "rlds": write_set(tmp_path / "toy" / "1.0.0"),
+        "fps": 1,
+        "image": "observation/image",
+        "text": "instruction",
+        "encoding": "code_points",
+    }
+    sets = {
+        "toy": toy,
+        "calvin": {"calvin": write_calvin(tmp_path / "calvin", recordings=2) / "training", "fps": 10},
+        "short": {"video": video_set(tmp_path / "short", 2, length=3)},
+    }
     cfg = OmegaConf.create({"films": 1, "film_steps": 4, "fps": 8, "batch_size": 4})
     notes = film(make().eval(), mixture(sets, image_size=16, labelled=True), tmp_path / "films", cfg)
-    assert {path.name: probe(path)[0] for path in (tmp_path / "films").iterdir()} == {"toy_000.mp4": 3, "calvin_000.mp4": 4}
+    assert {path.name: probe(path)[0] for path in (tmp_path / "films").iterdir()} == {
+        "toy_000.mp4": 3,
+        "calvin_000.mp4": 4,
+    }
     assert notes == ["No film of short/0: 3 frames are too few for pairs 10 apart (min_gap=0.5)."]
 
 
@@ -255,21 +365,46 @@ def test_train_then_eval_from_the_command_line(hub: Path, tmp_path: Path, monkey
         stated(video_set(tmp_path / scene, 40, length=16, fps=8))
     where = [f"paths.data={tmp_path / 'data'}", f"paths.ckpts={tmp_path / 'ckpts'}"]
     build = [f"gidm.vision.path={hub / 'dinov2'}", f"gidm.text.path={hub / 't5'}", "gidm.encoder_layers=1"]
-    short = ["scale=tiny", "loop.max_steps=3", "loop.batch_size=4", "loop.eval_every=3", "loop.eval_batches=1", "name=toy"]
+    short = [
+        "scale=tiny",
+        "loop.max_steps=3",
+        "loop.batch_size=4",
+        "loop.eval_every=3",
+        "loop.eval_batches=1",
+        "name=toy",
+    ]
     run(train, *where, *build, *short)
     folder = tmp_path / "ckpts/gidm/toy"
     assert artifact.meta(folder, "gidm")["step"] == 3 and artifact.meta(folder)["scale"] == "tiny"
     run(evaluate, *where, "scale=tiny", f"path={folder}", "pairs=6", "pictures=1", "~data.sets.hand")
     results = json.loads((folder / "eval/results.json").read_text())
     assert results["pairs"] == 6 and len(results["samples"]) == 6 and results["gidm_sha256"] == artifact.sha256(folder)
-    assert (folder / "eval/table.md").read_text().startswith("Mean squared error") and (folder / "eval/attention/000.png").stat().st_size > 1000
+    assert (folder / "eval/table.md").read_text().startswith("Mean squared error") and (
+        folder / "eval/attention/000.png"
+    ).stat().st_size > 1000
     assert (folder / "eval/curves.png").stat().st_size > 1000
     said = (folder / "eval/table.md").read_text()
-    assert "all pairs are of one scene" in said and "the data hold no readings" in said and set(results).isdisjoint({"motion", "transfer"})
+    assert (
+        "all pairs are of one scene" in said
+        and "the data hold no readings" in said
+        and set(results).isdisjoint({"motion", "transfer"})
+    )
     assert probe(folder / "eval/attention/robot_000.mp4")[0] == 10
     sets = ["~data.sets.robot", "~data.sets.hand", *(f"+data.sets.{scene}.video={tmp_path / scene}" for scene in "BC")]
     out = tmp_path / "meaning"
-    run(evaluate, *where, "scale=tiny", f"path={folder}", *sets, f"out={out}", "pairs=40", "probe=120", "films=1", "film_steps=3", "pictures=3")
+    run(
+        evaluate,
+        *where,
+        "scale=tiny",
+        f"path={folder}",
+        *sets,
+        f"out={out}",
+        "pairs=40",
+        "probe=120",
+        "films=1",
+        "film_steps=3",
+        "pictures=3",
+    )
     results, said = json.loads((out / "results.json").read_text()), (out / "table.md").read_text()
     assert not results["notes"] and "Linear read-outs" in said and "Transfer" in said and "Neighbours" in said
     assert results["motion"]["0"]["motion"]["pairs"][2] == 40 and set(results["motion"]["0"]) == {"motion", "gripper"}
@@ -277,18 +412,52 @@ def test_train_then_eval_from_the_command_line(hub: Path, tmp_path: Path, monkey
     drawn = ("neighbours.png", "transfer.png", "attention/002.png", "attention/B_000.mp4", "attention/C_000.mp4")
     assert all((out / name).stat().st_size > 1000 for name in drawn)
     bare = tmp_path / "bare"
-    run(evaluate, *where, "scale=tiny", f"path={folder}", *sets, f"out={bare}", "pairs=40", "probe=120", "films=0", "pictures=0")
+    run(
+        evaluate,
+        *where,
+        "scale=tiny",
+        f"path={folder}",
+        *sets,
+        f"out={bare}",
+        "pairs=40",
+        "probe=120",
+        "films=0",
+        "pictures=0",
+    )
     assert (bare / "table.md").read_text() == said and not [*bare.rglob("*.png"), *bare.rglob("*.mp4")]
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_training_that_can_read_nothing_ends_with_one_line(workers: int, hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_training_that_can_read_nothing_ends_with_one_line(
+    workers: int, hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = write_set(tmp_path / "toy" / "1.0.0", shards=(6, 7))
-    build = [f"gidm.vision.path={hub / 'dinov2'}", f"gidm.text.path={hub / 't5'}", f"paths.ckpts={tmp_path / 'ckpts'}", f"loop.num_workers={workers}"]
+    build = [
+        f"gidm.vision.path={hub / 'dinov2'}",
+        f"gidm.text.path={hub / 't5'}",
+        f"paths.ckpts={tmp_path / 'ckpts'}",
+        f"loop.num_workers={workers}",
+    ]
     sets = f"+data.sets.toy={{rlds:{folder},fps:1,image:observation/image,text:language_instruction}}"
-    monkeypatch.setattr(sys, "argv", ["train", "scale=tiny", *build, "~data.sets.robot", "~data.sets.hand", sets, "validate=false", "loop.max_steps=2"])
-    with pytest.raises(SystemExit, match=r"^error: 20 unreadable samples in a row, the last: toy/\d+: toy/train/\d+: no feature "
-                                         r"'language_instruction'; at 'language_instruction' there are \['action', 'instruction', 'observation'\]$"):
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [
+            "train",
+            "scale=tiny",
+            *build,
+            "~data.sets.robot",
+            "~data.sets.hand",
+            sets,
+            "validate=false",
+            "loop.max_steps=2",
+        ],
+    )
+    with pytest.raises(
+        SystemExit,
+        match=r"^error: 20 unreadable samples in a row, the last: toy/\d+: toy/train/\d+: no feature "
+        r"'language_instruction'; at 'language_instruction' there are \['action', 'instruction', 'observation'\]$",
+    ):
         train.main()
 
 
@@ -296,6 +465,7 @@ def stated(folder: Path) -> Path:
     """Readings of a robot for a set of moving brightness, two sentences."""
     for i, file in enumerate(sorted((folder / "annotation").glob("*/*.json"))):
         state = np.random.default_rng(i).normal(size=(16, 15)).cumsum(0)
-        file.write_text(json.dumps({**json.loads(file.read_text()), "state": state.tolist(), "texts": [f"task {i // 20 % 2}"]}))
+        file.write_text(
+            json.dumps({**json.loads(file.read_text()), "state": state.tolist(), "texts": [f"task {i // 20 % 2}"]})
+        )
     return folder
-

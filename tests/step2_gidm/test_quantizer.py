@@ -1,4 +1,5 @@
 """The four bottlenecks: gradients, losses, and dead codes that restart equally everywhere."""
+
 from __future__ import annotations
 
 import subprocess
@@ -12,8 +13,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from common.metrics import code_counts, perplexity
 from step2_gidm.quantizer import Binning, Continuous, GaussianMixture, VectorQuantizer
 
-MAKERS = {"vq": lambda: VectorQuantizer(12, 5), "delayed": lambda: VectorQuantizer(12, 5, delay=2), "mixture": lambda: GaussianMixture(12, 5),
-          "binning": lambda: Binning(5, 3), "continuous": lambda: Continuous(5)}
+MAKERS = {
+    "vq": lambda: VectorQuantizer(12, 5),
+    "delayed": lambda: VectorQuantizer(12, 5, delay=2),
+    "mixture": lambda: GaussianMixture(12, 5),
+    "binning": lambda: Binning(5, 3),
+    "continuous": lambda: Continuous(5),
+}
 
 
 @pytest.mark.parametrize("name", MAKERS)
@@ -133,7 +139,10 @@ dist.destroy_process_group()
 @pytest.mark.parametrize("kind, table", [("VectorQuantizer", "codebook"), ("GaussianMixture", "means")])
 def test_restart_is_equal_on_all_ranks(kind: str, table: str, tmp_path: Path) -> None:
     file = sys.modules[VectorQuantizer.__module__].__file__
-    ranks = [subprocess.Popen([sys.executable, "-c", RESTART, str(rank), file, str(tmp_path), kind, table]) for rank in (0, 1)]
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", RESTART, str(rank), file, str(tmp_path), kind, table])
+        for rank in (0, 1)
+    ]
     assert [process.wait(120) for process in ranks] == [0, 0]
     one, two = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     for name, value in one["state"].items():
@@ -143,7 +152,9 @@ def test_restart_is_equal_on_all_ranks(kind: str, table: str, tmp_path: Path) ->
 
 def test_mixture_learns_where_the_data_is() -> None:
     torch.manual_seed(0)
-    quantizer = GaussianMixture(12, 2, restart_every=100)  # more components than clusters: likelihood has poor local optima at equal numbers
+    quantizer = GaussianMixture(
+        12, 2, restart_every=100
+    )  # more components than clusters: likelihood has poor local optima at equal numbers
     centres = torch.tensor([[3.0, 3.0], [-3.0, 3.0], [3.0, -3.0], [-3.0, -3.0]])
     z = (centres.repeat(64, 1) + 0.2 * torch.randn(256, 2))[:, None]
     optimizer = torch.optim.Adam(quantizer.parameters(), 0.05)
@@ -182,7 +193,10 @@ def test_restarted_components_take_the_batchs_spread() -> None:
     fresh = torch.ones(8, dtype=torch.bool)
     fresh[used] = False
     spread = z.flatten(0, 1).std(0, correction=0)
-    assert torch.allclose(quantizer.log_scales[fresh].exp(), spread.expand(int(fresh.sum()), -1)) and (quantizer.log_scales[used] == 0).all()
+    assert (
+        torch.allclose(quantizer.log_scales[fresh].exp(), spread.expand(int(fresh.sum()), -1))
+        and (quantizer.log_scales[used] == 0).all()
+    )
 
 
 def test_mixture_density_is_right() -> None:
@@ -198,7 +212,7 @@ def test_mixture_density_is_right() -> None:
 
 def test_binning_levels_and_joint_index() -> None:
     quantizer = Binning(5, 2).eval()
-    z = 2 ** 0.5 * torch.erfinv(torch.tensor([[[-0.79, 0.01], [0.99, -0.99]]]))
+    z = 2**0.5 * torch.erfinv(torch.tensor([[[-0.79, 0.01], [0.99, -0.99]]]))
     out = quantizer(z)
     assert torch.allclose(out.quantized, torch.tensor([[[-0.8, 0.0], [0.8, -0.8]]]), atol=1e-6)
     assert out.codes.tolist() == [[0 + 5 * 2, 4 + 5 * 0]]
@@ -208,7 +222,10 @@ def test_binning_levels_and_joint_index() -> None:
 
 def test_bins_are_evenly_used_wherever_the_numbers_lie() -> None:
     torch.manual_seed(0)
-    quantizer, narrow = Binning(5, 3).train(), lambda: torch.tensor([0.5, -2.0, 0.0]) + torch.tensor([0.02, 3.0, 0.1]) * torch.randn(500, 4, 3)
+    quantizer, narrow = (
+        Binning(5, 3).train(),
+        lambda: torch.tensor([0.5, -2.0, 0.0]) + torch.tensor([0.02, 3.0, 0.1]) * torch.randn(500, 4, 3),
+    )
     assert perplexity(code_counts(quantizer(narrow()).codes, 125).sum(0)) > 110, "from the first step"
     assert perplexity(code_counts(quantizer.eval()(narrow()).codes, 125).sum(0)) > 110
 
@@ -234,7 +251,8 @@ def test_frozen_codes_neither_learn_nor_restart_and_still_draw_latents(make: typ
 
 
 def test_a_smaller_z_makes_no_smaller_loss_where_z_is_normalised() -> None:
-    """What shrank latent actions in finetuning: without it the loss of a z ten times smaller around the same codes' mean falls."""
+    """What shrank latent actions in finetuning: without it the loss of a z ten times smaller around the same codes'
+    mean falls."""
     torch.manual_seed(0)
     z, codes = torch.randn(64, 2, 4), torch.randn(8, 4)
     for normalize in (2, 0):
@@ -245,7 +263,8 @@ def test_a_smaller_z_makes_no_smaller_loss_where_z_is_normalised() -> None:
 
 
 def test_z_does_not_drift_where_it_is_normalised() -> None:
-    """A loss that pulls z somewhere cannot get there by moving all of it: the gradient passes through the statistics."""
+    """A loss that pulls z somewhere cannot get there by moving all of it: the gradient passes through the
+    statistics."""
     z = torch.nn.Parameter(torch.randn(64, 2, 4))
     quantizer = VectorQuantizer(8, 4, normalize=2, delay=1000).train()
     pull = torch.randn(2, 4)
@@ -265,7 +284,8 @@ def test_frozen_codes_keep_the_statistics_that_they_were_made_with() -> None:
 
 
 def test_queries_are_normalised_each_by_itself() -> None:
-    """An offset that all samples of a query share says nothing of the action, and must not decide which code is nearest."""
+    """An offset that all samples of a query share says nothing of the action, and must not decide which code is
+    nearest."""
     torch.manual_seed(0)
     z, offset = torch.randn(64, 2, 4), torch.tensor([50.0, -50.0]).view(1, 2, 1)
     plain, shifted = (VectorQuantizer(8, 4, normalize=2) for _ in range(2))
@@ -279,7 +299,9 @@ def test_codes_are_delayed_in_training_alone_and_finetuning_does_not_start_over(
     for _ in range(2):
         out = quantizer(z)
         assert torch.equal(out.quantized, z), "the decoder reads z"
-        assert torch.autograd.grad(out.loss, z, retain_graph=True)[0].abs().max() == 0, "and nothing commits it to a code"
+        assert torch.autograd.grad(out.loss, z, retain_graph=True)[0].abs().max() == 0, (
+            "and nothing commits it to a code"
+        )
         assert torch.autograd.grad(out.loss, quantizer.codebook)[0].abs().max() > 0, "while the codes learn where z is"
     other = VectorQuantizer(12, 5, delay=2)
     other.load_state_dict(quantizer.state_dict())

@@ -1,4 +1,5 @@
 """Blocks: causality over frames, masks that follow their sample, attention weights that are SDPA's."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -28,11 +29,13 @@ def test_a_sample_is_the_same_alone_and_beside_longer_sentences() -> None:
     lengths = [1, 4, 2]
     text = torch.randn(3, 4, 8)
     mask = torch.arange(4)[None] < torch.tensor(lengths)[:, None]
-    for model, x in ((SpatioTemporalTransformer(6, 8, tokens=5, layers=2, heads=2), torch.randn(3, 2, 5, 6)),
-                     (SpatialTransformer(6, 8, out_dim=6, tokens=5, layers=2, heads=2), torch.randn(3, 5, 6))):
+    for model, x in (
+        (SpatioTemporalTransformer(6, 8, tokens=5, layers=2, heads=2), torch.randn(3, 2, 5, 6)),
+        (SpatialTransformer(6, 8, out_dim=6, tokens=5, layers=2, heads=2), torch.randn(3, 5, 6)),
+    ):
         together = model(x, text, mask)
         for i, length in enumerate(lengths):
-            alone = model(x[i:i + 1], text[i:i + 1, :length], mask[i:i + 1, :length])
+            alone = model(x[i : i + 1], text[i : i + 1, :length], mask[i : i + 1, :length])
             assert torch.allclose(together[i], alone[0], atol=1e-5)
         other = text.clone()
         other[1] += torch.randn(4, 8)  # a full sentence: only its own sample moves
@@ -57,10 +60,14 @@ def test_attention_weights_are_what_sdpa_uses() -> None:
 def test_every_attention_goes_through_sdpa(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[dict[str, Any]] = []
     real: Callable[..., Tensor] = F.scaled_dot_product_attention
-    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *args, **options: calls.append(options) or real(*args, **options))
+    monkeypatch.setattr(
+        F, "scaled_dot_product_attention", lambda *args, **options: calls.append(options) or real(*args, **options)
+    )
     text, mask = torch.randn(2, 4, 8), torch.ones(2, 4, dtype=torch.bool)
     SpatioTemporalTransformer(6, 8, tokens=5, layers=3, heads=2)(torch.randn(2, 2, 5, 6), text, mask)
-    assert [call["is_causal"] for call in calls] == [False, True] * 3 and all((call["attn_mask"] is None) == call["is_causal"] for call in calls)
+    assert [call["is_causal"] for call in calls] == [False, True] * 3 and all(
+        (call["attn_mask"] is None) == call["is_causal"] for call in calls
+    )
     calls.clear()
     SpatialTransformer(6, 8, out_dim=6, tokens=5, layers=4, heads=2)(torch.randn(2, 5, 6), text, mask)
     assert len(calls) == 4 and not any(call["is_causal"] for call in calls)

@@ -1,7 +1,10 @@
-"""UniVLA's first-stage model written out as formulas over a dictionary of its own names: what imported weights must reproduce.
+"""UniVLA's first-stage model written out as formulas over a dictionary of its own names: what imported weights must
+reproduce.
 
-Softmax and positions are spelled out; one sample at a time, so that no padding exists. Names and shapes are those of a published checkpoint.
+Softmax and positions are spelled out; one sample at a time, so that no padding exists. Names and shapes are those of a
+published checkpoint.
 """
+
 from __future__ import annotations
 
 import torch
@@ -11,9 +14,14 @@ from torch import Tensor
 HEADS = 2
 
 
-def random_weights(*, width: int, code_width: int, codes: int, queries: int, blocks: int, seed: int = 0) -> dict[str, Tensor]:
+def random_weights(
+    *, width: int, code_width: int, codes: int, queries: int, blocks: int, seed: int = 0
+) -> dict[str, Tensor]:
     """Every tensor of a lam-stage-1 checkpoint at another size, with values that no two places share."""
-    shapes: dict[str, tuple[int, ...]] = {"action_latent": (1, 1, queries, width), "vq.codebook.weight": (codes, code_width)}
+    shapes: dict[str, tuple[int, ...]] = {
+        "action_latent": (1, 1, queries, width),
+        "vq.codebook.weight": (codes, code_width),
+    }
 
     def linear(name: str, out: int, into: int, bias: bool = True) -> None:
         shapes[f"{name}.weight"] = (out, into)
@@ -43,8 +51,11 @@ def random_weights(*, width: int, code_width: int, codes: int, queries: int, blo
             for number in range(len(attentions) + 1):
                 norm(f"{block}.norm{number + 1}")
     generator = torch.Generator().manual_seed(seed)
-    return {f"lam.{name}": torch.randn(shape, generator=generator) * (0.3 if len(shape) > 1 else 0.1) + (1.0 if ".norm" in name else 0.0)
-            for name, shape in shapes.items()}
+    return {
+        f"lam.{name}": torch.randn(shape, generator=generator) * (0.3 if len(shape) > 1 else 0.1)
+        + (1.0 if ".norm" in name else 0.0)
+        for name, shape in shapes.items()
+    }
 
 
 class Written:
@@ -54,30 +65,40 @@ class Written:
         self.w = {name.removeprefix("lam."): tensor for name, tensor in weights.items()}
 
     def encode(self, frames: Tensor, words: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Visual tokens (2, N, D) of two frames and words (L, D) -> encoder tokens (2, K + N + L, D), z (K, d), codes (K,)."""
+        """Visual tokens (2, N, D) of two frames and words (L, D) -> encoder tokens (2, K + N + L, D), z (K, d), codes
+        (K,)."""
         queries = self.w["action_latent"][0, 0]
         x = torch.stack([self._stem("encoder", torch.cat([queries, frame])) for frame in frames])
         x = torch.cat([x, self._linear("lang_proj", words).expand(2, -1, -1)], dim=1)
         for block in self._blocks("encoder"):
-            x = x + torch.stack([self._attend(f"{block}.spatial_attn", self._norm(f"{block}.norm1", frame)) for frame in x])
+            x = x + torch.stack(
+                [self._attend(f"{block}.spatial_attn", self._norm(f"{block}.norm1", frame)) for frame in x]
+            )
             before = self._norm(f"{block}.norm2", x)
-            x = x + torch.stack([self._attend(f"{block}.temporal_attn", before[:, s], causal=True) for s in range(x.shape[1])], dim=1)
+            x = x + torch.stack(
+                [self._attend(f"{block}.temporal_attn", before[:, s], causal=True) for s in range(x.shape[1])], dim=1
+            )
             x = x + self._ffn(block, self._norm(f"{block}.norm3", x))
-        z = self._linear("to_codebook", x[1, :len(queries)])
+        z = self._linear("to_codebook", x[1, : len(queries)])
         return x, z, (z[:, None] - self.w["vq.codebook.weight"]).square().sum(-1).argmin(1)
 
     def decode(self, now: Tensor, codes: Tensor, words: Tensor) -> Tensor:
-        """Visual tokens (N, D) of the first frame, codes (K,) and words (L, D) -> predicted tokens (N, D) of the second."""
+        """Visual tokens (N, D) of the first frame, codes (K,) and words (L, D) -> predicted tokens (N, D) of the
+        second."""
         actions = self._linear("action_up", self.w["vq.codebook.weight"][codes])
         x = self._stem("decoder", torch.cat([actions, self._linear("patch_up", now)]))
         x = torch.cat([x, self._linear("lang_proj", words)])
         for block in self._blocks("decoder"):
             x = x + self._attend(f"{block}.spatial_attn", self._norm(f"{block}.norm1", x))
             x = x + self._ffn(block, self._norm(f"{block}.norm2", x))
-        return self._linear("decoder.out", x)[len(codes):len(codes) + len(now)]
+        return self._linear("decoder.out", x)[len(codes) : len(codes) + len(now)]
 
     def _blocks(self, side: str) -> list[str]:
-        return list(dict.fromkeys(".".join(name.split(".")[:3]) for name in self.w if name.startswith(f"{side}.transformer_blocks")))
+        return list(
+            dict.fromkeys(
+                ".".join(name.split(".")[:3]) for name in self.w if name.startswith(f"{side}.transformer_blocks")
+            )
+        )
 
     def _linear(self, name: str, x: Tensor) -> Tensor:
         return F.linear(x, self.w[f"{name}.weight"], self.w.get(f"{name}.bias"))
@@ -95,7 +116,10 @@ class Written:
         return x + torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1)
 
     def _attend(self, name: str, x: Tensor, causal: bool = False) -> Tensor:
-        q, k, v = (self._linear(f"{name}.{part}", x).unflatten(-1, (HEADS, -1)).transpose(0, 1) for part in ("to_q", "to_k", "to_v"))
+        q, k, v = (
+            self._linear(f"{name}.{part}", x).unflatten(-1, (HEADS, -1)).transpose(0, 1)
+            for part in ("to_q", "to_k", "to_v")
+        )
         logits = q @ k.transpose(1, 2) / q.shape[-1] ** 0.5
         if causal:
             logits = logits + torch.full((len(x), len(x)), float("-inf")).triu(1)

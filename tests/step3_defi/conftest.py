@@ -1,4 +1,5 @@
 """Fixtures of step 3."""
+
 from __future__ import annotations
 
 from pathlib import Path

@@ -1,7 +1,8 @@
 """Trains a tiny policy for a few steps through the program itself, in as many processes as the launcher starts.
 
-    one_or_two.py <tree> <name> <global batch> [key=value ...]
+one_or_two.py <tree> <name> <global batch> [key=value ...]
 """
+
 import sys
 import zlib
 
@@ -32,8 +33,25 @@ class OwnNoise(EDM):
 if __name__ == "__main__":
     tree, name, size = *sys.argv[1:3], int(sys.argv[3])
     processes = PartialState(cpu=True).num_processes
-    train.main.__wrapped__(configure(
-        "step3_defi", f"paths.ckpts={tree}/ckpts", f"paths.data={tree}/data", f"name={name}", f"data.root={tree}/data/demonstrations", "data.holdout=0.25",
-        "data.frame_stride=4", "loop.max_steps=5", f"loop.batch_size={size // processes}", "loop.eval_every=5", "loop.log_every=1", "loop.warmup_steps=1",
-        "loop.precision=no", "loop.ema_decay=null", "policy.edm._target_=tests.step3_defi.one_or_two.OwnNoise", "wandb.mode=disabled",
-        "policy.alignment_steps=0", *sys.argv[4:]))
+    train.main.__wrapped__(
+        configure(
+            "step3_defi",
+            f"paths.ckpts={tree}/ckpts",
+            f"paths.data={tree}/data",
+            f"name={name}",
+            f"data.root={tree}/data/demonstrations",
+            "data.holdout=0.25",
+            "data.frame_stride=4",
+            "loop.max_steps=5",
+            f"loop.batch_size={size // processes}",
+            "loop.eval_every=5",
+            "loop.log_every=1",
+            "loop.warmup_steps=1",
+            "loop.precision=no",
+            "loop.ema_decay=null",
+            "policy.edm._target_=tests.step3_defi.one_or_two.OwnNoise",
+            "wandb.mode=disabled",
+            "policy.alignment_steps=0",
+            *sys.argv[4:],
+        )
+    )

@@ -1,4 +1,5 @@
 """A dataset in CALVIN's format, fake parents for the coupled policy, and batches for it."""
+
 from __future__ import annotations
 
 from functools import partial
@@ -30,7 +31,8 @@ def configure(name: str, *overrides: str) -> DictConfig:
 
 
 def write_calvin(root: Path, *, recordings: int = 4, length: int = 40, first: int = 100) -> Path:
-    """Recordings of `length` frames, each with one annotation from its 3rd to its 35th frame. Action k of frame f is f + k / 10."""
+    """Recordings of `length` frames, each with one annotation from its 3rd to its 35th frame. Action k of frame f is f
+    + k / 10."""
     folder = root / "training"
     (folder / "lang_annotations").mkdir(parents=True)
     rng, spans, notes = np.random.default_rng(0), [], []
@@ -41,8 +43,13 @@ def write_calvin(root: Path, *, recordings: int = 4, length: int = 40, first: in
         for frame in range(start, start + length):
             action = np.full(7, 1e-3 * frame, np.float64)
             action[6] = -1.0 if frame % 2 else 1.0
-            np.savez(folder / f"episode_{frame:07d}.npz", rel_actions=action, robot_obs=np.zeros(15),
-                     rgb_static=rng.integers(0, 255, (20, 20, 3), np.uint8), rgb_gripper=rng.integers(0, 255, (8, 8, 3), np.uint8))
+            np.savez(
+                folder / f"episode_{frame:07d}.npz",
+                rel_actions=action,
+                robot_obs=np.zeros(15),
+                rgb_static=rng.integers(0, 255, (20, 20, 3), np.uint8),
+                rgb_gripper=rng.integers(0, 255, (8, 8, 3), np.uint8),
+            )
     np.save(folder / "ep_start_end_ids.npy", np.array(spans))
     write_annotations(folder, notes)
     return root
@@ -50,8 +57,10 @@ def write_calvin(root: Path, *, recordings: int = 4, length: int = 40, first: in
 
 def write_annotations(folder: Path, notes: list[tuple[int, int]]) -> None:
     texts = [SENTENCES[i % 2] for i in range(len(notes))]
-    content = {"language": {"ann": texts, "task": ["task"] * len(texts), "emb": np.zeros((len(texts), 1, 4), np.float32)},
-               "info": {"episodes": [], "indx": notes}}
+    content = {
+        "language": {"ann": texts, "task": ["task"] * len(texts), "emb": np.zeros((len(texts), 1, 4), np.float32)},
+        "info": {"episodes": [], "indx": notes},
+    }
     np.save(folder / "lang_annotations" / "auto_lang_ann.npy", np.array(content, dtype=object), allow_pickle=True)
 
 
@@ -130,11 +139,21 @@ class FakeGoal(nn.Module):
 def build(**changes: Any) -> DeFI:
     """A small DeFI over fakes; `changes` go to its constructor."""
     arguments = {
-        "gfdm": FakeGFDM(), "gidm": FakeGIDM(), "goal": FakeGoal(), "edm": EDM(steps=4), "projector": partial(Projector),
-        "video_former": partial(VideoFormer, dim=16, hidden=None, queries=2, depth=1, spatial_heads=2, spatial_head_dim=8, temporal_heads=2),
+        "gfdm": FakeGFDM(),
+        "gidm": FakeGIDM(),
+        "goal": FakeGoal(),
+        "edm": EDM(steps=4),
+        "projector": partial(Projector),
+        "video_former": partial(
+            VideoFormer, dim=16, hidden=None, queries=2, depth=1, spatial_heads=2, spatial_head_dim=8, temporal_heads=2
+        ),
         "adapter": partial(ActionAdapter, dim=16, layers=2, heads=2, horizon=10, action_dim=7, dropout=0.0),
-        "views": ("static", "gripper"), "pair_frames": (1, 3), "trainable": ("gidm", "projector", "video_former", "adapter"),
-        "image_size": 16, "fuse_grid": 2, **changes,
+        "views": ("static", "gripper"),
+        "pair_frames": (1, 3),
+        "trainable": ("gidm", "projector", "video_former", "adapter"),
+        "image_size": 16,
+        "fuse_grid": 2,
+        **changes,
     }
     return DeFI(**arguments)
 
@@ -149,8 +168,12 @@ def wake(model: nn.Module) -> None:
 def make_batch(count: int = 3, *, futures: int = 0) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(1)
     views = {name: torch.rand(count, 3, 16, 16, generator=generator) * 2 - 1 for name in ("static", "gripper")}
-    batch = {"id": [f"s{i}" for i in range(count)], "views": views, "text": [SENTENCES[i % 2] for i in range(count)],
-             "actions": torch.rand(count, 10, 7, generator=generator) * 2 - 1}
+    batch = {
+        "id": [f"s{i}" for i in range(count)],
+        "views": views,
+        "text": [SENTENCES[i % 2] for i in range(count)],
+        "actions": torch.rand(count, 10, 7, generator=generator) * 2 - 1,
+    }
     if futures:
         batch["futures"] = {name: torch.rand(count, futures, 3, 16, 16, generator=generator) * 2 - 1 for name in views}
     return batch

@@ -1,7 +1,10 @@
-"""The release's policy written out as formulas over a dictionary of its own names: what an imported policy must reproduce.
+"""The release's policy written out as formulas over a dictionary of its own names: what an imported policy must
+reproduce.
 
-One sample at a time, softmax spelled out. Names and shapes are those of a published checkpoint; without an inverse model it is VPP's.
+One sample at a time, softmax spelled out. Names and shapes are those of a published checkpoint; without an inverse
+model it is VPP's.
 """
+
 from __future__ import annotations
 
 import math
@@ -15,11 +18,29 @@ from tests.step2_gidm import univla_model
 FORMER, INNER = "Video_Former", "model.inner_model"
 
 
-def random_policy(*, features: int, frames: int, queries: int, dim: int, former_inner: int, width: int, visual: int, goal: int, layers: int,
-                  inverse: bool = True, seed: int = 0) -> dict[str, Tensor]:
-    """Every tensor of a policy's checkpoint at another size: `dim` is VPP's 384, `width` its inside, `visual` the inverse model's 768."""
-    shapes: dict[str, tuple[int, ...]] = {f"{FORMER}.latents": (frames, queries, dim), f"{FORMER}.time_pos_emb": (frames, 1, dim),
-                                          f"{INNER}.pos_emb": (1, 3, width), "language_goal.clip_rn50.logit_scale": (), "TVP_encoder.text_encoder.x": (5,)}
+def random_policy(
+    *,
+    features: int,
+    frames: int,
+    queries: int,
+    dim: int,
+    former_inner: int,
+    width: int,
+    visual: int,
+    goal: int,
+    layers: int,
+    inverse: bool = True,
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """Every tensor of a policy's checkpoint at another size: `dim` is VPP's 384, `width` its inside, `visual` the
+    inverse model's 768."""
+    shapes: dict[str, tuple[int, ...]] = {
+        f"{FORMER}.latents": (frames, queries, dim),
+        f"{FORMER}.time_pos_emb": (frames, 1, dim),
+        f"{INNER}.pos_emb": (1, 3, width),
+        "language_goal.clip_rn50.logit_scale": (),
+        "TVP_encoder.text_encoder.x": (5,),
+    }
 
     def linear(name: str, out: int, into: int, bias: bool = True) -> None:
         shapes[f"{name}.weight"] = (out, into)
@@ -76,11 +97,16 @@ def random_policy(*, features: int, frames: int, queries: int, dim: int, former_
         linear("goal_emb.2", visual, visual)
         linear(f"{INNER}.tok_emb_token", width, visual)
         lam = univla_model.random_weights(width=visual, code_width=16, codes=8, queries=4, blocks=layers)
-        weights = {name: tensor for name, tensor in lam.items() if not name.startswith(("lam.decoder.", "lam.patch_up."))}
+        weights = {
+            name: tensor for name, tensor in lam.items() if not name.startswith(("lam.decoder.", "lam.patch_up."))
+        }
         weights["lam.text_encoder.shared.weight"] = torch.ones(3, 4)
     generator = torch.Generator().manual_seed(seed)
-    return weights | {name: torch.randn(shape, generator=generator) * (0.3 if len(shape) > 1 else 0.1) + (1.0 if _is_norm(name) else 0.0)
-                      for name, shape in shapes.items()}
+    return weights | {
+        name: torch.randn(shape, generator=generator) * (0.3 if len(shape) > 1 else 0.1)
+        + (1.0 if _is_norm(name) else 0.0)
+        for name, shape in shapes.items()
+    }
 
 
 def _is_norm(name: str) -> bool:
@@ -88,16 +114,24 @@ def _is_norm(name: str) -> bool:
 
 
 class Written:
-    """The policy's formulas over such a dictionary. `heads` of the video former's two attentions and of the transformer."""
+    """The policy's formulas over such a dictionary. `heads` of the video former's two attentions and of the
+    transformer."""
 
     def __init__(self, weights: dict[str, Tensor], heads: tuple[int, int, int]) -> None:
         self.w, self.heads = weights, heads
         self.lam = univla_model.Written({name: tensor for name, tensor in weights.items() if name.startswith("lam.")})
 
-    def sample(self, features: Tensor, goal: Tensor, words: Tensor, noise: Tensor, *, future: int, steps: int = 10) -> Tensor:
-        """Features (V, F, L, C), the static view first, goal (G,), words (L, E), unit noise (A, 7) -> actions (A, 7)."""
-        context = self.context(goal, self.video(torch.cat(list(features), dim=1)), self.latent(features[0, 0], features[0, future], words))
-        levels = [math.exp(math.log(80) + (math.log(1.0) - math.log(80)) * i / (steps - 1)) for i in range(steps)] + [0.0]
+    def sample(
+        self, features: Tensor, goal: Tensor, words: Tensor, noise: Tensor, *, future: int, steps: int = 10
+    ) -> Tensor:
+        """Features (V, F, L, C), the static view first, goal (G,), words (L, E), unit noise (A, 7) -> actions (A,
+        7)."""
+        context = self.context(
+            goal, self.video(torch.cat(list(features), dim=1)), self.latent(features[0, 0], features[0, future], words)
+        )
+        levels = [math.exp(math.log(80) + (math.log(1.0) - math.log(80)) * i / (steps - 1)) for i in range(steps)] + [
+            0.0
+        ]
         x = 80 * noise
         for now, following in zip(levels[:-1], levels[1:]):
             total = now**2 + 0.25
@@ -113,8 +147,15 @@ class Written:
             layer = f"{FORMER}.layers.{i}"
             seen, asked = self._norm(f"{layer}.0.norm_media", x), self._norm(f"{layer}.0.norm_latents", queries)
             both = torch.cat([seen, asked], dim=1)
-            read = torch.stack([self._attend(*(self._linear(f"{layer}.0.to_{part}", y) for part, y in (("q", a), ("k", b), ("v", b))), self.heads[0])
-                                for a, b in zip(asked, both)])
+            read = torch.stack(
+                [
+                    self._attend(
+                        *(self._linear(f"{layer}.0.to_{part}", y) for part, y in (("q", a), ("k", b), ("v", b))),
+                        self.heads[0],
+                    )
+                    for a, b in zip(asked, both)
+                ]
+            )
             queries = queries + self._linear(f"{layer}.0.to_out", read)
             q, k, v = self._linear(f"{layer}.1.qkv", queries).transpose(0, 1).chunk(3, dim=-1)  # (Q, F, D)
             across = torch.stack([self._attend(a, b, c, self.heads[1]) for a, b, c in zip(q, k, v)], dim=1)
@@ -124,7 +165,8 @@ class Written:
         return self._norm(f"{FORMER}.norm", queries).flatten(0, 1)
 
     def infer(self, now: Tensor, future: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
-        """Features (L, C) of two imagined frames and words (L, E) -> what the bottleneck gets (K, d), and the nearest codes (K,)."""
+        """Features (L, C) of two imagined frames and words (L, E) -> what the bottleneck gets (K, d), and the nearest
+        codes (K,)."""
         moments = torch.stack([self._mlp("goal_emb", now), self._mlp("goal_emb", future)]) + self.w["time_pos_emb"]
         return self.lam.encode(moments, words)[1:]
 
@@ -133,7 +175,9 @@ class Written:
         if "time_pos_emb" not in self.w:
             return None
         _, codes = self.infer(now, future, words)
-        return F.linear(self.w["lam.vq.codebook.weight"][codes], self.w["lam.action_up.weight"], self.w["lam.action_up.bias"])
+        return F.linear(
+            self.w["lam.vq.codebook.weight"][codes], self.w["lam.action_up.weight"], self.w["lam.action_up.bias"]
+        )
 
     def context(self, goal: Tensor, video: Tensor, latent: Tensor | None) -> Tensor:
         """Goal (G,), video tokens and latent actions -> encoded context (S, W)."""
@@ -149,12 +193,18 @@ class Written:
         """Scaled noisy actions (A, 7) -> network output (A, 7)."""
         half = self.w[f"{INNER}.sigma_emb.1.weight"].shape[1] // 2
         angle = math.log(sigma) / 4 * torch.exp(torch.arange(half) * -(math.log(10000) / (half - 1)))
-        level = self._linear(f"{INNER}.sigma_emb.3", F.mish(self._linear(f"{INNER}.sigma_emb.1", torch.cat([angle.sin(), angle.cos()]))))
+        level = self._linear(
+            f"{INNER}.sigma_emb.3", F.mish(self._linear(f"{INNER}.sigma_emb.1", torch.cat([angle.sin(), angle.cos()])))
+        )
         x = self._linear(f"{INNER}.action_emb", actions)
         for i in range(self._count(f"{INNER}.decoder.blocks")):
             block = f"{INNER}.decoder.blocks.{i}"
-            shift1, scale1, gate1, shift2, scale2, gate2 = self._linear(f"{block}.adaLN_zero.modulation.1", F.silu(level)).chunk(6)
-            x = x + gate1 * self._attention(f"{block}.attn", *[shift1 + scale1 * self._norm(f"{block}.ln_1", x)] * 2, causal=True)
+            shift1, scale1, gate1, shift2, scale2, gate2 = self._linear(
+                f"{block}.adaLN_zero.modulation.1", F.silu(level)
+            ).chunk(6)
+            x = x + gate1 * self._attention(
+                f"{block}.attn", *[shift1 + scale1 * self._norm(f"{block}.ln_1", x)] * 2, causal=True
+            )
             x = x + self._attention(f"{block}.cross_att", self._norm(f"{block}.ln3", x), context, causal=True)
             x = x + gate2 * self._feed(block, shift2 + scale2 * self._norm(f"{block}.ln_2", x))
         return self._linear(f"{INNER}.action_pred", self._norm(f"{INNER}.decoder.ln", x))

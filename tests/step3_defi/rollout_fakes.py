@@ -1,4 +1,5 @@
 """A world without physics: a task is done after as many steps as its chain says. Also fake policies for it."""
+
 from __future__ import annotations
 
 import os
@@ -27,16 +28,29 @@ class FakeExpert:
 class FakeEnv:
     """Tasks named <name>_<steps>: done once the first action entry summed over the sub-task reaches <steps>.
 
-    trouble: rows of a sequence, "kill", "hang" or "raise", and in how many of its trials that happens on the 20th step; the trials
-    are counted in the folder `trials`. renderer: "auto" finds egl for the first that starts, as the folder `starts` counts them, and cpu for
+    trouble: rows of a sequence, "kill", "hang" or "raise", and in how many of its trials that happens on the 20th step;
+    the trials
+    are counted in the folder `trials`. renderer: "auto" finds egl for the first that starts, as the folder `starts`
+    counts them, and cpu for
     later ones; drifts: each that starts draws another reference frame.
     """
 
     name = "fake-D"
 
-    def __init__(self, chains: list[list[int]], scene: str = "D", log: str | None = None, trouble: Sequence[tuple[int, str, int]] = (),
-                 trials: str | None = None, version: str = "1", refuse: str | None = None, pace: float = 0.0, renderer: str = "none",
-                 starts: str | None = None, drifts: bool = False):
+    def __init__(
+        self,
+        chains: list[list[int]],
+        scene: str = "D",
+        log: str | None = None,
+        trouble: Sequence[tuple[int, str, int]] = (),
+        trials: str | None = None,
+        version: str = "1",
+        refuse: str | None = None,
+        pace: float = 0.0,
+        renderer: str = "none",
+        starts: str | None = None,
+        drifts: bool = False,
+    ):
         if refuse:
             raise RuntimeError(refuse)
         number = self._count(starts)
@@ -47,8 +61,12 @@ class FakeEnv:
         self.name = f"fake-{scene}"
         self.progress, self.renders, self.index = 0.0, 0, -1
 
-    def sequences(self, count: int, *, tasks: list[str] | None = None, length: int = 5, seed: int = 0) -> list[tuple[dict, list[str]]]:
-        return [({"index": i, "seed": seed}, make_tasks(self.chains[i % len(self.chains)][:length])) for i in range(count)]
+    def sequences(
+        self, count: int, *, tasks: list[str] | None = None, length: int = 5, seed: int = 0
+    ) -> list[tuple[dict, list[str]]]:
+        return [
+            ({"index": i, "seed": seed}, make_tasks(self.chains[i % len(self.chains)][:length])) for i in range(count)
+        ]
 
     def reset(self, state: dict | None = None, **raw: Any) -> dict:
         self.index, self.progress, self.steps = state["index"], 0.0, 0
@@ -68,7 +86,10 @@ class FakeEnv:
 
     def observe(self) -> dict:
         self._note("render")
-        pictures = {"rgb_static": np.full((200, 200, 3), int(self.progress) % 256, np.uint8), "rgb_gripper": np.zeros((84, 84, 3), np.uint8)}
+        pictures = {
+            "rgb_static": np.full((200, 200, 3), int(self.progress) % 256, np.uint8),
+            "rgb_gripper": np.zeros((84, 84, 3), np.uint8),
+        }
         return {"rgb_obs": pictures, "robot_obs": np.full(15, self.progress), "scene_obs": np.zeros(24)}
 
     def get_info(self) -> dict[str, Any]:
@@ -121,7 +142,16 @@ class FakeEnv:
 class SteadyPolicy:
     """Advances by one a step, always."""
 
-    def __init__(self, folder: str = "", *, execute: int = 10, device: str = "cpu", compile: bool = False, length: int = 10, delay: float = 0.0):
+    def __init__(
+        self,
+        folder: str = "",
+        *,
+        execute: int = 10,
+        device: str = "cpu",
+        compile: bool = False,
+        length: int = 10,
+        delay: float = 0.0,
+    ):
         self.execute, self.length, self.delay = execute, length, delay
         self.batches: list[list[tuple[int, ...]]] = []
 
@@ -149,18 +179,25 @@ class RowPolicy(SteadyPolicy):
 
 
 class JudgedPolicy(SteadyPolicy):
-    """The expert's actions, but backwards where the sentence ends in _250. It forecasts a grey level more a step, but nothing new where it ends in _999."""
+    """The expert's actions, but backwards where the sentence ends in _250. It forecasts a grey level more a step, but
+    nothing new where it ends in _999."""
 
     def __init__(self, folder: str = "", *, execute: int = 10, device: str = "cpu", compile: bool = False):
         super().__init__(folder, execute=execute, device=device)
         latents = SimpleNamespace(decode=lambda latents: latents / 2 + 0.5)
-        gfdm = SimpleNamespace(generate=self.generate, encode_image=lambda image: image, latent_space=latents, num_frames=4)
+        gfdm = SimpleNamespace(
+            generate=self.generate, encode_image=lambda image: image, latent_space=latents, num_frames=4
+        )
         gidm = SimpleNamespace(embed=lambda pictures: pictures.flatten(2).transpose(1, 2), num_tokens=64)
-        self.model = SimpleNamespace(forward_model=gfdm, gidm=gidm, views=("static", "gripper"), image_size=8, imagine_seed=0, device=device)
+        self.model = SimpleNamespace(
+            forward_model=gfdm, gidm=gidm, views=("static", "gripper"), image_size=8, imagine_seed=0, device=device
+        )
 
     def plan(self, observations: list[dict], instructions: list[str]) -> np.ndarray:
         chunks = super().plan(observations, instructions)
-        return chunks * np.array([-0.1 if sentence.endswith("_250") else 1.0 for sentence in instructions])[:, None, None]
+        return (
+            chunks * np.array([-0.1 if sentence.endswith("_250") else 1.0 for sentence in instructions])[:, None, None]
+        )
 
     def generate(self, image: Any, text: list[str], *, steps: int, seed: int) -> Any:
         speed = 0.0 if text[0].endswith("_999") else 10 / 255

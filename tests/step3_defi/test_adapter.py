@@ -33,7 +33,7 @@ def test_nothing_is_blind() -> None:
     tokens = context.tokens.detach().requires_grad_()
     out = adapter(torch.randn(1, 10, 7), torch.ones(1), context._replace(tokens=tokens))
     for query in range(10):
-        gradient, = torch.autograd.grad(out[0, query].sum(), tokens, retain_graph=True)
+        (gradient,) = torch.autograd.grad(out[0, query].sum(), tokens, retain_graph=True)
         assert (gradient[0].abs().sum(-1) > 1e-6).all(), f"action {query} does not see the whole context"
 
 
@@ -43,7 +43,7 @@ def test_actions_have_an_order_and_attend_to_each_other() -> None:
     noisy = torch.randn(1, 10, 7, requires_grad=True)
     out = adapter(noisy, torch.ones(1), context)
     for query in (0, 9):  # no causal mask
-        gradient, = torch.autograd.grad(out[0, query].sum(), noisy, retain_graph=True)
+        (gradient,) = torch.autograd.grad(out[0, query].sum(), noisy, retain_graph=True)
         assert (gradient[0].abs().sum(-1) > 1e-6).all()
     assert not torch.allclose(adapter(noisy.flip(1), torch.ones(1), context).flip(1), out, atol=1e-4)
 
@@ -116,11 +116,17 @@ def test_noise_levels() -> None:
 
 def test_noise_of_a_row_depends_on_its_seed_only() -> None:
     many = seeded_noise([3, 5, 3], (10, 7))
-    assert torch.equal(many[0], many[2]) and torch.equal(many[1], seeded_noise([5], (10, 7))[0]) and not torch.equal(many[0], many[1])
+    assert (
+        torch.equal(many[0], many[2])
+        and torch.equal(many[1], seeded_noise([5], (10, 7))[0])
+        and not torch.equal(many[0], many[1])
+    )
 
 
 def test_full_size() -> None:
     with torch.device("meta"):
         adapter = ActionAdapter({"video": (224, 384), "latent": (24, 768), "future": (96, 768)}, 512)
-    assert sum(p.numel() for p in adapter.blocks.parameters()) == 12 * (384 * 384 * 22 + 384 * 21)  # 4 + 4 + 8 + 6 squares
+    assert sum(p.numel() for p in adapter.blocks.parameters()) == 12 * (
+        384 * 384 * 22 + 384 * 21
+    )  # 4 + 4 + 8 + 6 squares
     assert sum(p.numel() for p in adapter.parameters()) == pytest.approx(40.9e6, rel=0.02)

@@ -1,4 +1,6 @@
-"""env=calvin through the rollout program, on the stand-in for calvin_env: what a result says of its world, and going on."""
+"""env=calvin through the rollout program, on the stand-in for calvin_env: what a result says of its world, and going
+on."""
+
 from __future__ import annotations
 
 import json
@@ -22,8 +24,19 @@ def configured() -> dict[str, Any]:
 
 
 def run(out: Path, sequences: int = 2, tasks: list[str] | None = None) -> dict[str, Any]:
-    return program.evaluate(env_config=configured(), agent="random", planner=OmegaConf.create(), tasks=tasks, sequences=sequences, length=5, horizon=9,
-                            workers=1, seed=0, out=out, films={"candidates": 0, "keep": 0, "every": 2})
+    return program.evaluate(
+        env_config=configured(),
+        agent="random",
+        planner=OmegaConf.create(),
+        tasks=tasks,
+        sequences=sequences,
+        length=5,
+        horizon=9,
+        workers=1,
+        seed=0,
+        out=out,
+        films={"candidates": 0, "keep": 0, "every": 2},
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +55,10 @@ def test_results_name_world_renderer_and_reference_frame(tmp_path: Path) -> None
 
 
 def test_a_part_of_the_tasks_is_not_calvins_benchmark(tmp_path: Path) -> None:
-    run(tmp_path, tasks=["open_drawer", "close_drawer", "turn_on_led", "turn_off_led", "move_slider_left", "move_slider_right"])
+    run(
+        tmp_path,
+        tasks=["open_drawer", "close_drawer", "turn_on_led", "turn_off_led", "move_slider_left", "move_slider_right"],
+    )
     assert "not comparable with the paper" in (tmp_path / "table.md").read_text()
 
 

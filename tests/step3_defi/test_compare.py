@@ -1,4 +1,5 @@
 """Two rollouts side by side, from their folders."""
+
 from __future__ import annotations
 
 import json
@@ -15,8 +16,16 @@ from step3_defi.journal import SETTINGS, JournalError
 def folder(path: Path, lengths: list[int], horizon: int = 360) -> Path:
     path.mkdir()
     (path / SETTINGS).write_text(json.dumps({"world": "playtable-D", "horizon": horizon, "length": 5}))
-    lines = [{"index": i, "initial_state": {}, "tasks": list("abcde"), "steps_to_success": [9] * n + [None] * (n < 5), "seed": 0}
-             for i, n in enumerate(lengths)]
+    lines = [
+        {
+            "index": i,
+            "initial_state": {},
+            "tasks": list("abcde"),
+            "steps_to_success": [9] * n + [None] * (n < 5),
+            "seed": 0,
+        }
+        for i, n in enumerate(lengths)
+    ]
     (path / "rollouts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
 
@@ -51,5 +60,10 @@ def test_config_composes() -> None:
 
 
 def test_two_folders_may_be_named_by_their_place() -> None:
-    assert plain_keys(["outputs/x", "seed=1", "outputs/y", "--cfg"]) == ["a=outputs/x", "seed=1", "b=outputs/y", "--cfg"]
+    assert plain_keys(["outputs/x", "seed=1", "outputs/y", "--cfg"]) == [
+        "a=outputs/x",
+        "seed=1",
+        "b=outputs/y",
+        "--cfg",
+    ]
     assert plain_keys(["a=x", "b=y"]) == ["a=x", "b=y"]

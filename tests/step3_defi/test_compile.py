@@ -1,4 +1,5 @@
 """torch.compile changes speed and no action beyond rounding."""
+
 from __future__ import annotations
 
 import os
@@ -27,7 +28,11 @@ def _fresh() -> None:
 def test_imagine_through_one_compiled_graph_is_the_same(hub: Path) -> None:
     """Captured whole, run without a code generator: that takes minutes for this many layers."""
     torch.manual_seed(0)
-    gfdm = GFDM(str(hub / "svd"), str(hub / "clip"), objective=EDM(), image_size=64, num_frames=4).eval().requires_grad_(False)
+    gfdm = (
+        GFDM(str(hub / "svd"), str(hub / "clip"), objective=EDM(), image_size=64, num_frames=4)
+        .eval()
+        .requires_grad_(False)
+    )
     pictures, keys, graphs = torch.rand(2, 3, 64, 64) * 2 - 1, list(gfdm.state_dict()), CompileCounter()
     expected = [gfdm.imagine(pictures * scale, TEXT) for scale in (1, 0.5)]
     gfdm.compile_unet(backend=graphs, fullgraph=True, dynamic=False)
@@ -40,9 +45,21 @@ def test_imagine_through_one_compiled_graph_is_the_same(hub: Path) -> None:
 GENERATES = os.environ.get("DEFI_COMPILE") == "1" and shutil.which("g++") is not None
 
 
-@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.skipif(
-    not GENERATES, reason="generating code takes minutes and a C++ compiler; DEFI_COMPILE=1 tries it"))])
-def test_a_loaded_policy_compiles_its_adapter_and_plans_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
+@pytest.mark.parametrize(
+    "backend",
+    [
+        "eager",
+        pytest.param(
+            "inductor",
+            marks=pytest.mark.skipif(
+                not GENERATES, reason="generating code takes minutes and a C++ compiler; DEFI_COMPILE=1 tries it"
+            ),
+        ),
+    ],
+)
+def test_a_loaded_policy_compiles_its_adapter_and_plans_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str
+) -> None:
     def opened(*_: object) -> torch.nn.Module:
         torch.manual_seed(0)
         model = build()
@@ -51,7 +68,9 @@ def test_a_loaded_policy_compiles_its_adapter_and_plans_the_same(tmp_path: Path,
 
     monkeypatch.setattr(policy.artifact, "load", opened)
     monkeypatch.setattr(policy, "find_parents", lambda *_: {})
-    monkeypatch.setattr(policy, "compile_options", lambda device: {"backend": backend, "fullgraph": True, "dynamic": False})
+    monkeypatch.setattr(
+        policy, "compile_options", lambda device: {"backend": backend, "fullgraph": True, "dynamic": False}
+    )
     plain, compiled = (policy.load(tmp_path, compile=wanted) for wanted in (False, True))
     assert compiled.model.adapter._compiled_call_impl is not None and plain.model.adapter._compiled_call_impl is None
     observations = [observe(0), observe(1)]

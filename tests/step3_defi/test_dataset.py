@@ -27,10 +27,13 @@ def test_windows_stay_inside_their_annotation_unless_padded(calvin: Path) -> Non
 
 
 def test_the_releases_windows_are_fewer(tmp_path: Path) -> None:
-    """Theirs start at range(first, last + 1 - 21) of an annotation: 44 of 65 frames, where our chunks of ten fit 56 times."""
+    """Theirs start at range(first, last + 1 - 21) of an annotation: 44 of 65 frames, where our chunks of ten fit 56
+    times."""
     root = write_calvin(tmp_path / "c", recordings=1, length=70)
     write_annotations(root / "training", [(102, 166)])
-    assert len(windows(root)) == 56 and windows(root, min_window=22, pack=True).windows[:, 1].tolist() == list(range(102, 166 + 1 - 21))
+    assert len(windows(root)) == 56 and windows(root, min_window=22, pack=True).windows[:, 1].tolist() == list(
+        range(102, 166 + 1 - 21)
+    )
     with pytest.raises(ValueError, match="no window of 66 motions"):
         windows(root, min_window=66)
     with pytest.raises(ValueError, match="min_window 4 .*at least 5"):
@@ -64,14 +67,22 @@ def test_packed_windows_equal_those_of_the_npz_files(calvin: Path) -> None:
         a, b = plain.sample(index, RNG), packed.sample(index, RNG)
         assert a["id"] == b["id"] and torch.equal(a["actions"], b["actions"])
         for view in ("static", "gripper"):
-            assert torch.equal(a["views"][view], b["views"][view]) and torch.equal(a["futures"][view], b["futures"][view])
+            assert torch.equal(a["views"][view], b["views"][view]) and torch.equal(
+                a["futures"][view], b["futures"][view]
+            )
 
 
 def test_a_pack_serves_every_split_share_and_view_of_its_frames(calvin: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     windows(calvin, split="train", holdout=0.25, pack=True)
     for module in (dataset, store):
         monkeypatch.setattr(module, "read_frame", lambda *_: pytest.fail("opened an npz"))
-    for changes in ({}, {"split": "val", "holdout": 0.25}, {"fraction": 0.5, "split": "train", "holdout": 0.25}, {"frame_stride": 3}, {"views": ["static"]}):
+    for changes in (
+        {},
+        {"split": "val", "holdout": 0.25},
+        {"fraction": 0.5, "split": "train", "holdout": 0.25},
+        {"frame_stride": 3},
+        {"views": ["static"]},
+    ):
         windows(calvin, **changes).sample(0, RNG)
         windows(calvin, **changes, pack=True).sample(0, RNG)
     assert len(list((calvin / "training/.defi_cache").glob("*/index.safetensors"))) == 1
@@ -108,6 +119,7 @@ def test_futures_are_frames_ahead_and_stop_at_the_recordings_end(calvin: Path) -
 def test_fractions_are_nested_whole_recordings_and_validation_is_apart() -> None:
     def pick(split: str, fraction: float = 1.0) -> set[int]:
         return set(choose_recordings(100, split, fraction=fraction, holdout=0.05, seed=3))
+
     tenth, half, everything, held = pick("train", 0.1), pick("train", 0.5), pick("train"), pick("val", 0.1)
     assert tenth < half < everything and len(tenth) == round(9.5) and len(held) == 5
     assert not everything & held and held == pick("val", 1.0) and everything | held == set(range(100))
@@ -115,10 +127,16 @@ def test_fractions_are_nested_whole_recordings_and_validation_is_apart() -> None
 
 def test_a_share_of_the_data_is_all_windows_of_some_recordings(tmp_path: Path) -> None:
     root = write_calvin(tmp_path / "ten", recordings=10)
-    train, tenth, half, held = (windows(root, split=split, fraction=share, holdout=0.2)
-                                for split, share in (("train", 1.0), ("train", 0.13), ("train", 0.5), ("val", 0.13)))
+    train, tenth, half, held = (
+        windows(root, split=split, fraction=share, holdout=0.2)
+        for split, share in (("train", 1.0), ("train", 0.13), ("train", 0.5), ("val", 0.13))
+    )
     inside = [{(int(frame) - 100) // 45 for frame in part.windows[:, 1]} for part in (tenth, half, train, held)]
-    assert inside[0] < inside[1] < inside[2] and [len(recordings) for recordings in inside] == [1, 4, 8, 2] and not inside[2] & inside[3]
+    assert (
+        inside[0] < inside[1] < inside[2]
+        and [len(recordings) for recordings in inside] == [1, 4, 8, 2]
+        and not inside[2] & inside[3]
+    )
     assert [len(part) for part in (tenth, half, train, held)] == [24 * len(recordings) for recordings in inside]
 
 
@@ -127,8 +145,15 @@ def test_one_recording_cannot_be_held_out() -> None:
         choose_recordings(1, "train", fraction=1.0, holdout=0.1, seed=0)
 
 
-@pytest.mark.parametrize(("change", "message"), [({"split": "test"}, "split"), ({"fraction": 0.0}, "fraction"),
-                                                ({"views": ["top"]}, "top"), ({"max_pad": 10}, "max_pad")])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"split": "test"}, "split"),
+        ({"fraction": 0.0}, "fraction"),
+        ({"views": ["top"]}, "top"),
+        ({"max_pad": 10}, "max_pad"),
+    ],
+)
 def test_wrong_arguments(calvin: Path, change: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         windows(calvin, **change)
@@ -162,7 +187,15 @@ def test_wrong_motions_name_their_file(calvin: Path, motion: np.ndarray) -> None
         windows(calvin)
 
 
-@pytest.mark.parametrize("picture", [np.zeros((20, 20), np.uint8), np.zeros((20, 20, 6), np.uint8), np.zeros((20, 20, 3)), np.zeros((0, 20, 3), np.uint8)])
+@pytest.mark.parametrize(
+    "picture",
+    [
+        np.zeros((20, 20), np.uint8),
+        np.zeros((20, 20, 6), np.uint8),
+        np.zeros((20, 20, 3)),
+        np.zeros((0, 20, 3), np.uint8),
+    ],
+)
 def test_wrong_pictures_name_their_file(calvin: Path, picture: np.ndarray) -> None:
     data, path = windows(calvin), calvin / "training" / "episode_0000110.npz"
     with np.load(path) as archive:
@@ -207,7 +240,12 @@ def test_pickles_of_anything_else_are_refused(tmp_path: Path, capsys: pytest.Cap
 
 @pytest.mark.parametrize("protocol", [2, 3, 4])
 def test_numpy_in_builtin_containers_passes(tmp_path: Path, protocol: int) -> None:
-    content = {"a": [(1, "x"), np.arange(3)], "b": np.float32(2.5), "c": np.array(["s", None], dtype=object), "d": np.array("é")}
+    content = {
+        "a": [(1, "x"), np.arange(3)],
+        "b": np.float32(2.5),
+        "c": np.array(["s", None], dtype=object),
+        "d": np.array("é"),
+    }
     with (tmp_path / "good.npy").open("wb") as stream:
         np.lib.format.write_array_header_1_0(stream, {"descr": "|O", "fortran_order": False, "shape": ()})
         pickle.dump(np.array(content, dtype=object), stream, protocol=protocol)

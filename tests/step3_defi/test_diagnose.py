@@ -1,4 +1,5 @@
 """Why sub-tasks fail: going back to moments, scores, verdicts, and the program over a world without physics."""
+
 from __future__ import annotations
 
 import json
@@ -24,8 +25,17 @@ from tests.step3_defi.parts import configure
 from tests.step3_defi.rollout_fakes import JudgedPolicy, NoisyPolicy, make_tasks
 
 CHAINS = [[30, 60], [40, 999], [30, 250], [50, 50]]
-SETTINGS = {"failures": 9, "every": 3, "within": 120, "ahead": 30, "steps": 1, "judged_by": {"forecast": "forecast", "action": "action"},
-            "quantile": 0.9, "workers": 2, "films": 1}
+SETTINGS = {
+    "failures": 9,
+    "every": 3,
+    "within": 120,
+    "ahead": 30,
+    "steps": 1,
+    "judged_by": {"forecast": "forecast", "action": "action"},
+    "quantile": 0.9,
+    "workers": 2,
+    "films": 1,
+}
 
 
 class WithoutInverse(JudgedPolicy):
@@ -47,18 +57,33 @@ def test_a_branch_goes_back_and_on_with_the_expert_or_with_what_was_done() -> No
     assert sorted(found) == [0, 1, 2, 3]
     levels = [[int(pictures["rgb_static"][0, 0, 0]) for pictures in found[i]["frames"]] for i in range(4)]
     assert levels == [[7, 17, 27, 37], [50, 60, 70, 80], [50, 70, 90, 110], [0, 10, 20, 30]]
-    assert [found[i]["start"][0] for i in range(4)] == [7, 50, 50, 0] and found[2]["actions"][0, 0] == 2 and found[1]["actions"].shape == (30, 7)
+    assert (
+        [found[i]["start"][0] for i in range(4)] == [7, 50, 50, 0]
+        and found[2]["actions"][0, 0] == 2
+        and found[1]["actions"].shape == (30, 7)
+    )
 
 
 def test_a_simulator_that_fails_on_the_way_back_names_the_moment(tmp_path: Path) -> None:
     trouble = {"trouble": [(0, "raise", 1)], "trials": str(tmp_path)}
-    with Simulators(test_rollout.config(**trouble), count=1) as simulators, pytest.raises(RolloutError, match="sequence 0 .*gone back to step 50.*block fell"):
+    with (
+        Simulators(test_rollout.config(**trouble), count=1) as simulators,
+        pytest.raises(RolloutError, match="sequence 0 .*gone back to step 50.*block fell"),
+    ):
         list(simulators.branch([branch(50)]))
 
 
 def test_the_way_back_is_what_was_carried_out() -> None:
     """Paces differ from plan to plan; the world's progress at a moment is the sum of the actions before it."""
-    records = {0: {"index": 0, "initial_state": {"index": 0}, "tasks": make_tasks([30, 250]), "steps_to_success": [], "seed": 5}}
+    records = {
+        0: {
+            "index": 0,
+            "initial_state": {"index": 0},
+            "tasks": make_tasks([30, 250]),
+            "steps_to_success": [],
+            "seed": 5,
+        }
+    }
     recorder = Recorder(NoisyPolicy(execute=8), every=2, within=30)
     replay = Replay(records, failures=1, horizon=100)
     with Simulators(test_rollout.config(), count=1) as simulators:
@@ -67,7 +92,9 @@ def test_the_way_back_is_what_was_carried_out() -> None:
     replay.records[0]["steps_to_success"] = result["steps_to_success"]
     assert not replay.strayed([result]) and result["steps_to_success"][-1] is None
     moments = replay.moments(0, recorder, ahead=20, every=10)
-    assert {key[1:] for key in moments} >= {(0, 0), (0, 2), (1, 0), (1, 2)} and (1, 4) not in {key[1:] for key in moments}
+    assert {key[1:] for key in moments} >= {(0, 0), (0, 2), (1, 0), (1, 2)} and (1, 4) not in {
+        key[1:] for key in moments
+    }
     for key, way in moments.items():
         assert way.past[:, 0].sum() == pytest.approx(recorder.plans[key].observation["robot_obs"][0]), key
         assert way.task == records[0]["tasks"][key[1]]
@@ -103,14 +130,28 @@ def subtask(solved: bool, forecast: float, action: float, task: str = "open_draw
 
 def test_verdicts_are_held_against_the_successes() -> None:
     good = [subtask(True, -i, 0.1 * i) for i in range(10)]
-    bad = [subtask(False, 5, 0.2), subtask(False, -5, 3.0, "lift"), subtask(False, 5, 3.0), subtask(False, -5, 0.2), subtask(False, -5, 3.0)]
+    bad = [
+        subtask(False, 5, 0.2),
+        subtask(False, -5, 3.0, "lift"),
+        subtask(False, 5, 3.0),
+        subtask(False, -5, 0.2),
+        subtask(False, -5, 3.0),
+    ]
     limits = judge([*good, *bad], forecast="forecast", action="action", quantile=0.9)
     assert limits == {"forecast": pytest.approx(-0.9), "action": pytest.approx(0.81)}
     assert [s.verdict for s in bad] == ["forecast", "action", "both", "neither", "action"]
-    assert {verdict: cell["count"] for verdict, cell in split(bad).items()} == {"forecast": 1, "action": 2, "both": 1, "neither": 1}
+    assert {verdict: cell["count"] for verdict, cell in split(bad).items()} == {
+        "forecast": 1,
+        "action": 2,
+        "both": 1,
+        "neither": 1,
+    }
     text = table([*good, *bad])
     assert "| open_drawer | 4 | 1 | 1 | 1 | 1 |" in text and "| lift | 1 | 0 | 1 | 0 | 0 |" in text
-    assert "| **all failures** | 5 | 1 (20 % [4, 62]) | 2 (40 %" in text and "| successes, for comparison | 10 | 1 (10 %" in text
+    assert (
+        "| **all failures** | 5 | 1 (20 % [4, 62]) | 2 (40 %" in text
+        and "| successes, for comparison | 10 | 1 (10 %" in text
+    )
     with pytest.raises(ValueError, match="no sub-task .* succeeded"):
         judge(bad, forecast="forecast", action="action", quantile=0.9)
     with pytest.raises(ValueError, match="pixels.*forecast_tokens"):
@@ -128,7 +169,9 @@ def test_a_forward_model_without_pictures_is_refused() -> None:
 
 def test_a_vpp_policy_is_held_to_pixels_and_actions(tree: Path) -> None:
     """The one that its config makes, whose inverse model has no visual tokens."""
-    model = instantiate(OmegaConf.to_container(configure("step3_defi", f"paths.ckpts={tree}/ckpts", "policy=vpp").policy, resolve=True)).eval()
+    model = instantiate(
+        OmegaConf.to_container(configure("step3_defi", f"paths.ckpts={tree}/ckpts", "policy=vpp").policy, resolve=True)
+    ).eval()
     assert isinstance(model.gidm, NoInverse)
     pictures = np.random.default_rng(0).integers(0, 255, (2, 200, 200, 3), np.uint8)
     plan = Plan(np.zeros((10, 7)), "open the drawer", {"rgb_obs": {"rgb_static": pictures[0]}})
@@ -140,8 +183,12 @@ def test_a_vpp_policy_is_held_to_pixels_and_actions(tree: Path) -> None:
 def rolled(tmp_path: Path, request: pytest.FixtureRequest) -> tuple[Path, Path]:
     """A policy's folder, and a rollout of it that fails twice: once it sees no future, once it acts backwards."""
     path = artifact.save(torch.nn.Linear(1, 1), tmp_path / "policy", kind="defi", config={})
-    planner = OmegaConf.create({"_target_": getattr(request, "param", "tests.step3_defi.rollout_fakes.JudgedPolicy"), "execute": 8})
-    test_eval.run(tmp_path / "run", str(path), env={"chains": CHAINS}, planner=planner, sequences=4, length=2, horizon=280)
+    planner = OmegaConf.create(
+        {"_target_": getattr(request, "param", "tests.step3_defi.rollout_fakes.JudgedPolicy"), "execute": 8}
+    )
+    test_eval.run(
+        tmp_path / "run", str(path), env={"chains": CHAINS}, planner=planner, sequences=4, length=2, horizon=280
+    )
     return tmp_path / "run", path
 
 
@@ -150,9 +197,15 @@ def test_the_program_tells_forecast_from_action(rolled: tuple[Path, Path], tmp_p
     results = diagnose(run=run, path=path, out=tmp_path / "out", **SETTINGS)
     assert json.loads((tmp_path / "out/diagnosis.json").read_text()) == results and results["strayed"] == []
     found = {s["task"]: s for s in results["subtasks"]}
-    assert {task: s["verdict"] for task, s in found.items() if not s["solved"]} == {"task1_999": "forecast", "task1_250": "action"}
+    assert {task: s["verdict"] for task, s in found.items() if not s["solved"]} == {
+        "task1_999": "forecast",
+        "task1_250": "action",
+    }
     assert len(results["subtasks"]) == 8 and [m["plan"] for m in found["task1_999"]["moments"]] == [0, 3, 6, 9, 12]
-    assert found["task1_999"]["moments"][0]["forecast"] == pytest.approx(0, abs=1e-3) and found["task1_60"]["moments"][0]["forecast"] < -20
+    assert (
+        found["task1_999"]["moments"][0]["forecast"] == pytest.approx(0, abs=1e-3)
+        and found["task1_60"]["moments"][0]["forecast"] < -20
+    )
     assert "| task1_250 | 1 | 0 | 1 | 0 | 0 |" in (tmp_path / "out/table.md").read_text()
     films = list((tmp_path / "out/films").iterdir())
     assert [film.name for film in films] == ["0001_2_task1_999_forecast.mp4"]
@@ -162,10 +215,20 @@ def test_the_program_tells_forecast_from_action(rolled: tuple[Path, Path], tmp_p
 @pytest.mark.parametrize("rolled", ["tests.step3_defi.test_diagnose.WithoutInverse"], indirect=True)
 def test_the_program_judges_a_policy_without_inverse_model_by_pixels(rolled: tuple[Path, Path], tmp_path: Path) -> None:
     run, path = rolled
-    with pytest.raises(ValueError, match=r"judged_by names \['forecast_tokens'\]: choose among \['forecast', 'action', 'gripper'\]"):
-        diagnose(run=run, path=path, out=tmp_path / "out", **{**SETTINGS, "judged_by": {"forecast": "forecast_tokens", "action": "action"}})
+    with pytest.raises(
+        ValueError, match=r"judged_by names \['forecast_tokens'\]: choose among \['forecast', 'action', 'gripper'\]"
+    ):
+        diagnose(
+            run=run,
+            path=path,
+            out=tmp_path / "out",
+            **{**SETTINGS, "judged_by": {"forecast": "forecast_tokens", "action": "action"}},
+        )
     results = diagnose(run=run, path=path, out=tmp_path / "out", **{**SETTINGS, "films": 0})
-    assert {s["task"]: s["verdict"] for s in results["subtasks"] if not s["solved"]} == {"task1_999": "forecast", "task1_250": "action"}
+    assert {s["task"]: s["verdict"] for s in results["subtasks"] if not s["solved"]} == {
+        "task1_999": "forecast",
+        "task1_250": "action",
+    }
     text = (tmp_path / "out/table.md").read_text()
     assert "squared error above copying" in text and "visual tokens" not in text
 

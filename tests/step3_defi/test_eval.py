@@ -1,4 +1,5 @@
 """The rollout program: its files, resuming, refusing, and several processes with one result."""
+
 from __future__ import annotations
 
 import json
@@ -42,14 +43,33 @@ def policy(tmp_path: Path) -> str:
 
 def run(out: Path, agent: str = "expert", **changes: Any) -> dict[str, Any]:
     env = {"_target_": f"{FAKES}.FakeEnv", "chains": CHAINS, **changes.pop("env", {})}
-    arguments = {"planner": OmegaConf.create({"_target_": f"{FAKES}.NoisyPolicy", "execute": 10}), "tasks": None, "sequences": 6,
-                 "length": 5, "horizon": 720, "workers": 2, "seed": 0, "films": {"candidates": 0, "keep": 1, "every": 40}}
+    arguments = {
+        "planner": OmegaConf.create({"_target_": f"{FAKES}.NoisyPolicy", "execute": 10}),
+        "tasks": None,
+        "sequences": 6,
+        "length": 5,
+        "horizon": 720,
+        "workers": 2,
+        "seed": 0,
+        "films": {"candidates": 0, "keep": 1, "every": 40},
+    }
     return evaluate(env_config=env, agent=agent, out=out, **{**arguments, **changes})
 
 
 def command(out: Path, policy: str, *more: str) -> list[str]:
-    settings = [f"policy={policy}", f"out={out}", "sequences=6", "workers=2", "films.candidates=0", "tasks.tasks=null", f"env._target_={FAKES}.FakeEnv",
-                f"+env.chains={json.dumps(CHAINS)}", f"planner._target_={FAKES}.NoisyPolicy", f"hydra.run.dir={out}", *more]
+    settings = [
+        f"policy={policy}",
+        f"out={out}",
+        "sequences=6",
+        "workers=2",
+        "films.candidates=0",
+        "tasks.tasks=null",
+        f"env._target_={FAKES}.FakeEnv",
+        f"+env.chains={json.dumps(CHAINS)}",
+        f"planner._target_={FAKES}.NoisyPolicy",
+        f"hydra.run.dir={out}",
+        *more,
+    ]
     return ["-m", "step3_defi.eval", *settings]
 
 
@@ -72,7 +92,10 @@ def test_results_hold_what_was_promised(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "results.json").read_text()) == results
     assert set(results["horizons"]) == {"280", "360", "720"}
     for row in results["horizons"].values():
-        assert set(row["chain_sr"]) == {"1", "2", "3", "4", "5"} and row["avg_len_ci95"][0] <= row["avg_len"] <= row["avg_len_ci95"][1]
+        assert (
+            set(row["chain_sr"]) == {"1", "2", "3", "4", "5"}
+            and row["avg_len_ci95"][0] <= row["avg_len"] <= row["avg_len_ci95"][1]
+        )
     assert [results["horizons"][h]["avg_len"] for h in ("280", "360", "720")] == [1.0, 3.0, pytest.approx(11 / 3)]
     assert results["tasks"]["task1_999"] == {"success": 0, "total": 2, "rate": 0.0, "ci95": stats.wilson(0, 2)}
     assert (results["world"], results["renderer"], results["policy_sha256"]) == ("fake-D", "none", None)
@@ -99,7 +122,9 @@ def test_a_killed_run_goes_on_and_ends_as_an_unbroken_one(tmp_path: Path, policy
     results = run(straight, policy)
     assert results["policy_sha256"] == artifact.sha256(policy)
     # the same evaluation as a program, killed between two sequences
-    with subprocess.Popen([sys.executable, *command(broken, policy, "+planner.delay=0.01")], cwd=ROOT, env=environment()) as process:
+    with subprocess.Popen(
+        [sys.executable, *command(broken, policy, "+planner.delay=0.01")], cwd=ROOT, env=environment()
+    ) as process:
         lines = broken / "rollouts.jsonl"
         wait_for_lines(lines, 2)
         os.kill(process.pid, signal.SIGKILL)
@@ -108,7 +133,9 @@ def test_a_killed_run_goes_on_and_ends_as_an_unbroken_one(tmp_path: Path, policy
         file.write(b'{"index":5,"initial_state":{"ind')  # torn by the kill
     settings = json.loads((broken / "settings.json").read_text())
     run(broken, policy, env={"scene": "D"}, planner=OmegaConf.create(settings["planner"]))
-    assert {k: v for k, v in files(broken).items() if k != "settings.json"} == {k: v for k, v in files(straight).items() if k != "settings.json"}
+    assert {k: v for k, v in files(broken).items() if k != "settings.json"} == {
+        k: v for k, v in files(straight).items() if k != "settings.json"
+    }
 
 
 def test_a_finished_run_does_nothing_but_report(tmp_path: Path) -> None:
@@ -118,8 +145,17 @@ def test_a_finished_run_does_nothing_but_report(tmp_path: Path) -> None:
     assert files(tmp_path) == before
 
 
-@pytest.mark.parametrize("change,named", [({"seed": 1}, "seed: 0 there, 1 asked"), ({"horizon": 360}, "horizon: 720 there"), ({"tasks": ["a"]}, "tasks"),
-                                          ({"agent": "random"}, "policy"), ({"env": {"scene": "A"}}, "env"), ({"sequences": 7}, "sequences")])
+@pytest.mark.parametrize(
+    "change,named",
+    [
+        ({"seed": 1}, "seed: 0 there, 1 asked"),
+        ({"horizon": 360}, "horizon: 720 there"),
+        ({"tasks": ["a"]}, "tasks"),
+        ({"agent": "random"}, "policy"),
+        ({"env": {"scene": "A"}}, "env"),
+        ({"sequences": 7}, "sequences"),
+    ],
+)
 def test_a_foreign_journal_is_refused(tmp_path: Path, change: dict[str, Any], named: str) -> None:
     run(tmp_path, workers=1)
     before = files(tmp_path)
@@ -138,7 +174,8 @@ def test_other_weights_are_refused(tmp_path: Path, policy: str) -> None:
 
 
 def test_workers_killed_every_few_sequences_leave_no_trace(tmp_path: Path, policy: str) -> None:
-    """Must be shown: journal, results and table, byte for byte, but for the settings, where the fake's trouble stands."""
+    """Must be shown: journal, results and table, byte for byte, but for the settings, where the fake's trouble
+    stands."""
     trials = tmp_path / "trials"
     trials.mkdir()
     trouble = {"trouble": [[index, "kill", 1] for index in (1, 3, 6, 8, 9)], "trials": str(trials)}
@@ -149,13 +186,22 @@ def test_workers_killed_every_few_sequences_leave_no_trace(tmp_path: Path, polic
     assert all(straight[name] == broken[name] for name in ("rollouts.jsonl", "results.json", "table.md"))
 
 
-def test_sequences_that_could_not_be_judged_are_named_and_no_result_is_made_without_them(tmp_path: Path, policy: str) -> None:
+def test_sequences_that_could_not_be_judged_are_named_and_no_result_is_made_without_them(
+    tmp_path: Path, policy: str
+) -> None:
     trials, out = tmp_path / "trials", tmp_path / "out"
     trials.mkdir()
     env = {"trouble": [[1, "kill", 2], [4, "raise", 2]], "trials": str(trials)}
-    with pytest.raises(RolloutError, match=r"^2 of 6 sequences could not be judged, .*: 1, 4; the others are in .*, the same command tries these again$"):
+    with pytest.raises(
+        RolloutError,
+        match=r"^2 of 6 sequences could not be judged, .*: 1, 4; the others are in .*, the same command tries these again$",
+    ):
         run(out, policy, env=env)
-    assert list(journal.read(out / "rollouts.jsonl")) == [0, 2, 3, 5] and not (out / "results.json").exists() and not (out / "table.md").exists()
+    assert (
+        list(journal.read(out / "rollouts.jsonl")) == [0, 2, 3, 5]
+        and not (out / "results.json").exists()
+        and not (out / "table.md").exists()
+    )
     run(out, policy, env=env)  # their third trials go well
     run(tmp_path / "straight", policy)
     assert files(out)["rollouts.jsonl"] == files(tmp_path / "straight")["rollouts.jsonl"]
@@ -178,7 +224,12 @@ def test_clipped_actions_are_counted_over_a_resume(tmp_path: Path, policy: str) 
 
 
 def test_two_runs_do_not_share_a_journal(tmp_path: Path, policy: str) -> None:
-    with journal.alone(tmp_path), pytest.raises(JournalError, match="another run is writing its journal; wait for its end, or choose another out="):
+    with (
+        journal.alone(tmp_path),
+        pytest.raises(
+            JournalError, match="another run is writing its journal; wait for its end, or choose another out="
+        ),
+    ):
         run(tmp_path, policy, sequences=1)
     assert not (tmp_path / "settings.json").exists()
     run(tmp_path, policy, sequences=1)  # free again
@@ -187,29 +238,52 @@ def test_two_runs_do_not_share_a_journal(tmp_path: Path, policy: str) -> None:
 def test_a_policy_comes_from_the_hub(tmp_path: Path, policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     monkeypatch.setattr("step3_defi.policy.snapshot_download", lambda name: asked.append(name) or policy)
-    assert run(tmp_path / "hub", "lab/policy", sequences=1)["policy_sha256"] == artifact.sha256(policy) and asked == ["lab/policy"]
+    assert run(tmp_path / "hub", "lab/policy", sequences=1)["policy_sha256"] == artifact.sha256(policy) and asked == [
+        "lab/policy"
+    ]
     run(tmp_path / "hub", policy, sequences=1)  # the same journal: what counts is the weights
 
 
 def test_two_processes_make_one_result(tmp_path: Path, policy: str) -> None:
     straight, shared = tmp_path / "straight", tmp_path / "shared"
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29871"]
-    subprocess.run([*launcher, *command(shared, policy, f"planner._target_={FAKES}.RowPolicy")], cwd=ROOT, env=environment(), check=True, timeout=300)
+    subprocess.run(
+        [*launcher, *command(shared, policy, f"planner._target_={FAKES}.RowPolicy")],
+        cwd=ROOT,
+        env=environment(),
+        check=True,
+        timeout=300,
+    )
     planner = OmegaConf.create(json.loads((shared / "settings.json").read_text())["planner"])
     run(straight, policy, planner=planner, env={"scene": "D"})
-    assert {k: v for k, v in files(shared).items() if k != "settings.json"} == {k: v for k, v in files(straight).items() if k != "settings.json"}
+    assert {k: v for k, v in files(shared).items() if k != "settings.json"} == {
+        k: v for k, v in files(straight).items() if k != "settings.json"
+    }
     assert not list(shared.glob("rollouts.*.jsonl"))
     replay = Replay(journal.read(shared / "rollouts.jsonl"), failures=9, horizon=720)
     with Simulators({"_target_": f"{FAKES}.FakeEnv", "chains": CHAINS}, count=2) as simulators:
-        assert not replay.strayed(simulators.rollout(replay.chains(slots=2), RowPolicy())), "diagnose plans in the rows of the run"
+        assert not replay.strayed(simulators.rollout(replay.chains(slots=2), RowPolicy())), (
+            "diagnose plans in the rows of the run"
+        )
 
 
 def test_two_processes_in_different_worlds_make_none(tmp_path: Path, policy: str) -> None:
     out = tmp_path / "out"
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29872"]
-    ended = subprocess.run([*launcher, *command(out, policy, "+env.version='${oc.env:RANK}'")], cwd=ROOT, env=environment(), check=False, timeout=300,
-                           capture_output=True, text=True)
-    assert ended.returncode and "simulator is fake 0 in process 0, fake 1 in process 1; choose the renderer by hand" in ended.stderr + ended.stdout
+    ended = subprocess.run(
+        [*launcher, *command(out, policy, "+env.version='${oc.env:RANK}'")],
+        cwd=ROOT,
+        env=environment(),
+        check=False,
+        timeout=300,
+        capture_output=True,
+        text=True,
+    )
+    assert (
+        ended.returncode
+        and "simulator is fake 0 in process 0, fake 1 in process 1; choose the renderer by hand"
+        in ended.stderr + ended.stdout
+    )
     assert not (out / "settings.json").exists() and not list(out.glob("rollouts*"))
 
 
@@ -253,7 +327,10 @@ def test_torn_and_broken_lines(tmp_path: Path) -> None:
 
 
 def test_bad_arguments(tmp_path: Path) -> None:
-    with pytest.raises(artifact.ArtifactError, match=r"^policy=no/where/: not random, not expert, and no/where/: neither a folder nor a hub id.*$"):
+    with pytest.raises(
+        artifact.ArtifactError,
+        match=r"^policy=no/where/: not random, not expert, and no/where/: neither a folder nor a hub id.*$",
+    ):
         run(tmp_path, "no/where/")
     with pytest.raises(ValueError, match="workers=0"):
         run(tmp_path, workers=0)

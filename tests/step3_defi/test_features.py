@@ -26,7 +26,9 @@ def test_cached_samples_train_as_uncached_ones(calvin: Path, tmp_path: Path) -> 
     assert len(cached) == len(plain) and not model.gfdm.module.training
     picks = [0, 7, len(plain) - 1]
     a, b = collate([plain.sample(i, RNG) for i in picks]), collate([cached.sample(i, RNG) for i in picks])
-    assert a["id"] == b["id"] and a["text"] == b["text"] and torch.equal(a["actions"], b["actions"]) and "views" not in b
+    assert (
+        a["id"] == b["id"] and a["text"] == b["text"] and torch.equal(a["actions"], b["actions"]) and "views" not in b
+    )
     losses = []
     for batch in (a, b):
         torch.manual_seed(0)
@@ -48,8 +50,12 @@ def test_built_once_and_anew_when_anything_changes(calvin: Path, tmp_path: Path)
     calls = model.gfdm.module.calls
     features.cached(windows(calvin), model, folder, parents=PARENTS)
     assert model.gfdm.module.calls == calls
-    for change in ({"parents": {"gfdm": "c", "gidm": "b"}}, {"windows": windows(calvin, fraction=0.5)}, {"model": build(imagine_seed=1)},
-                   {"model": build(views=("static",))}):
+    for change in (
+        {"parents": {"gfdm": "c", "gidm": "b"}},
+        {"windows": windows(calvin, fraction=0.5)},
+        {"model": build(imagine_seed=1)},
+        {"model": build(views=("static",))},
+    ):
         features.cached(**{"windows": windows(calvin), "model": model, "folder": folder, "parents": PARENTS, **change})
     assert len(list(folder.iterdir())) == 5
 

@@ -1,4 +1,5 @@
 """The row that trains everything together, over the true tiny models."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -21,9 +22,13 @@ NEW = ("projector", "video_former", "adapter")
 
 def build(tree: Path, *overrides: str, kind: type[DeFI] = JointDeFI) -> Any:
     torch.manual_seed(0)
-    config = OmegaConf.to_container(configure("step3_defi", f"paths.ckpts={tree}/ckpts", "experiment=defi/joint", *overrides).policy, resolve=True)
+    config = OmegaConf.to_container(
+        configure("step3_defi", f"paths.ckpts={tree}/ckpts", "experiment=defi/joint", *overrides).policy, resolve=True
+    )
     if kind is DeFI:
-        config = {key: value for key, value in config.items() if not key.endswith("_weight")} | {"_target_": "step3_defi.DeFI"}
+        config = {key: value for key, value in config.items() if not key.endswith("_weight")} | {
+            "_target_": "step3_defi.DeFI"
+        }
     model = instantiate(config).train()
     wake(model)
     return model
@@ -32,8 +37,13 @@ def build(tree: Path, *overrides: str, kind: type[DeFI] = JointDeFI) -> Any:
 @pytest.fixture
 def batch() -> dict[str, Any]:
     """Two windows with three true frames ahead, at the size that the tiny models see."""
+
     def grown(views: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return {name: torch.nn.functional.interpolate(view.flatten(0, -4), 64).unflatten(0, view.shape[:-3]) for name, view in views.items()}
+        return {
+            name: torch.nn.functional.interpolate(view.flatten(0, -4), 64).unflatten(0, view.shape[:-3])
+            for name, view in views.items()
+        }
+
     small = make_batch(2, futures=3)
     return {**small, "views": grown(small["views"]), "futures": grown(small["futures"])}
 
@@ -45,11 +55,22 @@ def reached(model: DeFI) -> set[str]:
 
 def test_every_loss_is_there_and_every_parameter_learns(tree: Path, batch: dict[str, Any]) -> None:
     model = build(tree)
-    model.gidm.decoder.out.weight.data.normal_()  # starts at zero, so that nothing before it would learn in the first step
+    # starts at zero, so that nothing before it would learn in the first step
+    model.gidm.decoder.out.weight.data.normal_()
     out = model(batch)
-    assert {"action_loss", "video_loss", "reconstruction_loss", "reconstruction_mse", "reconstruction_copy_mse", "bottleneck_loss"} < out.keys()
+    assert {
+        "action_loss",
+        "video_loss",
+        "reconstruction_loss",
+        "reconstruction_mse",
+        "reconstruction_copy_mse",
+        "bottleneck_loss",
+    } < out.keys()
     total = out["action_loss"] + out["bottleneck_loss"] + out["video_loss"] + out["reconstruction_loss"]
-    assert torch.isclose(out["loss"], total) and min(out[f"{name}_loss"] for name in ("action", "video", "reconstruction")) > 0
+    assert (
+        torch.isclose(out["loss"], total)
+        and min(out[f"{name}_loss"] for name in ("action", "video", "reconstruction")) > 0
+    )
     out["loss"].backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
     names = reached(model)
@@ -68,7 +89,9 @@ def test_each_objective_teaches_its_own_part(tree: Path, batch: dict[str, Any]) 
     assert {name.split(".")[0] for name in reached(model)} == {"gidm"}
     model.zero_grad()
     DeFI.forward(model, batch)["loss"].backward()
-    assert {name.split(".")[0] for name in reached(model)} == set(PARTS) and not [name for name in reached(model) if "decoder" in name]
+    assert {name.split(".")[0] for name in reached(model)} == set(PARTS) and not [
+        name for name in reached(model) if "decoder" in name
+    ]
 
 
 def test_zero_weights_leave_defi(tree: Path, batch: dict[str, Any]) -> None:
@@ -81,7 +104,11 @@ def test_zero_weights_leave_defi(tree: Path, batch: dict[str, Any]) -> None:
         losses[-1].backward()
     assert type(plain) is DeFI and torch.equal(*losses)
     own = dict(joint.named_parameters())
-    assert all(torch.equal(parameter.grad, own[name].grad) for name, parameter in plain.named_parameters() if parameter.grad is not None)
+    assert all(
+        torch.equal(parameter.grad, own[name].grad)
+        for name, parameter in plain.named_parameters()
+        if parameter.grad is not None
+    )
 
 
 def test_the_clip_is_the_present_and_what_follows_of_one_view(tree: Path, batch: dict[str, Any]) -> None:
@@ -102,7 +129,9 @@ def test_what_it_cannot_do_is_one_line(tree: Path, batch: dict[str, Any]) -> Non
 
 def test_alignment_takes_the_pairs_out_of_the_clip(tree: Path, batch: dict[str, Any]) -> None:
     model = build(tree, "policy.alignment_weight=1", "policy.pair_frames=[0,2]").eval()
-    target = model.look(batch["views"], batch["text"], {name: clip[:, [0, 2]] for name, clip in model._clips(batch).items()})["target"]
+    target = model.look(
+        batch["views"], batch["text"], {name: clip[:, [0, 2]] for name, clip in model._clips(batch).items()}
+    )["target"]
     assert torch.equal(target[:, 0, 0], model.gidm.embed((batch["views"]["static"] + 1) / 2))
     assert "alignment_loss" in model(batch)
 
@@ -112,12 +141,18 @@ def test_trains_saves_whole_and_acts_as_a_defi(tree: Path, tmp_path: Path, batch
     assert artifact.meta(folder, "defi")["parents"] == {}
     robot = policy.load(folder)
     kept = robot.model.state_dict()
-    assert isinstance(robot.model, JointDeFI) and any("gfdm.unet.conv_out" in key for key in kept) and any("gidm.decoder" in key for key in kept)
+    assert (
+        isinstance(robot.model, JointDeFI)
+        and any("gfdm.unet.conv_out" in key for key in kept)
+        and any("gidm.decoder" in key for key in kept)
+    )
     again = policy.load(robot.save_pretrained(tmp_path / "whole")).model
     plain = build(tree, kind=DeFI).eval()
     plain.load_state_dict({key: kept[key] for key in plain.state_dict()})
     sampled = [model.sample(batch["views"], batch["text"], seed=5) for model in (robot.model, again, plain)]
     assert torch.equal(sampled[0], sampled[1]) and torch.equal(sampled[0], sampled[2])
     rows = (folder / "metrics.jsonl").read_text()
-    assert all(f'"{split}/{name}_loss"' in rows for split in ("train", "val") for name in ("action", "video", "reconstruction"))
+    assert all(
+        f'"{split}/{name}_loss"' in rows for split in ("train", "val") for name in ("action", "video", "reconstruction")
+    )
     assert '"val/swap_latent"' in rows and '"val/reconstruction_gap"' in rows

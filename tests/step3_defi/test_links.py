@@ -15,22 +15,47 @@ WINDOWS = ["data.holdout=0.25", "data.frame_stride=8"]
 
 def trained(tree: Path, name: str, *overrides: str) -> Path:
     places = [f"paths.ckpts={tree}/ckpts", f"paths.data={tree}/data", f"data.root={tree}/data/demonstrations"]
-    train.main.__wrapped__(configure("step3_defi", *places, f"name={name}", "loop.max_steps=2", "loop.batch_size=2", "loop.eval_every=null",
-                                     "loop.warmup_steps=1", "policy.alignment_steps=0", *WINDOWS, *overrides))
+    train.main.__wrapped__(
+        configure(
+            "step3_defi",
+            *places,
+            f"name={name}",
+            "loop.max_steps=2",
+            "loop.batch_size=2",
+            "loop.eval_every=null",
+            "loop.warmup_steps=1",
+            "policy.alignment_steps=0",
+            *WINDOWS,
+            *overrides,
+        )
+    )
     return tree / "ckpts/defi" / name
 
 
 def examined(tree: Path, path: Path, *overrides: str) -> dict:
-    links.main.__wrapped__(configure("step3_links", f"path={path}", f"data.root={tree}/data/demonstrations", "batch_size=2", "windows=4",
-                                     *WINDOWS, *overrides))
+    links.main.__wrapped__(
+        configure(
+            "step3_links",
+            f"path={path}",
+            f"data.root={tree}/data/demonstrations",
+            "batch_size=2",
+            "windows=4",
+            *WINDOWS,
+            *overrides,
+        )
+    )
     return json.loads((path / "links/links.json").read_text())
 
 
 def test_the_program_measures_every_stream_and_draws_it(tree: Path) -> None:
     found = examined(tree, trained(tree, "linked"))
     assert found["streams"] == ["video", "latent", "future"]
-    assert found["costs"].keys() == {f"{how}_{name}" for how in ("swap", "mean") for name in ("video", "latent", "future", "gfdm")}
-    assert found["copy_error"] > 0 and found["projector_error"] > 0 and found["codes_used"].keys() == {"imagined", "true"}
+    assert found["costs"].keys() == {
+        f"{how}_{name}" for how in ("swap", "mean") for name in ("video", "latent", "future", "gfdm")
+    }
+    assert (
+        found["copy_error"] > 0 and found["projector_error"] > 0 and found["codes_used"].keys() == {"imagined", "true"}
+    )
     table = (tree / "ckpts/defi/linked/links/table.md").read_text()
     assert "everything of the forward model" in table and "Codes in use" in table
     assert (tree / "ckpts/defi/linked/links/links.png").stat().st_size > 5000
@@ -38,8 +63,17 @@ def test_the_program_measures_every_stream_and_draws_it(tree: Path) -> None:
 
 def test_a_policy_whose_present_is_imagined_has_no_target_to_miss(tree: Path) -> None:
     published = [f"policy.{kind}.path={tree}/ckpts/{kind}/tiny" for kind in ("gfdm", "gidm")]
-    found = examined(tree, trained(tree, "linked_official", "experiment=defi/official", *published, "data.min_window=null", "loop.accumulate=1"))
-    assert found["streams"] == ["video", "latent"] and "copy_error" not in found and found["codes_used"].keys() == {"imagined"}
+    found = examined(
+        tree,
+        trained(
+            tree, "linked_official", "experiment=defi/official", *published, "data.min_window=null", "loop.accumulate=1"
+        ),
+    )
+    assert (
+        found["streams"] == ["video", "latent"]
+        and "copy_error" not in found
+        and found["codes_used"].keys() == {"imagined"}
+    )
 
 
 def test_what_is_missing_is_one_line(tree: Path, tmp_path: Path) -> None:
@@ -63,9 +97,13 @@ def test_replacing_a_stream_costs_nothing_only_where_it_is_not_read() -> None:
     torch.nn.init.zeros_(model.adapter.streams["latent"][1].weight)
     torch.nn.init.zeros_(model.adapter.streams["latent"][1].bias)
     seen = model.look(batch["views"], batch["text"])
-    costs = {name: float(shares["all"]) for name, shares in model.reliance(seen, batch["text"], batch["actions"]).items()}
+    costs = {
+        name: float(shares["all"]) for name, shares in model.reliance(seen, batch["text"], batch["actions"]).items()
+    }
     assert costs["swap_latent"] == costs["mean_latent"] == 0
-    assert all(abs(costs[name]) > 1e-6 for name in ("swap_video", "mean_video", "swap_future", "swap_gfdm", "mean_gfdm"))
+    assert all(
+        abs(costs[name]) > 1e-6 for name in ("swap_video", "mean_video", "swap_future", "swap_gfdm", "mean_gfdm")
+    )
 
 
 def test_spread_is_that_over_samples_alone() -> None:

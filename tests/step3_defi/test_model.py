@@ -44,7 +44,9 @@ def test_forward_gives_finite_losses_and_code_use() -> None:
     assert {"loss", "action_loss", "bottleneck_loss", "codes", "latent_deviation"} == out.keys()
     assert all(torch.isfinite(value).all() for value in out.values())
     assert torch.isclose(out["loss"], out["action_loss"] + model.bottleneck_weight * out["bottleneck_loss"])
-    assert out["codes"].shape == (2, 6) and (out["codes"].sum(1) == 3 * len(model.pairs_of) * len(model.pair_frames)).all()
+    assert (
+        out["codes"].shape == (2, 6) and (out["codes"].sum(1) == 3 * len(model.pairs_of) * len(model.pair_frames)).all()
+    )
     told = model.count_metrics({"codes": torch.tensor([[4, 0, 0, 0, 0, 0], [0, 2, 0, 2, 0, 0]])})
     assert told == {"codes_used": 3.0, "perplexity": pytest.approx(2 * 2**0.5)}
 
@@ -60,7 +62,9 @@ def test_gradient_flows_to_exactly_the_named_parts(row: str) -> None:
         touched = [p.grad is not None and bool(p.grad.any()) for p in parameters]
         kept = [parameter is model.gidm.codebook for parameter in parameters]  # codes stay as pretraining made them
         assert touched == [part in ROWS[row] and not code for code in kept], part
-        assert [p.requires_grad for p in parameters] == [part in ROWS[row] and not (code and "gidm" in ROWS[row]) for code in kept]
+        assert [p.requires_grad for p in parameters] == [
+            part in ROWS[row] and not (code and "gidm" in ROWS[row]) for code in kept
+        ]
 
 
 def test_optimizer_sees_what_is_trainable_and_checkpoint_what_is_not_frozen_elsewhere() -> None:
@@ -80,16 +84,26 @@ def test_frozen_parts_stay_in_eval_mode() -> None:
     model.set_trainable(PARTS)
     assert model.gfdm.dropout.training
     model.set_trainable(NEW)
-    assert not model.gfdm.module.dropout.training and "gfdm" not in dict(model.named_children()).get("gfdm").state_dict()
+    assert (
+        not model.gfdm.module.dropout.training and "gfdm" not in dict(model.named_children()).get("gfdm").state_dict()
+    )
 
 
 def test_latent_actions_survive_a_thousand_steps_of_finetuning(hub: Path) -> None:
-    """The landed code lost them: the VQ loss shrank them within 50 steps, and restarts overwrote unused codes at step 20.
+    """The landed code lost them: the VQ loss shrank them within 50 steps, and restarts overwrote unused codes at step
+    20.
 
     The projector's alignment is part of the mend: without it the inverse model reads what it never saw.
     """
-    gidm = GIDM(vision=dinov2(hub / "dinov2", 32), text=t5_text(hub / "t5"), dim=16, heads=2, encoder_layers=1, decoder_layers=1,
-                quantizer=VectorQuantizer(16, 8, restart_every=20, normalize=4))
+    gidm = GIDM(
+        vision=dinov2(hub / "dinov2", 32),
+        text=t5_text(hub / "t5"),
+        dim=16,
+        heads=2,
+        encoder_layers=1,
+        decoder_layers=1,
+        quantizer=VectorQuantizer(16, 8, restart_every=20, normalize=4),
+    )
     optimizer = torch.optim.AdamW([p for p in gidm.parameters() if p.requires_grad], lr=3e-3)
     generator = torch.Generator().manual_seed(0)
     for step in range(150):  # what changes between two moments is how bright they are
@@ -99,13 +113,26 @@ def test_latent_actions_survive_a_thousand_steps_of_finetuning(hub: Path) -> Non
         optimizer.step()
         gidm.on_step(step + 1)
     codes = gidm.quantizer.codebook.detach().clone()
-    model = build(gidm=gidm, alignment_weight=1.0, streams=("latent",), pair_frames=(3,), trainable=ROWS["gidm_adapter"])
+    model = build(
+        gidm=gidm, alignment_weight=1.0, streams=("latent",), pair_frames=(3,), trainable=ROWS["gidm_adapter"]
+    )
     batches = []
-    for _ in range(8):  # actions that have nothing to do with the pictures: nothing but the inverse model's own loss pulls at latents
-        views = {name: torch.rand(16, 1, 1, 1, generator=generator).expand(-1, 3, 32, 32) * 2 - 1 for name in ("static", "gripper")}
+    for _ in range(
+        8
+    ):  # actions that have nothing to do with the pictures: nothing but the inverse model's own loss pulls at latents
+        views = {
+            name: torch.rand(16, 1, 1, 1, generator=generator).expand(-1, 3, 32, 32) * 2 - 1
+            for name in ("static", "gripper")
+        }
         futures = {name: view[:, None] for name, view in views.items()}
-        batches.append({"frozen": model.eval().look(views, ["go"] * 16, futures), "text": ["go"] * 16, "id": [""] * 16,
-                        "actions": torch.rand(16, 10, 7, generator=generator)})
+        batches.append(
+            {
+                "frozen": model.eval().look(views, ["go"] * 16, futures),
+                "text": ["go"] * 16,
+                "id": [""] * 16,
+                "actions": torch.rand(16, 10, 7, generator=generator),
+            }
+        )
 
     def measured() -> tuple[float, int]:
         model.eval()
@@ -137,7 +164,8 @@ def test_codes_restart_only_where_finetuning_asks_for_it() -> None:
 
 
 def test_no_stream_reaches_the_adapter_constant() -> None:
-    """A stream that hardly varies beside its offset, as the landed latent did at 0.015 of 1.37, is heard like the others."""
+    """A stream that hardly varies beside its offset, as the landed latent did at 0.015 of 1.37, is heard like the
+    others."""
     model, batch = build(), make_batch(8)
     lift = model.gidm.lift
     model.gidm.lift = lambda quantized: 1.37 + 0.1 * lift(quantized)
@@ -208,9 +236,23 @@ def test_pairs_of_one_view_leave_the_future_of_all_views_to_the_adapter() -> Non
     assert one(batch)["loss"].isfinite()
 
 
-SMALL_VPP = {"adapter": partial(VPPAdapter, dim=16, encoder_layers=1, decoder_layers=1, heads=2, attention_dropout=0.0, residual_dropout=0.0,
-                                mlp_dropout=0.0), "standardize": False, "pair_frames": (2,), "pair_views": ["static"],
-             "streams": ("video", "latent"), "codebook": "learned"}
+SMALL_VPP = {
+    "adapter": partial(
+        VPPAdapter,
+        dim=16,
+        encoder_layers=1,
+        decoder_layers=1,
+        heads=2,
+        attention_dropout=0.0,
+        residual_dropout=0.0,
+        mlp_dropout=0.0,
+    ),
+    "standardize": False,
+    "pair_frames": (2,),
+    "pair_views": ["static"],
+    "streams": ("video", "latent"),
+    "codebook": "learned",
+}
 
 
 def test_an_imagined_present_reads_frames_0_and_5_of_one_view_and_no_dinov2() -> None:
@@ -220,7 +262,7 @@ def test_an_imagined_present_reads_frames_0_and_5_of_one_view_and_no_dinov2() ->
     assert seen.keys() == {"features"}
     features = seen["features"].float().requires_grad_()
     _, streams, _ = model.infer_streams({"features": features}, batch["text"])
-    gradient, = torch.autograd.grad(streams["latent"].sum(), features)
+    (gradient,) = torch.autograd.grad(streams["latent"].sum(), features)
     touched = gradient.abs().sum((0, 3, 4)) > 0  # (V, F)
     assert touched.tolist() == [[True, False, True, False], [False] * 4]
     torch.manual_seed(0)
@@ -250,7 +292,11 @@ def test_cache_equals_no_cache() -> None:
     model, batch = build(alignment_weight=0.5), make_batch(futures=2)
     wake(model)
     seen = model.precompute(batch["views"], batch["text"], batch["futures"])
-    assert seen["now"].shape == (3, 2, 16, 8) and seen["features"].shape == (3, 2, 4, 16, 12) and seen["target"].shape == (3, 2, 2, 16, 8)
+    assert (
+        seen["now"].shape == (3, 2, 16, 8)
+        and seen["features"].shape == (3, 2, 4, 16, 12)
+        and seen["target"].shape == (3, 2, 2, 16, 8)
+    )
     assert seen["features"].dtype == torch.float16
     start = copy.deepcopy(model.state_dict())
     torch.manual_seed(0)
@@ -276,7 +322,9 @@ def test_alignment_pulls_the_projector_only_and_needs_futures() -> None:
     batch = make_batch(futures=2)
     plain, aligned = build()(batch), model(batch)
     assert "alignment_loss" not in plain
-    assert torch.isclose(aligned["loss"], aligned["action_loss"] + aligned["bottleneck_loss"] + aligned["alignment_loss"])
+    assert torch.isclose(
+        aligned["loss"], aligned["action_loss"] + aligned["bottleneck_loss"] + aligned["alignment_loss"]
+    )
 
 
 def test_alignment_refuses_other_frames_than_the_pairs() -> None:
@@ -298,7 +346,8 @@ def test_alignment_falls_where_it_is_taught() -> None:
 
 
 def test_reliance_says_what_each_stream_tells_of_the_action() -> None:
-    """Actions that only the codes know of: with a neighbour's the loss rises; a stream that says nothing is worth nothing."""
+    """Actions that only the codes know of: with a neighbour's the loss rises; a stream that says nothing is worth
+    nothing."""
     model, batch = build(streams=("video", "latent")), make_batch(2)
     assert not [key for key in model(batch) if key.startswith(("swap", "mean", "spread"))]
     signs = torch.tensor([-1.0, 1.0])
@@ -308,12 +357,18 @@ def test_reliance_says_what_each_stream_tells_of_the_action() -> None:
         return LatentAction(z, z, z.new_zeros(()), None)
 
     model.gidm.infer = infer
-    model.video_former.forward = lambda features: features.new_zeros(2, model.video_former.num_tokens, model.video_former.dim)
+    model.video_former.forward = lambda features: features.new_zeros(
+        2, model.video_former.num_tokens, model.video_former.dim
+    )
     batch |= {"text": ["go", "go"], "actions": 0.7 * signs.view(2, 1, 1).expand(2, 10, 7)}
     learn(model, batch, 60)
     model.eval()
     told = model(batch)
-    assert told["action_loss"] < 0.5 < told["swap_latent"] * told["action_loss"] and told["mean_latent"] > 0 and told["spread_latent"] > 0.2
+    assert (
+        told["action_loss"] < 0.5 < told["swap_latent"] * told["action_loss"]
+        and told["mean_latent"] > 0
+        and told["spread_latent"] > 0.2
+    )
     assert told["swap_video"] == told["mean_video"] == told["spread_video"] == 0
     signs[:] = 1
     assert model(batch)["swap_latent"] == 0
@@ -361,7 +416,9 @@ def test_blind_ignores_pictures_in_training_and_use() -> None:
         torch.manual_seed(0)
         return policy.eval()(data)["loss"]
 
-    assert torch.equal(losses(model, batch), losses(model, other)) and not torch.equal(losses(seeing, batch), losses(seeing, other))
+    assert torch.equal(losses(model, batch), losses(model, other)) and not torch.equal(
+        losses(seeing, batch), losses(seeing, other)
+    )
     assert torch.equal(model.sample(batch["views"], batch["text"]), model.sample(other["views"], other["text"]))
     assert not torch.equal(seeing.sample(batch["views"], batch["text"]), seeing.sample(other["views"], other["text"]))
 
@@ -372,7 +429,9 @@ def test_the_forward_model_of_features_fits_the_same_plug(hub: Path) -> None:
     model, batch = build(gfdm=future), make_batch()
     wake(model)
     model(batch)["loss"].backward()
-    assert not any(p.requires_grad for p in future.parameters()) and not any("gfdm" in name for name in model.state_dict())
+    assert not any(p.requires_grad for p in future.parameters()) and not any(
+        "gfdm" in name for name in model.state_dict()
+    )
     assert model.eval().sample(batch["views"], batch["text"]).shape == (3, 10, 7)
     assert model(batch | {"frozen": model.precompute(batch["views"], batch["text"])})["action_loss"].isfinite()
 
@@ -384,28 +443,38 @@ def test_sampling_is_seeded_and_rows_are_independent() -> None:
     assert whole.shape == (3, 10, 7) and torch.equal(whole, model.sample(batch["views"], batch["text"], seed=[4, 5, 6]))
     alone = model.sample({name: view[1:2] for name, view in batch["views"].items()}, batch["text"][1:2], seed=5)
     assert torch.allclose(whole[1:2], alone, atol=1e-4)
-    assert not torch.allclose(whole[1:2], model.sample({n: v[1:2] for n, v in batch["views"].items()}, batch["text"][1:2], seed=7), atol=1e-3)
+    assert not torch.allclose(
+        whole[1:2], model.sample({n: v[1:2] for n, v in batch["views"].items()}, batch["text"][1:2], seed=7), atol=1e-3
+    )
 
 
 def test_it_learns_what_pictures_tell() -> None:
     """Two pictures under one sentence, one action each: the sampled actions part."""
     model, levels = build(noise_draws=16, edm=EDM(steps=10)), torch.tensor([-0.7, 0.7])
     views = {name: levels.view(2, 1, 1, 1).expand(2, 3, 16, 16) for name in ("static", "gripper")}
-    batch = {"id": ["dark", "bright"], "views": views, "text": ["go", "go"], "actions": levels.view(2, 1, 1).expand(2, 10, 7)}
+    batch = {
+        "id": ["dark", "bright"],
+        "views": views,
+        "text": ["go", "go"],
+        "actions": levels.view(2, 1, 1).expand(2, 10, 7),
+    }
     learn(model, batch, 80)
     actions = model.eval().sample(views, batch["text"])
     assert (actions.mean((1, 2)) - levels).abs().max() < 0.35
 
 
 def full_scale(gidm: nn.Module | None, *overrides: str) -> DeFI:
-    """Parents of full width, everything else from the configuration; nothing is allocated. No `gidm`: the configuration's."""
+    """Parents of full width, everything else from the configuration; nothing is allocated. No `gidm`: the
+    configuration's."""
     with initialize_config_dir(CONFIGS, version_base=None):
         policy = OmegaConf.to_container(compose("step3_defi", list(overrides)).policy, resolve=True)
     gfdm, goal = FakeGFDM(), FakeGoal()
     gfdm.feature_dim, gfdm.num_frames, gfdm.num_tokens, goal.pooled_dim = 2560, 16, 256, 512
     with torch.device("meta"):
         gidm = gidm or instantiate(policy["gidm"])
-        return instantiate({**policy, "gfdm": None, "gidm": None, "goal": None, "_partial_": True})(gfdm=gfdm, gidm=gidm, goal=goal)
+        return instantiate({**policy, "gfdm": None, "gidm": None, "goal": None, "_partial_": True})(
+            gfdm=gfdm, gidm=gidm, goal=goal
+        )
 
 
 def size(module: nn.Module) -> int:
@@ -421,9 +490,18 @@ def test_official_has_the_releases_sizes(row: str) -> None:
     with torch.device("meta"):
         gidm = instantiate({**config, "vision": None, "text": None, "_partial_": True})(vision=eyes, text=eyes)
     model = full_scale(gidm, row)
-    assert round(size(model.gidm) / 1e6, 2) == 114.75 and size(model.video_former) == 17_713_536 and size(model.projector) == 2_557_440 + 2 * 768
+    assert (
+        round(size(model.gidm) / 1e6, 2) == 114.75
+        and size(model.video_former) == 17_713_536
+        and size(model.projector) == 2_557_440 + 2 * 768
+    )
     assert round(sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6, 2) == 156.84
-    assert model.pair_frames == (5,) and model.pairs_of == [0] and model.adapter.streams.keys() == {"video", "latent"} and not model.sees_now
+    assert (
+        model.pair_frames == (5,)
+        and model.pairs_of == [0]
+        and model.adapter.streams.keys() == {"video", "latent"}
+        and not model.sees_now
+    )
 
 
 @pytest.mark.parametrize("row", ["policy=vpp", "experiment=defi/vpp"])
@@ -438,7 +516,14 @@ def test_full_scale_builds_to_the_papers_sizes() -> None:
     gidm = FakeGIDM()
     gidm.embed_dim, gidm.num_actions = 768, 4
     model = full_scale(gidm)
-    counts = {name: sum(p.numel() for p in getattr(model, name).parameters()) for name in ("projector", "video_former", "adapter")}
+    counts = {
+        name: sum(p.numel() for p in getattr(model, name).parameters())
+        for name in ("projector", "video_former", "adapter")
+    }
     assert counts["projector"] == 2_557_440 + 2 * 768 and counts["video_former"] == 17_713_536 + 2 * 384 + 6 * 2 * 384
-    assert counts["adapter"] == pytest.approx(40.9e6, rel=0.02) and len(model.adapter.blocks) == 12 and model.adapter.order.shape == (10, 384)
+    assert (
+        counts["adapter"] == pytest.approx(40.9e6, rel=0.02)
+        and len(model.adapter.blocks) == 12
+        and model.adapter.order.shape == (10, 384)
+    )
     assert model.edm.steps == 10 and model.pair_frames == (5, 10, 15)

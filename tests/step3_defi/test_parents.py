@@ -1,4 +1,5 @@
 """What a policy may be built on, over the true tiny models."""
+
 from __future__ import annotations
 
 import json
@@ -22,7 +23,12 @@ def relabel(folder: Path, **changes: str | None) -> None:
 def test_a_policy_records_its_scale_and_carries_it_along(tree: Path, tmp_path: Path) -> None:
     folder = run(tree, "scaled")
     whole = policy.load(folder).save_pretrained(tmp_path / "whole")
-    assert artifact.meta(folder)["scale"] == artifact.meta(folder / policy.BEST)["scale"] == artifact.meta(whole)["scale"] == "tiny"
+    assert (
+        artifact.meta(folder)["scale"]
+        == artifact.meta(folder / policy.BEST)["scale"]
+        == artifact.meta(whole)["scale"]
+        == "tiny"
+    )
 
 
 @pytest.mark.parametrize("kind", policy.PARENTS)
@@ -30,24 +36,37 @@ def test_a_parent_of_another_scale_is_refused(tree: Path, kind: str) -> None:
     """A policy builds itself to whatever parent it is given, so nothing else would stop it."""
     other = artifact.copy(tree / f"ckpts/{kind}/tiny", tree / f"ckpts/{kind}/{kind}_of_full")
     relabel(other, scale="full")
-    with pytest.raises(SystemExit, match=rf"^error: [^\n]*{kind}_of_full: this {kind} is of scale=full, one of scale=tiny is needed; "
-                                         rf"move it away, or train one [^\n]*policy.{kind}.path=$"):
+    with pytest.raises(
+        SystemExit,
+        match=rf"^error: [^\n]*{kind}_of_full: this {kind} is of scale=full, one of scale=tiny is needed; "
+        rf"move it away, or train one [^\n]*policy.{kind}.path=$",
+    ):
         run(tree, "refused", f"policy.{kind}.path={other}")
     assert not (tree / "ckpts/defi/refused/meta.json").exists()
 
 
 def refit(file: Path) -> None:
     """Other weights in the same place."""
-    save_file({name: tensor + 0.01 if tensor.is_floating_point() else tensor for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
+    save_file(
+        {name: tensor + 0.01 if tensor.is_floating_point() else tensor for name, tensor in load_file(file).items()},
+        file,
+        metadata={"format": "pt"},
+    )
 
 
-@pytest.mark.parametrize("part, weights, choice", [
-    ("dinov2", "model.safetensors", ["policy/gidm=scratch", "policy.gidm.vision.path={}"]),
-    ("svd", "unet/diffusion_pytorch_model.safetensors", ["policy/gfdm=vanilla_svd", "policy.gfdm.svd={}"]),
-    ("clip", "model.safetensors", ["+policy.gfdm.overrides.clip={}"])])
-def test_weights_that_were_fitted_again_are_not_read_from_the_cache(tree: Path, hub: Path, tmp_path: Path, part: str, weights: str,
-                                                                    choice: list[str]) -> None:
-    """The path is the same, and so is the config; the forward model of the last is an artifact that did not change, its text encoder did."""
+@pytest.mark.parametrize(
+    "part, weights, choice",
+    [
+        ("dinov2", "model.safetensors", ["policy/gidm=scratch", "policy.gidm.vision.path={}"]),
+        ("svd", "unet/diffusion_pytorch_model.safetensors", ["policy/gfdm=vanilla_svd", "policy.gfdm.svd={}"]),
+        ("clip", "model.safetensors", ["+policy.gfdm.overrides.clip={}"]),
+    ],
+)
+def test_weights_that_were_fitted_again_are_not_read_from_the_cache(
+    tree: Path, hub: Path, tmp_path: Path, part: str, weights: str, choice: list[str]
+) -> None:
+    """The path is the same, and so is the config; the forward model of the last is an artifact that did not change, its
+    text encoder did."""
     place, looks = shutil.copytree(hub / part, tmp_path / part), tmp_path / "looks"
     options = [f"cache_dir={looks}", "cache=true", "loop.max_steps=1", *(words.format(place) for words in choice)]
     run(tree, f"{part}_looks_at", *options)

@@ -20,7 +20,10 @@ from tests.step3_defi.parts import SENTENCES, build, wake
 
 def observe(seed: int, **shapes) -> dict:
     rng = np.random.default_rng(seed)
-    pictures = {"rgb_static": rng.integers(0, 255, (200, 200, 3), np.uint8), "rgb_gripper": rng.integers(0, 255, (84, 84, 3), np.uint8)}
+    pictures = {
+        "rgb_static": rng.integers(0, 255, (200, 200, 3), np.uint8),
+        "rgb_gripper": rng.integers(0, 255, (84, 84, 3), np.uint8),
+    }
     return {"rgb_obs": pictures, "robot_obs": rng.normal(size=15), "scene_obs": rng.normal(size=24)}
 
 
@@ -77,14 +80,26 @@ def test_bad_requests_say_what_is_wrong() -> None:
         ready().plan([observe(0)], ["go", "go"])
 
 
-@pytest.mark.parametrize("spoil, said", [
-    (lambda o: o["rgb_obs"].update(rgb_static=o["rgb_obs"]["rgb_static"] / 255), r"rgb_obs/rgb_static is float64 of shape \(200, 200, 3\); give .* uint8"),
-    (lambda o: o["rgb_obs"].update(rgb_static=np.full((200, 200, 3), np.nan, np.float32)), "rgb_obs/rgb_static is float32"),
-    (lambda o: o["rgb_obs"].update(rgb_gripper=o["rgb_obs"]["rgb_gripper"].transpose(2, 0, 1)), r"rgb_obs/rgb_gripper is uint8 of shape \(3, 84, 84\)"),
-    (lambda o: o["rgb_obs"].update(rgb_gripper=[[0]]), "rgb_obs/rgb_gripper is a list"),
-    (lambda o: o["robot_obs"].__setitem__(3, np.nan), "robot_obs is missing or not finite"),
-    (lambda o: o.pop("robot_obs"), "robot_obs is missing or not finite"),
-])
+@pytest.mark.parametrize(
+    "spoil, said",
+    [
+        (
+            lambda o: o["rgb_obs"].update(rgb_static=o["rgb_obs"]["rgb_static"] / 255),
+            r"rgb_obs/rgb_static is float64 of shape \(200, 200, 3\); give .* uint8",
+        ),
+        (
+            lambda o: o["rgb_obs"].update(rgb_static=np.full((200, 200, 3), np.nan, np.float32)),
+            "rgb_obs/rgb_static is float32",
+        ),
+        (
+            lambda o: o["rgb_obs"].update(rgb_gripper=o["rgb_obs"]["rgb_gripper"].transpose(2, 0, 1)),
+            r"rgb_obs/rgb_gripper is uint8 of shape \(3, 84, 84\)",
+        ),
+        (lambda o: o["rgb_obs"].update(rgb_gripper=[[0]]), "rgb_obs/rgb_gripper is a list"),
+        (lambda o: o["robot_obs"].__setitem__(3, np.nan), "robot_obs is missing or not finite"),
+        (lambda o: o.pop("robot_obs"), "robot_obs is missing or not finite"),
+    ],
+)
 def test_observations_of_another_kind_are_one_line(spoil: Callable[[dict], object], said: str) -> None:
     seen = observe(1)
     spoil(seen)
@@ -107,7 +122,10 @@ def test_characters_that_no_piece_stands_for_are_named(shared_data: Path) -> Non
     robot = ready()
     robot.model.gidm.text = TextEncoder(nn.Linear(1, 1), AutoTokenizer.from_pretrained(shared_data / "tokenizers/t5"))
     assert len(robot.plan([observe(0)], ["put the café cup in the drawer, please!"])) == 1
-    with pytest.raises(ValueError, match="'open 引き出し': the policy's text encoders do not know 'き', 'し', '出', '引'; say it in plain English"):
+    with pytest.raises(
+        ValueError,
+        match="'open 引き出し': the policy's text encoders do not know 'き', 'し', '出', '引'; say it in plain English",
+    ):
         robot.plan([observe(0)], ["open 引き出し"])
 
 
@@ -122,14 +140,25 @@ def make_tree(root: Path) -> Path:
     paths = {name: root / name / "p" for name in ("gfdm", "gidm")}
     for name, path in paths.items():
         artifact.save(Half(), path, kind=name, config={"_target_": "step1_gfdm.None"})
-    config = {name: {"_target_": "common.artifact.load", "path": str(path), "kind": name} for name, path in paths.items()}
-    artifact.save(Half(), root / "defi" / "x", kind="defi", config=config, parents={n: artifact.sha256(p) for n, p in paths.items()})
+    config = {
+        name: {"_target_": "common.artifact.load", "path": str(path), "kind": name} for name, path in paths.items()
+    }
+    artifact.save(
+        Half(),
+        root / "defi" / "x",
+        kind="defi",
+        config=config,
+        parents={n: artifact.sha256(p) for n, p in paths.items()},
+    )
     return root / "defi" / "x"
 
 
 def test_parents_are_found_where_they_were_and_after_a_move(tmp_path: Path) -> None:
     folder = make_tree(tmp_path / "a")
-    assert policy.find_parents(folder) == {"gfdm.path": str(tmp_path / "a/gfdm/p"), "gidm.path": str(tmp_path / "a/gidm/p")}
+    assert policy.find_parents(folder) == {
+        "gfdm.path": str(tmp_path / "a/gfdm/p"),
+        "gidm.path": str(tmp_path / "a/gidm/p"),
+    }
     (tmp_path / "a").rename(tmp_path / "b")
     assert policy.find_parents(tmp_path / "b/defi/x")["gfdm.path"] == str(tmp_path / "b/gfdm/p")
     best = artifact.copy(tmp_path / "b/defi/x", tmp_path / "b/defi/x/best")
@@ -164,10 +193,17 @@ def test_a_saved_policy_is_whole_and_an_artifact(tmp_path: Path) -> None:
     saved = robot.save_pretrained(tmp_path / "elsewhere/whole")
     (tmp_path / "a").rename(tmp_path / "gone")
     assert policy.find_parents(saved) == {f"{name}.path": str(saved / "parents" / name) for name in ("gfdm", "gidm")}
-    assert load_file(saved / "weights.safetensors")["adapter.out.bias"].eq(0.25).all() and not (saved / "parents/gfdm/resume").exists()
+    assert (
+        load_file(saved / "weights.safetensors")["adapter.out.bias"].eq(0.25).all()
+        and not (saved / "parents/gfdm/resume").exists()
+    )
     robot.moved, robot.origin = policy.find_parents(saved), saved
-    assert artifact.sha256(robot.save_pretrained(tmp_path / "alone", with_parents=False)) == artifact.sha256(saved), "parents are no part of its identity"
-    assert not (tmp_path / "alone/parents").exists() and artifact.sha256(robot.save_pretrained(saved)) == artifact.sha256(saved)
+    assert artifact.sha256(robot.save_pretrained(tmp_path / "alone", with_parents=False)) == artifact.sha256(saved), (
+        "parents are no part of its identity"
+    )
+    assert not (tmp_path / "alone/parents").exists() and artifact.sha256(
+        robot.save_pretrained(saved)
+    ) == artifact.sha256(saved)
 
 
 def test_a_policy_that_came_from_nowhere_cannot_be_saved(tmp_path: Path) -> None:
@@ -181,9 +217,16 @@ def test_hub_ids_are_fetched_for_policy_and_parents(tmp_path: Path, monkeypatch:
     hub = {"lab/policy": folder, "lab/gfdm": tmp_path / "away/p"}
     monkeypatch.setattr(policy, "snapshot_download", lambda name: str(hub[name]))
     model, asked = build(), []
-    monkeypatch.setattr(artifact, "load", lambda folder, kind, overrides: asked.append((Path(folder), overrides)) or model)
+    monkeypatch.setattr(
+        artifact, "load", lambda folder, kind, overrides: asked.append((Path(folder), overrides)) or model
+    )
     robot = DeFIPolicy.from_pretrained("lab/policy", gfdm="lab/gfdm", overrides={"goal.path": "lab/clip"}, execute=4)
-    assert asked == [(folder, {"gfdm.path": str(tmp_path / "away/p"), "gidm.path": str(tmp_path / "gidm/p"), "goal.path": "lab/clip"})]
+    assert asked == [
+        (
+            folder,
+            {"gfdm.path": str(tmp_path / "away/p"), "gidm.path": str(tmp_path / "gidm/p"), "goal.path": "lab/clip"},
+        )
+    ]
     assert robot.execute == 4 and robot.origin == folder
     with pytest.raises(artifact.ArtifactError, match="its gfdm is neither"):
         DeFIPolicy.from_pretrained("lab/policy")

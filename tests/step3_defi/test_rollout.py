@@ -1,4 +1,6 @@
-"""Rollouts in processes: protocol, batching, pictures only where they are looked at, and what happens when things break."""
+"""Rollouts in processes: protocol, batching, pictures only where they are looked at, and what happens when things
+break."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -26,10 +28,21 @@ def config(**arguments: Any) -> dict[str, Any]:
 
 
 def chains(agent: str = "policy", horizon: int = 720, count: int = 3, slots: int = 1, **more: Any) -> list[Chain]:
-    return [Chain(i, {"index": i}, make_tasks(CHAINS[i % 3]), agent, horizon, seed=5, slot=i % slots, **more) for i in range(count)]
+    return [
+        Chain(i, {"index": i}, make_tasks(CHAINS[i % 3]), agent, horizon, seed=5, slot=i % slots, **more)
+        for i in range(count)
+    ]
 
 
-def run(work: list[Chain], policy: Any = None, *, workers: int = 1, patience: float = 60, claim: Any = None, **arguments: Any) -> dict[int, Any]:
+def run(
+    work: list[Chain],
+    policy: Any = None,
+    *,
+    workers: int = 1,
+    patience: float = 60,
+    claim: Any = None,
+    **arguments: Any,
+) -> dict[int, Any]:
     with Simulators(config(**arguments), count=workers, patience=patience) as simulators:
         return {r["index"]: r for r in simulators.rollout(work, policy, claim)}
 
@@ -121,7 +134,9 @@ def test_survey() -> None:
 
 
 @pytest.mark.parametrize("agent", ["policy", "random"])
-def test_sequences_of_simulators_that_fail_once_are_tried_again_and_come_to_the_same(agent: str, tmp_path: Path) -> None:
+def test_sequences_of_simulators_that_fail_once_are_tried_again_and_come_to_the_same(
+    agent: str, tmp_path: Path
+) -> None:
     """Killed, hung, and told an error, in the middle of a sub-task, while others wait for their plans."""
     work, policy = chains(agent, count=9, slots=3, horizon=400), NoisyPolicy()
     straight = run(work, policy, workers=3)
@@ -130,19 +145,35 @@ def test_sequences_of_simulators_that_fail_once_are_tried_again_and_come_to_the_
     assert sorted(int(mark.name) for mark in tmp_path.iterdir()) == [0, 2, 4, 5, 8], "every trouble came"
 
 
-@pytest.mark.parametrize("kind, why", [("kill", r"the process died \(exit code -9\)"), ("hang", "no sign of life; .* more than 2 s, raise patience="),
-                                       ("raise", r"ValueError: block fell off the table \(_fail, line \d+\)")])
-def test_a_sequence_whose_simulator_fails_twice_is_told_apart(kind: str, why: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    results = run(chains(count=4, slots=2), SteadyPolicy(), workers=2, patience=2, trouble=[(1, kind, 9)], trials=str(tmp_path))
+@pytest.mark.parametrize(
+    "kind, why",
+    [
+        ("kill", r"the process died \(exit code -9\)"),
+        ("hang", "no sign of life; .* more than 2 s, raise patience="),
+        ("raise", r"ValueError: block fell off the table \(_fail, line \d+\)"),
+    ],
+)
+def test_a_sequence_whose_simulator_fails_twice_is_told_apart(
+    kind: str, why: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    results = run(
+        chains(count=4, slots=2), SteadyPolicy(), workers=2, patience=2, trouble=[(1, kind, 9)], trials=str(tmp_path)
+    )
     assert sorted(results) == [0, 1, 2, 3] and [index for index in results if "failure" in results[index]] == [1]
     assert re.fullmatch(r"simulator \d, sequence 1 \(task0_30.*\): " + why, results[1]["failure"])
     assert (tmp_path / "1").read_text() == "xx", "tried once more, not twice"
-    assert "tries the sequence again" in caplog.messages[0] and "goes on without" in caplog.messages[1] and len(caplog.messages) == 2
+    assert (
+        "tries the sequence again" in caplog.messages[0]
+        and "goes on without" in caplog.messages[1]
+        and len(caplog.messages) == 2
+    )
 
 
 def test_simulators_that_never_work_end_the_run(tmp_path: Path) -> None:
     trouble = [(index, "raise", 9) for index in range(9)]
-    with pytest.raises(RolloutError, match="3 sequences in a row failed twice, the last: simulator 0, sequence 2 .*block fell"):
+    with pytest.raises(
+        RolloutError, match="3 sequences in a row failed twice, the last: simulator 0, sequence 2 .*block fell"
+    ):
         run(chains(count=9), SteadyPolicy(), trouble=trouble, trials=str(tmp_path))
     assert len(list(tmp_path.iterdir())) == 3
 
@@ -157,7 +188,9 @@ def test_silence_is_measured_between_signs_of_life_and_not_over_a_chain() -> Non
 
 def test_actions_out_of_range_are_clipped_and_counted() -> None:
     fast, slow = SteadyPolicy(), SteadyPolicy()
-    fast.plan = lambda observations, instructions: np.where(np.arange(10) % 5, 1.0, 1.5)[None, :, None] * np.ones((len(observations), 10, 7))
+    fast.plan = lambda observations, instructions: (
+        np.where(np.arange(10) % 5, 1.0, 1.5)[None, :, None] * np.ones((len(observations), 10, 7))
+    )
     one, other = (run(chains(count=1), policy)[0] for policy in (fast, slow))
     assert one["steps_to_success"] == other["steps_to_success"], "1.5 carries no further than 1"
     assert one["clipped"] == 1110 / 5 and other["clipped"] == 0
@@ -170,7 +203,10 @@ def test_a_simulator_that_dies_before_it_answers_is_replaced() -> None:
 
 
 def test_a_simulator_that_does_not_start_says_why() -> None:
-    with pytest.raises(RolloutError, match="no GL: install"), Simulators(config(refuse="no GL: install libosmesa6"), count=1):
+    with (
+        pytest.raises(RolloutError, match="no GL: install"),
+        Simulators(config(refuse="no GL: install libosmesa6"), count=1),
+    ):
         pass
 
 
@@ -188,8 +224,18 @@ def test_a_simulator_that_draws_differently_ends_the_run(workers: int, tmp_path:
     """The second, or where there is one only, the one that takes its place after a death."""
     (tmp_path / "starts").mkdir()
     trouble = {"trouble": [(0, "kill", workers % 2)], "trials": str(tmp_path)}
-    with pytest.raises(RolloutError, match=r"reference_frame is 0 in the first simulator, 1 in simulator \d; choose the renderer by hand") as caught:
-        run(chains(count=4, slots=workers), SteadyPolicy(), workers=workers, starts=str(tmp_path / "starts"), drifts=True, **trouble)
+    with pytest.raises(
+        RolloutError,
+        match=r"reference_frame is 0 in the first simulator, 1 in simulator \d; choose the renderer by hand",
+    ) as caught:
+        run(
+            chains(count=4, slots=workers),
+            SteadyPolicy(),
+            workers=workers,
+            starts=str(tmp_path / "starts"),
+            drifts=True,
+            **trouble,
+        )
     assert "\n" not in str(caught.value)
 
 
@@ -221,7 +267,10 @@ def test_a_plan_of_the_real_policy_depends_on_its_key_and_not_on_its_neighbours(
 
     def request(picture: int, number: int) -> tuple[dict, str]:
         rng = np.random.default_rng(picture)
-        pictures = {"rgb_static": rng.integers(0, 255, (200, 200, 3), np.uint8), "rgb_gripper": rng.integers(0, 255, (84, 84, 3), np.uint8)}
+        pictures = {
+            "rgb_static": rng.integers(0, 255, (200, 200, 3), np.uint8),
+            "rgb_gripper": rng.integers(0, 255, (84, 84, 3), np.uint8),
+        }
         return {"rgb_obs": pictures, "robot_obs": np.zeros(15), "rollout_key": (0, 7, 0, number)}, SENTENCES[0]
 
     alone = plan(policy, {2: request(0, 3)}, size=3)[2]

@@ -1,4 +1,5 @@
 """Rows over seeds: paired by seed, with an interval as wide as few seeds make it."""
+
 from __future__ import annotations
 
 import json
@@ -11,7 +12,11 @@ from step3_defi import seeds
 
 
 def run(runs: Path, row: str, seed: int, loss: float, step: int = 600) -> None:
-    lines = [{"step": 300, "val/action_loss": 9.0}, {"step": step, "train/loss": 0.1}, {"step": step, "val/action_loss": loss, "val/swap_latent": 0.2}]
+    lines = [
+        {"step": 300, "val/action_loss": 9.0},
+        {"step": step, "train/loss": 0.1},
+        {"step": step, "val/action_loss": loss, "val/swap_latent": 0.2},
+    ]
     folder = runs / row / str(seed)
     folder.mkdir(parents=True)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -24,7 +29,11 @@ def test_differences_are_paired_by_seed(tmp_path: Path) -> None:
     run(tmp_path, "row", 7, 5.0)  # a seed that the base lacks
     result, table = seeds.compare(seeds.gather(tmp_path), "base", ["action_loss", "swap_latent"])
     mean, low, high = result["row"]["against_base_percent"]
-    assert mean == pytest.approx(11.0) and low == pytest.approx(11 - 4.303 / 3**0.5, abs=1e-3) and high == pytest.approx(22 - low)
+    assert (
+        mean == pytest.approx(11.0)
+        and low == pytest.approx(11 - 4.303 / 3**0.5, abs=1e-3)
+        and high == pytest.approx(22 - low)
+    )
     assert result["base"]["against_base_percent"] is None
     assert table.splitlines()[2].startswith("| base | 3 | 0.2333 +- 0.1528 | 0.2000 +- 0.0000 |")
 

@@ -1,4 +1,5 @@
 """Numbers of a journal, with known answers."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -11,7 +12,9 @@ TASKS = ["a", "b", "c", "d", "e"]
 
 
 def record(index: int, *steps: int | None) -> Record:
-    return Record(index=index, initial_state={"led": index % 2}, tasks=TASKS, steps_to_success=list(steps), clipped=0, seed=0)
+    return Record(
+        index=index, initial_state={"led": index % 2}, tasks=TASKS, steps_to_success=list(steps), clipped=0, seed=0
+    )
 
 
 RECORDS = [record(0, 30, 250, 300, 500, 30), record(1, 30, None), record(2, 300, 300, 300, 300, 300), record(3, None)]
@@ -82,10 +85,19 @@ def test_tasks_are_compared_where_both_reached_them() -> None:
     a = {0: record(0, 10, 10, None), 1: record(1, 10, None), 2: record(2, None)}
     b = {0: record(0, 10, None), 1: record(1, 10, 300, None), 2: record(2, 10, 10, 10, 10, 10), 3: record(3, None)}
     found = stats.compare_tasks(a, b, 360)
-    assert {task: (row["pairs"], row["rate_a"], row["rate_b"]) for task, row in found.items()} == {"a": (3, 2 / 3, 1.0), "b": (2, 0.5, 0.5)}
-    assert found["a"]["difference"] == pytest.approx(-1 / 3) and found["b"]["difference_ci95"] == [-1, 1] and found["b"]["p_value"] == 1
+    assert {task: (row["pairs"], row["rate_a"], row["rate_b"]) for task, row in found.items()} == {
+        "a": (3, 2 / 3, 1.0),
+        "b": (2, 0.5, 0.5),
+    }
+    assert (
+        found["a"]["difference"] == pytest.approx(-1 / 3)
+        and found["b"]["difference_ci95"] == [-1, 1]
+        and found["b"]["p_value"] == 1
+    )
     assert stats.compare_tasks(a, b, 280)["b"]["rate_b"] == 0, "300 steps are too many"
-    sure = stats.compare_tasks({i: record(i, 10, None) for i in range(20)}, {i: record(i, None) for i in range(20)}, 360)
+    sure = stats.compare_tasks(
+        {i: record(i, 10, None) for i in range(20)}, {i: record(i, None) for i in range(20)}, 360
+    )
     assert sure["a"]["difference"] == 1 and sure["a"]["p_value"] < 0.001 and set(sure) == {"a"}
 
 
@@ -104,7 +116,10 @@ def test_only_equal_sequences_are_compared() -> None:
 
 def test_table_stands_beside_the_paper() -> None:
     table = stats.chain_table({"mine": stats.chain_stats(RECORDS, 360)}, paper=stats.paper_label("playtable-D"))
-    assert "| DeFI, paper, CALVIN ABC→D (another world than playtable-D) | 97.9 | 94.2 | 90.7 | 87.0 | 81.2 | 4.51 |" in table
+    assert (
+        "| DeFI, paper, CALVIN ABC→D (another world than playtable-D) | 97.9 | 94.2 | 90.7 | 87.0 | 81.2 | 4.51 |"
+        in table
+    )
     assert "| mine | 75.0 [" in table and "**2.25** [" in table
     assert "another" not in stats.paper_label("calvin-D")
     assert sum(stats.PAPER.values()) == pytest.approx(stats.PAPER_AVG_LEN, abs=0.005)

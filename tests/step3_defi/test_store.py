@@ -1,4 +1,6 @@
-"""The packed form: whole or absent, the same however often its building was broken off, and clear where it cannot be built."""
+"""The packed form: whole or absent, the same however often its building was broken off, and clear where it cannot be
+built."""
+
 from __future__ import annotations
 
 import pickle
@@ -35,7 +37,9 @@ def content(folder: Path) -> dict[str, bytes]:
 def test_holds_motions_of_all_frames_and_every_bit_of_the_pictured(calvin: Path, tmp_path: Path) -> None:
     ours = pickle.loads(pickle.dumps(pack(calvin, tmp_path)))
     for frame in FRAMES:
-        assert ours.motions(np.array([frame]))[0] == pytest.approx(read_frame(calvin / "training", frame, ["rel_actions"])["rel_actions"])
+        assert ours.motions(np.array([frame]))[0] == pytest.approx(
+            read_frame(calvin / "training", frame, ["rel_actions"])["rel_actions"]
+        )
     for frame in FRAMES[::3][::-1].tolist():
         truth = read_frame(calvin / "training", frame, KEYS)
         assert all(np.array_equal(ours.pictures(frame, KEYS)[key], truth[key]) for key in KEYS)
@@ -48,13 +52,19 @@ def test_several_processes_write_the_same_files(calvin: Path, tmp_path: Path) ->
 
 def test_a_broken_build_goes_on_where_it_stopped(calvin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, write = pack(calvin, tmp_path / "whole"), store._write
-    monkeypatch.setattr(store, "_write", lambda job: write(job) if "00004" not in job[0].name else (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(
+        store,
+        "_write",
+        lambda job: write(job) if "00004" not in job[0].name else (_ for _ in ()).throw(KeyboardInterrupt),
+    )
     with pytest.raises(KeyboardInterrupt):
         pack(calvin, tmp_path / "broken")
     assert store.find(calvin / "training", FRAMES, FRAMES[::3], KEYS, tmp_path / "broken") is None
     target = tmp_path / "broken" / whole.folder.name
     (target / ".00004.77.part.safetensors").write_bytes(b"half")  # what kill -9 leaves
-    (target / "00002.safetensors").write_bytes((target / "00002.safetensors").read_bytes()[:-10])  # what a power failure may leave
+    (target / "00002.safetensors").write_bytes(
+        (target / "00002.safetensors").read_bytes()[:-10]
+    )  # what a power failure may leave
     written = []
     monkeypatch.setattr(store, "_write", lambda job: written.append(job[0].name[:5]) or write(job))
     assert content(pack(calvin, tmp_path / "broken").folder) == content(whole.folder)
@@ -64,10 +74,15 @@ def test_a_broken_build_goes_on_where_it_stopped(calvin: Path, tmp_path: Path, m
 def test_killed_and_resumed_equals_unbroken(tmp_path: Path) -> None:
     root, cache = write_calvin(tmp_path / "calvin", recordings=20, length=40), tmp_path / "broken"
     frames = np.array(sorted(int(path.stem[-7:]) for path in (root / "training").glob("episode_*.npz")))
-    code = ("import sys; from pathlib import Path; import numpy as np; from step3_defi import store; folder, cache = map(Path, sys.argv[1:])\n"
-            "frames = np.array(sorted(int(path.stem[-7:]) for path in folder.glob('episode_*.npz')))\n"
-            f"if __name__ == '__main__': store.packed(folder, frames, frames, {KEYS}, cache, workers=2, shard=8)")
-    started = subprocess.Popen([sys.executable, "-c", code, str(root / "training"), str(cache)], cwd=ROOT, stderr=subprocess.DEVNULL)
+    code = (
+        "import sys; from pathlib import Path; import numpy as np; from step3_defi import store; folder, cache = "
+        "map(Path, sys.argv[1:])\n"
+        "frames = np.array(sorted(int(path.stem[-7:]) for path in folder.glob('episode_*.npz')))\n"
+        f"if __name__ == '__main__': store.packed(folder, frames, frames, {KEYS}, cache, workers=2, shard=8)"
+    )
+    started = subprocess.Popen(
+        [sys.executable, "-c", code, str(root / "training"), str(cache)], cwd=ROOT, stderr=subprocess.DEVNULL
+    )
     limit = time.monotonic() + 120
     while not list(cache.glob("*/[0-9]*.safetensors")):
         assert started.poll() is None and time.monotonic() < limit
@@ -82,7 +97,11 @@ def test_killed_and_resumed_equals_unbroken(tmp_path: Path) -> None:
 
 
 def test_the_program_packs_what_training_reads(calvin: Path, caplog: pytest.LogCaptureFixture) -> None:
-    words = [f"data.root={calvin}", "data.frame_stride=4", "policy.alignment_weight=0"]  # no true future frames, which it would picture, too
+    words = [
+        f"data.root={calvin}",
+        "data.frame_stride=4",
+        "policy.alignment_weight=0",
+    ]  # no true future frames, which it would picture, too
     with caplog.at_level("INFO"):
         program.main.__wrapped__(configure("step3_pack", *words, "workers=1"))
     folder = next((calvin / "training/.defi_cache").glob("pack*"))
@@ -93,7 +112,9 @@ def test_the_program_packs_what_training_reads(calvin: Path, caplog: pytest.LogC
 
 def test_another_state_of_the_dataset_is_packed_anew(calvin: Path, tmp_path: Path) -> None:
     first = pack(calvin, tmp_path).folder
-    np.save(calvin / "training/ep_start_end_ids.npy", np.load(calvin / "training/ep_start_end_ids.npy").astype(np.int32))
+    np.save(
+        calvin / "training/ep_start_end_ids.npy", np.load(calvin / "training/ep_start_end_ids.npy").astype(np.int32)
+    )
     assert pack(calvin, tmp_path).folder != first
 
 
@@ -102,7 +123,11 @@ def test_a_corrupt_npz_is_one_line_and_what_was_packed_stays(calvin: Path, tmp_p
     (calvin / "training/episode_0000150.npz").write_bytes(b"PK")
     with pytest.raises(CalvinFormatError, match="episode_0000150.npz: truncated or damaged") as caught:
         pack(calvin, tmp_path, workers=workers)
-    assert "\n" not in str(caught.value) and list(tmp_path.glob("*/00000.safetensors")) and not list(tmp_path.glob("*/index*"))
+    assert (
+        "\n" not in str(caught.value)
+        and list(tmp_path.glob("*/00000.safetensors"))
+        and not list(tmp_path.glob("*/index*"))
+    )
     assert not list(tmp_path.glob("*/.*"))
 
 

@@ -1,4 +1,5 @@
 """The program itself over the true tiny models: parents, cache, a few steps, artifact, policy."""
+
 from __future__ import annotations
 
 import json
@@ -24,10 +25,22 @@ from tests.step3_defi.parts import PARENT_CONFIGS, configure
 
 
 def run(tree: Path, name: str, *overrides: str) -> Path:
-    cfg = configure("step3_defi", f"paths.ckpts={tree}/ckpts", f"paths.data={tree}/data", f"name={name}",
-                    f"data.root={tree}/data/demonstrations", "data.holdout=0.25", "data.frame_stride=8",
-                    "loop.max_steps=3", "loop.batch_size=2", "loop.eval_every=3", "loop.log_every=1", "loop.warmup_steps=1",
-                    "policy.alignment_steps=0", *overrides)
+    cfg = configure(
+        "step3_defi",
+        f"paths.ckpts={tree}/ckpts",
+        f"paths.data={tree}/data",
+        f"name={name}",
+        f"data.root={tree}/data/demonstrations",
+        "data.holdout=0.25",
+        "data.frame_stride=8",
+        "loop.max_steps=3",
+        "loop.batch_size=2",
+        "loop.eval_every=3",
+        "loop.log_every=1",
+        "loop.warmup_steps=1",
+        "policy.alignment_steps=0",
+        *overrides,
+    )
     train.main.__wrapped__(cfg)
     return tree / "ckpts/defi" / name
 
@@ -35,14 +48,21 @@ def run(tree: Path, name: str, *overrides: str) -> Path:
 def test_trains_saves_and_acts(tree: Path, tmp_path: Path) -> None:
     folder = run(tree, "first")
     meta = artifact.meta(folder, "defi")
-    assert meta["step"] == 3 and meta["parents"] == {kind: artifact.sha256(tree / f"ckpts/{kind}/tiny") for kind in PARENT_CONFIGS}
+    assert meta["step"] == 3 and meta["parents"] == {
+        kind: artifact.sha256(tree / f"ckpts/{kind}/tiny") for kind in PARENT_CONFIGS
+    }
     assert len(meta["stats"]["actions"]["std"]) == 7
     keys = load_file(folder / "weights.safetensors").keys()
     assert not [k for k in keys if k.startswith("gfdm") or "decoder" in k] and any(k.startswith("gidm") for k in keys)
     robot = policy.load(folder, execute=5)
     rng = np.random.default_rng(0)
-    seen = {"rgb_obs": {"rgb_static": rng.integers(0, 255, (200, 200, 3), np.uint8), "rgb_gripper": rng.integers(0, 255, (84, 84, 3), np.uint8)},
-            "robot_obs": np.zeros(15)}
+    seen = {
+        "rgb_obs": {
+            "rgb_static": rng.integers(0, 255, (200, 200, 3), np.uint8),
+            "rgb_gripper": rng.integers(0, 255, (84, 84, 3), np.uint8),
+        },
+        "robot_obs": np.zeros(15),
+    }
     both = robot.plan([seen, seen], ["open the drawer", "close the drawer"])
     assert both.shape == (2, 10, 7) and np.allclose(both[:1], robot.plan([seen], ["open the drawer"]), atol=1e-3)
     whole = robot.save_pretrained(tmp_path / "whole")
@@ -67,7 +87,9 @@ def test_a_broken_run_goes_on_to_the_same_weights_bit_for_bit(tree: Path, monkey
     for place in ("", policy.BEST):
         assert artifact.meta(broken / place)["step"] == artifact.meta(whole / place)["step"]
         expected, found = (load_file(folder / place / "weights.safetensors") for folder in (whole, broken))
-        assert expected.keys() == found.keys() and all(torch.equal(value, found[key]) for key, value in expected.items())
+        assert expected.keys() == found.keys() and all(
+            torch.equal(value, found[key]) for key, value in expected.items()
+        )
 
 
 def test_the_best_policy_is_kept_beside_the_last(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,14 +102,18 @@ def test_the_best_policy_is_kept_beside_the_last(tree: Path, monkeypatch: pytest
 
     monkeypatch.setattr(DeFI, "forward", made_up)
     folder = run(tree, "kept", "loop.max_steps=6", "loop.eval_every=2", "loop.eval_batches=1")
-    assert (artifact.meta(folder)["step"], artifact.meta(folder / policy.BEST)["step"]) == (6, 4) and next(losses, None) is None
+    assert (artifact.meta(folder)["step"], artifact.meta(folder / policy.BEST)["step"]) == (6, 4) and next(
+        losses, None
+    ) is None
     monkeypatch.undo()
     last, best = policy.load(folder).model.state_dict(), policy.load(folder / policy.BEST).model.state_dict()
     assert any(not torch.equal(last[key], best[key]) for key in last)
     identity = artifact.sha256(folder)
     (folder / policy.BEST).rename(folder.parent / "alone")
     assert artifact.sha256(folder) == identity, "the best is no part of the last"
-    with pytest.raises(SystemExit, match="loop.best=loss_of_actions: the model reports no such metric; it reports .*action_loss"):
+    with pytest.raises(
+        SystemExit, match="loop.best=loss_of_actions: the model reports no such metric; it reports .*action_loss"
+    ):
         run(tree, "unkept", "loop.best=loss_of_actions")
 
 
@@ -97,19 +123,30 @@ def launched(tree: Path, processes: int, *overrides: str) -> tuple[dict[str, tor
     name = f"processes_{processes}_{len(overrides)}"
     script = [str(Path(__file__).with_name("one_or_two.py")), str(tree), name, "4", *overrides]
     root = Path(__file__).resolve().parents[2]
-    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(root),
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "ACCELERATE_USE_CPU": "true",
+    }
     subprocess.run([*launcher, *script], cwd=root, env=environment, check=True, timeout=300)
     folder = tree / "ckpts/defi" / name
-    return load_file(folder / "weights.safetensors"), [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return load_file(folder / "weights.safetensors"), [
+        json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()
+    ]
 
 
 def test_two_processes_finetune_as_one_with_the_same_global_batch(tree: Path) -> None:
-    """Losses, gradients, weights, and the running statistics of features and sentences, which belong to no optimizer."""
+    """Losses, gradients, weights, and the running statistics of features and sentences, which belong to no
+    optimizer."""
     (alone, rows), (others, found) = launched(tree, 1), launched(tree, 2)
     steps, pairs = [[row for row in part if "train/loss" in row] for part in (rows, found)]
     assert len(steps) == 5 and steps[0]["train/loss"] != steps[-1]["train/loss"]
     for one, two in zip(steps, pairs, strict=True):
-        assert two["train/action_loss"] == pytest.approx(one["train/action_loss"], rel=1e-4) and two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
+        assert two["train/action_loss"] == pytest.approx(one["train/action_loss"], rel=1e-4) and two[
+            "grad_norm"
+        ] == pytest.approx(one["grad_norm"], rel=1e-3)
     for name in ("codes_used", "perplexity"):
         assert [row[f"train/{name}"] for row in pairs] == pytest.approx([row[f"train/{name}"] for row in steps])
     assert alone.keys() == others.keys()
@@ -120,7 +157,10 @@ def test_two_processes_finetune_as_one_with_the_same_global_batch(tree: Path) ->
 
 def test_two_processes_validate_on_one_window_as_one_does(tree: Path) -> None:
     """The second has none of its own, and the first would wait for it."""
-    (_, rows), (_, found) = (launched(tree, processes, "data.frame_stride=40", "loop.max_steps=1", "loop.eval_every=1") for processes in (1, 2))
+    (_, rows), (_, found) = (
+        launched(tree, processes, "data.frame_stride=40", "loop.max_steps=1", "loop.eval_every=1")
+        for processes in (1, 2)
+    )
     one, two = ([row["val/action_loss"] for row in part if "val/loss" in row] for part in (rows, found))
     assert len(one) == 1 and two == pytest.approx(one, rel=1e-3)
 
@@ -144,7 +184,9 @@ def test_a_policy_may_start_from_another_ones_weights(tree: Path) -> None:
 def test_training_goes_on_from_a_start(tree: Path) -> None:
     start = run(tree, "start")
     more = run(tree, "more", f"init={start}", "loop.max_steps=2", "loop.optimizer.lr=1e-5", "loop.ema_decay=null")
-    first, second, fresh = (load_file(f / "weights.safetensors") for f in (start, more, run(tree, "fresh", "loop.max_steps=1", "seed=1")))
+    first, second, fresh = (
+        load_file(f / "weights.safetensors") for f in (start, more, run(tree, "fresh", "loop.max_steps=1", "seed=1"))
+    )
     far = [float((second[key] - first[key]).abs().max()) for key in first if key.startswith("adapter")]
     assert 0 < max(far) < 1e-4 < float((fresh["adapter.out.weight"] - first["adapter.out.weight"]).abs().max())
     record = artifact.meta(more)
@@ -162,12 +204,19 @@ def test_a_start_of_another_policy_is_named(tree: Path) -> None:
     with pytest.raises(SystemExit, match="holds a forward model of its own; keep it learning"):
         run(tree, "other", f"init={learned}")
     assert not (tree / "ckpts/defi/other/meta.json").exists()
-    assert policy.load(run(tree, "other", f"init={learned}", "policy/trainable=all", "loop.max_steps=1")).model.trainable[0] == "gfdm"
+    assert (
+        policy.load(run(tree, "other", f"init={learned}", "policy/trainable=all", "loop.max_steps=1")).model.trainable[
+            0
+        ]
+        == "gfdm"
+    )
 
 
 def test_cache_changes_nothing_but_speed(tree: Path) -> None:
     """The whole program with and without it, up to the fp16 of the cache."""
-    weights = [load_file(run(tree, f"cache_{cache}", f"cache={cache}") / "weights.safetensors") for cache in ("true", "false")]
+    weights = [
+        load_file(run(tree, f"cache_{cache}", f"cache={cache}") / "weights.safetensors") for cache in ("true", "false")
+    ]
     for key, value in weights[0].items():
         # running statistics are as large as what they measure, so they are compared by share
         share = 1e-2 if key.endswith(("mean", "square", "var")) else 1e-5
@@ -181,13 +230,27 @@ def test_the_others_wait_for_the_cache_however_long_it_takes(tree: Path, monkeyp
     assert len(asked) == 1 and asked[0] > timedelta(days=1)
 
 
-@pytest.mark.parametrize("row", ["no_alignment", "a3_latent_only", "now", "blind", "t1_third_view", "t4_gidm_no_pretrain", "t4_gfdm_no_pretrain",
-                                 "t6_five_steps", "t9_all"])
+@pytest.mark.parametrize(
+    "row",
+    [
+        "no_alignment",
+        "a3_latent_only",
+        "now",
+        "blind",
+        "t1_third_view",
+        "t4_gidm_no_pretrain",
+        "t4_gfdm_no_pretrain",
+        "t6_five_steps",
+        "t9_all",
+    ],
+)
 def test_rows_train_and_load(tree: Path, row: str) -> None:
     model = policy.load(run(tree, row, f"experiment=defi/{row}")).model
     assert isinstance(model, DeFI)
     assert (model.alignment_weight == 0) == (row == "no_alignment")
-    assert model.blind == (row == "blind") and model.views == (("static",) if row == "t1_third_view" else ("static", "gripper"))
+    assert model.blind == (row == "blind") and model.views == (
+        ("static",) if row == "t1_third_view" else ("static", "gripper")
+    )
     gfdm = model.gfdm if row == "t9_all" else model.gfdm.module
     assert (gfdm.denoise_steps, gfdm.schedule_steps) == ((5, 5) if row == "t6_five_steps" else (1, 20))
 
@@ -196,14 +259,17 @@ def test_rows_train_and_load(tree: Path, row: str) -> None:
 def test_published_policies_train_and_load(tree: Path, row: str) -> None:
     """Two steps of the row, and as many of its policy under the recipe of the scale, with its cache."""
     gidm = [f"policy.gidm.path={tree}/ckpts/gidm/tiny"] if row == "official" else []
-    model = policy.load(run(tree, row, f"experiment=defi/{row}", f"policy.gfdm.path={tree}/ckpts/gfdm/tiny", *gidm, "loop.max_steps=2")).model
+    model = policy.load(
+        run(tree, row, f"experiment=defi/{row}", f"policy.gfdm.path={tree}/ckpts/gfdm/tiny", *gidm, "loop.max_steps=2")
+    ).model
     assert isinstance(model.adapter, VPPAdapter) and model.gfdm.module._time_ids[0, 0] == 4
     assert row == "vpp" or not model.gidm.clean_text
     policy.load(run(tree, f"{row}_cached", f"policy={row}", "cache=true", "loop.max_steps=2", "loop.precision=no"))
 
 
 def test_caches_of_other_looks_are_not_mixed_up(tree: Path) -> None:
-    """Neither overrides of a parent nor a policy that never looks at the present may read another's features; an untrained inverse
+    """Neither overrides of a parent nor a policy that never looks at the present may read another's features; an
+    untrained inverse
     model has the same eyes, so it may."""
     folder = [f"cache_dir={tree}/looks", "cache=true", "loop.max_steps=1"]
     run(tree, "looks", *folder)
@@ -223,9 +289,18 @@ def test_every_trained_parameter_gets_a_gradient(tree: Path) -> None:
         pictures = {view: torch.rand(2, 3, 64, 64) * 2 - 1 for view in model.views}
         futures = {view: torch.rand(2, len(model.pair_frames), 3, 64, 64) * 2 - 1 for view in model.views}
         model.on_start(model.alignment_steps)
-        model({"id": ["a", "b"], "views": pictures, "futures": futures, "text": ["open the drawer", "go"],
-               "actions": torch.rand(2, 10, 7)})["loss"].backward()
-        assert not [name for name, parameter in model.named_parameters() if parameter.requires_grad and parameter.grad is None]
+        model(
+            {
+                "id": ["a", "b"],
+                "views": pictures,
+                "futures": futures,
+                "text": ["open the drawer", "go"],
+                "actions": torch.rand(2, 10, 7),
+            }
+        )["loss"].backward()
+        assert not [
+            name for name, parameter in model.named_parameters() if parameter.requires_grad and parameter.grad is None
+        ]
 
 
 def test_weights_that_do_not_fit_are_refused(tree: Path) -> None:

@@ -5,7 +5,15 @@ import torch
 from step3_defi.projector import Projector, match_grid, pool_grid
 from step3_defi.video_former import VideoFormer
 
-SMALL = {"dim": 16, "hidden": None, "queries": 3, "depth": 2, "spatial_heads": 2, "spatial_head_dim": 4, "temporal_heads": 2}
+SMALL = {
+    "dim": 16,
+    "hidden": None,
+    "queries": 3,
+    "depth": 2,
+    "spatial_heads": 2,
+    "spatial_head_dim": 4,
+    "temporal_heads": 2,
+}
 
 
 def test_vpps_geometry_has_vpps_parameter_count() -> None:
@@ -23,7 +31,9 @@ def test_every_token_reads_every_frame_and_view() -> None:
     out = model(features)
     assert out.shape == (1, 12, 16)
     for token in (0, 5, 11):
-        gradient, = torch.autograd.grad((out[0, token] * torch.randn(16)).sum(), features, retain_graph=True)  # out is normalised: its sum is constant
+        (gradient,) = torch.autograd.grad(
+            (out[0, token] * torch.randn(16)).sum(), features, retain_graph=True
+        )  # out is normalised: its sum is constant
         assert (gradient[0].abs().sum(-1) > 0).all()
 
 

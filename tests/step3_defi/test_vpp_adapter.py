@@ -7,7 +7,9 @@ from torch import Tensor
 from step3_defi.vpp_adapter import VPPAdapter
 
 STREAMS = {"video": (12, 4), "latent": (3, 6)}
-UNUSED = 689_280 + 302_208 + 90_240  # goal_emb, proprio_emb and pos_emb, which VPP's weights hold and its code never reads
+UNUSED = (
+    689_280 + 302_208 + 90_240
+)  # goal_emb, proprio_emb and pos_emb, which VPP's weights hold and its code never reads
 
 
 def awake(**changes: float) -> VPPAdapter:
@@ -24,7 +26,9 @@ def inputs(count: int) -> tuple[Tensor, dict[str, Tensor]]:
 
 def test_published_sizes() -> None:
     with torch.device("meta"):
-        release, vpp = (VPPAdapter(streams, 512) for streams in ({"video": (224, 384), "latent": (4, 768)}, {"video": (224, 384)}))
+        release, vpp = (
+            VPPAdapter(streams, 512) for streams in ({"video": (224, 384), "latent": (4, 768)}, {"video": (224, 384)})
+        )
     assert sum(p.numel() for p in release.parameters()) == 22_897_927 - UNUSED
     assert sum(p.numel() for p in vpp.parameters()) == 22_602_631 - UNUSED
     assert round(sum(p.numel() for p in release.encoder.parameters()) / 1e6, 2) == 7.09
@@ -47,8 +51,12 @@ def test_latent_actions_reach_the_decoder_through_the_encoder_alone() -> None:
     adapter = awake().eval()
     goal, streams = inputs(1)
     before = adapter.encode(goal, streams).tokens
-    assert not torch.allclose(before, adapter.encode(goal, {**streams, "latent": streams["latent"] + 1}).tokens, atol=1e-3)
-    late = torch.cat([streams["video"][:, :9], streams["video"][:, 9:].flip(1)], dim=1)  # places 10 and on, behind the goal
+    assert not torch.allclose(
+        before, adapter.encode(goal, {**streams, "latent": streams["latent"] + 1}).tokens, atol=1e-3
+    )
+    late = torch.cat(
+        [streams["video"][:, :9], streams["video"][:, 9:].flip(1)], dim=1
+    )  # places 10 and on, behind the goal
     swapped = adapter.encode(goal, {"video": late, "latent": streams["latent"].flip(1)}).tokens
     assert torch.allclose(before, swapped, atol=1e-5), "nothing has a position"
 

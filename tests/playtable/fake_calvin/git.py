@@ -1,4 +1,5 @@
 """Stands in for GitPython: the folder is a checkout unless NO_GIT is set."""
+
 import os
 from types import SimpleNamespace
 

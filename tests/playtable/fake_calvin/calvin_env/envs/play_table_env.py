@@ -1,5 +1,8 @@
-"""A world where the tool goes where it is sent. Its habits are the real one's: it chatters, draws its cameras in every step, scales
-the caller's action in place, keeps the gripper's command and a residue of the past over a reset, and its destructor disconnects."""
+"""A world where the tool goes where it is sent. Its habits are the real one's: it chatters, draws its cameras in every
+step, scales
+the caller's action in place, keeps the gripper's command and a residue of the past over a reset, and its destructor
+disconnects."""
+
 import gym.utils.seeding  # noqa: F401
 import numpy as np
 import pybullet
@@ -36,7 +39,11 @@ class Scene:
     def __init__(self, blocks):
         self.fixed_objects = [Table()]
         self.movable_objects = [Block(name, uid) for name, uid in zip(blocks, BLOCK_UIDS)]
-        self.doors, self.buttons, self.switches = [Part("base__slide"), Part("base__drawer")], [Part("base__button")], [Part("base__switch")]
+        self.doors, self.buttons, self.switches = (
+            [Part("base__slide"), Part("base__drawer")],
+            [Part("base__button")],
+            [Part("base__switch")],
+        )
         self.lights = [Part("lightbulb"), Part("led")]
 
     def vector(self):
@@ -58,12 +65,30 @@ class Camera:
 
 
 class PlayTableSimEnv:
-    def __init__(self, robot_cfg, seed, use_vr, bullet_time_step, cameras, show_gui, scene_cfg, use_scene_info, use_egl, control_freq):
+    def __init__(
+        self,
+        robot_cfg,
+        seed,
+        use_vr,
+        bullet_time_step,
+        cameras,
+        show_gui,
+        scene_cfg,
+        use_scene_info,
+        use_egl,
+        control_freq,
+    ):
         print("hello from the simulator")  # noqa: T201
-        assert use_scene_info and not use_vr and not show_gui and robot_cfg.tcp_link_id == 15 and bullet_time_step == 240.0
+        assert (
+            use_scene_info and not use_vr and not show_gui and robot_cfg.tcp_link_id == 15 and bullet_time_step == 240.0
+        )
         self.p, self.cid = pybullet, len(pybullet.open_worlds)
         pybullet.open_worlds[self.cid] = self
-        self.use_egl, self.blocks, self.rng = use_egl, list(scene_cfg.objects.movable_objects), np.random.default_rng(seed)
+        self.use_egl, self.blocks, self.rng = (
+            use_egl,
+            list(scene_cfg.objects.movable_objects),
+            np.random.default_rng(seed),
+        )
         self.robot, self.loads = Robot(), 0
         self.cameras = [Camera(self, name, cameras[name].width) for name in cameras]
         self.load()
