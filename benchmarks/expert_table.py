@@ -16,11 +16,11 @@ from functools import partial
 import numpy as np
 from tqdm import tqdm
 
-from playtable.calvin import Calvin, World
-from playtable.env import PlayTable
-from playtable.expert import disturbed
-from playtable.starts import random_start
-from playtable.tasks import TASKS
+from envs.calvin.env import Calvin, World
+from envs.expert.expert import disturbed
+from envs.playtable.env import PlayTable
+from envs.recording.starts import random_start
+from envs.tasks import TASKS
 
 LIMIT = 360
 WORLDS = {"playtable": PlayTable, "calvin": partial(Calvin, renderer="cpu")}

@@ -11,7 +11,7 @@ import time
 
 import numpy as np
 
-from playtable import PlayTable
+from envs.playtable import PlayTable
 
 
 def actions(count: int, seed: int = 0) -> np.ndarray:

@@ -3,7 +3,7 @@
     python -m benchmarks.rollout [scene=D] [workers=4] [sequences=8] [horizon=60] [rounds=3] [policy=<folder of
     step3_defi.train>] [scale=tiny]
 
-Ours: step3_defi.rollout, pictures where the policy looks. Plain: the same chains in this process one after the other,
+Ours: step3_defi.rollout.simulators, pictures where the policy looks. Plain: the same chains in this process one after the other,
 batch 1, with pictures at
 every step as CALVIN's evaluation draws them; "plain, pictures when looked at" leaves those out. Without `policy` its
 weights are random:
@@ -29,10 +29,11 @@ from tqdm import tqdm
 
 from benchmarks.imagine import command_line, composed, machine, ratio
 from benchmarks.replan import hub, random_policy
-from common.contracts import ChunkPolicy, Env
+from common.contracts import ChunkPolicy
+from envs.protocol import Env
 from step3_defi import policy as robots
-from step3_defi.rollout import Simulators
-from step3_defi.worker import Chain, run_chain
+from step3_defi.rollout.simulators import Simulators
+from step3_defi.rollout.worker import Chain, run_chain
 
 log = logging.getLogger(__name__)
 

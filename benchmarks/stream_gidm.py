@@ -36,7 +36,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 from tqdm import tqdm
 
 from common import loop, rlds
-from step2_gidm.dataset import mixture
+from step2_gidm.data.dataset import mixture
 
 log = logging.getLogger(__name__)
 DEFAULTS = {

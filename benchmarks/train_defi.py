@@ -5,7 +5,7 @@ cached.
 
 One policy of random weights from one config in one loop (common.loop.Loop), on random windows held in memory, each arm
 of each round in a
-process of its own. "cached" trains from the outputs of the frozen parts on the disk (step3_defi.features), and says
+process of its own. "cached" trains from the outputs of the frozen parts on the disk (step3_defi.data.features), and says
 what they took to
 compute; not at `full`, where a window's features are 42 MB. Other words go to the step 3 config.
 """
@@ -30,7 +30,8 @@ from tqdm import tqdm
 from benchmarks.imagine import alone, command_line, composed, machine, peak, ratio
 from benchmarks.replan import SENTENCES, hub, plain_path, random_policy
 from benchmarks.train_gfdm import WARM_UP, Timed
-from step3_defi import DeFI, features
+from step3_defi import DeFI
+from step3_defi.data import features
 
 log = logging.getLogger(__name__)
 

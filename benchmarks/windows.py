@@ -27,7 +27,7 @@ from tqdm import tqdm
 from benchmarks.imagine import command_line, composed, machine, ratio
 from common.calvin_format import read_frame
 from common.video import resize
-from step3_defi.dataset import CalvinWindows
+from step3_defi.data.dataset import CalvinWindows
 
 log = logging.getLogger(__name__)
 

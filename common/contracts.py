@@ -5,7 +5,7 @@ Legend: B batch, V views, F frames, N patch tokens, L feature tokens, K latent-a
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol, TypedDict
+from typing import NamedTuple, Protocol, TypedDict
 
 import numpy as np
 from torch import Tensor
@@ -105,58 +105,3 @@ class ChunkPolicy(Protocol):
 
         What leaves [-1, 1] is clipped, and counted, where it is carried out.
         """
-
-
-class Expert(Protocol):
-    """A scripted policy with privileged state, made by an environment for itself."""
-
-    def reset(self, task: str) -> None:
-        """Start on a task from wherever the robot stands."""
-
-    def act(self) -> np.ndarray:
-        """The next (7,) action."""
-
-
-class Env(Protocol):
-    """A benchmark with CALVIN's protocol: simulator, oracle, sentences and five-in-a-row sequences in one."""
-
-    name: str  # the world and scene that reports print, for instance "playtable-D"
-
-    def sequences(
-        self, count: int, *, tasks: list[str] | None = None, length: int = 5, seed: int = 0
-    ) -> list[tuple[dict, list[str]]]:
-        """`count` pairs of (symbolic initial state, tasks in a row); `tasks` restricts the vocabulary."""
-
-    def reset(
-        self, state: dict | None = None, *, robot_obs: np.ndarray | None = None, scene_obs: np.ndarray | None = None
-    ) -> dict:
-        """Put the world into a symbolic state, or into raw vectors; returns the observation without pictures."""
-
-    def step(self, action: np.ndarray, *, render: bool = True) -> tuple[dict, dict]:
-        """One control step of 1/30 s with a (7,) relative action -> (observation, info); pictures only when asked."""
-
-    def observe(self) -> dict:
-        """The present observation with pictures: rgb_obs/{rgb_static (200,200,3), rgb_gripper (84,84,3)} uint8,
-        robot_obs (15,), scene_obs (24,)."""
-
-    def get_info(self) -> dict[str, Any]:
-        """CALVIN's privileged info, which the oracle compares between two moments."""
-
-    def instruction(self, task: str) -> str:
-        """The sentence that the policy is told."""
-
-    def succeeded(self, task: str, start: dict, now: dict) -> bool:
-        """The oracle: was `task` carried out between two infos?"""
-
-    def expert(self, seed: int = 0) -> Expert:
-        """A scripted expert bound to this environment."""
-
-    def versions(self) -> dict[str, str]:
-        """Simulator and renderer with their versions, for the result file."""
-
-    def choices(self) -> dict[str, Any]:
-        """Arguments of its constructor in place of what it chose by itself, a renderer: another one made with them
-        draws alike."""
-
-    def close(self) -> None:
-        """Free the simulator and its GL context."""

@@ -7,8 +7,8 @@ robot=data/playtable/ABC
 hand=data/playtable/hand  # human video: one camera, and no motions that could be read
 
 [ -d ckpts/hub/tiny/svd ] || python -m common.standins
-[ -f "$robot/recording.json" ] || python -m playtable.record "scene=[A,B,C]" tasks=eleven episodes=2400 seed=1 out="$robot"
-[ -f "$hand/recording.json" ] || python -m playtable.record env=playtable_hand "scene=[A,B,C]" tasks=eleven episodes=600 seed=1 out="$hand"
+[ -f "$robot/recording.json" ] || python -m envs.record "scene=[A,B,C]" tasks=eleven episodes=2400 seed=1 out="$robot"
+[ -f "$hand/recording.json" ] || python -m envs.record env=playtable_hand "scene=[A,B,C]" tasks=eleven episodes=600 seed=1 out="$hand"
 
 for recording in "$robot" "$hand"; do
     [ -d "$recording/latents_set" ] || python -m step1_gfdm.encode scale=tiny data="$recording/videos_set" out="$recording/latents_set" precision=auto store=bf16

@@ -17,7 +17,7 @@ beside() { for line in "$@"; do NICE=nice run $line || return 1; done >> "$out/b
 rollout() { echo "step3_defi.eval scene=$3 policy=$1 out=$out/$2 sequences=${sequences:-100} horizon=360 planner.execute=8 workers=6 ${*:4}"; }
 
 [ -d ckpts/hub/tiny/svd ] || run common.standins
-[ -f "$recording/recording.json" ] || run playtable.record scene=A tasks=eleven episodes=1300 out="$recording"
+[ -f "$recording/recording.json" ] || run envs.record scene=A tasks=eleven episodes=1300 out="$recording"
 
 if [ "${FROM_SCRATCH:-0}" = 1 ] || [ ! -d ckpts/shipped/gfdm ]; then
     beside "step2_gidm.train scale=tiny $robot_alone" &

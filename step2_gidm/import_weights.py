@@ -18,7 +18,7 @@ from common import artifact
 from common.checkpoint import CheckpointError, check_import, counted, misfit, read_tensors
 from common.files import sha256
 from common.program import program
-from step2_gidm.univla import LEFT, from_univla, prefixed
+from step2_gidm.released.univla import LEFT, from_univla, prefixed
 
 log = logging.getLogger(__name__)
 

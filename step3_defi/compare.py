@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 
 from common.files import write_text
 from common.program import program
-from step3_defi import journal, stats
+from step3_defi.rollout import journal, stats
 
 LOG = logging.getLogger(__name__)
 

@@ -24,11 +24,11 @@ from common.files import write_text
 from common.processes import processes
 from common.program import program
 from common.video import write_mp4
-from step3_defi import film, journal
-from step3_defi.diagnosis import Critic, Subtask, check_rule, enlarged, judge, split, table
-from step3_defi.replay import Key, Plan, Recorder, Replay, followed
-from step3_defi.rollout import RolloutError, Simulators
-from step3_defi.worker import Branch
+from step3_defi.rollout import film, journal
+from step3_defi.rollout.diagnosis import Critic, Subtask, check_rule, enlarged, judge, split, table
+from step3_defi.rollout.replay import Key, Plan, Recorder, Replay, followed
+from step3_defi.rollout.simulators import RolloutError, Simulators
+from step3_defi.rollout.worker import Branch
 
 LOG = logging.getLogger(__name__)
 FILM_FPS, FILM_HOLD = 8, 2  # frames a second, and frames that each picture stays

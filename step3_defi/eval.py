@@ -32,11 +32,11 @@ from common.files import write_text
 from common.processes import SLOWEST, processes
 from common.program import program
 from common.video import write_mp4
-from step3_defi import film, journal, stats
-from step3_defi.journal import Claims, Journal, Record
 from step3_defi.policy import fetched
-from step3_defi.rollout import RolloutError, Simulators, check_alike
-from step3_defi.worker import Chain, Survey
+from step3_defi.rollout import film, journal, stats
+from step3_defi.rollout.journal import Claims, Journal, Record
+from step3_defi.rollout.simulators import RolloutError, Simulators, check_alike
+from step3_defi.rollout.worker import Chain, Survey
 
 LOG = logging.getLogger(__name__)
 WITHOUT_MODEL = ("random", "expert")

@@ -24,7 +24,7 @@ from common.files import sha256
 from common.program import program
 from step3_defi.model import DeFI
 from step3_defi.policy import parents
-from step3_defi.release import LEFT, from_release
+from step3_defi.released.names import LEFT, from_release
 
 log = logging.getLogger(__name__)
 

@@ -23,7 +23,7 @@ from common.curves import draw_curves
 from common.figures import pyplot
 from common.files import write_text
 from common.program import program
-from step3_defi import film, journal, stats
+from step3_defi.rollout import film, journal, stats
 
 LOG = logging.getLogger(__name__)
 MISSING = (FileNotFoundError, KeyError, ValueError)  # what reading an absent or unfinished piece raises

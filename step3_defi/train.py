@@ -22,7 +22,8 @@ from common import artifact
 from common.frozen import weights_sha256
 from common.processes import SLOWEST, processes
 from common.program import program
-from step3_defi import features, policy
+from step3_defi import policy
+from step3_defi.data import features
 from step3_defi.model import DeFI
 
 log = logging.getLogger(__name__)

@@ -169,7 +169,9 @@ def test_a_forward_model_learns_in_batches_as_small_as_step_1s(row):
 def test_published_policies_compose_at_every_scale(choice, scale):
     cfg = resolved("step3_defi", choice, f"scale={scale}")
     policy = cfg["policy"]
-    assert policy["adapter"]["_target_"] == "step3_defi.vpp_adapter.VPPAdapter" and not policy["alignment_weight"]
+    assert (
+        policy["adapter"]["_target_"] == "step3_defi.released.vpp_adapter.VPPAdapter" and not policy["alignment_weight"]
+    )
     assert policy["streams"] == (["video"] if "vpp" in choice else ["video", "latent"]) and policy["codebook"] == (
         "frozen" if "vpp" in choice else "learned"
     )
@@ -233,7 +235,7 @@ def test_the_share_of_damaged_draws_is_a_key(step):
 )
 def test_calvins_sets_have_one_reader(data, root):
     found, base = (resolved("step3_pack", "scale=full", f"data={name}")["data"] for name in (data, "calvin_abc"))
-    assert found["_target_"] == "step3_defi.dataset.CalvinWindows" and found.keys() == base.keys()
+    assert found["_target_"] == "step3_defi.data.dataset.CalvinWindows" and found.keys() == base.keys()
     assert found["root"] == f"data/calvin/{root}" and {key for key in base if base[key] != found[key]} <= {
         "root",
         "holdout",

@@ -84,7 +84,7 @@ def test_table_11_and_12_in_the_full_mixtures():
         "something_something_v2": 0.15,
         "ego4d": 0.15,
     }
-    from step2_gidm import oxe
+    from step2_gidm.data import oxe
 
     shares = [
         16.3,

@@ -22,7 +22,7 @@ from step3_defi import policy
 from step3_defi import train as step3
 from tests.step1_gfdm.videosets import write_set
 from tests.step3_defi.parts import SENTENCES, write_calvin
-from tests.step3_defi.rollout_fakes import FakeEnv
+from tests.step3_defi.rollout.rollout_fakes import FakeEnv
 
 PROGRAMS = {"gfdm": ("step1_gfdm", step1), "gidm": ("step2_gidm", step2), "defi": ("step3_defi", step3)}
 ROWS = sorted(
@@ -46,7 +46,7 @@ HANDS = 10  # videos of a hand
 
 
 def record(root: Path, latent_shape: tuple[int, int, int]) -> None:
-    """A little of what playtable.record and step1_gfdm.encode write of a robot (two cameras) and of a hand (one)."""
+    """A little of what envs.record and step1_gfdm.encode write of a robot (two cameras) and of a hand (one)."""
     for name, episodes, cameras in (("ABC", 4, 2), ("hand", HANDS, 1)):
         videos = write_set(root / name / "videos_set", episodes, length=40, cameras=cameras, latent_shape=latent_shape)
         write_set(root / name / "videos_set", 1, length=40, cameras=cameras, latent_shape=latent_shape, split="val")

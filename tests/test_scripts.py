@@ -101,9 +101,9 @@ def test_a_row_does_not_stand_on_a_model_of_another_scale(root: Path) -> None:
 @pytest.mark.parametrize(
     "scale, world, tasks, protocol",
     [
-        ("tiny", "playtable.PlayTable", 11, ("A", 100, 360, 8)),
-        ("small", "playtable.PlayTable", 11, ("A", 100, 360, 8)),
-        ("full", "playtable.calvin.Calvin", None, ("D", 1000, 720, 10)),
+        ("tiny", "envs.playtable.PlayTable", 11, ("A", 100, 360, 8)),
+        ("small", "envs.playtable.PlayTable", 11, ("A", 100, 360, 8)),
+        ("full", "envs.calvin.env.Calvin", None, ("D", 1000, 720, 10)),
     ],
 )
 def test_a_scale_is_rolled_out_in_what_it_was_trained_for(

@@ -291,7 +291,7 @@ def test_unknown_codec(toy: Path) -> None:
 
 def test_no_tensorflow(toy: Path) -> None:
     code = (
-        "import sys; from common.rlds import Rlds; import step2_gidm.dataset, common.loop; episode = "
+        "import sys; from common.rlds import Rlds; import step2_gidm.data.dataset, common.loop; episode = "
         "Rlds(sys.argv[1])[0];"
         "episode.image('observation/image', 1), episode.text('observation/wide'); sys.exit('tensorflow' in sys.modules)"
     )

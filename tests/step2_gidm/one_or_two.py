@@ -16,7 +16,7 @@ from accelerate import PartialState
 from accelerate.utils import set_seed
 
 from common.loop import Loop
-from step2_gidm.dataset import mixture
+from step2_gidm.data.dataset import mixture
 from tests.step2_gidm.parts import make
 
 if __name__ == "__main__":

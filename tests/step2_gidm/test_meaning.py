@@ -14,8 +14,8 @@ from torch import Tensor
 from common.probe import Parts
 from common.video import write_mp4
 from step2_gidm import meaning
+from step2_gidm.data.transitions import VideoTransitions
 from step2_gidm.meaning import CONTINUOUS, PIXELS, QUANTIZED, RANDOM, TOKENS, UNTOLD, Labels, Missing, Seen
-from step2_gidm.transitions import VideoTransitions
 from tests.step2_gidm.parts import make
 
 TASKS = ["open", "close", "lift", "push"]

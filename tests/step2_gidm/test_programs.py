@@ -24,14 +24,14 @@ from common.loop import Loop
 from common.video import probe
 from step2_gidm import eval as evaluate
 from step2_gidm import train
-from step2_gidm.dataset import mixture
+from step2_gidm.data.dataset import mixture
 from step2_gidm.eval import draw_pairs, film, look, measure, summarize, table
 from step2_gidm.meaning import QUANTIZED
 from step2_gidm.model import GIDM
 from step2_gidm.quantizer import VectorQuantizer
 from tests.common.test_rlds import write_set
+from tests.step2_gidm.data.test_dataset import video_set
 from tests.step2_gidm.parts import make, moving
-from tests.step2_gidm.test_dataset import video_set
 from tests.step3_defi.parts import write_calvin
 
 ROOT = Path(__file__).resolve().parents[2]

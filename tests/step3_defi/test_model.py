@@ -20,8 +20,8 @@ from step2_gidm.quantizer import VectorQuantizer
 from step3_defi.edm import EDM
 from step3_defi.model import PARTS, DeFI
 from step3_defi.projector import ImaginedPresent
-from step3_defi.vpp import NoInverse, NoProjector
-from step3_defi.vpp_adapter import VPPAdapter
+from step3_defi.released.vpp import NoInverse, NoProjector
+from step3_defi.released.vpp_adapter import VPPAdapter
 from tests.step3_defi.parts import FakeGFDM, FakeGIDM, FakeGoal, build, make_batch, wake
 
 CONFIGS = str(Path(__file__).resolve().parents[2] / "configs")

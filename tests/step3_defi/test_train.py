@@ -20,7 +20,7 @@ from common import artifact
 from common.loop import Loop
 from common.processes import processes
 from step3_defi import DeFI, policy, train
-from step3_defi.vpp_adapter import VPPAdapter
+from step3_defi.released.vpp_adapter import VPPAdapter
 from tests.step3_defi.parts import PARENT_CONFIGS, configure
 
 

@@ -1,0 +1,1 @@
+"""A scripted expert that carries out the 34 tasks from privileged state."""

@@ -1,0 +1,324 @@
+"""Motions of a scripted hand: generators of 7-D relative actions against a privileged state (DESIGN 7).
+
+Positions are metres in the world frame, Euler angles fixed-axis xyz radians. A yaw of pi/2 closes the fingers along x;
+`tilt` leans the hand towards -y (for that yaw), so that the fingers point forward into the cabinet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from envs.protocol import PrivilegedState
+
+Plan = Iterator[np.ndarray]
+
+POSITION_SCALE = 0.02  # m of one unit of action
+ANGLE_SCALE = 0.05  # rad of one unit of action
+YAW_RANGE = (-0.6, 3.05)  # beyond it the real simulator's inverse kinematics flips over
+FORWARD = np.pi / 2
+FAR_BEHIND = 0.035  # m between command and hand that free motion never shows
+NEAR_FRONT = -0.09  # m, beyond this y an upright hand meets the handles of the slanted front
+SAFE_HEIGHT = 0.6  # above everything that stands on the table
+FINGER_AT, FINGER_ROOM = 0.051, 0.014  # m, an open finger's distance from the hand's middle, and half its thickness
+EMPTY = 0.012  # m, a closed hand that opens less holds nothing
+GRASPABLE = 0.065  # m, the widest edge that fits between the fingers with room to spare
+REACH_OVER = 0.1  # m beside a block from where an open hand above it goes straight to it
+FITS, LEVEL = 0.012, 0.006  # m off a block's middle, across and along the fingers, at which they come down on it
+CLEAR = 0.03  # m above a block's middle from where fingers pass over it
+LEVER = 0.04  # m off at the fingers for every radian of a wrong turn
+
+
+class Stuck(RuntimeError):
+    """The hand does not get where it is commanded to: something is in its way."""
+
+
+def turn_between(facing: np.ndarray, euler: np.ndarray) -> np.ndarray:
+    """Angles (3,) to add to `facing`. Yaw goes the way that stays in front of the robot, not the shortest one."""
+    turn = (euler - facing + np.pi) % (2 * np.pi) - np.pi
+    turn[2] = euler[2] - ((facing[2] + np.pi / 2) % (2 * np.pi) - np.pi / 2)
+    return turn
+
+
+def lean(y: float, yaw: float = FORWARD) -> float:
+    """Tilt that keeps an open hand over the table off the handles of the slanted front.
+
+    More for a hand that is askew, as long as leaning back still takes it away from the front.
+    """
+    along, across = max(0.0, np.sin(yaw)), abs(np.cos(yaw))
+    return float(along * np.clip((y - NEAR_FRONT) * 6 + max(0.0, (y + 0.1) * 20) * across * along, 0, 0.8))
+
+
+def straightened(yaw: float, slack: float) -> float:
+    """A yaw nearer to FORWARD by up to `slack`: fingers that close askew turn a block the rest of the way."""
+    askew = yaw - FORWARD
+    return FORWARD + float(np.sign(askew)) * max(0.0, abs(askew) - slack)
+
+
+def hand(yaw: float = FORWARD, tilt: float = 0.0) -> np.ndarray:
+    """Euler angles (3,) of a hand that points down with a yaw and then leans back about the axis its fingers close
+    on."""
+    return np.array([np.pi, -tilt, yaw])
+
+
+def backwards(yaw: float, tilt: float) -> np.ndarray:
+    """Unit vector (3,) from the fingertips up through that hand."""
+    return np.array([-np.sin(tilt) * np.cos(yaw), -np.sin(tilt) * np.sin(yaw), np.cos(tilt)])
+
+
+def fingers_back(euler: np.ndarray) -> np.ndarray:
+    """`backwards` of the hand that `hand` gives these angles."""
+    return backwards(euler[2], -euler[1])
+
+
+def closing(yaw: float) -> np.ndarray:
+    """Unit vector (3,) along which the fingers close."""
+    return np.array([np.sin(yaw), -np.cos(yaw), 0.0])
+
+
+def _hand_frame(off: np.ndarray, euler: np.ndarray) -> tuple[float, float, float]:
+    """Metres off a place in that hand's frame: from the fingertips up, the way the fingers close, and square to
+    both."""
+    back, across = fingers_back(euler), closing(euler[2])
+    return float(off @ back), float(off @ across), float(off @ np.cross(back, across))
+
+
+def comfortable_yaw(yaw: float, near: float = FORWARD) -> float:
+    """The yaw of the same grasp (period pi) that is nearest to another one and inside YAW_RANGE."""
+    turned = [yaw + k * np.pi for k in range(-4, 5)]
+    inside = [value for value in turned if YAW_RANGE[0] <= value <= YAW_RANGE[1]]
+    return min(inside, key=lambda value: abs(value - near))
+
+
+class Motions:
+    """The hand's vocabulary. One object serves one episode: its speed is drawn once."""
+
+    def __init__(self, state: PrivilegedState, rng: np.random.Generator) -> None:
+        self.state = state
+        self.rng = rng
+        self.cruise = float(rng.uniform(0.55, 0.85))
+        self.grip = state.gripper()
+        self.fast = False  # may the one who executes the action disturb it?
+        self._pace = 0.0
+
+    def step(self, shift: np.ndarray | None = None, turn: np.ndarray | None = None) -> np.ndarray:
+        """The action that moves the commanded pose by metres (3,) and radians (3,), clipped to what one step allows."""
+        move = np.zeros(6)
+        if shift is not None:
+            move[:3] = np.asarray(shift) / POSITION_SCALE
+        if turn is not None:
+            move[3:] = np.asarray(turn) / ANGLE_SCALE
+        return np.append(np.clip(move, -1, 1), self.grip).astype(np.float64)
+
+    def goto(
+        self,
+        position: np.ndarray | Callable[[np.ndarray, np.ndarray], np.ndarray],
+        euler: np.ndarray | None = None,
+        *,
+        speed: float = 1.0,
+        tolerance: float = 0.012,
+        through: bool = False,
+        careful: bool = False,
+        firm: bool = False,
+        timeout: int = 120,
+    ) -> Plan:
+        """Straight to a pose with ramps at both ends; `speed` scales the episode's cruising speed.
+
+        A callable says from the commanded position and angles where to go next; it is asked at each step.
+        `through` does not brake at the end, `careful` keeps the one who executes from adding noise, `firm` pushes on
+        against what resists; otherwise Stuck is raised when the hand stays behind.
+        """
+        waited = behind = 0
+        for _ in range(timeout):
+            at, facing = self.state.target()
+            goal = np.asarray(position(at, facing) if callable(position) else position, float)
+            shift = goal - at
+            turn = np.zeros(3) if euler is None else turn_between(facing, euler)
+            behind = behind + 1 if np.linalg.norm(self.state.tcp()[0] - at) > FAR_BEHIND else 0
+            if behind > 10 and not firm:
+                raise Stuck
+            far = max(np.abs(shift).max() / POSITION_SCALE, np.abs(turn).max() / ANGLE_SCALE)
+            limit = self.cruise * speed
+            if through and far < limit:
+                return
+            if far < 1e-3:
+                if waited >= 10 or np.linalg.norm(self.state.tcp()[0] - goal) < tolerance:
+                    break
+                waited += 1
+            brake = far if through else 0.12 + 0.35 * far
+            self._pace = min(limit, self._pace + 0.2, brake)
+            share = min(1.0, self._pace / max(far, 1e-9))
+            self.fast = not careful and far > 2.0
+            yield self.step(shift * share, turn * share)
+        self.fast = False
+        self._pace = 0.0
+
+    def wait(self, steps: int, grip: int | None = None) -> Plan:
+        """Stand still, perhaps with a new command for the gripper."""
+        if grip is not None:
+            self.grip = grip
+        self.fast = False
+        self._pace = 0.0
+        for _ in range(steps):
+            yield self.step()
+
+    def unwind(self) -> Plan:
+        """Pull the commanded pose back to the measured one: pushing leaves it inside of things."""
+        tcp, _ = self.state.tcp()
+        if np.linalg.norm(tcp - self.state.target()[0]) > 0.02:
+            yield from self.goto(tcp, through=True, careful=True, firm=True, timeout=20)
+
+    def rise(self, height: float = SAFE_HEIGHT) -> Plan:
+        """Straight up where the hand is lower."""
+        at, _ = self.state.target()
+        if at[2] < height - 0.01:
+            yield from self.goto([at[0], at[1], height], through=True)
+
+    def above(self, x: float, y: float, euler: np.ndarray, *, height: float = SAFE_HEIGHT, grip: int = 1) -> Plan:
+        """Up, then across to a place above (x, y), turning the hand and setting the gripper on the way."""
+        self.grip = grip
+        yield from self.unwind()
+        yield from self.rise(height)
+        yield from self.goto([x, y, max(height, self.state.target()[0][2] - 0.05)], euler, through=True)
+
+    def grasp_yaws(self, block: str) -> list[float]:
+        """Yaws at which the fingers fit around a block however it lies; FORWARD where none does."""
+        _, axes = self.state.block(block)
+        yaws = [
+            float(np.arctan2(axis[1], axis[0]) + np.pi / 2)
+            for axis, width in zip(axes.T, self.state.size(block))
+            if abs(axis[2]) < 0.5 and width < GRASPABLE
+        ]
+        return yaws or [FORWARD]
+
+    def easy_yaw(self, block: str) -> float:
+        """The yaw nearest to FORWARD at which the fingers fit around a block and, if possible, beside its
+        neighbours."""
+        yaws = [comfortable_yaw(yaw) for yaw in self.grasp_yaws(block)]
+        return min(yaws, key=lambda yaw: abs(yaw - FORWARD) + 3.0 * self._crowded(block, yaw))
+
+    def _crowded(self, block: str, yaw: float) -> bool:
+        """Would an open finger come down on another block?"""
+        centre, across = self.state.block(block)[0], closing(yaw)
+        for other in set(self.state.blocks) - {block}:
+            position, axes = self.state.block(other)
+            for finger in (centre + FINGER_AT * across, centre - FINGER_AT * across):
+                outside = np.abs((finger - position) @ axes) - self.state.size(other) / 2
+                if np.linalg.norm(np.maximum(outside, 0.0)) < FINGER_ROOM:
+                    return True
+        return False
+
+    def grasp(
+        self,
+        block: str,
+        *,
+        tilt: float | None = None,
+        yaw: float | None = None,
+        offset: tuple[float, float, float] = (0.0, 0.0, 0.0),
+        height: float = SAFE_HEIGHT,
+        careful: bool = True,
+    ) -> Plan:
+        """Take a block: open, above it, down (see `goto` for `careful`), close with an `offset` from its centre.
+
+        `yaw` overrules the choice of the nearest comfortable one, `tilt` what keeps the hand off the slanted front.
+        """
+        position, _ = self.state.block(block)
+        euler = self.hold(block, tilt=tilt, yaw=yaw)
+        if self.over(position + offset, euler):
+            self.grip = 1
+        else:
+            ready = position + offset + 0.10 * fingers_back(euler)
+            yield from self.above(ready[0], ready[1], euler, height=height)
+            yield from self.goto(ready, euler, tolerance=0.02)
+        position = self.state.block(block)[0] + offset
+        yield from self.goto(self.funnel(position, euler), euler, speed=0.75, tolerance=0.006, careful=careful)
+        yield from self.close()
+
+    def hold(self, block: str, *, tilt: float | None = None, yaw: float | None = None) -> np.ndarray:
+        """Euler angles (3,) of a hand that takes a block; see `grasp`."""
+        y = self.state.block(block)[0][1]
+        if yaw is None:
+            yaw = self.easy_yaw(block)
+            if y > NEAR_FRONT + 0.02:
+                yaw = straightened(yaw, 0.25)
+        return hand(yaw, lean(y, yaw) if tilt is None else tilt)
+
+    def over(self, position: np.ndarray, euler: np.ndarray) -> bool:
+        """Is the open hand where it goes to a grasp at `position` directly: above it, or around it already?"""
+        at, facing = self.state.target()
+        height, across, along = _hand_frame(at - position, euler)
+        turn = np.abs(turn_between(facing, euler)).max()
+        beside = float(np.hypot(across, along))
+        return (
+            self.state.gripper() > 0
+            and turn < 0.8
+            and beside < REACH_OVER
+            and (height > CLEAR or height > -0.01 and abs(across) < FITS)
+        )
+
+    def funnel(self, position: np.ndarray, euler: np.ndarray) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+        """Where to go next from above a grasp: the farther off its axis, the higher. Fingers that are low and askew go
+        up first."""
+        back = fingers_back(euler)
+
+        def waypoint(at: np.ndarray, facing: np.ndarray) -> np.ndarray:
+            height, across, along = _hand_frame(at - position, euler)
+            off = abs(across) + LEVER * float(np.abs(turn_between(facing, euler)).max())
+            if off > FITS and height < CLEAR:
+                return at + (CLEAR + 0.005 - height) * back
+            level = max(0.0, 1.5 * (abs(along) - LEVEL)) + (CLEAR + 0.005 + off - FITS if off > FITS else 0.0)
+            return position + min(level, REACH_OVER) * back
+
+        return waypoint
+
+    def close(self) -> Plan:
+        """Close until the fingers stop. A fixed pause would look the same at its beginning and its end, and a policy
+        that
+        sees single pictures would learn to stay in it."""
+        before = np.inf
+        self.grip = -1
+        for _ in range(7):
+            yield from self.wait(1)
+            now = self.state.opening()
+            if abs(before - now) < 5e-4:
+                return
+            before = now
+
+    def release(self) -> Plan:
+        """Let go of what is in the hand, near whatever lies below, and move off it."""
+        held = self.held()
+        if held is not None:
+            start = self.state.target()[0]
+            for _ in range(40):
+                if self.state.touching(held) != {"robot"} or start[2] - self.state.target()[0][2] > 0.2:
+                    break
+                self._pace = min(0.5, self._pace + 0.15)
+                yield self.step([0, 0, -self._pace * POSITION_SCALE])
+        yield from self.unwind()
+        yield from self.wait(5, 1)
+        yield from self.goto(self.state.target()[0] + [0, 0, 0.07], through=True)
+
+    def withdraw(self, wanted: str | None = None) -> Plan:
+        """Draw open fingers back from a block between them, which would be carried off otherwise; not where they can
+        take a wanted one."""
+        tcp, _ = self.state.tcp()
+        near = [name for name in self.state.blocks if np.linalg.norm(self.state.block(name)[0] - tcp) < 0.05]
+        if (
+            self.state.gripper() < 0
+            or not near
+            or near == [wanted]
+            and self.over(self.state.block(wanted)[0], self.hold(wanted))
+        ):
+            return
+        at, facing = self.state.target()
+        yield from self.goto(at + 0.09 * fingers_back(facing), through=True, firm=True, timeout=20)
+
+    def held(self) -> str | None:
+        """The block in the closed hand."""
+        if self.state.gripper() > 0 or self.state.opening() < EMPTY:
+            return None
+        near = [name for name in self.state.blocks if "robot" in self.state.touching(name)]
+        tcp, _ = self.state.tcp()
+        near = [name for name in near if np.linalg.norm(self.state.block(name)[0] - tcp) < 0.06]
+        return near[0] if near else None

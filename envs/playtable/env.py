@@ -1,0 +1,415 @@
+"""The play table as a benchmark with CALVIN's observation, action, info and protocol (DESIGN 7).
+
+robot_obs (15,): tool position 0-2 (m), Euler angles 3-5 (rad), opening 6 (m), arm joints 7-13 (rad), last gripper
+command 14. scene_obs (24,): slider, drawer, button, switch (m), lightbulb, led (0 or 1), then position and Euler
+angles of each block in the scene's order.
+"""
+
+from __future__ import annotations
+
+import platform
+from typing import Any, NamedTuple
+
+import mujoco
+import numpy as np
+
+from envs import sequences, tasks
+from envs.expert import expert
+from envs.playtable import mjcf
+from envs.playtable.kinematics import Arm, euler_from_matrix, matrix_from_euler, quaternion_from_matrix
+from envs.playtable.render import Renderer
+from envs.playtable.scene import GRIPPER_MAX, ROBOT_BASE, get_scene
+from envs.protocol import Fixtures
+from envs.sequences import NEUTRAL_JOINTS
+
+CONTROL_HZ = 30
+SUBSTEPS = round(1 / (CONTROL_HZ * mjcf.TIMESTEP))
+POSITION_SCALE, ANGLE_SCALE = 0.02, 0.05  # m and rad of one unit of action
+CLOSING_FORCE, OPENING_FORCE = 160.0, 4.0  # N on both fingers; opening weakly does not shove what lies beside them
+DOORS, BUTTON, SWITCH = ("base__slide", "base__drawer"), "base__button", "base__switch"
+LIGHTS = {"lightbulb": (1.0, 0.95, 0.1), "led": (0.05, 0.95, 0.15)}
+UNLIT = (0.93, 0.93, 0.9)
+SAMPLING_TRIES = 1000
+WORLDS = {"robot": "playtable", "hand": "playtable_hand"}  # what is seen at work, and the world's name with it
+NEUTRAL_ROBOT_OBS = np.array(sequences.NEUTRAL_ROBOT_OBS)
+
+
+class Contact(NamedTuple):
+    """One contact as pybullet lists it: entries 2 and 4 say what is touched."""
+
+    flag: int
+    body: int
+    other: int
+    link: int
+    other_link: int
+
+
+class PlayTable:
+    """A simulated table, scene "A" to "D". `seed` drives the poses that a reset without arguments draws.
+
+    `embodiment` says what the pictures show at work, a "robot" or a person's "hand"; the physics are the same.
+    """
+
+    def __init__(
+        self,
+        scene: str = "D",
+        seed: int = 0,
+        *,
+        static_size: int = 200,
+        gripper_size: int = 84,
+        embodiment: str = "robot",
+    ) -> None:
+        if embodiment not in WORLDS:
+            raise ValueError(f"embodiment={embodiment!r}: choose one of {', '.join(WORLDS)}")
+        for name, size in (("static_size", static_size), ("gripper_size", gripper_size)):
+            if not 8 <= size <= 2048:
+                raise ValueError(f"{name}={size}: choose an edge of 8 to 2048 pixels")
+        self.scene = get_scene(scene)
+        self.embodiment = embodiment
+        self.name = f"{WORLDS[embodiment]}-{scene}"
+        self.static_size, self.gripper_size = static_size, gripper_size
+        self.lights = dict.fromkeys(LIGHTS, 0)
+        self.gripper_command = 1
+        self._model = mjcf.build(self.scene, max(static_size, gripper_size), hand=embodiment == "hand")
+        self._data = mujoco.MjData(self._model)
+        self._arm = Arm(ROBOT_BASE, NEUTRAL_JOINTS)
+        self._rng = np.random.default_rng(seed)
+        self._renderer: Renderer | None = None
+        self._target = (np.zeros(3), np.zeros(3))
+        self._joints = np.array(NEUTRAL_JOINTS)
+        self._switch_on = self._button_down = False
+        self._index()
+        self.reset()
+
+    def _index(self) -> None:
+        """Addresses in MuJoCo's arrays, and which body and link each geom belongs to."""
+        m = self._model
+        names = [*(f"arm_{i}" for i in range(1, 8)), "finger_left", "finger_right", *mjcf.JOINTS, *self.scene.blocks]
+        self._qpos = {name: int(m.joint(name).qposadr[0]) for name in names}
+        self._qvel = {name: int(m.joint(name).dofadr[0]) for name in names}
+        self._arm_qpos = np.array([self._qpos[f"arm_{i}"] for i in range(1, 8)])
+        self._tcp = m.site("tcp").id
+        self._grip = m.actuator("grip").id
+        self.uids = {"robot": 0, "table": 1, **{name: 2 + i for i, name in enumerate(self.scene.blocks)}, "floor": 9}
+        self.links: dict[str, int] = {"base_link": -1}
+        self._owner: list[tuple[int, int]] = []
+        table, robot = m.body("base_link").id, m.body("link0").id
+        chains = [self._ancestors(int(body)) for body in m.geom_bodyid]
+        for body, chain in zip(m.geom_bodyid, chains):
+            name = m.body(int(body)).name
+            if table in chain:
+                self._owner.append((self.uids["table"], self.links.setdefault(name, len(self.links) - 1)))
+            elif robot in chain:
+                self._owner.append((self.uids["robot"], int(body) - robot - 1))
+            else:
+                self._owner.append((self.uids.get(name, self.uids["floor"]), -1))
+
+    def _ancestors(self, body: int) -> set[int]:
+        chain = {body}
+        while body:
+            body = int(self._model.body_parentid[body])
+            chain.add(body)
+        return chain
+
+    # ---- readings
+
+    def tcp_pose(self) -> tuple[np.ndarray, np.ndarray]:
+        """Measured tool position (3,) and Euler angles (3,)."""
+        rotation = self._data.site_xmat[self._tcp].reshape(3, 3)
+        return self._data.site_xpos[self._tcp].copy(), euler_from_matrix(rotation)
+
+    def target_pose(self) -> tuple[np.ndarray, np.ndarray]:
+        """Commanded tool position (3,) and Euler angles (3,), which actions are added to."""
+        return self._target[0].copy(), self._target[1].copy()
+
+    def gripper_opening(self) -> float:
+        """Sum of both fingers' travel, 0 to 0.08 m."""
+        return self.joint_reading("finger_left") + self.joint_reading("finger_right")
+
+    def joint_reading(self, name: str) -> float:
+        """Position of a fixture's or finger's joint in metres."""
+        return float(self._data.qpos[self._qpos[name]])
+
+    def block_pose(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """A block's centre (3,) and rotation matrix (3, 3)."""
+        body = self._data.body(name)
+        return body.xpos.copy(), body.xmat.reshape(3, 3).copy()
+
+    def touching(self, name: str) -> frozenset[str]:
+        """Names of what a block touches: "robot", "floor", other blocks or links of the table."""
+        links = {number: link for link, number in self.links.items()}
+        bodies = {number: body for body, number in self.uids.items()}
+        touched = self._contacts()[self.uids[name]]
+        return frozenset(links[c.other_link] if c.other == self.uids["table"] else bodies[c.other] for c in touched)
+
+    def _contacts(self) -> dict[int, list[Contact]]:
+        """Contacts of every body, seen from it. Like pybullet's, they include neighbours up to 2 mm apart."""
+        found: dict[int, set[Contact]] = {uid: set() for uid in self.uids.values()}
+        for first, second in self._data.contact.geom:
+            one, two = self._owner[first], self._owner[second]
+            found[one[0]].add(Contact(0, one[0], two[0], one[1], two[1]))
+            found[two[0]].add(Contact(0, two[0], one[0], two[1], one[1]))
+        return {uid: sorted(contacts) for uid, contacts in found.items()}
+
+    # ---- the environment
+
+    def reset(
+        self,
+        state: dict | None = None,
+        *,
+        robot_obs: np.ndarray | None = None,
+        scene_obs: np.ndarray | None = None,
+    ) -> dict:
+        """Put the world into a symbolic state or into raw vectors; returns the observation without pictures.
+
+        Without arguments the robot takes its neutral pose, doors are shut and blocks lie on random surfaces of the
+        scene. One vector alone keeps the other's default. Raises ValueError for vectors of a wrong shape or with NaN.
+        """
+        if state is not None:
+            if robot_obs is not None or scene_obs is not None:
+                raise ValueError("reset takes a symbolic state or raw vectors, not both")
+            robot_obs, scene_obs = sequences.initial_state(state, self.scene)
+        robot_obs = as_vector("robot_obs", NEUTRAL_ROBOT_OBS if robot_obs is None else robot_obs, 15)
+        scene_obs = self._random_scene() if scene_obs is None else as_vector("scene_obs", scene_obs, 24)
+        mujoco.mj_resetData(self._model, self._data)
+        self._place(robot_obs, scene_obs)
+        mujoco.mj_forward(self._model, self._data)
+        self._target = self.tcp_pose()
+        self._button_down = self._pressed(BUTTON)
+        self._switch_on = False
+        return self._state()
+
+    def _place(self, robot_obs: np.ndarray, scene_obs: np.ndarray) -> None:
+        qpos = self._data.qpos
+        self._joints = robot_obs[7:14].copy()
+        qpos[self._arm_qpos] = self._joints
+        qpos[[self._qpos["finger_left"], self._qpos["finger_right"]]] = robot_obs[6] / 2
+        self.gripper_command = 1 if robot_obs[14] > 0 else -1
+        self._command()
+        for name, value in zip(mjcf.JOINTS, scene_obs[:4]):
+            qpos[self._qpos[name]] = value
+        self.lights = {name: int(value > 0.5) for name, value in zip(LIGHTS, scene_obs[4:6])}
+        for name, pose in zip(self.scene.blocks, scene_obs[6:].reshape(3, 6)):
+            start = self._qpos[name]
+            qpos[start : start + 3] = pose[:3]
+            qpos[start + 3 : start + 7] = quaternion_from_matrix(matrix_from_euler(pose[3:]))
+
+    def _random_scene(self) -> np.ndarray:
+        """Doors shut, lights off, each block on a random surface with a random yaw and clear of the others."""
+        for _ in range(SAMPLING_TRIES):
+            poses = np.zeros((3, 6))
+            for pose in poses:
+                low, high = self.scene.surfaces[self._rng.choice(sorted(self.scene.surfaces))]
+                pose[:3] = self._rng.uniform(low, high)
+                pose[5] = self._rng.uniform(-np.pi, np.pi)
+            gaps = [np.linalg.norm(poses[i, :2] - poses[j, :2]) for i, j in ((0, 1), (0, 2), (1, 2))]
+            if min(gaps) > 0.095:
+                return np.concatenate((np.zeros(6), poses.ravel()))
+        raise RuntimeError(f"could not place three blocks on the surfaces of scene {self.scene.name}")
+
+    def step(self, action: np.ndarray, *, render: bool = True) -> tuple[dict, dict]:
+        """One control step of 1/30 s -> (observation, info).
+
+        `action` (7,): shift and turn in world axes in units of 0.02 m and 0.05 rad, added to the commanded pose; then
+        the gripper, open where positive and closed otherwise. Raises ValueError for another shape or NaN.
+        """
+        action = as_vector("action", action, 7)
+        self._target[0][:] += POSITION_SCALE * action[:3]
+        self._target[1][:] += ANGLE_SCALE * action[3:6]
+        self.gripper_command = 1 if action[6] > 0 else -1
+        self._joints = self._arm.inverse(self._target[0], matrix_from_euler(self._target[1]), self._joints)
+        self._command()
+        mujoco.mj_step(self._model, self._data, nstep=SUBSTEPS)
+        mujoco.mj_fwdPosition(self._model, self._data)
+        self._switch_lights()
+        return (self.observe() if render else self._state()), self.get_info()
+
+    def _command(self) -> None:
+        """Hand the wanted joints and the gripper's command to the actuators."""
+        self._data.ctrl[:7] = self._joints
+        opening = self.gripper_command > 0
+        self._data.ctrl[self._grip] = GRIPPER_MAX / 2 if opening else 0.0
+        force = OPENING_FORCE if opening else CLOSING_FORCE
+        self._model.actuator_forcerange[self._grip] = (-force, force)
+
+    def _pressed(self, joint: str) -> bool:
+        return self.joint_reading(joint) > self.scene.limits[joint] / 2
+
+    def _switch_lights(self) -> None:
+        """The button toggles its light when it goes down; the lever sets its light when it crosses the middle."""
+        down = self._pressed(BUTTON)
+        if down and not self._button_down:
+            self.lights["led"] = 1 - self.lights["led"]
+        self._button_down = down
+        on = self._pressed(SWITCH)
+        if on != self._switch_on:
+            self.lights["lightbulb"] = int(on)
+        self._switch_on = on
+
+    def _robot_obs(self) -> np.ndarray:
+        position, euler = self.tcp_pose()
+        joints = self._data.qpos[self._arm_qpos]
+        return np.concatenate((position, euler, [self.gripper_opening()], joints, [self.gripper_command]))
+
+    def _scene_obs(self) -> np.ndarray:
+        blocks = []
+        for name in self.scene.blocks:
+            position, rotation = self.block_pose(name)
+            blocks += [position, euler_from_matrix(rotation)]
+        fixtures = [*(self.joint_reading(name) for name in mjcf.JOINTS), *self.lights.values()]
+        return np.concatenate((fixtures, *blocks))
+
+    def _state(self) -> dict:
+        return {"robot_obs": self._robot_obs(), "scene_obs": self._scene_obs()}
+
+    def observe(self) -> dict:
+        """The present observation with pictures: uint8 RGB `rgb_static` and `rgb_gripper` under `rgb_obs`."""
+        if self._renderer is None:
+            self._renderer = Renderer(self._model, max(self.static_size, self.gripper_size))
+        for name, lit in LIGHTS.items():
+            on = self.lights[name]
+            material = self._model.material(name).id
+            self._model.mat_rgba[material, :3] = lit if on else UNLIT
+            self._model.mat_emission[material] = 0.7 if on else 0.0
+        pictures = {
+            "rgb_static": self._renderer.picture(self._data, "static", self.static_size),
+            "rgb_gripper": self._renderer.picture(self._data, "gripper", self.gripper_size),
+        }
+        return {"rgb_obs": pictures, **self._state()}
+
+    def get_info(self) -> dict[str, Any]:
+        """CALVIN's privileged info; contacts are `Contact` tuples, quaternions x, y, z, w."""
+        contacts = self._contacts()
+        robot = self._robot_obs()
+        joints = {name: self.joint_reading(name) for name in mjcf.JOINTS}
+        lever = {"joint_state": joints[SWITCH], "logical_state": int(self._pressed(SWITCH))}
+        return {
+            "robot_info": {
+                "tcp_pos": robot[:3],
+                "tcp_orn": robot[3:6],
+                "gripper_opening_width": float(robot[6]),
+                "arm_joint_states": robot[7:14],
+                "gripper_action": self.gripper_command,
+                "uid": self.uids["robot"],
+                "contacts": contacts[self.uids["robot"]],
+            },
+            "scene_info": {
+                "fixed_objects": {
+                    "table": {
+                        "uid": self.uids["table"],
+                        "links": dict(self.links),
+                        "contacts": contacts[self.uids["table"]],
+                    }
+                },
+                "movable_objects": {name: self._block_info(name, contacts) for name in self.scene.blocks},
+                "doors": {name: {"current_state": joints[name]} for name in DOORS},
+                "buttons": {BUTTON: {"joint_state": joints[BUTTON], "logical_state": self.lights["led"]}},
+                "switches": {SWITCH: lever},
+                "lights": {name: {"logical_state": on} for name, on in self.lights.items()},
+            },
+        }
+
+    def _block_info(self, name: str, contacts: dict[int, list[Contact]]) -> dict[str, Any]:
+        position, rotation = self.block_pose(name)
+        start = self._qvel[name]
+        velocity = self._data.qvel[start : start + 6]
+        quaternion = self._data.qpos[self._qpos[name] + 3 : self._qpos[name] + 7]
+        return {
+            "current_pos": position,
+            "current_orn": quaternion[[1, 2, 3, 0]],
+            "current_lin_vel": velocity[:3].copy(),
+            "current_ang_vel": rotation @ velocity[3:],
+            "contacts": contacts[self.uids[name]],
+            "uid": self.uids[name],
+        }
+
+    # ---- the benchmark
+
+    def sequences(
+        self, count: int, *, tasks: list[str] | None = None, length: int = 5, seed: int = 0
+    ) -> list[tuple[dict, list[str]]]:
+        """`count` pairs of (symbolic initial state, tasks in a row)."""
+        return sequences.generate(count, tasks=tasks, length=length, seed=seed)
+
+    def instruction(self, task: str) -> str:
+        """The sentence that stands for a task in an evaluation."""
+        return tasks.INSTRUCTIONS[tasks.check_tasks([task])[0]]
+
+    def succeeded(self, task: str, start: dict, now: dict) -> bool:
+        """The oracle: was `task` carried out between two infos?"""
+        return tasks.succeeded(task, start, now)
+
+    def expert(self, seed: int = 0) -> expert.Expert:
+        """A scripted expert that reads this environment's state."""
+        return expert.Expert(PlayTableState(self), seed)
+
+    def versions(self) -> dict[str, str]:
+        """Simulator and renderer; the renderer is known after the first picture."""
+        renderer = self._renderer.backend if self._renderer else "none"
+        return {"simulator": f"mujoco {mujoco.__version__}", "renderer": renderer, "python": platform.python_version()}
+
+    def choices(self) -> dict[str, Any]:
+        """None: the renderer hangs on the machine and on MUJOCO_GL alone."""
+        return {}
+
+    def close(self) -> None:
+        """Free the GL context, where one was made."""
+        if self._renderer is not None:
+            self._renderer.close()
+            self._renderer = None
+
+
+class PlayTableState:
+    """`PrivilegedState` of a `PlayTable` or of what has its readings; it holds no copy and always reads the present
+    moment."""
+
+    def __init__(self, env: PlayTable) -> None:
+        self._env = env
+
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        return self._env.scene.block_names
+
+    @property
+    def fixtures(self) -> Fixtures:
+        return self._env.scene.fixtures
+
+    def tcp(self) -> tuple[np.ndarray, np.ndarray]:
+        return self._env.tcp_pose()
+
+    def target(self) -> tuple[np.ndarray, np.ndarray]:
+        return self._env.target_pose()
+
+    def gripper(self) -> int:
+        return self._env.gripper_command
+
+    def opening(self) -> float:
+        return self._env.gripper_opening()
+
+    def joint(self, name: str) -> float:
+        return self._env.joint_reading(name)
+
+    def limit(self, name: str) -> float:
+        return self._env.scene.limits[name]
+
+    def light(self, name: str) -> int:
+        return self._env.lights[name]
+
+    def block(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        return self._env.block_pose(name)
+
+    def size(self, name: str) -> np.ndarray:
+        return np.array(self._env.scene.sizes[name])
+
+    def touching(self, name: str) -> frozenset[str]:
+        return self._env.touching(name)
+
+
+def as_vector(name: str, values: object, length: int) -> np.ndarray:
+    """A private float64 copy of a caller's vector, checked for shape and finiteness."""
+    vector = np.array(values, dtype=np.float64)
+    if vector.shape != (length,):
+        raise ValueError(f"{name} has shape {vector.shape}: expected ({length},)")
+    if not np.isfinite(vector).all():
+        raise ValueError(f"{name} holds NaN or infinity at {np.flatnonzero(~np.isfinite(vector)).tolist()}")
+    return vector

@@ -1,0 +1,291 @@
+"""The MuJoCo model of a scene, written as MJCF from boxes, cylinders, capsules and spheres (DESIGN 7).
+
+Bodies are named after CALVIN's links, so that contacts tell the same stories.
+"""
+
+from __future__ import annotations
+
+from math import cos, pi, radians, sin, tan
+from typing import Final
+
+import mujoco
+import numpy as np
+
+from envs.playtable import human
+from envs.playtable.robot import write_actuators, write_robot
+from envs.playtable.scene import (
+    BUTTON_TRAVEL,
+    BUTTON_Y,
+    BUTTON_Z,
+    CABINET_DEPTH,
+    DRAWER_TRAVEL,
+    DRAWER_Z,
+    SLIDE_Y,
+    SLIDE_Z,
+    SWITCH_TRAVEL,
+    SWITCH_Y,
+    SWITCH_Z,
+    TABLE_TOP,
+    Colour,
+    Look,
+    Scene,
+)
+from envs.playtable.shapes import BLOCK, FIXED, SEEN, body, box, geom, inertial, numbers
+
+TIMESTEP: Final = 1.0 / 480.0
+LOOK_FROM: Final = (2.871459009488717, -2.166602199425597, 2.555159848480571)
+LOOK_AT: Final = (-0.026242351159453392, -0.0302329882979393, 0.3920000493526459)
+LOOK_UP: Final = (0.4041403970338857, 0.22629790978217404, 0.8862616969685161)
+STATIC_FOV: Final = 10.0
+JOINTS = ("base__slide", "base__drawer", "base__button", "base__switch")
+SLOPE: Final = radians(60)  # of the cabinet's front
+ROOF: Final = 0.648
+NEAR: Final = 0.001  # m around each geom within which a contact is listed, without force
+
+WEIGHTLESS = 'gravcomp="1"'  # fixtures stay where they are left; dry friction alone would let them creep
+STOPS = 'solreflimit="0.005 1" solimplimit="0.98 0.999 0.001"'
+WOOD, INNER, HANDLE, METAL = 'material="wood"', 'material="inner"', 'material="handle"', 'material="lever"'
+WOODEN = ("wood", "plank", "drawer", "door", "inner")
+BLOCK_COLOURS: dict[str, Colour] = {
+    "block_red": (0.86, 0.08, 0.07),
+    "block_blue": (0.06, 0.16, 0.86),
+    "block_pink": (0.98, 0.42, 0.86),
+}
+PLAIN: dict[str, Colour] = {
+    "lever": (0.42, 0.42, 0.44),
+    "button": (0.08, 0.08, 0.08),
+    "slot": (0.05, 0.05, 0.05),
+    "white": (0.93, 0.93, 0.94),
+    "joint": (0.78, 0.79, 0.81),
+    "finger": (0.25, 0.25, 0.27),
+    "pad": (0.62, 0.62, 0.64),
+    "dark": (0.2, 0.2, 0.22),
+    "stand": (0.85, 0.85, 0.86),
+    "lightbulb": (1.0, 1.0, 1.0),
+    "led": (1.0, 1.0, 1.0),
+}
+TEXTURE_SIZE = 256
+
+
+def _front(height: float) -> float:
+    """y of the slanted front at a height."""
+    return CABINET_DEPTH[0] + (height - TABLE_TOP) / tan(SLOPE)
+
+
+def _slanted(
+    x: tuple[float, float], heights: tuple[float, float], depth: tuple[float, float], *, look: str, group: str = FIXED
+) -> str:
+    """A box in the slanted front between two heights; `depth` is measured from the front inwards."""
+    y, z = (np.mean([_front(height) for height in heights]), np.mean(heights))
+    inwards = np.mean(depth)
+    centre = (np.mean(x), y + inwards * sin(SLOPE), z - inwards * cos(SLOPE))
+    half = (np.ptp(x) / 2, np.ptp(heights) / sin(SLOPE) / 2, np.ptp(depth) / 2)
+    return geom("box", centre, half, f'euler="{SLOPE:.10g} 0 0" {look}', group)
+
+
+def _cabinet(scene: Scene) -> list[str]:
+    """The upper part: back, roof and the two cheeks beside the cabinet's opening."""
+    near, far = CABINET_DEPTH
+    left, right = scene.plank_x
+    parts = [
+        box((-0.44, far, 0.40), (0.44, 0.18, ROOF), WOOD),
+        box((left, _front(0.628), 0.628), (right, far, ROOF), WOOD),
+    ]
+    for start, end in ((-0.44, left), (right, 0.44)):
+        parts += [
+            _slanted((start, end), (TABLE_TOP, ROOF), (0.0, 0.044), look=WOOD),
+            box((start, 0.085, TABLE_TOP), (end, far, 0.53), WOOD),
+            box((start, 0.125, 0.53), (end, far, 0.61), WOOD),
+            box((start, near, 0.40), (end, far, TABLE_TOP), WOOD),
+        ]
+    return parts
+
+
+def _stand(scene: Scene) -> list[str]:
+    """The lower part: table top, drawer shaft and legs."""
+    low, high = scene.drawer_x - 0.2, scene.drawer_x + 0.2
+    parts = [
+        box((-0.44, -0.18, 0.40), (0.44, CABINET_DEPTH[0], TABLE_TOP), WOOD),
+        box((-0.44, CABINET_DEPTH[0], 0.40), (0.44, 0.18, 0.42), INNER),
+        box((-0.44, -0.158, 0.30), (low, -0.14, 0.40), WOOD),
+        box((high, -0.158, 0.30), (0.44, -0.14, 0.40), WOOD),
+        box((-0.44, -0.14, 0.30), (-0.42, 0.18, 0.40), WOOD),
+        box((0.42, -0.14, 0.30), (0.44, 0.18, 0.40), WOOD),
+        box((-0.42, 0.16, 0.30), (0.42, 0.18, 0.40), WOOD),
+        box((-0.42, -0.158, 0.295), (0.42, 0.16, 0.315), INNER),
+    ]
+    for x in (-0.42, 0.42):
+        for y in (-0.164, 0.164):
+            parts.append(box((x - 0.02, y - 0.016, 0.0), (x + 0.02, y + 0.016, 0.40), WOOD))
+    return parts
+
+
+def _sliding(name: str, axis: str, travel: float, mass: float, resistance: str) -> list[str]:
+    limits = f'range="0 {travel:.10g}" {STOPS}'
+    return [f'<joint name="{name}" type="slide" axis="{axis}" {limits} {resistance}/>', inertial(mass, mass * 0.01)]
+
+
+def _drawer(scene: Scene) -> str:
+    parts = _sliding("base__drawer", "0 -1 0", DRAWER_TRAVEL, 4.2, 'frictionloss="4" damping="6"')
+    parts += [
+        box((-0.2, -0.16, 0.0), (0.2, 0.06, 0.02), INNER),
+        box((-0.2, -0.16, 0.02), (-0.18, 0.06, 0.076), INNER),
+        box((0.18, -0.16, 0.02), (0.2, 0.06, 0.076), INNER),
+        box((-0.18, 0.04, 0.02), (0.18, 0.06, 0.076), INNER),
+        box((-0.22, -0.18, -0.02), (0.22, -0.16, 0.079), 'material="drawer"'),
+        box((-0.12, -0.26, 0.02), (0.12, -0.24, 0.06), HANDLE),
+        box((-0.12, -0.24, 0.02), (-0.10, -0.18, 0.06), HANDLE),
+        box((0.10, -0.24, 0.02), (0.12, -0.18, 0.06), HANDLE),
+    ]
+    return body("drawer_link", (scene.drawer_x, 0, DRAWER_Z), parts, WEIGHTLESS)
+
+
+def _slide(scene: Scene) -> str:
+    """The sliding door; its frame lies in the slanted front, local y runs up it and local z out of it."""
+    parts = _sliding("base__slide", "-1 0 0", scene.slide_travel, 1.5, 'frictionloss="4" damping="6"')
+    parts += [
+        box((0.0, -0.11, 0.001), (0.28, 0.11, 0.02), 'material="door"'),
+        box((0.12, -0.08, 0.06), (0.16, 0.08, 0.08), HANDLE),
+        box((0.12, -0.08, 0.02), (0.16, -0.06, 0.06), HANDLE),
+        box((0.12, 0.06, 0.02), (0.16, 0.08, 0.06), HANDLE),
+    ]
+    frame = f'euler="{SLOPE:.10g} 0 0" {WEIGHTLESS}'
+    return body("slide_link", (scene.slide_x0, SLIDE_Y, SLIDE_Z), parts, frame)
+
+
+def _switch(scene: Scene) -> str:
+    """The lever: two rods in slots of the front carry a bar; local y points out of the front and local z down it."""
+    parts = _sliding("base__switch", "0 0 -1", SWITCH_TRAVEL, 0.24, 'frictionloss="3" damping="4"')
+    parts += [box((x - 0.007, 0.0, -0.016), (x + 0.007, 0.05, 0.0), METAL) for x in (-0.05, 0.05)]
+    parts.append(box((-0.06, 0.044, -0.024), (0.06, 0.064, 0.008), METAL))
+    frame = f'euler="{SLOPE + pi / 2:.10g} 0 0" {WEIGHTLESS}'
+    return body("switch_link", (scene.switch_x, SWITCH_Y, SWITCH_Z), parts, frame)
+
+
+def _slots(scene: Scene) -> list[str]:
+    spans = [(scene.switch_x + x - 0.009, scene.switch_x + x + 0.009) for x in (-0.05, 0.05)]
+    return [_slanted(span, (0.49, 0.594), (-0.001, 0.0), look='material="slot"', group=SEEN) for span in spans]
+
+
+def _button(scene: Scene) -> list[str]:
+    parts = _sliding("base__button", "0 0 -1", BUTTON_TRAVEL, 0.15, 'stiffness="200" springref="0" damping="6"')
+    parts.append(geom("cylinder", (0, 0, 0.012), (0.032, 0.012), 'material="button"'))
+    ring = geom("cylinder", (scene.button_x, BUTTON_Y, 0.449), (0.04, 0.009), METAL)
+    return [ring, body("button_link", (scene.button_x, BUTTON_Y, BUTTON_Z), parts, WEIGHTLESS)]
+
+
+def _lights(scene: Scene) -> list[str]:
+    led = box((-0.08, -0.02, 0.0), (0.08, 0.02, 0.016), 'material="led"')
+    socket = geom("cylinder", (0, 0, 0.008), (0.014, 0.008), METAL)
+    bulb = geom("sphere", (0, 0, 0.034), (0.026,), 'material="lightbulb"')
+    return [
+        body("led_link", (scene.button_x, 0.16, ROOF), [led]),
+        body("light_link", (scene.switch_x, 0.16, ROOF), [socket, bulb]),
+    ]
+
+
+def _table(scene: Scene) -> str:
+    left, right = scene.plank_x
+    plank = box((left, CABINET_DEPTH[0], 0.42), (right, CABINET_DEPTH[1], TABLE_TOP), 'material="plank"')
+    content = _stand(scene) + _cabinet(scene) + _slots(scene) + _button(scene)
+    content += [body("plank_link", (0, 0, 0), [plank]), _drawer(scene), _slide(scene), _switch(scene), *_lights(scene)]
+    return body("base_link", (0, 0, 0), content)
+
+
+def _blocks(scene: Scene) -> str:
+    out = []
+    for name, edges in scene.sizes.items():
+        look = f'material="{name}" mass="1" friction="0.7 0.01 0.0005"'
+        content = [f'<freejoint name="{name}"/>', geom("box", (0, 0, 0), np.array(edges) / 2, look, BLOCK)]
+        out.append(body(name, (0, 0, 1), content))
+    return "\n".join(out)
+
+
+def _assets(look: Look, more: dict[str, Colour]) -> str:
+    def tinted(colour: Colour, factor: float) -> Colour:
+        return tuple(factor * value for value in colour)
+
+    size = f'width="{TEXTURE_SIZE}" height="{TEXTURE_SIZE}" builtin="flat" type="2d"'
+    panel = look.door if look.door != look.wood else tinted(look.wood, 0.86)
+    colours = (look.wood, tinted(look.wood, 0.92), panel, look.door, tinted(look.wood, 0.7))
+    plain = {**PLAIN, **BLOCK_COLOURS, "handle": look.handle, "floor": look.floor, **more}
+    return "\n".join(
+        [
+            '<texture type="skybox" builtin="flat" rgb1="0.85 0.87 0.9" width="8" height="8"/>',
+            *(f'<texture name="{name}" {size} rgb1="{numbers(c)}"/>' for name, c in zip(WOODEN, colours)),
+            *(
+                f'<material name="{name}" texture="{name}" texuniform="true" texrepeat="2.2 2.2" specular="0.05"/>'
+                for name in WOODEN
+            ),
+            *(f'<material name="{name}" rgba="{numbers(c)} 1" specular="0.2"/>' for name, c in plain.items()),
+        ]
+    )
+
+
+def _static_camera() -> str:
+    back = np.subtract(LOOK_FROM, LOOK_AT)
+    right = np.cross(LOOK_UP, back)
+    axes = numbers((right, np.cross(back, right)))
+    return f'<camera name="static" pos="{numbers(LOOK_FROM)}" xyaxes="{axes}" fovy="{STATIC_FOV}"/>'
+
+
+def _listing() -> str:
+    """Attributes that list a contact before it presses; MuJoCo lists within `margin`, from 3.9 on plus `gap`."""
+    version = tuple(int(part) for part in mujoco.__version__.split(".")[:2])
+    return f'margin="{0.0 if version >= (3, 9) else NEAR}" gap="{NEAR}"'
+
+
+def write_mjcf(scene: Scene, edge: int = 256, *, hand: bool = False) -> str:
+    """The MJCF text of a scene; `edge` is the largest picture edge in pixels that will be asked for, `hand` shows a
+    person's arm."""
+    return f"""<mujoco model="playtable_{scene.name}">
+<compiler angle="radian" eulerseq="xyz" autolimits="true"/>
+<option timestep="{TIMESTEP:.12g}" integrator="implicitfast" cone="elliptic" impratio="3"
+ solver="Newton" iterations="30" tolerance="1e-8"/>
+<size memory="4M"/>
+<visual>
+<global offwidth="{edge}" offheight="{edge}"/>
+<quality offsamples="0" shadowsize="0" numslices="10" numstacks="5" numquads="1"/>
+<headlight ambient="0.35 0.35 0.35" diffuse="0.25 0.25 0.25" specular="0 0 0"/>
+<map znear="0.01" zfar="12"/>
+</visual>
+<statistic extent="1" center="0 0 0.4" meansize="0.05"/>
+<default>
+<geom condim="4" solref="0.008 1" solimp="0.95 0.99 0.001" friction="0.7 0.005 0.0002" {_listing()}/>
+</default>
+<asset>{_assets(scene.look, human.COLOURS if hand else {})}</asset>
+<worldbody>
+<light directional="true" pos="0.6 -1.2 3" dir="-0.25 0.55 -1" diffuse="0.5 0.5 0.5" specular="0.2 0.2 0.2"
+ castshadow="false"/>
+<geom name="floor" type="plane" size="6 6 0.1" material="floor" {FIXED}/>
+{_static_camera()}
+{_table(scene)}
+{write_robot(hand=hand)}
+{_blocks(scene)}
+</worldbody>
+{write_actuators()}
+</mujoco>"""
+
+
+def _grain(colour: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """(3,) base colour -> (S, S, 3) uint8 wood with wavy fibres."""
+    rows, columns = np.mgrid[0:TEXTURE_SIZE, 0:TEXTURE_SIZE] / TEXTURE_SIZE
+    waves = sum(
+        share * np.sin(2 * pi * (rings * rows + 0.15 * np.sin(2 * pi * (columns + phase)) + phase))
+        for share, rings, phase in zip((0.5, 0.35, 0.3), (6, 17, 41), rng.uniform(0, 1, 3))
+    )
+    fibres = np.repeat(rng.normal(0, 0.35, (TEXTURE_SIZE, 16)), TEXTURE_SIZE // 16, axis=1)
+    shade = 1.0 + 0.07 * waves + 0.05 * fibres
+    return np.clip(colour * shade[..., None], 0, 255).astype(np.uint8)
+
+
+def build(scene: Scene, edge: int = 256, *, hand: bool = False) -> mujoco.MjModel:
+    """Compile a scene's model and paint its wood; the same scene always looks the same."""
+    model = mujoco.MjModel.from_xml_string(write_mjcf(scene, edge, hand=hand))
+    rng = np.random.default_rng(ord(scene.name))
+    for name in WOODEN:
+        texture = model.texture(name).id
+        start = int(model.tex_adr[texture])
+        pixels = model.tex_data[start : start + 3 * TEXTURE_SIZE**2]
+        pixels[:] = _grain(pixels[:3].astype(np.float64), rng).ravel()
+    return model

@@ -1,0 +1,145 @@
+"""A Panda-like arm with a parallel gripper, as MJCF: Franka's link frames, shapes of our own (DESIGN 7).
+
+The upper arm is only seen; wrist, hand and fingers collide. Gravity does not act on it, as if a controller compensated.
+As a `hand` the same bodies, joints and colliding shapes are there, unseen, and a person's arm is seen in their place.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import numpy as np
+
+from envs.playtable import human, kinematics
+from envs.playtable.scene import GRIPPER_MAX, ROBOT_BASE
+from envs.playtable.shapes import ROBOT, SEEN, UNSEEN, Point, body, box, geom, inertial, numbers, rod
+
+STIFFNESS, DAMPING, TORQUE = 4000.0, 160.0, 200.0  # N m/rad, N m s/rad, N m: 40 ms behind the command, as CALVIN's
+GRIP_STIFFNESS, GRIP_DAMPING = 8000.0, 320.0  # N/m, N s/m: at most 1 m/s, the force saturates on every block
+FINGER_BASE: Final = 0.0584  # from the hand along its z
+CAMERA_OFFSET: Final = (-0.1, 0.0, 0.0)  # in the hand's frame
+CAMERA_EULER: Final = (1.3, 0.0, -1.57)
+CAMERA_FOV: Final = 75.0
+
+MASSES = (2.7, 2.73, 2.04, 2.08, 3.0, 1.3, 0.2)
+WHITE, GREY = 'material="white"', 'material="joint"'
+# Per link: kind, ends, radius, look, does it collide
+SHAPES: tuple[tuple[tuple[str, tuple[Point, Point], float, str, bool], ...], ...] = (
+    (
+        ("capsule", ((0, 0, -0.17), (0, 0, -0.03)), 0.062, WHITE, False),
+        ("cylinder", ((0, -0.066, 0), (0, 0.066, 0)), 0.058, GREY, False),
+    ),
+    (
+        ("capsule", ((0, 0, -0.02), (0, 0, 0.06)), 0.062, WHITE, False),
+        ("capsule", ((0, -0.03, 0), (0, -0.15, 0)), 0.060, WHITE, False),
+    ),
+    (
+        ("capsule", ((0, 0, -0.09), (0, 0, -0.03)), 0.060, WHITE, False),
+        ("capsule", ((0, 0, 0), (0.0825, 0.03, 0)), 0.058, WHITE, False),
+        ("cylinder", ((0.0825, -0.066, 0), (0.0825, 0.066, 0)), 0.052, GREY, False),
+    ),
+    (
+        ("capsule", ((0, 0, -0.01), (0, 0, 0.05)), 0.060, WHITE, False),
+        ("capsule", ((0, 0, 0), (-0.0825, 0.075, 0)), 0.058, WHITE, False),
+    ),
+    (
+        ("capsule", ((0, 0, -0.23), (0, 0.03, -0.13)), 0.058, WHITE, False),
+        ("capsule", ((0, 0.06, -0.09), (0, 0.07, -0.01)), 0.050, WHITE, True),
+        ("cylinder", ((0, -0.06, 0), (0, 0.066, 0)), 0.050, GREY, True),
+    ),
+    (
+        ("capsule", ((0, 0, -0.02), (0, 0.02, 0.03)), 0.052, WHITE, True),
+        ("capsule", ((0.03, 0, 0), (0.088, 0, 0)), 0.050, WHITE, True),
+    ),
+    (("capsule", ((0, 0, 0.055), (0, 0, 0.095)), 0.046, WHITE, True),),
+)
+
+
+def _finger(name: str, side: int, *, hand: bool) -> str:
+    """A finger that opens along the hand's y on the given side; its pad reaches the middle when shut."""
+    # A stiff pad decides the contact alone: softer ones let a block creep out of the hand in fast motion.
+    solid = UNSEEN if hand else ROBOT
+    pad = f'friction="1 0.02 0.001" solref="0.0042 1" solimp="0.99 0.999 0.0005" priority="1" {solid}'
+
+    def across(low: float, high: float) -> tuple[float, float]:
+        return (low, high) if side > 0 else (-high, -low)
+
+    stem, tip = across(0.005, 0.022), across(0.0, 0.008)
+    travel = f'range="0 {GRIPPER_MAX / 2}" armature="0.05" damping="2"'
+    content = [
+        f'<joint name="{name}" type="slide" axis="0 {side} 0" {travel}/>',
+        inertial(0.1, 0.0005, (0.0, 0.0, 0.05)),
+        box((-0.0105, stem[0], 0.0), (0.0105, stem[1], 0.0964), 'material="finger"', solid),
+        box((-0.0095, tip[0], 0.068), (0.0095, tip[1], 0.0964), 'material="pad"', pad),
+        *(human.finger(name) if hand else []),
+    ]
+    return body(name, (0, 0, FINGER_BASE), content, 'gravcomp="1"')
+
+
+def _hand(*, hand: bool) -> str:
+    camera = kinematics.matrix_from_euler(np.array(CAMERA_EULER))
+    axes = numbers((-camera[:, 0], -camera[:, 2]))  # it looks along its own y with its z pointing down
+    content = [
+        inertial(0.81, 0.004, (0.0, 0.0, 0.04)),
+        box((-0.03, -0.1, -0.015), (0.03, 0.1, 0.064), WHITE, UNSEEN if hand else ROBOT),
+        *(human.palm() if hand else [box((-0.105, -0.04, -0.0125), (-0.03, 0.04, 0.0125), 'material="dark"', SEEN)]),
+        f'<camera name="gripper" pos="{numbers(CAMERA_OFFSET)}" xyaxes="{axes}" fovy="{CAMERA_FOV}"/>',
+        f'<site name="tcp" pos="0 0 {kinematics.TCP_OFFSET}" size="0.005" rgba="0 0 0 0"/>',
+        _finger("finger_left", 1, hand=hand),
+        _finger("finger_right", -1, hand=hand),
+    ]
+    frame = f'euler="0 0 {kinematics.HAND_TURN:.10g}" gravcomp="1"'
+    return body("hand", (0, 0, kinematics.HAND_OFFSET), content, frame)
+
+
+def _shapes(link: int, *, hand: bool) -> list[str]:
+    """The geoms of arm link 1 to 7."""
+    shapes = SHAPES[link - 1]
+    if not hand:
+        return [rod(kind, ends, size, look, ROBOT if solid else SEEN) for kind, ends, size, look, solid in shapes]
+    seen = [rod("capsule", ends, size, look, SEEN) for ends, size, look in human.ARM.get(f"link{link}", ())]
+    return seen + [rod(kind, ends, size, look, UNSEEN) for kind, ends, size, look, solid in shapes if solid]
+
+
+def write_robot(*, hand: bool = False) -> str:
+    """The robot's bodies, each link inside the one before; with `hand` a person's arm is seen in place of the
+    robot's."""
+    inside = _hand(hand=hand)
+    for i in reversed(range(7)):
+        turn, offset = kinematics.LINKS[i]
+        limits = f'range="{kinematics.LOWER[i]} {kinematics.UPPER[i]}"'
+        parts = [
+            f'<joint name="arm_{i + 1}" type="hinge" axis="0 0 1" {limits} armature="0.3" damping="2"/>',
+            inertial(MASSES[i], 0.02),
+            *_shapes(i + 1, hand=hand),
+        ]
+        inside = body(f"link{i + 1}", offset, [*parts, inside], f'euler="{turn:.10g} 0 0" gravcomp="1"')
+    height = ROBOT_BASE[2]
+    foot = (
+        []
+        if hand
+        else [
+            geom("cylinder", (-0.03, 0, 0.03), (0.10, 0.03), WHITE, SEEN),
+            rod("capsule", ((0, 0, 0.08), (0, 0, 0.14)), 0.066, WHITE, SEEN),
+            geom("cylinder", (-0.05, 0, -height / 2), (0.13, height / 2), 'material="stand"', SEEN),
+        ]
+    )
+    return body("link0", ROBOT_BASE, [*foot, inside])
+
+
+def write_actuators() -> str:
+    """Position control of the joints, and of one finger that the other follows."""
+
+    def position(name: str, joint: str, stiffness: float, damping: float, limit: float) -> str:
+        return (
+            f'<general name="{name}" joint="{joint}" gainprm="{stiffness}" biastype="affine" '
+            f'biasprm="0 -{stiffness} -{damping}" forcerange="-{limit} {limit}"/>'
+        )
+
+    arm = [position(f"arm_{i}", f"arm_{i}", STIFFNESS, DAMPING, TORQUE) for i in range(1, 8)]
+    grip = position("grip", "finger_left", GRIP_STIFFNESS, GRIP_DAMPING, 1.0)  # the environment sets its force
+    follow = 'polycoef="0 1 0 0 0" solref="0.004 1" solimp="0.99 0.999 0.001"'
+    return (
+        f'<equality><joint joint1="finger_right" joint2="finger_left" {follow}/></equality>\n'
+        f"<actuator>{''.join(arm)}{grip}</actuator>"
+    )

@@ -1,0 +1,262 @@
+"""Which tasks a scene allows, judged by physical thresholds, and random starts that allow one (DESIGN 7).
+
+A task's oracle stops at a threshold (slider 0.15 of 0.28 m), so that what follows in a chain must be asked of the
+readings, never of symbols.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from envs.expert.expert import DOOR_WIDTH
+from envs.expert.motions import EMPTY, GRASPABLE
+from envs.playtable.scene import ROBOT_BASE, Scene
+from envs.protocol import PrivilegedState
+from envs.sequences import DRAWER_OPEN, NEUTRAL_ROBOT_OBS, SWITCH_ON
+from envs.tasks import check_tasks
+
+ACROSS_FROM = -0.085  # m, y up to which the hand may stand across the front
+BESIDE_WALL = 0.055  # m from a wall or door that a finger needs beside a block's middle
+NEEDS_BLOCK = ("place_in_slider", "place_in_drawer", "stack_block")
+REACH = 0.75  # m over the ground from the robot's base: as far as a hand goes that hovers over the table
+GAP = 0.115  # m between the centres of two blocks that do not hinder the hand
+
+
+def zone(state: PrivilegedState, block: str) -> str:
+    """Where a block is: hand, stacked, drawer, cabinet, table or lost (leaning, fallen, on a fixture)."""
+    position, axes = state.block(block)
+    touched = state.touching(block)
+    if "robot" in touched and state.gripper() < 0 and state.opening() > EMPTY:
+        return "hand"
+    touched -= {"robot"}
+    upright = np.abs(axes[2]).max() > 0.97
+    if touched & set(state.blocks):
+        return "stacked" if position[2] > 0.49 and touched <= set(state.blocks) and upright else "lost"
+    if "drawer_link" in touched and position[2] < 0.42:
+        return "drawer"
+    if not upright or abs(position[2] - 0.46) > 0.015:
+        return "lost"
+    if "plank_link" in touched and 0.05 < position[1] < 0.13:
+        return "cabinet"
+    if touched == {"base_link"} and -0.165 < position[1] < -0.01 and within_reach(position):
+        return "table"
+    return "lost"
+
+
+def reachable_inside(x: float, door: float, plank: tuple[float, float]) -> bool:
+    """Can a block at x in the cabinet be gripped while the door's left edge stands at `door`?"""
+    if not plank[0] + BESIDE_WALL < x < plank[1] - BESIDE_WALL:
+        return False
+    return x < door - BESIDE_WALL or x > door + DOOR_WIDTH + BESIDE_WALL
+
+
+def within_reach(at: np.ndarray) -> bool:
+    """Can the hand work at (x, y) of the table?"""
+    return bool(np.hypot(at[0] - ROBOT_BASE[0], at[1] - ROBOT_BASE[1]) < REACH)
+
+
+def corridor_free(at: np.ndarray, sign: int, obstacles: list[np.ndarray]) -> bool:
+    """May a block at (x, y) be pushed along x: room on the table, nothing ahead, room for the hand behind?"""
+    if abs(at[0] + sign * 0.2) > 0.42 or not within_reach(at - [0.08 * sign, 0.0]):
+        return False
+    ahead = [(sign * (other[0] - at[0]), abs(other[1] - at[1])) for other in obstacles]
+    return not any(-0.13 < along < 0.26 and aside < 0.085 for along, aside in ahead)
+
+
+def graspable(at: np.ndarray, axes: np.ndarray, edges: np.ndarray) -> bool:
+    """Near the slanted front the wide hand must stand along it: is there a pair of faces that it can close on there?"""
+    if at[1] < ACROSS_FROM:
+        return True
+    closing = [axis for axis, edge in zip(axes.T, edges) if abs(axis[2]) < 0.5 and edge < GRASPABLE]
+    return any(abs(axis[0]) > 0.62 for axis in closing)
+
+
+def _clear(at: np.ndarray, others: list[np.ndarray]) -> bool:
+    return all(np.linalg.norm(at[:2] - other[:2]) > GAP for other in others)
+
+
+def _block_tasks(state: PrivilegedState, zones: dict[str, str]) -> list[str]:
+    limit = state.limit("base__slide")
+    # The expert shoves a door that stands half way to its nearer end first.
+    door = state.fixtures.slide_x0 - (limit if state.joint("base__slide") > limit / 2 else 0.0)
+    tasks = []
+    for block, place in zones.items():
+        colour, at = block.removeprefix("block_"), state.block(block)[0]
+        others = [state.block(other)[0] for other in zones if other != block]
+        if place == "table" and _clear(at, others):
+            if graspable(at, state.block(block)[1], state.size(block)):
+                tasks += [f"lift_{colour}_block_table", f"rotate_{colour}_block_left", f"rotate_{colour}_block_right"]
+            obstacles = [*others, np.array(state.fixtures.button)]
+            tasks += [
+                f"push_{colour}_block_{side}"
+                for side, sign in (("left", -1), ("right", 1))
+                if corridor_free(at[:2], sign, obstacles)
+            ]
+        elif place == "cabinet" and reachable_inside(float(at[0]), door, state.fixtures.plank_x):
+            tasks.append(f"lift_{colour}_block_slider")
+        elif place == "drawer" and state.joint("base__drawer") > 0.19:
+            tasks.append(f"lift_{colour}_block_drawer")
+    return tasks
+
+
+def possible(state: PrivilegedState) -> list[str]:
+    """The tasks that can be carried out from here, in a fixed order. A block in the hand rules out none but lifts of
+    it."""
+    zones = {block: zone(state, block) for block in state.blocks}
+    drawer, slide = state.joint("base__drawer"), state.joint("base__slide")
+    tasks = _block_tasks(state, zones)
+    if slide < state.limit("base__slide") - 0.16:
+        tasks.append("move_slider_left")
+    if slide > 0.16:
+        tasks.append("move_slider_right")
+    if drawer < state.limit("base__drawer") - 0.13:
+        tasks.append("open_drawer")
+    if drawer > 0.13:
+        tasks.append("close_drawer")
+    for light in ("lightbulb", "led"):
+        tasks.append(f"turn_off_{light}" if state.light(light) else f"turn_on_{light}")
+    on_table = [block for block, place in zones.items() if place == "table"]
+    held = [block for block, place in zones.items() if place == "hand"]
+    if len(held) == 1 and state.touching(held[0]) == {"robot"}:
+        tasks.append("place_in_slider")
+        tasks += ["place_in_drawer"] if drawer > 0.19 else []
+        tasks += ["stack_block"] if on_table else []
+    if "stacked" in zones.values():
+        tasks.append("unstack_block")
+    if drawer > 0.19 and any(abs(state.block(b)[0][0] - state.fixtures.drawer_x) < 0.12 for b in on_table):
+        tasks.append("push_into_drawer")
+    return sorted(tasks)
+
+
+@dataclass(frozen=True)
+class Start:
+    """Vectors for `Env.reset`, and the lift that puts a block into the hand where the task wants one there."""
+
+    robot_obs: np.ndarray
+    scene_obs: np.ndarray
+    before: str | None = None
+
+
+def _fixtures(task: str, scene: Scene, rng: np.random.Generator) -> np.ndarray:
+    """Random readings (6,) of slider, drawer, button, switch, bulb and LED that leave the task to be done."""
+    limit = scene.limits["base__slide"]
+    slide, drawer = limit * rng.integers(2), DRAWER_OPEN * rng.integers(2)
+    bulb, led = rng.integers(2), rng.integers(2)
+    slide = {"move_slider_left": 0.0, "move_slider_right": limit}.get(task, slide)
+    drawer = {"open_drawer": 0.0, "close_drawer": DRAWER_OPEN}.get(task, drawer)
+    if task in ("push_into_drawer", "place_in_drawer") or (task.startswith("lift") and task.endswith("drawer")):
+        drawer = DRAWER_OPEN
+    bulb = {"turn_on_lightbulb": 0, "turn_off_lightbulb": 1}.get(task, bulb)
+    led = {"turn_on_led": 0, "turn_off_led": 1}.get(task, led)
+    return np.array([slide, drawer, 0.0, SWITCH_ON * bulb, bulb, led])
+
+
+def _zones(task: str, scene: Scene, open_side: str, rng: np.random.Generator) -> dict[str, str]:
+    """A place for every block: at most one a side of the cabinet, and the task's own where it needs it."""
+    names = [str(name) for name in rng.permutation(scene.block_names)]
+    sides = [str(side) for side in rng.permutation(["slider_left", "slider_right"])]
+    places = dict(zip(names, rng.permutation(["table", "table" if rng.integers(2) else sides[0], sides[1]])))
+    words = task.split("_")
+    wanted = {}
+    if words[0] in ("lift", "rotate", "push") and words[2] == "block":
+        target = f"block_{words[1]}"
+        wanted[target] = {"slider": open_side, "drawer": "drawer"}.get(words[3], "table")
+    elif task == "push_into_drawer":
+        wanted = dict(zip(names, ["table", *sides]))
+    elif task in (*NEEDS_BLOCK, "unstack_block"):
+        wanted = {names[0]: "table", names[1]: "table"}
+    for name, place in wanted.items():
+        for other in names:
+            if other not in wanted and places[other] == place and place.startswith("slider"):
+                places[other] = "table"
+        places[name] = place
+    return {name: str(places[name]) for name in scene.block_names}
+
+
+def _position(place: str, scene: Scene, rng: np.random.Generator) -> np.ndarray:
+    if place == "drawer":
+        return np.array([scene.drawer_x, -0.29, 0.36]) + rng.uniform(-1, 1, 3) * [0.08, 0.025, 0.0]
+    low, high = scene.surfaces[place]
+    position = rng.uniform(low, high)
+    if place.startswith("slider"):
+        left, right = scene.plank_x
+        door = scene.slide_x0 - (0.0 if place == "slider_left" else scene.slide_travel)
+        low_x, high_x = (left, door) if place == "slider_left" else (door + DOOR_WIDTH, right)
+        position[0] = np.clip(position[0], low_x + BESIDE_WALL + 0.005, high_x - BESIDE_WALL - 0.005)
+        position[1] = rng.uniform(0.075, 0.1)
+    return position
+
+
+def _fits(task: str, block: str, poses: dict[str, np.ndarray], scene: Scene, slide: float) -> bool:
+    """Does the last block placed keep clear of all others, of the fixtures and of what the task needs?"""
+    at, yaw = poses[block][:3], poses[block][3]
+    button = np.array(scene.fixtures.button)
+    others = [pose for name, pose in poses.items() if name != block]
+    if not _clear(at, [*others, button]):
+        return False
+    if at[1] < 0:
+        axes = np.array([[np.cos(yaw), -np.sin(yaw), 0], [np.sin(yaw), np.cos(yaw), 0], [0, 0, 1.0]])
+        edges = np.array(scene.sizes[block])
+        beside_handle = abs(at[0] - (scene.slide_x0 + 0.14 - slide)) < 0.07
+        front = at[1] + np.abs(axes[1]) @ edges / 2
+        if front > (-0.04 if beside_handle else -0.005) or not within_reach(at) or not graspable(at, axes, edges):
+            return False
+    words = task.split("_")
+    if task == "unstack_block":
+        return at[1] > 0 or at[1] < -0.09  # what lies across another block must not touch the handles
+    if task == "push_into_drawer":
+        return at[1] > 0 or abs(at[0] - scene.drawer_x) < 0.1
+    target = f"block_{words[1]}"
+    if words[0] == "push" and target in poses:
+        rest = [pose for name, pose in poses.items() if name != target]
+        return corridor_free(poses[target][:2], 1 if words[3] == "right" else -1, [*rest, button])
+    return True
+
+
+def random_start(task: str, scene: Scene, rng: np.random.Generator) -> Start:
+    """A start from the neutral pose in which `task` can be done, drawn from the scene's own surfaces.
+
+    Raises ValueError for an unknown task, RuntimeError where the scene has no room for it.
+    """
+    check_tasks((task,))
+    for _ in range(200):
+        fixtures = _fixtures(task, scene, rng)
+        open_side = "slider_left" if fixtures[0] == 0 else "slider_right"
+        zones = _zones(task, scene, open_side, rng)
+        poses: dict[str, np.ndarray] = {}
+        for name, place in zones.items():
+            for _ in range(60):
+                poses[name] = np.append(_position(place, scene, rng), _yaw(place, rng))
+                if _fits(task, name, poses, scene, fixtures[0]):
+                    break
+            else:
+                break
+        else:
+            return _assemble(task, scene, fixtures, zones=zones, poses=poses, rng=rng)
+    raise RuntimeError(f"no start for {task} found in scene {scene.name}: its surfaces leave no room")
+
+
+def _yaw(place: str, rng: np.random.Generator) -> float:
+    return rng.uniform(-np.pi, np.pi) if place in ("table", "drawer") else np.pi / 2 + rng.uniform(-0.4, 0.4)
+
+
+def _assemble(
+    task: str,
+    scene: Scene,
+    fixtures: np.ndarray,
+    *,
+    zones: dict[str, str],
+    poses: dict[str, np.ndarray],
+    rng: np.random.Generator,
+) -> Start:
+    on_table = [name for name, place in zones.items() if place == "table"]
+    if task == "unstack_block":
+        low, top = on_table[:2]
+        poses[top] = poses[low] + [0, 0, 0.04, rng.uniform(-0.2, 0.2)]
+    blocks = [[*poses[name][:3], 0.0, 0.0, poses[name][3]] for name in scene.block_names]
+    before = None
+    if task in NEEDS_BLOCK:
+        before = f"lift_{rng.choice(on_table).removeprefix('block_')}_block_table"
+    return Start(np.array(NEUTRAL_ROBOT_OBS), np.concatenate([fixtures, *blocks]), before)

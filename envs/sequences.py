@@ -1,0 +1,291 @@
+"""Five-in-a-row sequences and the poses they start from (DESIGN 7; CALVIN's long-horizon protocol).
+
+The draws repeat upstream's calls of numpy's legacy generator one by one, so that `generate(1000)` is the published
+list. A symbolic state is `{led, lightbulb: 0|1, slider: right|left, drawer: closed|open, <colour>_block: table|
+slider_right|slider_left|drawer|grasped|stacked_top|stacked_bottom, grasped: 0|1}`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from functools import lru_cache
+from itertools import permutations, product
+from typing import Any
+
+import numpy as np
+
+from envs.protocol import SceneLayout
+from envs.tasks import COLOURS, TASKS, check_tasks
+
+State = dict[str, Any]
+Rule = tuple[dict[str, Any], dict[str, Any]]  # condition (a tuple lists the admitted values), effect
+
+OFFICIAL_COUNT = 1000
+OFFICIAL_SHA256 = {  # of the first so many of the published list, see `digest`
+    1: "f691091afd3c0490bc2155e22c81b3b5345933e2db44a36496f76c9731218515",
+    10: "8dbbd38e9470de4dc34a46d5e1682cec738330bebfac6320c1fc5e64634c5e18",
+    100: "5532f4910b6fa1ecc5bc56dde07a64ea6b871d5383823258eb215fbae732285d",
+    1000: "90191d9ac76baecb4f292ab766bbbf3ae65dbf43a83bbe5c376d99db10fd6446",
+}
+BATCH = 512  # permutations drawn before they are judged; what is left over is thrown away with the state's generator
+# CALVIN's numbers in scene D; x of the cabinet is from the sliding door's joint frame, the same in A to D.
+NEUTRAL_JOINTS = (-1.21779124, 1.03987629, 2.11978254, -2.34205014, -0.87015899, 1.64119093, 0.55344928)
+NEUTRAL_ROBOT_OBS = (
+    *(0.02586889, -0.2313129, 0.5712808, 3.09045411, -0.02908596, 1.50013585, 0.07999963),
+    *NEUTRAL_JOINTS,
+    1.0,
+)
+IN_CABINET = {
+    "slider_left": (-0.140851662, 0.0924044687, 0.460990009),
+    "slider_right": (0.1703416330, 0.0924044687, 0.460990009),
+}
+ON_TABLE = ((0.0500000896, -0.120000177, 0.459990009), (0.229995412, -0.11999514, 0.45999001))
+SWITCH_ON, DRAWER_OPEN = 0.088, 0.22
+SIDES = ("slider_right", "slider_left")
+OPEN_SIDE = {"right": "slider_left", "left": "slider_right"}  # where the door stands -> what it leaves free
+
+
+def _block_rules(colour: str) -> dict[str, list[Rule]]:
+    """Rules of the tasks that name a colour."""
+    block = f"{colour}_block"
+    still = [({block: "table", "grasped": 0}, {block: "table"})]
+    taken = {block: "grasped", "grasped": 1}
+    in_cabinet = [({block: OPEN_SIDE[door], "slider": door, "grasped": 0}, taken) for door in OPEN_SIDE]
+    return {
+        **{f"rotate_{block}_{side}": still for side in ("right", "left")},
+        **{f"push_{block}_{side}": still for side in ("right", "left")},
+        f"lift_{block}_table": [({block: "table", "grasped": 0}, taken)],
+        f"lift_{block}_slider": in_cabinet,
+        f"lift_{block}_drawer": [({block: "drawer", "drawer": "open", "grasped": 0}, taken)],
+    }
+
+
+def _rules() -> dict[str, list[Rule]]:
+    blocks = [f"{colour}_block" for colour in COLOURS]
+    pairs = list(permutations(blocks, 2))
+    rules: dict[str, list[Rule]] = {}
+    for colour in COLOURS:
+        rules.update(_block_rules(colour))
+    rules["move_slider_left"] = [({"slider": "right", "grasped": 0}, {"slider": "left"})]
+    rules["move_slider_right"] = [({"slider": "left", "grasped": 0}, {"slider": "right"})]
+    rules["open_drawer"] = [({"drawer": "closed", "grasped": 0}, {"drawer": "open"})]
+    rules["close_drawer"] = [({"drawer": "open", "grasped": 0}, {"drawer": "closed"})]
+    # Upstream books a placed block under the side the door stands on; kept, since the published list rests on it.
+    rules["place_in_slider"] = [
+        ({block: "grasped", "slider": door, "grasped": 1}, {block: f"slider_{door}", "grasped": 0})
+        for block in blocks
+        for door in ("right", "left")
+    ]
+    rules["place_in_drawer"] = [
+        ({block: "grasped", "drawer": "open", "grasped": 1}, {block: "drawer", "grasped": 0}) for block in blocks
+    ]
+    rules["stack_block"] = [
+        ({top: "grasped", low: "table", "grasped": 1}, {top: "stacked_top", low: "stacked_bottom", "grasped": 0})
+        for top, low in pairs
+    ]
+    rules["unstack_block"] = [
+        ({top: "stacked_top", low: "stacked_bottom", "grasped": 0}, {top: "table", low: "table"}) for top, low in pairs
+    ]
+    for light in ("lightbulb", "led"):
+        rules[f"turn_on_{light}"] = [({light: 0, "grasped": 0}, {light: 1})]
+        rules[f"turn_off_{light}"] = [({light: 1, "grasped": 0}, {light: 0})]
+    rules["push_into_drawer"] = [
+        (
+            {block: "table", **{other: SIDES for other in blocks if other != block}, "drawer": "open", "grasped": 0},
+            {block: "drawer", "grasped": 0},
+        )
+        for block in blocks
+    ]
+    return {task: rules[task] for task in TASKS}
+
+
+def _category(task: str) -> str:
+    if task.startswith(("rotate", "push")) and task != "push_into_drawer":
+        return "move_block"
+    if task.startswith("lift"):
+        return "lift_" + task.rsplit("_", 1)[1]
+    if task.startswith("turn"):
+        return "light"
+    return {
+        "move_slider_left": "slider",
+        "move_slider_right": "slider",
+        "open_drawer": "drawer",
+        "close_drawer": "drawer",
+        "place_in_slider": "place",
+        "place_in_drawer": "place",
+    }.get(task, task)
+
+
+RULES = _rules()
+CATEGORIES: dict[str, str] = {task: _category(task) for task in TASKS}
+
+
+def _holds(state: State, condition: dict[str, Any]) -> bool:
+    return all(state[key] in want if isinstance(want, tuple) else state[key] == want for key, want in condition.items())
+
+
+def following(state: State, task: str) -> State | None:
+    """The symbolic state after `task`, or None where it is not possible or has more than one outcome."""
+    effects = [effect for condition, effect in RULES[task] if _holds(state, condition)]
+    return {**state, **effects[0]} if len(effects) == 1 else None
+
+
+def _initial_states() -> list[State]:
+    """Upstream's 192: every setting of the fixtures times the block places with one or two blocks on the table."""
+    states = []
+    for values in product((0, 1), (0, 1), ("right", "left"), ("closed", "open"), *[("table", *SIDES)] * 3):
+        blocks = values[4:]
+        if blocks.count("table") in (1, 2) and all(blocks.count(side) < 2 for side in SIDES):
+            keys = ("led", "lightbulb", "slider", "drawer", *(f"{colour}_block" for colour in COLOURS), "grasped")
+            states.append(dict(zip(keys, (*values, 0))))
+    return states
+
+
+INITIAL_STATES: list[State] = _initial_states()
+
+
+def _possible(state: State, tasks: tuple[str, ...]) -> bool:
+    for task in tasks:
+        if (after := following(state, task)) is None:
+            return False
+        state = after
+    return True
+
+
+def _reachable(state: State, tasks: tuple[str, ...], length: int, kinds: int, done: tuple[str, ...] = ()) -> bool:
+    """Is there any sequence of `length` different tasks with `kinds` categories from this state?"""
+    seen = {CATEGORIES[task] for task in done}
+    left = length - len(done)
+    if len(seen) + left < kinds:
+        return False
+    return left == 0 or any(
+        _reachable(after, tasks, length, kinds, (*done, task))
+        for task in tasks
+        if task not in done and (after := following(state, task)) is not None
+    )
+
+
+def _draw(state: State, tasks: tuple[str, ...], length: int, kinds: int, *, count: int, seed: Any) -> list[list[str]]:
+    """`count` accepted draws of `length` different tasks; a shuffle a draw, as legacy `choice` makes them."""
+    rng = np.random.RandomState(seed)
+    labels = {name: number for number, name in enumerate(sorted({CATEGORIES[task] for task in tasks}))}
+    category = np.array([1 << labels[CATEGORIES[task]] for task in tasks])
+    starts = np.array([following(state, task) is not None for task in tasks])
+    found: list[list[str]] = []
+    while len(found) < count:
+        picks = np.tile(np.arange(len(tasks)), (BATCH, 1))
+        for row in picks:
+            rng.shuffle(row)
+        picks = picks[:, :length]
+        masks = np.bitwise_or.reduce(category[picks], axis=1)
+        distinct = sum((masks >> bit) & 1 for bit in range(len(labels)))
+        for pick in picks[starts[picks[:, 0]] & (distinct >= kinds)]:
+            names = tuple(tasks[index] for index in pick)
+            if _possible(state, names):
+                found.append(list(names))
+    return found[:count]
+
+
+@lru_cache(maxsize=4)
+def _plan(tasks: tuple[str, ...], length: int, total: int, seed: int) -> tuple[int, list[State], list[tuple[int, int]]]:
+    """(categories a sequence must have, usable states, for each sequence in order its state and its rank there)."""
+    kinds = min(length, len({CATEGORIES[task] for task in tasks}))
+    states = [state for state in INITIAL_STATES if _reachable(state, tasks, length, kinds)]
+    if not states:
+        raise ValueError(
+            f"no sequence of {length} of the tasks {', '.join(tasks)} is possible: add tasks or shorten it"
+        )
+    shares = [len(part) for part in np.array_split(range(total), len(states))]
+    order = [(index, rank) for index, share in enumerate(shares) for rank in range(share)]
+    np.random.RandomState(seed).shuffle(order)
+    return kinds, states, order
+
+
+@lru_cache(maxsize=1024)
+def _state_draws(tasks: tuple[str, ...], length: int, total: int, seed: int, index: int) -> list[list[str]]:
+    kinds, states, order = _plan(tasks, length, total, seed)
+    share = sum(1 for where, _ in order if where == index)
+    # Seed 0 is upstream's, which seeds a state with its number.
+    return _draw(states[index], tasks, length, kinds, count=share, seed=index if seed == 0 else [seed, index])
+
+
+def generate(
+    count: int, tasks: list[str] | None = None, length: int = 5, seed: int = 0
+) -> list[tuple[State, list[str]]]:
+    """`count` pairs of (symbolic initial state, `length` tasks in a row), upstream's for the default arguments.
+
+    The first of OFFICIAL_COUNT (or of `count`, where that is more), so that a short run is the beginning of a long one.
+    A vocabulary with fewer categories than `length` admits a category twice, but never leaves one out.
+    Raises ValueError for unknown tasks, a length outside 1..5 and a vocabulary that allows no sequence.
+    """
+    vocabulary = TASKS if tasks is None else check_tasks(dict.fromkeys(tasks))
+    if not 1 <= length <= min(5, len(vocabulary)):
+        raise ValueError(f"length={length}: choose 1 to {min(5, len(vocabulary))} for {len(vocabulary)} task(s)")
+    total = max(count, OFFICIAL_COUNT)
+    _, states, order = _plan(vocabulary, length, total, seed)
+    return [
+        (dict(states[index]), list(_state_draws(vocabulary, length, total, seed, index)[rank]))
+        for index, rank in order[:count]
+    ]
+
+
+def digest(pairs: list[tuple[State, list[str]]]) -> str:
+    """sha256 of sequences as compact JSON."""
+    return hashlib.sha256(
+        json.dumps([list(pair) for pair in pairs], sort_keys=True, separators=(",", ":")).encode()
+    ).hexdigest()
+
+
+def check_official(pairs: list[tuple[State, list[str]]]) -> None:
+    """Raises RuntimeError where these are not the beginning of the published list: numpy's legacy generator draws
+    differently."""
+    known = max(count for count in OFFICIAL_SHA256 if count <= len(pairs))
+    if digest(pairs[:known]) != OFFICIAL_SHA256[known]:
+        raise RuntimeError(
+            f"the first {known} sequences are not CALVIN's: numpy {np.__version__} draws otherwise, take the one of "
+            "requirements-lock.txt"
+        )
+
+
+def _fnv1_32(text: str) -> int:
+    """FNV-1, 32 bit, from 0 instead of the offset basis, over UTF-16-LE: what upstream's pyhash computes."""
+    value = 0
+    for byte in text.encode("utf-16-le"):
+        value = (value * 0x01000193 & 0xFFFFFFFF) ^ byte
+    return value
+
+
+def initial_state(condition: State, scene: SceneLayout) -> tuple[np.ndarray, np.ndarray]:
+    """Symbolic state -> (robot_obs (15,), scene_obs (24,)); CALVIN's own in scene D, which a state determines fully.
+
+    In other scenes the cabinet's places follow the door's frame, an open slider stands at the scene's limit, blocks are
+    filed under the scene's order, and where the button is on the right (B) the places on the table are mirrored.
+    Raises ValueError for a state that has no place for its blocks.
+    """
+    rng = np.random.RandomState(_fnv1_32(str({key: condition[key] for key in INITIAL_STATES[0]}.values())))
+    table = [list(place) for place in ON_TABLE]
+    if scene.fixtures.button[0] > 0:
+        table = [[-x, y, z] for x, y, z in table]
+    rng.shuffle(table)
+    places = [condition[f"{colour}_block"] for colour in COLOURS]
+    if any(place not in ("table", *SIDES) for place in places) or not 1 <= places.count("table") <= 2:
+        raise ValueError(
+            f"no initial poses for blocks at {places}: CALVIN knows one or two on the table, the rest inside"
+        )
+    scene_obs = np.zeros(24)
+    scene_obs[0] = scene.limits["base__slide"] if condition["slider"] == "left" else 0.0
+    scene_obs[1] = DRAWER_OPEN if condition["drawer"] == "open" else 0.0
+    scene_obs[3] = SWITCH_ON if condition["lightbulb"] == 1 else 0.0
+    scene_obs[4:6] = condition["lightbulb"], condition["led"]
+    for number, (colour, place) in enumerate(zip(COLOURS, places)):
+        if place == "table":
+            slot = 1 if number == 2 or (number == 1 and places[0] == "table") else 0
+            position = table[slot]
+        else:
+            x, y, z = IN_CABINET[place]
+            position = (scene.fixtures.slide_x0 + x, y, z)
+        row = 6 + 6 * scene.block_names.index(f"block_{colour}")
+        scene_obs[row : row + 3] = position
+        scene_obs[row + 5] = rng.uniform(np.pi / 2 - np.pi / 8, np.pi / 2 + np.pi / 8)
+    return np.array(NEUTRAL_ROBOT_OBS), scene_obs

@@ -1,0 +1,1 @@
+"""Stands in for calvin_env: the names that envs.calvin.env uses, without physics."""
