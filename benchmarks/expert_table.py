@@ -16,21 +16,21 @@ from functools import partial
 import numpy as np
 from tqdm import tqdm
 
-from envs.calvin.env import Calvin, World
-from envs.expert.expert import disturbed
-from envs.playtable.env import PlayTable
-from envs.recording.starts import random_start
+from envs.calvin.env import CalvinEnv, TabletopEnv
+from envs.expert.expert import add_action_noise
+from envs.playtable.env import PlayTableEnv
+from envs.recording.starts import sample_env_state
 from envs.tasks import TASKS
 
 LIMIT = 360
-WORLDS = {"playtable": PlayTable, "calvin": partial(Calvin, renderer="cpu")}
+WORLDS = {"playtable": PlayTableEnv, "calvin": partial(CalvinEnv, renderer="cpu")}
 log = logging.getLogger("benchmarks.expert_table")
 
 
-def attempt(env: World, task: str, *, seed: int, sigma: float) -> tuple[int | None, str]:
+def attempt(env: TabletopEnv, task: str, *, seed: int, sigma: float) -> tuple[int | None, str]:
     """(steps to success or None, what failed) of one random start."""
     rng = np.random.default_rng(seed)
-    start = random_start(task, env.scene, rng)
+    start = sample_env_state(task, env.scene, rng)
     env.reset(robot_obs=start.robot_obs, scene_obs=start.scene_obs)
     expert = env.expert(seed)
     for _ in range(4):
@@ -39,10 +39,10 @@ def attempt(env: World, task: str, *, seed: int, sigma: float) -> tuple[int | No
         before, steps = env.get_info(), 0
         expert.reset(goal)
         while True:
-            action = disturbed(expert.act(), rng, sigma, fast=expert.fast)
+            action = add_action_noise(expert.act(), rng, sigma, noise_allowed=expert.noise_allowed)
             _, info = env.step(action, render=False)
             steps += 1
-            if env.succeeded(goal, before, info):
+            if env.check_success(goal, before, info):
                 break
             if steps == LIMIT:
                 return None, "task" if goal == task else "lift before"

@@ -33,13 +33,13 @@ TEXT_TOKENS, TAPS = 20, (0, 1)
 log = logging.getLogger(__name__)
 
 
-def composed(overrides: list[str], name: str = "step1_gfdm") -> DictConfig:
+def compose_config(overrides: list[str], name: str = "step1_gfdm") -> DictConfig:
     """A step's config, step 1's unless named."""
     with initialize_config_dir(CONFIGS, version_base=None):
         return compose(name, overrides)
 
 
-def command_line(mine: dict[str, Any]) -> tuple[DictConfig, list[str]]:
+def parse_command_line(mine: dict[str, Any]) -> tuple[DictConfig, list[str]]:
     """A benchmark's options, `scale` among them, and the words that are left for a step's config."""
     known = [word for word in sys.argv[1:] if word.split("=")[0] in mine]
     options = OmegaConf.merge(mine, OmegaConf.from_dotlist(known))
@@ -48,7 +48,7 @@ def command_line(mine: dict[str, Any]) -> tuple[DictConfig, list[str]]:
 
 def geometry(scale: str) -> tuple[dict[str, Any], tuple[int, int, int, int]]:
     """The UNet's config and the shape (F, c, h, w) of one view's input at a scale."""
-    cfg = OmegaConf.to_container(composed([f"scale={scale}"]).gfdm, resolve=True)
+    cfg = OmegaConf.to_container(compose_config([f"scale={scale}"]).gfdm, resolve=True)
     if scale == "full":
         config = svd_unet.SVD_UNET
     else:
@@ -75,7 +75,7 @@ def inputs(
 def ours(unet: nn.Module, given: Mapping[str, Tensor]) -> None:
     """All views in one truncated pass."""
     svd_unet.features(
-        unet, given["sample"], given["timestep"], text=given["text"], time_ids=given["time_ids"], taps=TAPS
+        unet, given["sample"], given["timestep"], text=given["text"], time_ids=given["time_ids"], up_block_indices=TAPS
     )
 
 
@@ -133,7 +133,7 @@ def machine() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
 
 
-def alone(function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+def run_in_subprocess(function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
     """The result of a call in a process of its own."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *arguments, **named).result()

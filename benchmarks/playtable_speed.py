@@ -11,7 +11,7 @@ import time
 
 import numpy as np
 
-from envs.playtable import PlayTable
+from envs.playtable import PlayTableEnv
 
 
 def actions(count: int, seed: int = 0) -> np.ndarray:
@@ -23,7 +23,7 @@ def actions(count: int, seed: int = 0) -> np.ndarray:
     return np.column_stack((moves, np.where(np.arange(count) // 30 % 2, -1.0, 1.0)))
 
 
-def milliseconds(env: PlayTable, count: int, render: bool) -> tuple[float, float]:
+def milliseconds(env: PlayTableEnv, count: int, render: bool) -> tuple[float, float]:
     """Mean time of a control step by the clock and in CPU time of all threads."""
     env.reset()
     env.step(np.zeros(7), render=render)
@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=600)
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    env = PlayTable(options.scene)
+    env = PlayTableEnv(options.scene)
     for label, render in (("physics and info", False), ("with both cameras", True)):
         wall, cpu = milliseconds(env, options.steps, render)
         logging.info("%-18s %6.2f ms a step, %4.0f steps/s; %6.2f ms of CPU time", label, wall, 1000 / wall, cpu)

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
-from benchmarks.imagine import command_line, composed, machine, peak, ratio, seconds
+from benchmarks.imagine import compose_config, machine, parse_command_line, peak, ratio, seconds
 from common import standins
 from common.frozen import text_encoders
 from step1_gfdm import unet as svd_unet
@@ -109,7 +109,7 @@ def _full_size(folder: Path) -> None:
 def random_policy(overrides: list[str]) -> DeFI:
     """A policy of random weights whose adapter listens to its context: as initialised, it would be constant."""
     torch.manual_seed(0)
-    model = instantiate(OmegaConf.to_container(composed(overrides, "step3_defi").policy, resolve=True))
+    model = instantiate(OmegaConf.to_container(compose_config(overrides, "step3_defi").policy, resolve=True))
     with torch.no_grad():
         for parameter in model.adapter.parameters():
             if not parameter.any():
@@ -118,7 +118,7 @@ def random_policy(overrides: list[str]) -> DeFI:
 
 
 @contextmanager
-def plain_path(model: DeFI) -> Iterator[None]:
+def baseline_path(model: DeFI) -> Iterator[None]:
     """Have the policy compute as the releases do; afterwards it is as it was."""
     gfdm, views = model.gfdm.module, len(model.views)
     imagine, embed = gfdm.imagine, model.gidm.embed
@@ -129,7 +129,7 @@ def plain_path(model: DeFI) -> Iterator[None]:
 
     changes = [
         (gfdm, "imagine", one_by_one),
-        (gfdm, "_tapped", _whole(gfdm.unet, gfdm.taps)),
+        (gfdm, "_tapped", _whole(gfdm.unet, gfdm.up_block_indices)),
         (model.adapter, "_compiled_call_impl", None),
         (model.gidm, "embed", lambda image: torch.cat([embed(part) for part in image.chunk(views)])),
         *((encoder, "_recall", torch.no_grad()(encoder._encode)) for encoder in text_encoders(model)),
@@ -140,19 +140,19 @@ def plain_path(model: DeFI) -> Iterator[None]:
         yield
 
 
-def _whole(unet: nn.Module, taps: tuple[int, ...]) -> Callable[..., list[Tensor]]:
+def _whole(unet: nn.Module, up_block_indices: tuple[int, ...]) -> Callable[..., list[Tensor]]:
     """Every block of the UNet is computed, and what the tapped ones gave is returned."""
 
     def run(sample: Tensor, timestep: Tensor, text: Tensor, time_ids: Tensor) -> list[Tensor]:
         found: dict[int, Tensor] = {}
         handles = [
             unet.up_blocks[tap].register_forward_hook(lambda _m, _i, output, tap=tap: found.update({tap: output}))
-            for tap in taps
+            for tap in up_block_indices
         ]
         unet(sample, timestep, encoder_hidden_states=text, added_time_ids=time_ids)
         for handle in handles:
             handle.remove()
-        return [found[tap] for tap in taps]
+        return [found[tap] for tap in up_block_indices]
 
     return run
 
@@ -177,7 +177,7 @@ def timed(policy: DeFIPolicy, observations: list[dict], texts: list[str]) -> dic
     return {**spent, "the rest": whole - sum(spent.values()), "a replan": whole}
 
 
-def observe(count: int) -> list[dict]:
+def get_obs(count: int) -> list[dict]:
     """Random observations in CALVIN's format."""
     rng = np.random.default_rng(0)
     return [
@@ -194,7 +194,7 @@ def observe(count: int) -> list[dict]:
 
 def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    options, overrides = command_line(
+    options, overrides = parse_command_line(
         {"scale": "tiny", "repeats": 10, "warm_up": 2, "batch": 1, "compile": False, "device": device}
     )
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -202,16 +202,16 @@ def main() -> None:
         policy = DeFIPolicy(random_policy([*overrides, *hub(Path(folder), options.scale)]).to(options.device))
     if options.compile:
         policy.model.compile_parts(**compile_options(policy.model.device))
-    seen, texts = observe(options.batch), [SENTENCES[i % len(SENTENCES)] for i in range(options.batch)]
+    seen, texts = get_obs(options.batch), [SENTENCES[i % len(SENTENCES)] for i in range(options.batch)]
     found: dict[str, list[dict[str, float]]] = {"plain": [], "ours": []}
     memory = dict.fromkeys(found, 0.0)
-    with plain_path(policy.model):
+    with baseline_path(policy.model):
         expected = policy.plan(seen, texts) if options.warm_up else None
     for round in tqdm(range(options.warm_up + options.repeats), desc="rounds"):
         for name, runs in found.items():
             if options.device != "cpu":
                 torch.cuda.reset_peak_memory_stats()
-            with plain_path(policy.model) if name == "plain" else ExitStack():
+            with baseline_path(policy.model) if name == "plain" else ExitStack():
                 runs.append(timed(policy, seen, texts))
             memory[name] = peak()
         if round < options.warm_up:

@@ -27,12 +27,12 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from tqdm import tqdm
 
-from benchmarks.imagine import command_line, composed, machine, ratio
+from benchmarks.imagine import compose_config, machine, parse_command_line, ratio
 from benchmarks.replan import hub, random_policy
 from common.contracts import ChunkPolicy
 from envs.protocol import Env
 from step3_defi import policy as robots
-from step3_defi.rollout.simulators import Simulators
+from step3_defi.rollout.simulators import SimulatorPool
 from step3_defi.rollout.worker import Chain, run_chain
 
 log = logging.getLogger(__name__)
@@ -44,12 +44,12 @@ class Alone:
     def __init__(self, env: Env, chain: Chain, policy: ChunkPolicy) -> None:
         self.env, self.chain, self.policy = env, chain, policy
 
-    def begin(self, number: int, task: str) -> None:
+    def start_task(self, number: int, task: str) -> None:
         self.instruction, self.queue = self.env.instruction(task), deque()
 
     def act(self) -> np.ndarray:
         if not self.queue:
-            self.queue.extend(self.policy.plan([self.env.observe()], [self.instruction])[0, : self.policy.execute])
+            self.queue.extend(self.policy.plan([self.env.get_obs()], [self.instruction])[0, : self.policy.execute])
         return self.queue.popleft()
 
 
@@ -75,7 +75,7 @@ def one_by_one(env: Env, chains: list[Chain], policy: ChunkPolicy) -> int:
     )
 
 
-def together(simulators: Simulators, chains: list[Chain], policy: ChunkPolicy) -> int:
+def together(simulators: SimulatorPool, chains: list[Chain], policy: ChunkPolicy) -> int:
     """Control steps taken."""
     horizon = chains[0].horizon
     return sum(
@@ -86,7 +86,7 @@ def together(simulators: Simulators, chains: list[Chain], policy: ChunkPolicy) -
 
 
 def main() -> None:
-    options, overrides = command_line(
+    options, overrides = parse_command_line(
         {"scale": "tiny", "scene": "D", "workers": 4, "sequences": 8, "horizon": 60, "rounds": 3, "policy": None}
     )
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -96,14 +96,14 @@ def main() -> None:
     else:
         with tempfile.TemporaryDirectory() as folder:
             policy = robots.DeFIPolicy(random_policy([*overrides, *hub(Path(folder), options.scale)]).to(device))
-    config = {**OmegaConf.to_container(composed([], "step3_eval").env, resolve=True), "scene": options.scene}
+    config = {**OmegaConf.to_container(compose_config([], "step3_eval").env, resolve=True), "scene": options.scene}
     env = instantiate(config)
     chains = [
         Chain(index, state, list(tasks), "policy", options.horizon, 0, slot=index % options.workers)
         for index, (state, tasks) in enumerate(env.sequences(options.sequences, seed=0))
     ]
     taken: dict[str, list[float]] = {}
-    with Simulators(config, count=options.workers) as simulators:
+    with SimulatorPool(config, count=options.workers) as simulators:
         arms = {
             "plain": lambda some: one_by_one(Drawing(env), some, policy),
             "plain, pictures when looked at": lambda some: one_by_one(env, some, policy),

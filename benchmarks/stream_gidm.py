@@ -61,7 +61,7 @@ DEFAULTS = {
 
 def copy_set(source: Path, out: Path, *, times: int, joined: int) -> Path:
     """The set's first shard, `joined` episodes to a record, linked to under `times` names."""
-    episodes = rlds.Rlds(source)
+    episodes = rlds.RldsDataset(source)
     payloads = [episodes.shards[0][i] for i in range(len(episodes.shards[0]))]
     payloads = [_join(payloads[i : i + joined]) for i in range(0, len(payloads), joined)] if joined > 1 else payloads
     out.mkdir(parents=True)
@@ -105,7 +105,7 @@ def read(options: DictConfig, sets: dict[str, Any], pairs: int, *, stream: bool)
     start, before = time.perf_counter(), _peak(resource.RUSAGE_SELF)
     samples = mixture(sets, length=10**6, image_size=options.image_size, stream=plan)
     count = max(2, pairs // 32)
-    batches = loop.Batches(
+    batches = loop.DistributedBatchSampler(
         len(samples),
         32,
         seed=0,
@@ -114,7 +114,7 @@ def read(options: DictConfig, sets: dict[str, Any], pairs: int, *, stream: bool)
         start=0,
         stop=count,
         block=getattr(samples, "block", None),
-        streams=max(1, options.workers),
+        num_readers=max(1, options.workers),
     )
     times = []
     for _ in loop.loader(samples, batches, workers=options.workers, pin=False):
@@ -129,7 +129,7 @@ def _peak(whose: int) -> float:
 
 def check(copy: Path, repeats: int = 20) -> tuple[float]:
     """(records a second through the checksum alone)."""
-    file = rlds.Rlds(copy).shards[0]
+    file = rlds.RldsDataset(copy).shards[0]
     payloads = [file[i] for i in range(len(file))]
     start = time.perf_counter()
     for _ in range(repeats):
@@ -155,7 +155,7 @@ def main() -> None:
                 size = next(copy.glob("payloads")).stat().st_size * times / 1e6
                 checks[f"random access, {joined} joined, {size:.0f} MB"] = copy
                 row = {"rlds": str(copy), "fps": options.fps, "image": options.image, "text": options.text}
-                pairs = options.passes * options.per_episode * times * len(rlds.Rlds(copy).shards[0])
+                pairs = options.passes * options.per_episode * times * len(rlds.RldsDataset(copy).shards[0])
                 for stream in (False, True):
                     name = f"{'stream' if stream else 'random access'}, {joined} joined, {size:.0f} MB"
                     arms[name], sizes[name] = ({"set": row}, pairs, stream), size

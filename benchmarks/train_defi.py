@@ -27,16 +27,16 @@ from hydra.utils import instantiate
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.imagine import alone, command_line, composed, machine, peak, ratio
-from benchmarks.replan import SENTENCES, hub, plain_path, random_policy
-from benchmarks.train_gfdm import WARM_UP, Timed
+from benchmarks.imagine import compose_config, machine, parse_command_line, peak, ratio, run_in_subprocess
+from benchmarks.replan import SENTENCES, baseline_path, hub, random_policy
+from benchmarks.train_gfdm import WARM_UP, StepTimer
 from step3_defi import DeFI
 from step3_defi.data import features
 
 log = logging.getLogger(__name__)
 
 
-class Held:
+class RandomWindows:
     """Random windows in memory."""
 
     def __init__(self, model: DeFI, count: int) -> None:
@@ -52,7 +52,7 @@ class Held:
 
     def sample(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
         views = {view: pictures[index] for view, pictures in self.pictures.items()}
-        return {"id": self.id(index), "views": views, "text": self.text(index), "actions": self.chunk(index)}
+        return {"id": self.id(index), "views": views, "text": self.text(index), "actions": self.action_chunk(index)}
 
     def text(self, index: int) -> str:
         return SENTENCES[index % len(SENTENCES)]
@@ -60,7 +60,7 @@ class Held:
     def id(self, index: int) -> str:
         return str(index)
 
-    def chunk(self, index: int) -> Tensor:
+    def action_chunk(self, index: int) -> Tensor:
         return self.actions[index]
 
     def fingerprint(self) -> str:
@@ -77,7 +77,7 @@ def train(overrides: list[str], arm: str, steps: int, batch_size: int, windows: 
         ]
         model = random_policy(words)
         loop = instantiate(
-            composed(words, "step3_defi").loop,
+            compose_config(words, "step3_defi").loop,
             output_dir=folder,
             seed=0,
             max_steps=WARM_UP + steps,
@@ -87,26 +87,28 @@ def train(overrides: list[str], arm: str, steps: int, batch_size: int, windows: 
             eval_every=None,
             wandb={"mode": "disabled"},
         )
-        samples, start = Held(model, windows), time.perf_counter()
+        samples, start = RandomWindows(model, windows), time.perf_counter()
         if arm == "cached":
             samples = features.cached(
                 samples, model.to("cuda" if torch.cuda.is_available() else "cpu"), folder, parents={}
             )
-        cache, trained = time.perf_counter() - start, Timed(model)
-        with plain_path(model) if arm == "plain" else ExitStack():
+        cache, trained = time.perf_counter() - start, StepTimer(model)
+        with baseline_path(model) if arm == "plain" else ExitStack():
             loop.fit(trained, samples)
     return steps * batch_size / (trained.times[-1] - trained.times[WARM_UP - 1]), peak(), cache / windows
 
 
 def main() -> None:
-    options, overrides = command_line({"scale": "tiny", "rounds": 3, "steps": 10, "batch_size": 16, "windows": 64})
+    options, overrides = parse_command_line(
+        {"scale": "tiny", "rounds": 3, "steps": 10, "batch_size": 16, "windows": 64}
+    )
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     found: dict[str, list[tuple[float, float, float]]] = {
         arm: [] for arm in ("plain", "ours", "cached")[: 2 if options.scale == "full" else 3]
     }
     for _ in tqdm(range(options.rounds), desc="rounds"):
         for arm, runs in found.items():
-            runs.append(alone(train, overrides, arm, options.steps, options.batch_size, options.windows))
+            runs.append(run_in_subprocess(train, overrides, arm, options.steps, options.batch_size, options.windows))
     log.info("%s, batch %d, %s", options.scale, options.batch_size, machine())
     log.info(
         "| arm | samples/s | peak, GiB | rate over plain (quartiles) | memory over plain (quartiles) "

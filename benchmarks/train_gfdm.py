@@ -28,7 +28,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from benchmarks.imagine import alone, command_line, composed, peak
+from benchmarks.imagine import compose_config, parse_command_line, peak, run_in_subprocess
 from common import loop
 from common.mixture import SampleSet
 from step1_gfdm.dataset import VideoClips
@@ -42,13 +42,13 @@ def batches(samples: SampleSet, batch_size: int, workers: int, count: int) -> Da
     """`count` batches of one process."""
     return loop.loader(
         samples,
-        loop.Batches(len(samples), batch_size, seed=0, rank=0, world=1, start=0, stop=count),
+        loop.DistributedBatchSampler(len(samples), batch_size, seed=0, rank=0, world=1, start=0, stop=count),
         workers=workers,
         pin=torch.cuda.is_available(),
     )
 
 
-class Timed(nn.Module):
+class StepTimer(nn.Module):
     """Notes when each optimizer step of the loop was done."""
 
     def __init__(self, model: GFDM) -> None:
@@ -58,19 +58,19 @@ class Timed(nn.Module):
     def forward(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
         return self.model(batch)
 
-    def on_step(self, step: int, accelerator: Any = None) -> dict[str, float]:
+    def on_step_end(self, step: int, accelerator: Any = None) -> dict[str, float]:
         """Called by the loop."""
         self.times.append(_now())
         return {}
 
-    def count_metrics(self, counts: dict[str, torch.Tensor]) -> dict[str, Any]:
+    def metrics_from_counts(self, counts: dict[str, torch.Tensor]) -> dict[str, Any]:
         """Called by the loop where the model counts."""
-        return self.model.count_metrics(counts)
+        return self.model.metrics_from_counts(counts)
 
 
 def ours(overrides: list[str], steps: int, batch_size: int, workers: int) -> tuple[float, float]:
     """(samples a second, peak memory in GiB) of the project's loop."""
-    cfg = composed(overrides)
+    cfg = compose_config(overrides)
     set_seed(0)
     with tempfile.TemporaryDirectory() as folder:
         trainer = instantiate(
@@ -84,14 +84,14 @@ def ours(overrides: list[str], steps: int, batch_size: int, workers: int) -> tup
             eval_every=None,
             wandb={"mode": "disabled"},
         )
-        model = Timed(instantiate(cfg.gfdm))
+        model = StepTimer(instantiate(cfg.gfdm))
         trainer.fit(model, instantiate(cfg.data, split="train"))
     return steps * batch_size / (model.times[-1] - model.times[WARM_UP - 1]), peak()
 
 
 def plain(overrides: list[str], steps: int, batch_size: int, workers: int) -> tuple[float, float]:
     """The same of the loop that the releases have; `workers` is not used."""
-    cfg = composed(overrides)
+    cfg = compose_config(overrides)
     set_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = instantiate(cfg.gfdm, gradient_checkpointing=True).to(device).train()
@@ -114,7 +114,7 @@ def plain(overrides: list[str], steps: int, batch_size: int, workers: int) -> tu
 
 def clips(overrides: list[str], steps: int, batch_size: int, workers: int, *, videos: bool) -> float:
     """Clips a second of the loader alone, from latents or from the videos of the same set."""
-    cfg = composed(overrides)
+    cfg = compose_config(overrides)
     samples = instantiate(cfg.data, split="train")
     if videos:
         first = samples.sets[0]
@@ -141,13 +141,13 @@ def _now() -> float:
 
 
 def main() -> None:
-    options, overrides = command_line({"scale": "tiny", "rounds": 3, "steps": 20, "batch_size": 8, "workers": 2})
+    options, overrides = parse_command_line({"scale": "tiny", "rounds": 3, "steps": 20, "batch_size": 8, "workers": 2})
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     shared = (overrides, options.steps, options.batch_size, options.workers)
     found: dict[str, list[tuple[float, float]]] = {"plain": [], "ours": []}
     for _ in tqdm(range(options.rounds), desc="rounds"):
         for name, function in (("plain", plain), ("ours", ours)):
-            found[name].append(alone(function, *shared))
+            found[name].append(run_in_subprocess(function, *shared))
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
     log.info("%s, batch %d, %s", options.scale, options.batch_size, device)
     for name, runs in found.items():
@@ -167,7 +167,7 @@ def main() -> None:
     )
     for name, videos in (("latents", False), ("mp4", True)):
         for workers in dict.fromkeys((0, options.workers)):
-            rate = alone(clips, overrides, options.steps, options.batch_size, workers, videos=videos)
+            rate = run_in_subprocess(clips, overrides, options.steps, options.batch_size, workers, videos=videos)
             log.info("loader, from %-7s with %d workers: %8.1f clips/s", name, workers, rate)
 
 

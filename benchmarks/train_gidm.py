@@ -28,10 +28,10 @@ from hydra.utils import instantiate
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.imagine import alone, command_line, composed, peak, seconds
-from benchmarks.train_gfdm import WARM_UP, Timed
+from benchmarks.imagine import compose_config, parse_command_line, peak, run_in_subprocess, seconds
+from benchmarks.train_gfdm import WARM_UP, StepTimer
 from common.attention import Attention
-from common.frozen import T5Text
+from common.frozen import T5TextEncoder
 from step2_gidm.model import InverseModel
 
 SENTENCES = 64
@@ -39,7 +39,7 @@ BATCHES = (1, 32)  # of inference: one robot, and a round of simulators
 log = logging.getLogger(__name__)
 
 
-class Held:
+class RandomPairs:
     """Random pairs in memory, as a sample set."""
 
     def __init__(self, image_size: int, count: int = 256) -> None:
@@ -56,7 +56,7 @@ class Held:
         return {"id": str(index), "frames": self.frames[index], "text": self.texts[index % SENTENCES]}
 
 
-def spell_out(model: InverseModel) -> InverseModel:
+def use_naive_attention(model: InverseModel) -> InverseModel:
     """The same weights as the releases compute with them."""
     for module in model.modules():
         if isinstance(module, Attention):
@@ -80,7 +80,7 @@ def _written_out(
 
 
 @torch.no_grad()
-def _every_time(self: T5Text, texts: list[str]) -> tuple[Tensor, Tensor]:
+def _every_time(self: T5TextEncoder, texts: list[str]) -> tuple[Tensor, Tensor]:
     tokens = self.tokenizer(texts, padding=True, return_tensors="pt").to(self.device)
     return self.module(
         **{name: tokens[name] for name in ("input_ids", "attention_mask")}
@@ -89,7 +89,7 @@ def _every_time(self: T5Text, texts: list[str]) -> tuple[Tensor, Tensor]:
 
 def train(overrides: list[str], steps: int, batch_size: int, plain: bool) -> tuple[float, float]:
     """(samples a second, peak memory in GiB) of the training loop."""
-    cfg = composed(overrides, "step2_gidm")
+    cfg = compose_config(overrides, "step2_gidm")
     set_seed(0)
     with tempfile.TemporaryDirectory() as folder:
         loop = instantiate(
@@ -104,8 +104,8 @@ def train(overrides: list[str], steps: int, batch_size: int, plain: bool) -> tup
             wandb={"mode": "disabled"},
         )
         model = instantiate(cfg.gidm)
-        timed = Timed(spell_out(model) if plain else model)
-        loop.fit(timed, Held(model.vision.image_size))
+        timed = StepTimer(use_naive_attention(model) if plain else model)
+        loop.fit(timed, RandomPairs(model.vision.image_size))
     return steps * batch_size / (timed.times[-1] - timed.times[WARM_UP - 1]), peak()
 
 
@@ -113,14 +113,14 @@ def train(overrides: list[str], steps: int, batch_size: int, plain: bool) -> tup
 def infer(overrides: list[str], repeats: int) -> tuple[dict[int, dict[str, list[float]]], float]:
     """Seconds of `embed` and `infer` by batch size, ours and plain in turns, and how far their latents differ in
     fp32."""
-    cfg = composed(overrides, "step2_gidm")
+    cfg = compose_config(overrides, "step2_gidm")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     models = {}
     for name in ("plain", "ours"):
         set_seed(0)
         models[name] = instantiate(cfg.gidm).to(device).eval()
-    spell_out(models["plain"])
-    samples = Held(models["ours"].vision.image_size, max(BATCHES))
+    use_naive_attention(models["plain"])
+    samples = RandomPairs(models["ours"].vision.image_size, max(BATCHES))
     frames, texts = samples.frames.to(device), [samples.texts[i % SENTENCES] for i in range(max(BATCHES))]
 
     def once(model: InverseModel, batch: int) -> Tensor:
@@ -140,12 +140,14 @@ def infer(overrides: list[str], repeats: int) -> tuple[dict[int, dict[str, list[
 
 
 def main() -> None:
-    options, overrides = command_line({"scale": "tiny", "rounds": 3, "steps": 20, "batch_size": 32, "repeats": 20})
+    options, overrides = parse_command_line(
+        {"scale": "tiny", "rounds": 3, "steps": 20, "batch_size": 32, "repeats": 20}
+    )
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     found: dict[str, list[tuple[float, float]]] = {"plain": [], "ours": []}
     for _ in tqdm(range(options.rounds), desc="rounds"):
         for name, runs in found.items():
-            runs.append(alone(train, overrides, options.steps, options.batch_size, name == "plain"))
+            runs.append(run_in_subprocess(train, overrides, options.steps, options.batch_size, name == "plain"))
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
     log.info("%s, batch %d, %s", options.scale, options.batch_size, device)
     for name, runs in found.items():
@@ -167,7 +169,7 @@ def main() -> None:
             max(ratios),
             len(ratios),
         )
-    times, apart = alone(infer, overrides, options.repeats)
+    times, apart = run_in_subprocess(infer, overrides, options.repeats)
     for batch, taken in times.items():
         ratios = [a / b for a, b in zip(taken["plain"], taken["ours"])]
         log.info(

@@ -24,7 +24,7 @@ import torch
 from hydra.utils import instantiate
 from tqdm import tqdm
 
-from benchmarks.imagine import command_line, composed, machine, ratio
+from benchmarks.imagine import compose_config, machine, parse_command_line, ratio
 from common.calvin_format import read_frame
 from common.video import resize
 from step3_defi.data.dataset import CalvinWindows
@@ -56,11 +56,11 @@ def same(a: dict[str, Any], b: dict[str, Any]) -> bool:
 
 
 def main() -> None:
-    options, overrides = command_line({"scale": "tiny", "windows": 100, "rounds": 7})
+    options, overrides = parse_command_line({"scale": "tiny", "windows": 100, "rounds": 7})
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:
-        cfg = composed(
+        cfg = compose_config(
             [*overrides, "data.max_pad=0"], "step3_defi"
         )  # ten npz are ten motions: none past an annotation's end
         packed = instantiate(cfg.data, split="all", pack=True, cache_dir=folder)

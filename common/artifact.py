@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from common import files
-from common.checkpoint import misfit
+from common.checkpoint import state_dict_mismatch
 
 FORMAT = 1
 KINDS = {"gfdm": "step1_gfdm", "gidm": "step2_gidm", "defi": "step3_defi"}
@@ -56,18 +56,18 @@ def save(
     if kind not in KINDS:
         raise ArtifactError(f"unknown kind {kind!r}; kinds: {sorted(KINDS)}")
     folder = Path(folder)
-    beside = folder / f".artifact.{os.getpid()}"
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
+    tmp_dir = folder / f".artifact.{os.getpid()}"
+    shutil.rmtree(tmp_dir, ignore_errors=True)
+    tmp_dir.mkdir(parents=True)
     try:
         if hasattr(model, "save_weights"):
-            model.save_weights(beside)
+            model.save_weights(tmp_dir)
         else:
             save_file(
                 {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()},
-                beside / "weights.safetensors",
+                tmp_dir / "weights.safetensors",
             )
-        (beside / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+        (tmp_dir / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
         record = {
             "format": FORMAT,
             "kind": kind,
@@ -77,17 +77,17 @@ def save(
             "parents": parents or {},
             "stats": stats or {},
         }
-        (beside / "meta.json").write_text(json.dumps(record, indent=2) + "\n")
+        (tmp_dir / "meta.json").write_text(json.dumps(record, indent=2) + "\n")
         for name in (SUMS, MODEL_CARD):  # they speak of what lay here before
             (folder / name).unlink(missing_ok=True)
         # meta.json moves last: a folder with it is whole
-        for item in sorted(beside.iterdir(), key=lambda p: p.name == "meta.json"):
+        for item in sorted(tmp_dir.iterdir(), key=lambda p: p.name == "meta.json"):
             target = folder / item.name
             if target.is_dir():
                 shutil.rmtree(target)
             os.replace(item, target)
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(tmp_dir, ignore_errors=True)
     return folder
 
 
@@ -106,7 +106,7 @@ def load(path: str | Path, kind: str, overrides: dict[str, Any] | None = None) -
 def read_config(path: str | Path, kind: str, overrides: dict[str, Any] | None = None) -> dict[str, Any]:
     """The config that builds an artifact's model; `overrides` replace values at dotted keys that it has."""
     folder = Path(path)
-    meta(folder, kind)
+    read_meta(folder, kind)
     config = yaml.safe_load((folder / "config.yaml").read_text())
     _check_targets(config, folder)
     for key, value in (overrides or {}).items():
@@ -146,7 +146,7 @@ def _fill(model: nn.Module, folder: Path) -> None:
         state = load_file(file)
     except SafetensorError as error:
         raise ArtifactError(f"{file}: not readable ({error})") from error
-    if wrong := misfit(model, state):
+    if wrong := state_dict_mismatch(model, state):
         raise ArtifactError(f"{file} does not fit its config: {wrong}")
     model.load_state_dict(state)
 
@@ -155,19 +155,19 @@ def copy(source: str | Path, folder: str | Path) -> Path:
     """A whole artifact elsewhere, without what its training left beside it: resume state, logs, parents. Written
     beside, then renamed."""
     source, folder = Path(source), Path(folder)
-    meta(source)
+    read_meta(source)
     if source.resolve() != folder.resolve():
-        beside = folder.with_name(f".{folder.name}.{os.getpid()}")
+        tmp_dir = folder.with_name(f".{folder.name}.{os.getpid()}")
         try:
-            shutil.copytree(source, beside, ignore=shutil.ignore_patterns(*BESIDE, "hydra", "wandb", "*.log", ".*"))
+            shutil.copytree(source, tmp_dir, ignore=shutil.ignore_patterns(*BESIDE, "hydra", "wandb", "*.log", ".*"))
             shutil.rmtree(folder, ignore_errors=True)
-            os.replace(beside, folder)
+            os.replace(tmp_dir, folder)
         finally:
-            shutil.rmtree(beside, ignore_errors=True)
+            shutil.rmtree(tmp_dir, ignore_errors=True)
     return folder
 
 
-def meta(path: str | Path, kind: str | None = None) -> dict[str, Any]:
+def read_meta(path: str | Path, kind: str | None = None) -> dict[str, Any]:
     """The folder's meta.json, checked for format and kind."""
     file = Path(path) / "meta.json"
     if not file.is_file():
@@ -194,7 +194,7 @@ def check_scale(path: str | Path, kind: str, scale: str) -> None:
 
     An artifact whose scale is null (made elsewhere) fits every scale.
     """
-    record = meta(path, kind)
+    record = read_meta(path, kind)
     if "scale" not in record:
         raise ArtifactError(f"{path}: this {kind} was trained before scales were recorded; train it again")
     if record["scale"] not in (None, scale):
@@ -208,7 +208,7 @@ def check_scale(path: str | Path, kind: str, scale: str) -> None:
 def sha256(path: str | Path) -> str:
     """One hash over an artifact's weight files and config, names included: the identity that children record."""
     folder = Path(path)
-    meta(folder)
+    read_meta(folder)
     digest = hashlib.sha256()
     weights = [f for f in folder.rglob("*.safetensors") if not {*BESIDE} & {*f.relative_to(folder).parts}]
     for file in sorted(weights) + [folder / "config.yaml"]:

@@ -7,21 +7,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def sincos_1d(length: int, dim: int) -> Tensor:
+def sincos_pos_embed_1d(length: int, dim: int) -> Tensor:
     """(length, dim) table: first half sines, second half cosines, base 10000 (Vaswani et al., 2017)."""
     if dim % 2:
-        raise ValueError(f"sincos_1d needs an even width, got {dim}")
+        raise ValueError(f"sincos_pos_embed_1d needs an even width, got {dim}")
     omega = 10000.0 ** (-torch.arange(dim // 2, dtype=torch.float64) / (dim / 2))
     angle = torch.arange(length, dtype=torch.float64)[:, None] * omega
     return torch.cat([angle.sin(), angle.cos()], dim=1).float()
 
 
-def sincos_2d(height: int, width: int, dim: int) -> Tensor:
+def sincos_pos_embed_2d(height: int, width: int, dim: int) -> Tensor:
     """(height * width, dim) raster table: the first half codes the row, the second the column."""
     if dim % 4:
-        raise ValueError(f"sincos_2d needs a width divisible by 4, got {dim}")
-    rows = sincos_1d(height, dim // 2)[:, None].expand(height, width, -1)
-    columns = sincos_1d(width, dim // 2)[None].expand(height, width, -1)
+        raise ValueError(f"sincos_pos_embed_2d needs a width divisible by 4, got {dim}")
+    rows = sincos_pos_embed_1d(height, dim // 2)[:, None].expand(height, width, -1)
+    columns = sincos_pos_embed_1d(width, dim // 2)[None].expand(height, width, -1)
     return torch.cat([rows, columns], dim=-1).reshape(height * width, dim)
 
 

@@ -100,7 +100,7 @@ def counted(tensors: Mapping[str, Tensor], prefixes: Iterable[str]) -> dict[str,
     return {prefix: count for prefix, count in found.items() if count}
 
 
-def misfit(model: nn.Module, tensors: Mapping[str, Tensor]) -> str:
+def state_dict_mismatch(model: nn.Module, tensors: Mapping[str, Tensor]) -> str:
     """Why `tensors` are not exactly the state of `model`, every key named on one line; empty where they are."""
     own = model.state_dict()
     wrong = {

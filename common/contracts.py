@@ -66,7 +66,7 @@ class FutureDynamics(Protocol):
         """(B, 3, H, W) in [-1, 1], B strings -> (B, F, L, feature_dim): features of the next frames, one denoising
         step."""
 
-    def freeze_untapped(self) -> None:
+    def freeze_unused_blocks(self) -> None:
         """Take the gradient from what `imagine` never computes."""
 
 
@@ -75,7 +75,7 @@ class InverseDynamics(Protocol):
 
     embed_dim: int
     num_tokens: int  # N, visual tokens of a picture
-    num_actions: int  # K
+    num_action_tokens: int  # K
     num_codes: int  # C, 0 where latent actions are continuous
 
     def embed(self, image: Tensor) -> Tensor:
@@ -84,13 +84,13 @@ class InverseDynamics(Protocol):
     def infer(self, now: Tensor, future: Tensor, text: list[str]) -> LatentAction:
         """Visual tokens (B, N, embed_dim) of two moments -> the latent action that links them."""
 
-    def lift(self, quantized: Tensor) -> Tensor:
+    def embed_action(self, quantized: Tensor) -> Tensor:
         """(B, K, d) -> (B, K, embed_dim): latent actions at the width of the visual tokens."""
 
     def drop_decoder(self) -> None:
         """Forget what only pretraining needs (A.3)."""
 
-    def freeze_codes(self) -> None:
+    def freeze_codebook(self) -> None:
         """Keep the codes as they are: they neither learn nor restart, and the bottleneck's loss only draws latents to
         them."""
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from common.figures import pyplot, save
+from common.figures import pyplot, save_figure
 
 LOGARITHMIC = {"loss", "mse", "copy_mse"}
 Series = dict[str, tuple[list[float], list[float]]]  # "train/mse" -> (steps, values)
@@ -81,7 +81,7 @@ def draw_curves(run: Path, panels: Mapping[str, str]) -> Figure:
 def save_curves(run: Path, panels: Mapping[str, str], path: Path) -> list[str]:
     """`draw_curves` as a file; where it cannot be, a line that says why."""
     try:
-        save(draw_curves(run, panels), path)
+        save_figure(draw_curves(run, panels), path)
     except (FileNotFoundError, ValueError) as error:
         return [f"No curves of the training: {error}."]
     return []

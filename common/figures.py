@@ -7,19 +7,19 @@ from pathlib import Path
 import matplotlib
 from matplotlib.figure import Figure
 
-from common.files import beside
+from common.files import atomic_path
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402  (the backend must be chosen first: no display)
 
-__all__ = ["pyplot", "save"]
+__all__ = ["pyplot", "save_figure"]
 
 
-def save(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
     """Write a figure as its suffix says and close it."""
     figure.tight_layout()
     try:
-        with beside(path) as part:
+        with atomic_path(path) as part:
             figure.savefig(part, dpi=100)
     finally:
         pyplot.close(figure)

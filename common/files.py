@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 @contextmanager
-def beside(path: Path) -> Iterator[Path]:
+def atomic_path(path: Path) -> Iterator[Path]:
     """A hidden neighbour of `path`, of the same suffix, to write to; it takes the place of `path` at the end, or goes
     where writing fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -33,5 +33,5 @@ def sha256(path: Path) -> str:
 
 def write_text(path: Path, text: str) -> None:
     """Path.write_text, whole or not at all."""
-    with beside(path) as part:
+    with atomic_path(path) as part:
         part.write_text(text)

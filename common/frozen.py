@@ -25,7 +25,7 @@ class MissingWeights(FileNotFoundError):
     """Third-party weights are not where the configuration says."""
 
 
-def require(path: str | Path, what: str) -> str:
+def resolve_weights_path(path: str | Path, what: str) -> str:
     """`path` if it is a folder or looks like a hub id, else one line that says what to fetch and how."""
     path = str(path)
     if Path(path).is_dir():
@@ -41,7 +41,7 @@ def require(path: str | Path, what: str) -> str:
     return path
 
 
-class Frozen(nn.Module):
+class FrozenModule(nn.Module):
     """Holds a module that must never train: no gradients, always eval, absent from state_dict and parameters().
 
     The module is kept out of torch's registry, so optimizers, DDP, FSDP and checkpoints never see it; `.to()` reaches
@@ -52,7 +52,7 @@ class Frozen(nn.Module):
         super().__init__()
         self.__dict__["module"] = module.eval().requires_grad_(False)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Frozen:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FrozenModule:
         self.module._apply(fn, recurse)
         return super()._apply(fn, recurse)
 
@@ -69,7 +69,7 @@ class Frozen(nn.Module):
         return self.module(*args, **kwargs)
 
 
-class TextEncoder(Frozen):
+class TextEncoder(FrozenModule):
     """Encodes sentences and keeps what it saw on the CPU: instructions repeat.
 
     Each sentence is encoded by itself, since what shares a batch changes the last bits, even at equal length: a run
@@ -125,7 +125,7 @@ def text_encoders(model: nn.Module) -> Iterator[TextEncoder]:
     for part in model.modules():
         if isinstance(part, TextEncoder):
             yield part
-        elif isinstance(part, Frozen):
+        elif isinstance(part, FrozenModule):
             yield from text_encoders(part.module)
 
 
@@ -149,11 +149,11 @@ def _tensors(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Tensor]
         (prefix + name, tensor) for part in (module.named_parameters(), module.named_buffers()) for name, tensor in part
     )
     for name, part in module.named_modules():
-        if isinstance(part, Frozen):
+        if isinstance(part, FrozenModule):
             yield from _tensors(part.module, f"{prefix}{name}/")
 
 
-class ClipText(TextEncoder):
+class CLIPTextEncoder(TextEncoder):
     """CLIP's text tower, `length` tokens padded and cut (VPP uses 20)."""
 
     def __init__(self, module: CLIPTextModelWithProjection, tokenizer: Any, length: int) -> None:
@@ -178,7 +178,7 @@ class ClipText(TextEncoder):
         return torch.stack([pooled for _, pooled in self._recall(texts)]).to(self.device)
 
 
-class T5Text(TextEncoder):
+class T5TextEncoder(TextEncoder):
     """T5's encoder, its tokens padded to the longest sentence of the batch."""
 
     def __init__(self, module: T5EncoderModel, tokenizer: Any) -> None:
@@ -200,7 +200,7 @@ class T5Text(TextEncoder):
         return tokens.to(self.device), mask.to(self.device)
 
 
-class DinoV2(Frozen):
+class DinoV2(FrozenModule):
     """DINOv2's patch tokens after the final norm, class and register tokens dropped."""
 
     def __init__(self, module: nn.Module, image_size: int) -> None:
@@ -224,21 +224,23 @@ class DinoV2(Frozen):
         return tokens[:, self.module.num_prefix_tokens :].float()
 
 
-def clip_text(path: str | Path, max_length: int = 20) -> ClipText:
+def clip_text(path: str | Path, max_length: int = 20) -> CLIPTextEncoder:
     """Load a CLIP text tower (the paper's f_text; VPP and the release use openai/clip-vit-base-patch32)."""
-    path = require(path, "CLIP text encoder")
-    return ClipText(CLIPTextModelWithProjection.from_pretrained(path), AutoTokenizer.from_pretrained(path), max_length)
+    path = resolve_weights_path(path, "CLIP text encoder")
+    return CLIPTextEncoder(
+        CLIPTextModelWithProjection.from_pretrained(path), AutoTokenizer.from_pretrained(path), max_length
+    )
 
 
-def t5_text(path: str | Path) -> T5Text:
+def t5_text(path: str | Path) -> T5TextEncoder:
     """Load a T5 encoder (UniVLA and the release use t5-base)."""
-    path = require(path, "T5 text encoder")
-    return T5Text(T5EncoderModel.from_pretrained(path), AutoTokenizer.from_pretrained(path))
+    path = resolve_weights_path(path, "T5 text encoder")
+    return T5TextEncoder(T5EncoderModel.from_pretrained(path), AutoTokenizer.from_pretrained(path))
 
 
 def dinov2(path: str | Path, image_size: int = 224) -> DinoV2:
     """Load DINOv2 through timm: a local folder in timm's hub format, or a hub id such as
     timm/vit_base_patch14_reg4_dinov2.lvd142m."""
-    path = require(path, "DINOv2")
+    path = resolve_weights_path(path, "DINOv2")
     source = f"local-dir:{path}" if Path(path).is_dir() else f"hf-hub:{path}"
     return DinoV2(timm.create_model(source, pretrained=True, num_classes=0, img_size=image_size), image_size)

@@ -25,14 +25,14 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from common import optim
-from common.batches import Batches, held_out, loader
-from common.mixture import Draws, SampleSet, Skipped, TooManyUnreadable, collate
+from common.distributed import processes
+from common.mixture import SampleSet, SeededDataset, Skipped, TooManyUnreadable, collate
 from common.precision import bf16_pays
-from common.processes import processes
+from common.sampler import DistributedBatchSampler, loader, validation_batches
 from common.tracking import Tracker
 
 log = logging.getLogger(__name__)
-PATIENCE = (
+MIN_DRAWS = (
     5000  # draws of a process, some hundred episodes of a stream, before their share of damaged ones says anything
 )
 
@@ -41,7 +41,7 @@ class NonFiniteLoss(RuntimeError):
     """The loss is not a number; the message names the samples of the batch."""
 
 
-class Progress:
+class TrainState:
     """Where a run stands, saved with accelerate's state."""
 
     def __init__(self, plan: dict[str, Any]) -> None:
@@ -67,13 +67,13 @@ class Loop:
 
     Metrics are averaged over the batches between two log lines, or of a validation, and over the ranks. Those of
     integers are counts:
-    they are added up instead, and the model's `count_metrics` makes numbers of the sums.
+    they are added up instead, and the model's `metrics_from_counts` makes numbers of the sums.
     `batch_size` is per process. `max_steps` counts optimizer steps and wins over `epochs`. `precision` is accelerate's
     ("no", "bf16", "fp16"), or "auto": bf16 where the machine has it. `ema_decay` keeps an exponential moving average of
     what
     trains; validation and the returned model use it. `best` names the held-out metric whose lowest values `fit` tells
     of.
-    `max_bad_share` is the share of a process's draws that may be damaged; what a rule leaves out does not count.
+    `max_unreadable_fraction` is the share of a process's draws that may be damaged; what a rule leaves out does not count.
     A run that was stopped goes on from `output_dir/resume` with the same result as an unbroken one.
     """
 
@@ -85,7 +85,7 @@ class Loop:
         epochs: int | None = None,
         max_steps: int | None = None,
         batch_size: int,
-        accumulate: int = 1,
+        grad_accum_steps: int = 1,
         optimizer: dict[str, Any],
         schedule: str = "constant_with_warmup",
         warmup_steps: int = 0,
@@ -98,14 +98,14 @@ class Loop:
         eval_batches: int = 16,
         save_every: int | None = None,
         compile: bool = False,
-        max_bad_share: float = 0.05,
+        max_unreadable_fraction: float = 0.05,
         best: str | None = None,
         wandb: dict[str, Any] | None = None,
     ) -> None:
         if epochs is None and max_steps is None:
             raise ValueError("a loop needs epochs or max_steps")
         self.output_dir, self.seed, self.epochs, self.max_steps = Path(output_dir), seed, epochs, max_steps
-        self.batch_size, self.accumulate, self.optimizer = batch_size, accumulate, dict(optimizer)
+        self.batch_size, self.grad_accum_steps, self.optimizer = batch_size, grad_accum_steps, dict(optimizer)
         self.schedule, self.warmup_steps, self.max_grad_norm = schedule, warmup_steps, max_grad_norm
         self.precision, self.ema_decay, self.num_workers = precision, ema_decay, num_workers
         self.log_every, self.eval_every, self.eval_batches, self.save_every = (
@@ -114,7 +114,7 @@ class Loop:
             eval_batches,
             save_every,
         )
-        self.compile, self.max_bad_share, self.wandb = compile, max_bad_share, wandb
+        self.compile, self.max_unreadable_fraction, self.wandb = compile, max_unreadable_fraction, wandb
         self.best, self.step = best, 0
         self._stop_asked, self._left_out = False, ""
 
@@ -124,7 +124,7 @@ class Loop:
         train_set: SampleSet,
         val_set: SampleSet | None = None,
         *,
-        keep: Callable[[int], Any] | None = None,
+        on_best: Callable[[int], Any] | None = None,
     ) -> nn.Module:
         """Train to the end and return the unwrapped model, with EMA weights where EMA is on; under FSDP it is whole on
         the main process alone.
@@ -148,25 +148,25 @@ class Loop:
         set_seed(self.seed, device_specific=self.accelerator.num_processes > 1)
         world, per_epoch = (
             self.accelerator.num_processes,
-            Batches.per_epoch(len(train_set), self.batch_size, self.accelerator.num_processes),
+            DistributedBatchSampler.per_epoch(len(train_set), self.batch_size, self.accelerator.num_processes),
         )
-        total = self.max_steps or max(1, math.ceil(self.epochs * per_epoch / self.accumulate))
+        total = self.max_steps or max(1, math.ceil(self.epochs * per_epoch / self.grad_accum_steps))
         plan = {
             "seed": self.seed,
             "batch_size": self.batch_size,
-            "accumulate": self.accumulate,
+            "accumulate": self.grad_accum_steps,
             "world": world,
             "samples": len(train_set),
             "total": total,
         }
         if hasattr(train_set, "block"):
             plan |= {"block": train_set.block, "streams": max(1, self.num_workers)}
-        raw_optimizer, scheduler = optim.build(
+        raw_optimizer, scheduler = optim.build_optimizer(
             model, **self.optimizer, schedule=self.schedule, warmup_steps=self.warmup_steps, total_steps=total
         )
         model.to(self.accelerator.device)
         wrapped, optimizer = self.accelerator.prepare(torch.compile(model) if self.compile else model, raw_optimizer)
-        self.progress = Progress(plan)
+        self.progress = TrainState(plan)
         self.trained = [p for p in model.parameters() if p.requires_grad]
         self.ema = (
             EMAModel(self.trained, decay=self.ema_decay, use_ema_warmup=True, power=0.75, foreach=True)
@@ -174,7 +174,7 @@ class Loop:
             else None
         )
         self.accelerator.register_for_checkpointing(*filter(None, (self.progress, scheduler, self.ema)))
-        self.keep = keep
+        self.on_best = on_best
         self._resume()
         tracker = Tracker(self.output_dir, self.progress.step, self.wandb) if self.accelerator.is_main_process else None
         previous = signal.signal(signal.SIGTERM, self._on_sigterm)
@@ -202,7 +202,7 @@ class Loop:
         tracker: Tracker | None,
     ) -> None:
         total, progress = self.progress.plan["total"], self.progress
-        batches = iter(self._loader(train_set, progress.step * self.accumulate, total * self.accumulate))
+        batches = iter(self._loader(train_set, progress.step * self.grad_accum_steps, total * self.grad_accum_steps))
         bar = tqdm(
             total=total,
             initial=progress.step,
@@ -212,11 +212,11 @@ class Loop:
         )
         sums, since, clock = {}, 0, time.perf_counter()
         wrapped.train()
-        if hasattr(model, "on_start"):
-            model.on_start(progress.step)
+        if hasattr(model, "on_train_begin"):
+            model.on_train_begin(progress.step)
         while progress.step < total:
-            for metrics in self._accumulated(wrapped, batches):
-                _add(sums, metrics, 1 / self.accumulate)
+            for metrics in self._forward_backward(wrapped, batches):
+                _add(sums, metrics, 1 / self.grad_accum_steps)
             norm = self.accelerator.clip_grad_norm_(self.trained, self.max_grad_norm) if self.max_grad_norm else None
             optimizer.step()
             scheduler.step()
@@ -224,7 +224,7 @@ class Loop:
             if self.ema:
                 self.ema.step(self.trained)
             progress.step, since = progress.step + 1, since + 1
-            extra = model.on_step(progress.step, self.accelerator) if hasattr(model, "on_step") else None
+            extra = model.on_step_end(progress.step, self.accelerator) if hasattr(model, "on_step_end") else None
             bar.update()
             if progress.step % self.log_every == 0 or progress.step == total:
                 row = {f"train/{k}": float(v) for k, v in (self._metrics(model, sums, since) | (extra or {})).items()}
@@ -267,11 +267,13 @@ class Loop:
                 raise SystemExit(128 + signal.SIGTERM)
         bar.close()
 
-    def _accumulated(self, wrapped: nn.Module, batches: Iterator[dict]) -> Iterator[dict[str, torch.Tensor]]:
+    def _forward_backward(self, wrapped: nn.Module, batches: Iterator[dict]) -> Iterator[dict[str, torch.Tensor]]:
         """Forward and backward over the micro-batches of one optimizer step."""
-        for micro in range(self.accumulate):
+        for micro in range(self.grad_accum_steps):
             batch = self._take(batches)
-            quiet = self.accelerator.no_sync(wrapped) if micro + 1 < self.accumulate else self.accelerator.autocast()
+            quiet = (
+                self.accelerator.no_sync(wrapped) if micro + 1 < self.grad_accum_steps else self.accelerator.autocast()
+            )
             with quiet:
                 metrics = wrapped(batch)
             if not torch.isfinite(metrics["loss"]).all():
@@ -279,7 +281,7 @@ class Loop:
                     f"loss is {metrics['loss'].item()} at step {self.progress.step + 1}; samples: "
                     f"{', '.join(map(str, batch['id']))}"
                 )
-            self.accelerator.backward(metrics["loss"] / self.accumulate)
+            self.accelerator.backward(metrics["loss"] / self.grad_accum_steps)
             yield metrics
 
     def _take(self, batches: Iterator[dict]) -> dict[str, Any]:
@@ -292,16 +294,16 @@ class Loop:
         self._left_out = left_out[-1] if left_out else self._left_out
         for line in damaged:
             log.warning("unreadable sample replaced: %s", line)
-        if progress.skipped > self.max_bad_share * max(PATIENCE, progress.drawn):
+        if progress.skipped > self.max_unreadable_fraction * max(MIN_DRAWS, progress.drawn):
             raise TooManyUnreadable(
                 f"{progress.skipped} of {progress.drawn} samples were unreadable, more than "
-                f"loop.max_bad_share={self.max_bad_share}: "
+                f"loop.max_unreadable_fraction={self.max_unreadable_fraction}: "
                 f"mend the data or raise it; the last: {damaged[-1] if damaged else '(earlier)'}"
             )
         return send_to_device(batch, self.accelerator.device)
 
     def _loader(self, samples: SampleSet, start: int, stop: int) -> DataLoader:
-        batches = Batches(
+        batches = DistributedBatchSampler(
             len(samples),
             self.batch_size,
             seed=self.seed,
@@ -310,7 +312,7 @@ class Loop:
             start=start,
             stop=stop,
             block=getattr(samples, "block", None),
-            streams=max(1, self.num_workers),
+            num_readers=max(1, self.num_workers),
         )
         return loader(samples, batches, workers=self.num_workers, pin=self.accelerator.device.type == "cuda")
 
@@ -318,7 +320,7 @@ class Loop:
     def _validate(self, model: nn.Module, wrapped: nn.Module, val_set: SampleSet) -> dict[str, float]:
         """Metrics over fixed held-out batches with fixed noise and EMA weights; training's generators stay
         untouched."""
-        chunks = held_out(
+        chunks = validation_batches(
             len(val_set),
             self.batch_size,
             seed=self.seed,
@@ -327,7 +329,7 @@ class Loop:
             most=self.eval_batches,
         )
         loader = DataLoader(
-            Draws(val_set, self.seed),
+            SeededDataset(val_set, self.seed),
             batch_sampler=[keys for keys, _ in chunks],
             collate_fn=collate,
             num_workers=self.num_workers,
@@ -359,20 +361,20 @@ class Loop:
         return {f"val/{k}": v for k, v in row.items()}
 
     def _note_best(self, row: dict[str, float]) -> None:
-        if self.best is None or self.keep is None:
+        if self.best is None or self.on_best is None:
             return
         if self.best not in row:
             raise ValueError(f"loop.best={self.best}: the model reports no such metric; it reports {', '.join(row)}")
         if row[self.best] < self.progress.best:
             self.progress.best = row[self.best]
             if self.accelerator.is_main_process:
-                self.keep(self.progress.step)
+                self.on_best(self.progress.step)
 
     def _metrics(self, model: nn.Module, sums: dict[str, torch.Tensor], batches: int) -> dict[str, Any]:
         """Means over `batches` and ranks, and what the model makes of the counts of all ranks."""
         counts = {k: self.accelerator.reduce(v, reduction="sum") for k, v in sums.items() if not v.is_floating_point()}
         means = {k: self.accelerator.reduce(v, reduction="mean") / batches for k, v in sums.items() if k not in counts}
-        return means | (model.count_metrics(counts) if counts else {})
+        return means | (model.metrics_from_counts(counts) if counts else {})
 
     def _on_sigterm(self, *_: Any) -> None:
         self._stop_asked = True

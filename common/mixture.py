@@ -1,6 +1,6 @@
 """Weighted mixtures of sample sets, drawn the same way for every (seed, epoch, index) (Tables 11 and 12).
 
-A sample set has `__len__()` and `sample(index, rng) -> dict`. It raises `Unreadable` for one bad sample. A set too
+A sample set has `__len__()` and `sample(index, rng) -> dict`. It raises `UnreadableSample` for one bad sample. A set too
 large for
 random access has a `block` besides: the number of its indices that are cheap to read together.
 """
@@ -16,7 +16,7 @@ from torch.utils.data import Dataset, default_collate
 RULE_TRIES = 50  # times as many as of damaged ones: a rule may well leave out most of a set
 
 
-class Unreadable(ValueError):
+class UnreadableSample(ValueError):
     """One sample cannot be read. It is counted, reported by id and replaced by another draw."""
 
     def __init__(self, id: str, reason: str) -> None:
@@ -27,7 +27,7 @@ class Unreadable(ValueError):
         return type(self), (self.id, self.reason)
 
 
-class LeftOut(Unreadable):
+class FilteredSample(UnreadableSample):
     """One sample is whole, but a rule does not admit it (no sentence, too short). It is replaced, too, but counted
     apart, and stops no run."""
 
@@ -43,10 +43,10 @@ class Skipped(NamedTuple):
     by_rule: bool
 
 
-def skip(skipped: list[Skipped], error: Unreadable, tries: int, what: str) -> None:
+def skip(skipped: list[Skipped], error: UnreadableSample, tries: int, what: str) -> None:
     """Add one of those that a draw replaces. Raises TooManyUnreadable at `tries` damaged ones, or where rules leave out
     nearly everything."""
-    skipped.append(Skipped(str(error), isinstance(error, LeftOut)))
+    skipped.append(Skipped(str(error), isinstance(error, FilteredSample)))
     damaged = sum(not each.by_rule for each in skipped)
     if damaged >= tries:
         raise TooManyUnreadable(f"{damaged} unreadable {what} in a row, the last: {error}") from error
@@ -108,7 +108,7 @@ class Mixture:
         return chosen.sample(int(rng.integers(len(chosen))), rng)
 
 
-class Draws(Dataset):
+class SeededDataset(Dataset):
     """The torch face of a sample set: item (epoch, index) is the same sample in every run with the same seed."""
 
     def __init__(self, samples: SampleSet, seed: int, max_tries: int = 20, stride: int = 1) -> None:
@@ -129,7 +129,7 @@ class Draws(Dataset):
             try:
                 sample = self.reader.sample(epoch, index, rng) if self.reader else self.samples.sample(index, rng)
                 return {**sample, "skipped": skipped + sample.get("skipped", [])}
-            except Unreadable as error:
+            except UnreadableSample as error:
                 skip(skipped, error, self.max_tries, "samples")
                 index = first + int(rng.integers(count))
 

@@ -13,7 +13,7 @@ from diffusers.optimization import get_scheduler
 from torch import nn
 
 
-def build(
+def build_optimizer(
     model: nn.Module,
     *,
     lr: float,
@@ -21,7 +21,7 @@ def build(
     betas: Sequence[float] = (0.9, 0.999),
     eps: float = 1e-8,
     decay_all: bool = False,
-    factors: Mapping[str, float] | None = None,
+    lr_multipliers: Mapping[str, float] | None = None,
     schedule: str = "constant_with_warmup",
     warmup_steps: int = 0,
     total_steps: int,
@@ -30,12 +30,12 @@ def build(
     knows.
 
     A model may bring its own `parameter_groups()`; otherwise matrices decay and vectors (norms, biases) do not.
-    `factors` names parts
+    `lr_multipliers` names parts
     of the model (its direct children) whose learning rate is that many times `lr`.
     """
     groups = model.parameter_groups() if hasattr(model, "parameter_groups") else None
     if groups is None:
-        groups = _decay_groups(model, weight_decay, decay_all, lr, factors or {})
+        groups = _decay_groups(model, weight_decay, decay_all, lr, lr_multipliers or {})
     if not any(group["params"] for group in groups):
         raise ValueError("nothing to train: no parameter requires a gradient")
     optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay, betas=tuple(betas), eps=eps, fused=True)
@@ -44,9 +44,9 @@ def build(
 
 
 def _decay_groups(
-    model: nn.Module, weight_decay: float, decay_all: bool, lr: float, factors: Mapping[str, float]
+    model: nn.Module, weight_decay: float, decay_all: bool, lr: float, lr_multipliers: Mapping[str, float]
 ) -> list[dict[str, Any]]:
-    if unknown := sorted(factors.keys() - dict(model.named_children()).keys()):
+    if unknown := sorted(lr_multipliers.keys() - dict(model.named_children()).keys()):
         raise ValueError(
             f"optimizer.factors names {unknown}, which are no parts of the model; its parts: "
             f"{sorted(dict(model.named_children()))}"
@@ -54,7 +54,7 @@ def _decay_groups(
     groups: dict[tuple[bool, float], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            decays, factor = decay_all or parameter.ndim >= 2, factors.get(name.split(".")[0], 1.0)
+            decays, factor = decay_all or parameter.ndim >= 2, lr_multipliers.get(name.split(".")[0], 1.0)
             group = groups.setdefault(
                 (decays, factor), {"params": [], "weight_decay": weight_decay if decays else 0.0, "lr": factor * lr}
             )

@@ -16,12 +16,12 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # of the ridge, times the number of columns
-Reader = Callable[
+Regressor = Callable[
     [np.ndarray, np.ndarray, np.ndarray, int], list[np.ndarray]
 ]  # (N, D), (N, Y), units to fit on, seed -> guesses (N, Y)
 
 
-class Parts(NamedTuple):
+class ProbeSplit(NamedTuple):
     """Numbers of the units to fit on, to choose the strength by, and to measure."""
 
     fit: np.ndarray
@@ -34,11 +34,11 @@ def ridge(x: np.ndarray, y: np.ndarray, fit: np.ndarray, seed: int) -> list[np.n
     return [Ridge(alpha=strength * x.shape[1]).fit(x[fit], y[fit]).predict(x) for strength in STRENGTHS]
 
 
-def read_errors(
+def probe_errors(
     inputs: Mapping[str, Tensor],
     target: Tensor,
-    parts: Parts,
-    reader: Reader = ridge,
+    parts: ProbeSplit,
+    reader: Regressor = ridge,
     *,
     columns: int | None = None,
     seed: int = 0,
@@ -71,21 +71,21 @@ def read_errors(
     return errors
 
 
-def spread(target: Tensor, parts: Parts) -> np.ndarray:
+def mean_baseline_errors(target: Tensor, parts: ProbeSplit) -> np.ndarray:
     """Squared errors (T,) of the mean of the fitted part: what R^2 measures against."""
     truth = target.double().numpy()
     return np.square(truth[parts.test] - truth[parts.fit].mean(0)).sum(1)
 
 
 def r2_ci(
-    errors: np.ndarray, spread: np.ndarray, groups: Sequence[str] | None = None, *, resamples: int = 2000
+    errors: np.ndarray, mean_baseline_errors: np.ndarray, groups: Sequence[str] | None = None, *, resamples: int = 2000
 ) -> tuple[float, float, float]:
     """(R^2, low, high), 95 % bootstrap over units, or over `groups` of them (T names) where units of a group are
     alike."""
     if groups is not None:
         group = np.unique(np.asarray(groups), return_inverse=True)[1]
-        errors, spread = np.bincount(group, errors), np.bincount(group, spread)
+        errors, mean_baseline_errors = np.bincount(group, errors), np.bincount(group, mean_baseline_errors)
     draws = np.random.default_rng(0).integers(len(errors), size=(resamples, len(errors)))
-    sampled = 1 - errors[draws].mean(1) / spread[draws].mean(1)
+    sampled = 1 - errors[draws].mean(1) / mean_baseline_errors[draws].mean(1)
     low, high = np.quantile(sampled, [0.025, 0.975])
-    return float(1 - errors.mean() / spread.mean()), float(low), float(high)
+    return float(1 - errors.mean() / mean_baseline_errors.mean()), float(low), float(high)

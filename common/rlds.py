@@ -211,7 +211,7 @@ def _find(value: Any, key: str) -> tuple[Any, str | None]:
     return value, None
 
 
-class Rlds:
+class RldsDataset:
     """The episodes of one split of an RLDS folder, by index. Shards are indexed when first touched."""
 
     def __init__(self, folder: str | Path, split: str = "train") -> None:
@@ -269,7 +269,7 @@ def splits(folder: str | Path) -> list[str]:
     return [name for name in named if any(path for format in FORMATS for path in folder.glob(f"*-{name}.{format}-*"))]
 
 
-def find(root: str | Path, names: Iterable[str], version: str | None = None) -> Path:
+def find_version_folder(root: str | Path, names: Iterable[str], version: str | None = None) -> Path:
     """The version folder, without `version` the newest, of the first of `names` that lies under `root`, DOWNLOAD_DIR or
     CONVERSION_DIR."""
     names, others = list(names), []

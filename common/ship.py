@@ -47,7 +47,7 @@ def ship(path: str | Path, out: str | Path, *, notes: str = "") -> Path:
     ValueError: its scale is not one of OWN, so that its weights may stem from others, whose licence this is not.
     """
     path, out = Path(path), Path(out)
-    record = artifact.meta(path)
+    record = artifact.read_meta(path)
     if record.get("scale") not in OWN:
         raise ValueError(
             f"{path}: its scale is {record.get('scale')}; only models of scale={' or '.join(OWN)} are shipped, since "
@@ -56,19 +56,19 @@ def ship(path: str | Path, out: str | Path, *, notes: str = "") -> Path:
         )
     if out.exists():
         raise FileExistsError(f"{out} is there already; name another folder with out=, or remove it")
-    beside = out.with_name(f".{out.name}.{os.getpid()}")
+    tmp_dir = out.with_name(f".{out.name}.{os.getpid()}")
     try:
         count = 0
         for file in _files(path):
-            target = beside / file.relative_to(path)
+            target = tmp_dir / file.relative_to(path)
             target.parent.mkdir(parents=True, exist_ok=True)
             if file.suffix == ".safetensors":
                 count += _halve(file, target)
             else:
                 shutil.copy(file, target)
         stats = {**record["stats"], "shipped": {"from": artifact.sha256(path), "precision": "float16"}}
-        (beside / "meta.json").write_text(json.dumps({**record, "stats": stats}, indent=2) + "\n")
-        size = sum(file.stat().st_size for file in beside.rglob("*") if file.is_file()) / 1e6
+        (tmp_dir / "meta.json").write_text(json.dumps({**record, "stats": stats}, indent=2) + "\n")
+        size = sum(file.stat().st_size for file in tmp_dir.rglob("*") if file.is_file()) / 1e6
         card = CARD.format(
             what=WHAT[record["kind"]].capitalize(),
             count=count,
@@ -77,12 +77,12 @@ def ship(path: str | Path, out: str | Path, *, notes: str = "") -> Path:
             notes=notes and f"\n{notes}",
             **record,
         )
-        (beside / artifact.MODEL_CARD).write_text(card)
-        names = sorted(file.relative_to(beside).as_posix() for file in beside.rglob("*") if file.is_file())
-        (beside / artifact.SUMS).write_text("".join(f"{files.sha256(beside / name)}  {name}\n" for name in names))
-        os.replace(beside, out)
+        (tmp_dir / artifact.MODEL_CARD).write_text(card)
+        names = sorted(file.relative_to(tmp_dir).as_posix() for file in tmp_dir.rglob("*") if file.is_file())
+        (tmp_dir / artifact.SUMS).write_text("".join(f"{files.sha256(tmp_dir / name)}  {name}\n" for name in names))
+        os.replace(tmp_dir, out)
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(tmp_dir, ignore_errors=True)
     return out
 
 

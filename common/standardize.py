@@ -8,12 +8,12 @@ from accelerate.utils import reduce
 from torch import Tensor, nn
 
 
-class Standardize(nn.Module):
+class RunningNorm(nn.Module):
     """Every channel at mean 0 and deviation 1 over the training data, by running statistics that training gathers.
 
     Channels of a UNet differ in offset and scale by far more than pictures make them differ. Statistics of the batch
     would
-    let samples see each other, and would not exist in use. `eps` is added to every variance. Every `sparing`-th token
+    let samples see each other, and would not exist in use. `eps` is added to every variance. Every `token_stride`-th token
     of a
     sample is measured, starting one further at every batch, so that all places have their turn. Processes share what
     they
@@ -24,9 +24,9 @@ class Standardize(nn.Module):
     square: Tensor
     batches: Tensor
 
-    def __init__(self, channels: int, momentum: float = 0.01, sparing: int = 7, eps: float = 1e-6) -> None:
+    def __init__(self, channels: int, momentum: float = 0.01, token_stride: int = 7, eps: float = 1e-6) -> None:
         super().__init__()
-        self.momentum, self.sparing, self.eps = momentum, sparing, eps
+        self.momentum, self.token_stride, self.eps = momentum, token_stride, eps
         self.register_buffer("mean", torch.zeros(channels))
         self.register_buffer("square", torch.ones(channels))
         self.register_buffer("batches", torch.zeros((), dtype=torch.long))
@@ -42,7 +42,7 @@ class Standardize(nn.Module):
         return F.batch_norm(rows, self.mean.clone(), variance, training=False, eps=self.eps).view_as(x).to(x.dtype)
 
     def _measure(self, tokens: Tensor) -> None:
-        places = torch.arange(0, tokens.shape[1], self.sparing, device=tokens.device)
+        places = torch.arange(0, tokens.shape[1], self.token_stride, device=tokens.device)
         seen = tokens[:, (places + self.batches) % tokens.shape[1]].flatten(0, 1)
         mean, square = reduce(torch.stack([seen.mean(0), seen.square().mean(0)]), reduction="mean")
         self.batches += 1

@@ -82,14 +82,14 @@ def make_all(
         "dinov2": lambda folder: _dinov2(folder, dinov2),
     }
     for number, (name, make) in enumerate(makers.items()):
-        beside = out / f".{name}.{os.getpid()}"
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir()
+        tmp_dir = out / f".{name}.{os.getpid()}"
+        shutil.rmtree(tmp_dir, ignore_errors=True)
+        tmp_dir.mkdir()
         with torch.random.fork_rng([]):
             torch.manual_seed(seed * 100 + number)
-            make(beside)
+            make(tmp_dir)
         shutil.rmtree(out / name, ignore_errors=True)
-        os.replace(beside, out / name)
+        os.replace(tmp_dir, out / name)
     return out
 
 
@@ -133,7 +133,7 @@ def _t5(folder: Path) -> None:
 
 
 def _dinov2(folder: Path, model: nn.Module | None) -> None:
-    save_for_hf(model or fitted_dinov2(), str(folder), model_args=DINOV2, safe_serialization=True)
+    save_for_hf(model or load_tiny_dinov2(), str(folder), model_args=DINOV2, safe_serialization=True)
 
 
 def _svd(folder: Path, vae: AutoencoderKLTemporalDecoder | None) -> None:
@@ -180,7 +180,7 @@ def _svd(folder: Path, vae: AutoencoderKLTemporalDecoder | None) -> None:
         use_karras_sigmas=True,
     )
     pipeline = StableVideoDiffusionPipeline(
-        vae=vae or fitted_vae(),
+        vae=vae or load_tiny_vae(),
         image_encoder=image_encoder,
         unet=unet,
         scheduler=scheduler,
@@ -189,7 +189,7 @@ def _svd(folder: Path, vae: AutoencoderKLTemporalDecoder | None) -> None:
     pipeline.save_pretrained(folder)
 
 
-def blank_vae() -> AutoencoderKLTemporalDecoder:
+def build_tiny_vae() -> AutoencoderKLTemporalDecoder:
     """SVD's VAE, small: factor 8 as the original, but 12 channels, because an 8 x 8 latent of 4 would lose a block of 4
     cm.
 
@@ -213,16 +213,16 @@ def blank_vae() -> AutoencoderKLTemporalDecoder:
     return vae
 
 
-def fitted_vae() -> AutoencoderKLTemporalDecoder:
+def load_tiny_vae() -> AutoencoderKLTemporalDecoder:
     """The tiny VAE with the weights that come with this repository."""
-    vae = blank_vae()
+    vae = build_tiny_vae()
     with safe_open(FITTED, framework="pt") as file:
         vae.load_state_dict({key: file.get_tensor(key).float() for key in list(file.keys())})
         vae.register_to_config(scaling_factor=float(file.metadata()["scaling_factor"]))
     return vae
 
 
-def blank_dinov2() -> nn.Module:
+def build_tiny_dinov2() -> nn.Module:
     """DINOv2's architecture, small: 64 patches of 8 x 8 pixels, width 64, two layers.
 
     timm starts the layers' scales at 1e-5, which is meant for deep models and long training; here they start at 1.
@@ -235,9 +235,9 @@ def blank_dinov2() -> nn.Module:
     return model
 
 
-def fitted_dinov2() -> nn.Module:
+def load_tiny_dinov2() -> nn.Module:
     """DINOv2's stand-in with the weights that come with this repository."""
-    model = blank_dinov2()
+    model = build_tiny_dinov2()
     with safe_open(FITTED_DINOV2, framework="pt") as file:
         model.load_state_dict({key: file.get_tensor(key).float() for key in list(file.keys())})
     return model
@@ -301,7 +301,7 @@ class Frames:
         }
 
 
-class Reconstruct(nn.Module):
+class VAELoss(nn.Module):
     """A VAE's training objective: reconstruction and a slight pull of the latents towards a unit Gaussian.
 
     A block covers 20 of 4096 pixels and is what a policy must see, so a pixel weighs the more the more saturated it is.
@@ -324,7 +324,7 @@ class Reconstruct(nn.Module):
         }
 
 
-class Neighbourhoods:
+class PatchLatentTargets:
     """A sample set of whole pictures and, for each of their patches, the VAE's latents there and in the eight patches
     around it."""
 
@@ -347,7 +347,7 @@ class Neighbourhoods:
         return {"id": f"frame/{index}", "image": self.images[index].float() / 255, "target": around}
 
 
-class TellNeighbourhood(nn.Module):
+class PatchLatentRegression(nn.Module):
     """The objective of the visual encoder: from each of its tokens, a linear layer tells the latents of the patch and
     of those around it.
 
@@ -371,7 +371,7 @@ def fit_dinov2(
 ) -> nn.Module:
     """Fit a blank visual encoder to the VAE's latents of video sets."""
     torch.manual_seed(seed)
-    samples = Neighbourhoods(Frames(frames, cutout=IMAGE).images, vae)
+    samples = PatchLatentTargets(Frames(frames, cutout=IMAGE).images, vae)
     loop = Loop(
         output_dir=str(output_dir),
         seed=seed,
@@ -384,7 +384,7 @@ def fit_dinov2(
         optimizer={"lr": 2e-3, "weight_decay": 1e-2},
         wandb={"mode": "disabled"},
     )
-    return loop.fit(TellNeighbourhood(blank_dinov2(), samples.latents.shape[1] * 9), samples).model
+    return loop.fit(PatchLatentRegression(build_tiny_dinov2(), samples.latents.shape[1] * 9), samples).model
 
 
 def fit_vae(
@@ -405,7 +405,7 @@ def fit_vae(
         optimizer={"lr": 1.5e-3, "weight_decay": 0.0, "betas": (0.9, 0.99)},
         wandb={"mode": "disabled"},
     )
-    vae = loop.fit(Reconstruct(blank_vae()), samples).vae
+    vae = loop.fit(VAELoss(build_tiny_vae()), samples).vae
     with torch.no_grad():
         latents = torch.cat(
             [vae.encode(chunk.float() / 127.5 - 1).latent_dist.mode() for chunk in samples.images[::8].split(32)]

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.files import beside
+from common.files import atomic_path
 
 
 class VideoError(ValueError):
@@ -60,7 +60,7 @@ def write_mp4(path: str | Path, frames: np.ndarray, fps: float, *, gop: int = 8,
     """Write (T, H, W, 3) uint8 RGB as H.264; written beside, then renamed. A short GOP keeps random access cheap."""
     path = Path(path)
     height, width = frames.shape[1:3]
-    with beside(path) as part, av.open(str(part), "w") as container:
+    with atomic_path(path) as part, av.open(str(part), "w") as container:
         stream = container.add_stream(
             "libx264",
             rate=Fraction(fps).limit_denominator(1000),

@@ -37,34 +37,34 @@ class PrivilegedState(Protocol):
     blocks: tuple[str, ...]  # "block_red", ... in the scene's order
     fixtures: Fixtures
 
-    def tcp(self) -> tuple[np.ndarray, np.ndarray]:
+    def tcp_pose(self) -> tuple[np.ndarray, np.ndarray]:
         """Measured tool centre point: position (3,), Euler angles (3,)."""
 
-    def target(self) -> tuple[np.ndarray, np.ndarray]:
+    def target_pose(self) -> tuple[np.ndarray, np.ndarray]:
         """Commanded tool pose that the next relative action is added to: position (3,), Euler angles (3,)."""
 
-    def gripper(self) -> int:
+    def gripper_action(self) -> int:
         """Last gripper command, -1 closes and 1 opens."""
 
-    def opening(self) -> float:
+    def gripper_opening_width(self) -> float:
         """Measured gripper opening, 0 to 0.08 m."""
 
-    def joint(self, name: str) -> float:
+    def joint_position(self, name: str) -> float:
         """Reading of "base__slide", "base__drawer", "base__button" or "base__switch" in metres, 0 to `limit(name)`."""
 
-    def limit(self, name: str) -> float:
+    def joint_limit(self, name: str) -> float:
         """Upper end of that joint's range."""
 
-    def light(self, name: str) -> int:
+    def light_state(self, name: str) -> int:
         """1 where "lightbulb" or "led" is on, else 0."""
 
-    def block(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+    def block_pose(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """A block's centre (3,) and rotation matrix (3, 3), columns are its axes."""
 
-    def size(self, name: str) -> np.ndarray:
+    def block_size(self, name: str) -> np.ndarray:
         """A block's full edge lengths (3,) along its own axes."""
 
-    def touching(self, name: str) -> frozenset[str]:
+    def get_contacts(self, name: str) -> frozenset[str]:
         """What a block touches now: "robot", other blocks' names, or the table's links, for instance
         "base_link", "plank_link", "drawer_link", "slide_link"."""
 
@@ -97,7 +97,7 @@ class Env(Protocol):
     def step(self, action: np.ndarray, *, render: bool = True) -> tuple[dict, dict]:
         """One control step of 1/30 s with a (7,) relative action -> (observation, info); pictures only when asked."""
 
-    def observe(self) -> dict:
+    def get_obs(self) -> dict:
         """The present observation with pictures: rgb_obs/{rgb_static (200,200,3), rgb_gripper (84,84,3)} uint8,
         robot_obs (15,), scene_obs (24,)."""
 
@@ -107,7 +107,7 @@ class Env(Protocol):
     def instruction(self, task: str) -> str:
         """The sentence that the policy is told."""
 
-    def succeeded(self, task: str, start: dict, now: dict) -> bool:
+    def check_success(self, task: str, start: dict, now: dict) -> bool:
         """The oracle: was `task` carried out between two infos?"""
 
     def expert(self, seed: int = 0) -> Expert:

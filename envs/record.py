@@ -37,18 +37,18 @@ from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
-from envs.calvin.env import World
+from envs.calvin.env import TabletopEnv
 from envs.playtable.scene import SCENES
 from envs.recording import writer as files
-from envs.recording.demonstrate import numbered
+from envs.recording.demonstrate import demonstrate_chain
 from envs.tasks import check_tasks
 
 CONFIGS = str(Path(__file__).resolve().parents[1] / "configs")
 RESTARTS = 3  # of the workers, where one is killed or its simulator or renderer crashes
 BARREN = 60  # chains without a single segment after which a scene is given up
-PLAYTABLE = {"_target_": "envs.playtable.PlayTable"}
+PLAYTABLE = {"_target_": "envs.playtable.PlayTableEnv"}
 log = logging.getLogger(__name__)
-_worlds: dict[str, World] = {}  # the simulator of each worker, by its scene
+_worlds: dict[str, TabletopEnv] = {}  # the simulator of each worker, by its scene
 
 
 def _prepare_worker() -> None:
@@ -63,7 +63,7 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _world(scene: str, env: dict[str, Any]) -> World:
+def _world(scene: str, env: dict[str, Any]) -> TabletopEnv:
     """This worker's simulator; one of another scene is closed first, for the real CALVIN's serves one in a process."""
     if scene not in _worlds:
         while _worlds:
@@ -79,7 +79,7 @@ def record_chain(job: dict[str, Any]) -> dict[str, Any]:
     if (done / "summary.json").is_file():
         return json.loads((done / "summary.json").read_text())
     env = _world(job["scene"], job["env"])
-    segments, failed = numbered(env, job["tasks"], job["length"], seed=job["seed"], number=job["number"])
+    segments, failed = demonstrate_chain(env, job["tasks"], job["length"], seed=job["seed"], number=job["number"])
     beside = done.with_name(f".{done.name}.{os.getpid()}")
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
@@ -87,7 +87,7 @@ def record_chain(job: dict[str, Any]) -> dict[str, Any]:
         if job["actions"]:
             files.write_frames(beside / str(index), segment)
         if job["videos"]:
-            files.write_films(beside / str(index), segment, cameras=2 if job["actions"] else 1)
+            files.write_videos(beside / str(index), segment, cameras=2 if job["actions"] else 1)
     summary = {
         "folder": done.name,
         "scene": job["scene"],
@@ -95,7 +95,7 @@ def record_chain(job: dict[str, Any]) -> dict[str, Any]:
         "failed": failed,
         "world": env.name.rsplit("-", 1)[0],
         "versions": env.versions(),
-        "segments": [{"task": s.task, "sentence": s.sentence, "length": len(s)} for s in segments],
+        "segments": [{"task": s.task, "sentence": s.instruction, "length": len(s)} for s in segments],
     }
     (beside / "summary.json").write_text(json.dumps(summary))
     shutil.rmtree(done, ignore_errors=True)
@@ -113,7 +113,7 @@ def record(
     length: int = 5,
     workers: int = 2,
     seed: int = 0,
-    validation_share: float = 0.05,
+    validation_fraction: float = 0.05,
     videos: bool = False,
     actions: bool | None = None,
 ) -> dict[str, Any]:
@@ -127,7 +127,7 @@ def record(
     `out` that holds another recording, RuntimeError where a scene gives none of the tasks or the simulator does not
     start.
     """
-    _check(scenes, tasks, {"episodes": episodes, "workers": workers}, length, validation_share)
+    _check(scenes, tasks, {"episodes": episodes, "workers": workers}, length, validation_fraction)
     env = env or PLAYTABLE
     if actions is None:
         actions = env.get("embodiment") != "hand"
@@ -143,7 +143,7 @@ def record(
         "length": length,
         "seed": seed,
         "videos": videos,
-        "validation_share": validation_share,
+        "validation_fraction": validation_fraction,
         "env": env,
         "actions": actions,
     }
@@ -165,9 +165,9 @@ def record(
                 ) from None
             log.warning("a worker died; going on with new ones, finished chains are kept")
     if actions:
-        counts = _assemble(chains, out, validation_share, videos=videos)
+        counts = _assemble(chains, out, validation_fraction, videos=videos)
     else:
-        counts = _assemble_films(chains, out, validation_share)
+        counts = _assemble_films(chains, out, validation_fraction)
     finished = parts.with_name(".parts.done")
     os.replace(parts, finished)
     shutil.rmtree(finished)
@@ -191,7 +191,7 @@ def _record_scenes(settings: dict[str, Any], parts: Path, workers: int) -> list[
     return chains
 
 
-def _check(scenes: list[str], tasks: list[str], sizes: dict[str, int], length: int, validation_share: float) -> None:
+def _check(scenes: list[str], tasks: list[str], sizes: dict[str, int], length: int, validation_fraction: float) -> None:
     check_tasks(tasks)
     if not tasks:
         raise ValueError("tasks is empty: name a set (all, eleven) or a list of tasks")
@@ -202,8 +202,8 @@ def _check(scenes: list[str], tasks: list[str], sizes: dict[str, int], length: i
             raise ValueError(f"{name}={value}: give 1 or more")
     if not 1 <= length <= 5:
         raise ValueError(f"length={length}: a chain holds 1 to 5 segments")
-    if not 0 <= validation_share < 1:
-        raise ValueError(f"validation_share={validation_share}: give a share of 0 up to, not including, 1")
+    if not 0 <= validation_fraction < 1:
+        raise ValueError(f"validation_fraction={validation_fraction}: give a share of 0 up to, not including, 1")
 
 
 def _in_order(pool: ProcessPoolExecutor, job: dict[str, Any], *, ahead: int) -> Iterator[dict[str, Any]]:
@@ -286,7 +286,9 @@ def _assemble(chains: list[dict[str, Any]], out: Path, share: float, *, videos: 
         tasks.update(episode["task"] for episode in episodes)
         if episodes:
             files.write_statistics(target, {key: np.concatenate([v[key] for v in vectors]) for key in vectors[0]})
-        files.write_world(target, sorted({summary["scene"] for summary in chosen}), drawn["world"], drawn["versions"])
+        files.write_env_config(
+            target, sorted({summary["scene"] for summary in chosen}), drawn["world"], drawn["versions"]
+        )
         files.write_split(target, episodes, scenes)
     return _counts(chains, tasks, first)
 
@@ -353,7 +355,7 @@ def main(cfg: DictConfig) -> None:
             length=cfg.length,
             workers=cfg.workers,
             seed=cfg.seed,
-            validation_share=cfg.validation_share,
+            validation_fraction=cfg.validation_fraction,
             videos=cfg.videos,
             actions=cfg.actions,
         )

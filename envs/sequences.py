@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 
 from envs.protocol import SceneLayout
-from envs.tasks import COLOURS, TASKS, check_tasks
+from envs.tasks import BLOCK_COLORS, TASKS, check_tasks
 
 State = dict[str, Any]
 Rule = tuple[dict[str, Any], dict[str, Any]]  # condition (a tuple lists the admitted values), effect
 
-OFFICIAL_COUNT = 1000
+NUM_SEQUENCES = 1000
 OFFICIAL_SHA256 = {  # of the first so many of the published list, see `digest`
     1: "f691091afd3c0490bc2155e22c81b3b5345933e2db44a36496f76c9731218515",
     10: "8dbbd38e9470de4dc34a46d5e1682cec738330bebfac6320c1fc5e64634c5e18",
@@ -62,10 +62,10 @@ def _block_rules(colour: str) -> dict[str, list[Rule]]:
 
 
 def _rules() -> dict[str, list[Rule]]:
-    blocks = [f"{colour}_block" for colour in COLOURS]
+    blocks = [f"{colour}_block" for colour in BLOCK_COLORS]
     pairs = list(permutations(blocks, 2))
     rules: dict[str, list[Rule]] = {}
-    for colour in COLOURS:
+    for colour in BLOCK_COLORS:
         rules.update(_block_rules(colour))
     rules["move_slider_left"] = [({"slider": "right", "grasped": 0}, {"slider": "left"})]
     rules["move_slider_right"] = [({"slider": "left", "grasped": 0}, {"slider": "right"})]
@@ -118,14 +118,14 @@ def _category(task: str) -> str:
 
 
 RULES = _rules()
-CATEGORIES: dict[str, str] = {task: _category(task) for task in TASKS}
+TASK_CATEGORIES: dict[str, str] = {task: _category(task) for task in TASKS}
 
 
 def _holds(state: State, condition: dict[str, Any]) -> bool:
     return all(state[key] in want if isinstance(want, tuple) else state[key] == want for key, want in condition.items())
 
 
-def following(state: State, task: str) -> State | None:
+def next_state(state: State, task: str) -> State | None:
     """The symbolic state after `task`, or None where it is not possible or has more than one outcome."""
     effects = [effect for condition, effect in RULES[task] if _holds(state, condition)]
     return {**state, **effects[0]} if len(effects) == 1 else None
@@ -137,7 +137,7 @@ def _initial_states() -> list[State]:
     for values in product((0, 1), (0, 1), ("right", "left"), ("closed", "open"), *[("table", *SIDES)] * 3):
         blocks = values[4:]
         if blocks.count("table") in (1, 2) and all(blocks.count(side) < 2 for side in SIDES):
-            keys = ("led", "lightbulb", "slider", "drawer", *(f"{colour}_block" for colour in COLOURS), "grasped")
+            keys = ("led", "lightbulb", "slider", "drawer", *(f"{colour}_block" for colour in BLOCK_COLORS), "grasped")
             states.append(dict(zip(keys, (*values, 0))))
     return states
 
@@ -147,7 +147,7 @@ INITIAL_STATES: list[State] = _initial_states()
 
 def _possible(state: State, tasks: tuple[str, ...]) -> bool:
     for task in tasks:
-        if (after := following(state, task)) is None:
+        if (after := next_state(state, task)) is None:
             return False
         state = after
     return True
@@ -155,23 +155,23 @@ def _possible(state: State, tasks: tuple[str, ...]) -> bool:
 
 def _reachable(state: State, tasks: tuple[str, ...], length: int, kinds: int, done: tuple[str, ...] = ()) -> bool:
     """Is there any sequence of `length` different tasks with `kinds` categories from this state?"""
-    seen = {CATEGORIES[task] for task in done}
+    seen = {TASK_CATEGORIES[task] for task in done}
     left = length - len(done)
     if len(seen) + left < kinds:
         return False
     return left == 0 or any(
         _reachable(after, tasks, length, kinds, (*done, task))
         for task in tasks
-        if task not in done and (after := following(state, task)) is not None
+        if task not in done and (after := next_state(state, task)) is not None
     )
 
 
 def _draw(state: State, tasks: tuple[str, ...], length: int, kinds: int, *, count: int, seed: Any) -> list[list[str]]:
     """`count` accepted draws of `length` different tasks; a shuffle a draw, as legacy `choice` makes them."""
     rng = np.random.RandomState(seed)
-    labels = {name: number for number, name in enumerate(sorted({CATEGORIES[task] for task in tasks}))}
-    category = np.array([1 << labels[CATEGORIES[task]] for task in tasks])
-    starts = np.array([following(state, task) is not None for task in tasks])
+    labels = {name: number for number, name in enumerate(sorted({TASK_CATEGORIES[task] for task in tasks}))}
+    category = np.array([1 << labels[TASK_CATEGORIES[task]] for task in tasks])
+    starts = np.array([next_state(state, task) is not None for task in tasks])
     found: list[list[str]] = []
     while len(found) < count:
         picks = np.tile(np.arange(len(tasks)), (BATCH, 1))
@@ -190,7 +190,7 @@ def _draw(state: State, tasks: tuple[str, ...], length: int, kinds: int, *, coun
 @lru_cache(maxsize=4)
 def _plan(tasks: tuple[str, ...], length: int, total: int, seed: int) -> tuple[int, list[State], list[tuple[int, int]]]:
     """(categories a sequence must have, usable states, for each sequence in order its state and its rank there)."""
-    kinds = min(length, len({CATEGORIES[task] for task in tasks}))
+    kinds = min(length, len({TASK_CATEGORIES[task] for task in tasks}))
     states = [state for state in INITIAL_STATES if _reachable(state, tasks, length, kinds)]
     if not states:
         raise ValueError(
@@ -203,29 +203,29 @@ def _plan(tasks: tuple[str, ...], length: int, total: int, seed: int) -> tuple[i
 
 
 @lru_cache(maxsize=1024)
-def _state_draws(tasks: tuple[str, ...], length: int, total: int, seed: int, index: int) -> list[list[str]]:
+def _sequences_for_state(tasks: tuple[str, ...], length: int, total: int, seed: int, index: int) -> list[list[str]]:
     kinds, states, order = _plan(tasks, length, total, seed)
     share = sum(1 for where, _ in order if where == index)
     # Seed 0 is upstream's, which seeds a state with its number.
     return _draw(states[index], tasks, length, kinds, count=share, seed=index if seed == 0 else [seed, index])
 
 
-def generate(
+def get_sequences(
     count: int, tasks: list[str] | None = None, length: int = 5, seed: int = 0
 ) -> list[tuple[State, list[str]]]:
     """`count` pairs of (symbolic initial state, `length` tasks in a row), upstream's for the default arguments.
 
-    The first of OFFICIAL_COUNT (or of `count`, where that is more), so that a short run is the beginning of a long one.
+    The first of NUM_SEQUENCES (or of `count`, where that is more), so that a short run is the beginning of a long one.
     A vocabulary with fewer categories than `length` admits a category twice, but never leaves one out.
     Raises ValueError for unknown tasks, a length outside 1..5 and a vocabulary that allows no sequence.
     """
     vocabulary = TASKS if tasks is None else check_tasks(dict.fromkeys(tasks))
     if not 1 <= length <= min(5, len(vocabulary)):
         raise ValueError(f"length={length}: choose 1 to {min(5, len(vocabulary))} for {len(vocabulary)} task(s)")
-    total = max(count, OFFICIAL_COUNT)
+    total = max(count, NUM_SEQUENCES)
     _, states, order = _plan(vocabulary, length, total, seed)
     return [
-        (dict(states[index]), list(_state_draws(vocabulary, length, total, seed, index)[rank]))
+        (dict(states[index]), list(_sequences_for_state(vocabulary, length, total, seed, index)[rank]))
         for index, rank in order[:count]
     ]
 
@@ -256,7 +256,7 @@ def _fnv1_32(text: str) -> int:
     return value
 
 
-def initial_state(condition: State, scene: SceneLayout) -> tuple[np.ndarray, np.ndarray]:
+def get_env_state_for_initial_condition(condition: State, scene: SceneLayout) -> tuple[np.ndarray, np.ndarray]:
     """Symbolic state -> (robot_obs (15,), scene_obs (24,)); CALVIN's own in scene D, which a state determines fully.
 
     In other scenes the cabinet's places follow the door's frame, an open slider stands at the scene's limit, blocks are
@@ -268,7 +268,7 @@ def initial_state(condition: State, scene: SceneLayout) -> tuple[np.ndarray, np.
     if scene.fixtures.button[0] > 0:
         table = [[-x, y, z] for x, y, z in table]
     rng.shuffle(table)
-    places = [condition[f"{colour}_block"] for colour in COLOURS]
+    places = [condition[f"{colour}_block"] for colour in BLOCK_COLORS]
     if any(place not in ("table", *SIDES) for place in places) or not 1 <= places.count("table") <= 2:
         raise ValueError(
             f"no initial poses for blocks at {places}: CALVIN knows one or two on the table, the rest inside"
@@ -278,7 +278,7 @@ def initial_state(condition: State, scene: SceneLayout) -> tuple[np.ndarray, np.
     scene_obs[1] = DRAWER_OPEN if condition["drawer"] == "open" else 0.0
     scene_obs[3] = SWITCH_ON if condition["lightbulb"] == 1 else 0.0
     scene_obs[4:6] = condition["lightbulb"], condition["led"]
-    for number, (colour, place) in enumerate(zip(COLOURS, places)):
+    for number, (colour, place) in enumerate(zip(BLOCK_COLORS, places)):
         if place == "table":
             slot = 1 if number == 2 or (number == 1 and places[0] == "table") else 0
             position = table[slot]

@@ -15,7 +15,7 @@ import numpy as np
 Info = dict[str, Any]
 Predicate = Callable[[Info, Info], bool]
 
-COLOURS = ("red", "blue", "pink")
+BLOCK_COLORS = ("red", "blue", "pink")
 MAX_RESTING_SPEED = 1.0  # m/s and rad/s of a block that counts as stacked
 
 
@@ -51,7 +51,7 @@ def _euler_of_turn(start: Iterable[float], now: Iterable[float]) -> np.ndarray:
     return np.degrees([roll, pitch, yaw])
 
 
-def _rotated(name: str, degrees: float, start: Info, now: Info) -> bool:
+def _rotate_object(name: str, degrees: float, start: Info, now: Info) -> bool:
     before, after = _block(start, name), _block(now, name)
     if np.linalg.norm(np.subtract(after["current_pos"], before["current_pos"])) > 0.1:
         return False
@@ -61,7 +61,7 @@ def _rotated(name: str, degrees: float, start: Info, now: Info) -> bool:
     return bool(abs(degrees) < yaw * np.sign(degrees) < 180 and abs(roll) < 30 and abs(pitch) < 30)
 
 
-def _pushed(name: str, metres: float, start: Info, now: Info) -> bool:
+def _push_object(name: str, metres: float, start: Info, now: Info) -> bool:
     before, after = _block(start, name), _block(now, name)
     robot = start["robot_info"]["uid"]
     resting, still = ({pair for pair in _links(block["contacts"]) if pair[0] != robot} for block in (before, after))
@@ -69,7 +69,7 @@ def _pushed(name: str, metres: float, start: Info, now: Info) -> bool:
     return bool(resting and resting <= still and moved * np.sign(metres) > abs(metres))
 
 
-def _lifted(name: str, metres: float, link: str, start: Info, now: Info) -> bool:
+def _lift_object(name: str, metres: float, link: str, start: Info, now: Info) -> bool:
     before, after = _block(start, name), _block(now, name)
     robot = start["robot_info"]["uid"]
     return bool(
@@ -80,7 +80,7 @@ def _lifted(name: str, metres: float, link: str, start: Info, now: Info) -> bool
     )
 
 
-def _placed(link: str, start: Info, now: Info) -> bool:
+def _place_object(link: str, start: Info, now: Info) -> bool:
     robot = start["robot_info"]["uid"]
     touched = _bodies(start["robot_info"]["contacts"])
     for name, block in start["scene_info"]["movable_objects"].items():
@@ -90,7 +90,7 @@ def _placed(link: str, start: Info, now: Info) -> bool:
     return False
 
 
-def _slid_into(source: str, target: str, start: Info, now: Info) -> bool:
+def _push_object_into(source: str, target: str, start: Info, now: Info) -> bool:
     # CALVIN also means to ask that the robot has let go at the end, but compares a uid with pairs: it never acts.
     return any(
         _links(block["contacts"]) == {_table_link(start, source)}
@@ -99,13 +99,13 @@ def _slid_into(source: str, target: str, start: Info, now: Info) -> bool:
     )
 
 
-def _door_moved(joint: str, metres: float, start: Info, now: Info) -> bool:
+def _move_door_rel(joint: str, metres: float, start: Info, now: Info) -> bool:
     doors = start["scene_info"]["doors"], now["scene_info"]["doors"]
     moved = float(doors[1][joint]["current_state"]) - float(doors[0][joint]["current_state"])
     return moved * np.sign(metres) > abs(metres)
 
 
-def _switched(light: str, before: int, after: int, start: Info, now: Info) -> bool:
+def _toggle_light(light: str, before: int, after: int, start: Info, now: Info) -> bool:
     lights = start["scene_info"]["lights"], now["scene_info"]["lights"]
     return lights[0][light]["logical_state"] == before and lights[1][light]["logical_state"] == after
 
@@ -120,7 +120,7 @@ def _on_blocks_only(block: Info, uids: set[int]) -> bool:
     return bool(bodies) and bodies <= uids and _at_rest(block)
 
 
-def _stacking(sign: int, start: Info, now: Info) -> bool:
+def _stack_objects(sign: int, start: Info, now: Info) -> bool:
     """sign 1: a block that touched no block rests on blocks alone; -1: the reverse in time."""
     before, after = (start, now) if sign > 0 else (now, start)
     uids = {block["uid"] for block in start["scene_info"]["movable_objects"].values()}
@@ -133,41 +133,47 @@ def _stacking(sign: int, start: Info, now: Info) -> bool:
 def _table() -> dict[str, tuple[str, Predicate]]:
     """Task -> (sentence, predicate), in the order of CALVIN's configuration."""
     rows: dict[str, tuple[str, Predicate]] = {}
-    for colour in COLOURS:
+    for colour in BLOCK_COLORS:
         for side, degrees in (("right", -60.0), ("left", 60.0)):
             rows[f"rotate_{colour}_block_{side}"] = (
                 f"take the {colour} block and rotate it to the {side}",
-                partial(_rotated, f"block_{colour}", degrees),
+                partial(_rotate_object, f"block_{colour}", degrees),
             )
-    for colour in COLOURS:
+    for colour in BLOCK_COLORS:
         for side, metres in (("right", 0.1), ("left", -0.1)):
             rows[f"push_{colour}_block_{side}"] = (
                 f"go push the {colour} block {side}",
-                partial(_pushed, f"block_{colour}", metres),
+                partial(_push_object, f"block_{colour}", metres),
             )
-    rows["move_slider_left"] = ("push the sliding door to the left side", partial(_door_moved, "base__slide", 0.15))
-    rows["move_slider_right"] = ("push the sliding door to the right side", partial(_door_moved, "base__slide", -0.15))
-    rows["open_drawer"] = ("pull the handle to open the drawer", partial(_door_moved, "base__drawer", 0.12))
-    rows["close_drawer"] = ("push the handle to close the drawer", partial(_door_moved, "base__drawer", -0.12))
-    for colour in COLOURS:
+    rows["move_slider_left"] = ("push the sliding door to the left side", partial(_move_door_rel, "base__slide", 0.15))
+    rows["move_slider_right"] = (
+        "push the sliding door to the right side",
+        partial(_move_door_rel, "base__slide", -0.15),
+    )
+    rows["open_drawer"] = ("pull the handle to open the drawer", partial(_move_door_rel, "base__drawer", 0.12))
+    rows["close_drawer"] = ("push the handle to close the drawer", partial(_move_door_rel, "base__drawer", -0.12))
+    for colour in BLOCK_COLORS:
         for place, metres, link, sentence in (
             ("table", 0.05, "base_link", f"grasp and lift the {colour} block"),
             ("slider", 0.03, "plank_link", f"lift the {colour} block from the sliding cabinet"),
             ("drawer", 0.05, "drawer_link", f"Take the {colour} block from the drawer"),
         ):
-            predicate = partial(_lifted, f"block_{colour}", metres, link)
+            predicate = partial(_lift_object, f"block_{colour}", metres, link)
             rows[f"lift_{colour}_block_{place}"] = (sentence, predicate)
-    rows["place_in_slider"] = ("store the grasped block in the sliding cabinet", partial(_placed, "plank_link"))
-    rows["place_in_drawer"] = ("store the grasped block in the drawer", partial(_placed, "drawer_link"))
-    rows["stack_block"] = ("stack the grasped block", partial(_stacking, 1))
-    rows["unstack_block"] = ("remove the stacked block", partial(_stacking, -1))
-    rows["turn_on_lightbulb"] = ("use the switch to turn on the light bulb", partial(_switched, "lightbulb", 0, 1))
-    rows["turn_off_lightbulb"] = ("use the switch to turn off the light bulb", partial(_switched, "lightbulb", 1, 0))
-    rows["turn_on_led"] = ("press the button to turn on the led light", partial(_switched, "led", 0, 1))
-    rows["turn_off_led"] = ("press the button to turn off the led light", partial(_switched, "led", 1, 0))
+    rows["place_in_slider"] = ("store the grasped block in the sliding cabinet", partial(_place_object, "plank_link"))
+    rows["place_in_drawer"] = ("store the grasped block in the drawer", partial(_place_object, "drawer_link"))
+    rows["stack_block"] = ("stack the grasped block", partial(_stack_objects, 1))
+    rows["unstack_block"] = ("remove the stacked block", partial(_stack_objects, -1))
+    rows["turn_on_lightbulb"] = ("use the switch to turn on the light bulb", partial(_toggle_light, "lightbulb", 0, 1))
+    rows["turn_off_lightbulb"] = (
+        "use the switch to turn off the light bulb",
+        partial(_toggle_light, "lightbulb", 1, 0),
+    )
+    rows["turn_on_led"] = ("press the button to turn on the led light", partial(_toggle_light, "led", 0, 1))
+    rows["turn_off_led"] = ("press the button to turn off the led light", partial(_toggle_light, "led", 1, 0))
     rows["push_into_drawer"] = (
         "slide the block that it falls into the drawer",
-        partial(_slid_into, "base_link", "drawer_link"),
+        partial(_push_object_into, "base_link", "drawer_link"),
     )
     return rows
 
@@ -175,11 +181,11 @@ def _table() -> dict[str, tuple[str, Predicate]]:
 _ROWS = _table()
 TASKS: tuple[str, ...] = tuple(_ROWS)
 INSTRUCTIONS: dict[str, str] = {task: sentence for task, (sentence, _) in _ROWS.items()}
-LIFTS_FROM_TABLE: tuple[str, ...] = tuple(f"lift_{colour}_block_table" for colour in COLOURS)
+TABLE_LIFT_TASKS: tuple[str, ...] = tuple(f"lift_{colour}_block_table" for colour in BLOCK_COLORS)
 ELEVEN: tuple[str, ...] = (
     *("open_drawer", "close_drawer", "move_slider_left", "move_slider_right"),
     *("turn_on_lightbulb", "turn_off_lightbulb", "turn_on_led", "turn_off_led"),
-    *LIFTS_FROM_TABLE,
+    *TABLE_LIFT_TASKS,
 )
 SETS: dict[str, tuple[str, ...]] = {"all": TASKS, "eleven": ELEVEN}
 
@@ -193,7 +199,7 @@ def check_tasks(tasks: Iterable[str]) -> tuple[str, ...]:
     return tasks
 
 
-def succeeded(task: str, start: Info, now: Info) -> bool:
+def check_success(task: str, start: Info, now: Info) -> bool:
     """CALVIN's oracle: was `task` carried out between the two infos? Raises ValueError for an unknown task."""
     check_tasks((task,))
     return bool(_ROWS[task][1](start, now))

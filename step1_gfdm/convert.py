@@ -32,15 +32,15 @@ from tqdm import tqdm
 from common import video
 from common.calvin_format import CalvinFormatError
 from common.files import write_text
-from common.mixture import LeftOut, Unreadable
+from common.mixture import FilteredSample, UnreadableSample
 from common.program import program
 from common.rlds import RldsError
 from common.workers import pool
-from step1_gfdm.sources import BY_RULE, Camera, Listed, Source
+from step1_gfdm.sources import FILTER_REASONS, Camera, EpisodeEntry, Source
 
-BAD = (Unreadable, video.VideoError, RldsError, CalvinFormatError)
-PATIENCE = 20  # episodes before a share of bad ones says anything
-FINE = ("converted", "already there", *BY_RULE)
+BAD = (UnreadableSample, video.VideoError, RldsError, CalvinFormatError)
+MIN_EPISODES = 20  # episodes before a share of bad ones says anything
+FINE = ("converted", "already there", *FILTER_REASONS)
 log = logging.getLogger(__name__)
 _source: dict[str, Source] = {}  # one a worker
 
@@ -55,15 +55,15 @@ def convert(
     crf: int = 18,
     limit: int | None = None,
     workers: int = 1,
-    max_bad_share: float = 0.1,
+    max_unreadable_fraction: float = 0.1,
     rank: int = 0,
     world: int = 1,
 ) -> Counter:
     """Write the episodes of a source as a video set; returns how many ended how, and "frames".
 
-    limit: only the first so many usable episodes of each split. max_bad_share: the share of unreadable episodes at
+    limit: only the first so many usable episodes of each split. max_unreadable_fraction: the share of unreadable episodes at
     which the run
-    stops; what a source leaves out by rule (BY_RULE) does not count.
+    stops; what a source leaves out by rule (FILTER_REASONS) does not count.
     """
     options = {"image_size": image_size, "aspect": aspect, "gop": gop, "crf": crf}
     listed = _unique(source.episodes())
@@ -75,10 +75,10 @@ def convert(
             for split in sorted({entry.split for entry in usable})
         }
         usable = [entry for entries in by_split.values() for entry in entries[:limit]]
-    unusable = [entry for entry in listed if entry.reason and entry.reason not in BY_RULE]
+    unusable = [entry for entry in listed if entry.reason and entry.reason not in FILTER_REASONS]
     for entry in unusable if rank == 0 else ():
         tqdm.write(f"skipped: {entry.id}: {entry.reason}")
-    _stop_if_bad(len(unusable), len(listed), max_bad_share, out)
+    _check_unreadable_fraction(len(unusable), len(listed), max_unreadable_fraction, out)
     _remember(out, options)
     mine, bad = usable[rank::world], 0
     with tqdm(total=len(mine), desc=f"convert {out.name}", unit="episode", disable=rank != 0) as bar:
@@ -89,14 +89,14 @@ def convert(
             if ending not in FINE:
                 bad += 1
                 tqdm.write(f"skipped: {message}")
-                if done >= PATIENCE:
-                    _stop_if_bad(bad, done, max_bad_share, out)
-    _stop_if_bad(bad, len(mine), max_bad_share, out)
+                if done >= MIN_EPISODES:
+                    _check_unreadable_fraction(bad, done, max_unreadable_fraction, out)
+    _check_unreadable_fraction(bad, len(mine), max_unreadable_fraction, out)
     return counts
 
 
 def _run(
-    source: Source, out: Path, listed: list[Listed], options: dict[str, Any], workers: int
+    source: Source, out: Path, listed: list[EpisodeEntry], options: dict[str, Any], workers: int
 ) -> Iterator[tuple[str, int, str]]:
     if workers <= 1:
         for entry in listed:
@@ -119,15 +119,15 @@ def _prepare(source: Source) -> None:
     _source["it"] = source
 
 
-def _job(out: Path, entry: Listed, options: dict[str, Any]) -> tuple[str, int, str]:
+def _job(out: Path, entry: EpisodeEntry, options: dict[str, Any]) -> tuple[str, int, str]:
     return _one(_source["it"], out, entry, options)
 
 
-def _one(source: Source, out: Path, entry: Listed, options: dict[str, Any]) -> tuple[str, int, str]:
+def _one(source: Source, out: Path, entry: EpisodeEntry, options: dict[str, Any]) -> tuple[str, int, str]:
     """How one episode ended, its frames, and what to say about it."""
     name = _file_name(entry.id)
     annotation = out / "annotation" / entry.split / f"{name}.json"
-    there = _whole(out, annotation)
+    there = _finished_frames(out, annotation)
     if there:
         return "already there", there, ""
     try:
@@ -137,9 +137,9 @@ def _one(source: Source, out: Path, entry: Listed, options: dict[str, Any]) -> t
             _write(camera, out / folder / f"{number}.mp4", **options) for number, camera in enumerate(episode.cameras)
         ]
         if len(set(lengths)) != 1:
-            raise Unreadable(entry.id, f"its cameras have {lengths} frames")
+            raise UnreadableSample(entry.id, f"its cameras have {lengths} frames")
     except BAD as error:
-        return error.reason if isinstance(error, LeftOut) else "unreadable", 0, str(error)
+        return error.reason if isinstance(error, FilteredSample) else "unreadable", 0, str(error)
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise ValueError(
@@ -168,12 +168,12 @@ def _write(camera: Camera, path: Path, *, image_size: int, aspect: str, gop: int
         for frames in camera.batches
     ]
     if not small:
-        raise Unreadable(str(path), "no frames")
+        raise UnreadableSample(str(path), "no frames")
     video.write_mp4(path, np.concatenate(small), camera.fps or 1.0, gop=gop, crf=crf)
     return camera.length
 
 
-def _whole(out: Path, annotation: Path) -> int:
+def _finished_frames(out: Path, annotation: Path) -> int:
     """Number of frames of an episode that is there with all its videos, else 0."""
     try:
         record = json.loads(annotation.read_text())
@@ -182,14 +182,14 @@ def _whole(out: Path, annotation: Path) -> int:
         return 0
 
 
-def _unique(listed: list[Listed]) -> list[Listed]:
+def _unique(listed: list[EpisodeEntry]) -> list[EpisodeEntry]:
     """Later episodes under a name that is taken, marked so."""
     taken: set[tuple[str, str]] = set()
     result = []
     for entry in listed:
         key = (entry.split, _file_name(entry.id))
         if not entry.reason and key in taken:
-            entry = Listed(entry.id, entry.split, "id taken by another episode")
+            entry = EpisodeEntry(entry.id, entry.split, "id taken by another episode")
         taken.add(key)
         result.append(entry)
     return result
@@ -199,10 +199,10 @@ def _file_name(id: str) -> str:
     return re.sub(r"[^\w.-]+", "_", id).lstrip(".") or "_"
 
 
-def _stop_if_bad(bad: int, of: int, limit: float, out: Path) -> None:
+def _check_unreadable_fraction(bad: int, of: int, limit: float, out: Path) -> None:
     if of and bad / of > limit:
         raise ValueError(
-            f"{bad} of {of} episodes are unreadable, more than max_bad_share={limit}: see the reasons above, or raise "
+            f"{bad} of {of} episodes are unreadable, more than max_unreadable_fraction={limit}: see the reasons above, or raise "
             "it; "
             f"what was converted stays in {out}"
         )
@@ -233,7 +233,7 @@ def main(cfg: DictConfig) -> None:
         crf=cfg.crf,
         limit=cfg.limit,
         workers=cfg.workers,
-        max_bad_share=cfg.max_bad_share,
+        max_unreadable_fraction=cfg.max_unreadable_fraction,
         rank=state.process_index,
         world=state.num_processes,
     )

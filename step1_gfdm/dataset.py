@@ -5,7 +5,7 @@
     latent_videos_svd/
     <set>/videos/...
 
-Clip rules are data. {span: episode} squeezes a whole video into the clip; {stride: 2, start_every: 2} walks through it
+Clip rules are data. {span: episode} squeezes a whole video into the clip; {stride: 2, step_between_clips: 2} walks through it
 at a
 fixed pace, a clip starting at every second frame and its tail padded by repetition (both as VPP). T frames, F frames of
 a clip.
@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from common import human, video
-from common.mixture import Mixture, Unreadable
+from common import human_video, video
+from common.mixture import Mixture, UnreadableSample
 
 HOLDOUT = 20
 LATENT_FOLDERS = ("latent_videos", "latent_videos_svd")
@@ -35,25 +35,27 @@ LATENT_FOLDERS = ("latent_videos", "latent_videos_svd")
 class ClipRule:
     """Which frames of a video make a clip: exactly one of `span="episode"` and `stride`."""
 
-    def __init__(self, *, span: str | None = None, stride: int | None = None, start_every: int | None = None) -> None:
+    def __init__(
+        self, *, span: str | None = None, stride: int | None = None, step_between_clips: int | None = None
+    ) -> None:
         if (span is None) == (stride is None) or span not in (None, "episode"):
             raise ValueError(
-                f"a clip rule is {{span: episode}} or {{stride: N, start_every: N}}, got span={span!r}, "
+                f"a clip rule is {{span: episode}} or {{stride: N, step_between_clips: N}}, got span={span!r}, "
                 f"stride={stride!r}"
             )
-        if stride is not None and min(stride, start_every or stride) < 1:
-            raise ValueError(f"stride and start_every are at least 1, got {stride} and {start_every}")
-        self.stride, self.start_every = stride, start_every or stride
+        if stride is not None and min(stride, step_between_clips or stride) < 1:
+            raise ValueError(f"stride and step_between_clips are at least 1, got {stride} and {step_between_clips}")
+        self.stride, self.step_between_clips = stride, step_between_clips or stride
 
     def count(self, length: int) -> int:
         """How many clips a video of `length` frames gives."""
-        return 1 if self.stride is None else max(1, -(-length // self.start_every))
+        return 1 if self.stride is None else max(1, -(-length // self.step_between_clips))
 
     def frames(self, length: int, clip: int, num_frames: int) -> np.ndarray:
         """Frame numbers (F,) of one clip."""
         if self.stride is None:
             return np.linspace(0, length - 1, num_frames).astype(int)
-        return np.minimum(clip * self.start_every + self.stride * np.arange(num_frames), length - 1)
+        return np.minimum(clip * self.step_between_clips + self.stride * np.arange(num_frames), length - 1)
 
 
 class VideoSet:
@@ -61,10 +63,10 @@ class VideoSet:
 
     root: the set's folder; annotation: its annotation folder ("annotation_abc_13" for VPP's CALVIN); max_frames drops
     longer
-    videos (VPP: 100); views: camera number -> probability; fraction keeps that share of the videos (common.human), of
+    videos (VPP: 100); views: camera number -> probability; fraction keeps that share of the videos (common.human_video), of
     whose clips there
     are `whole` without it. A set without a val folder keeps every 20th of its training videos for it.
-    An annotation that cannot be read stays in the count and raises Unreadable when it is drawn.
+    An annotation that cannot be read stays in the count and raises UnreadableSample when it is drawn.
     """
 
     def __init__(
@@ -97,12 +99,12 @@ class VideoSet:
         for file in tqdm(files, desc=f"{self.root.name}/{split}", unit="json", disable=len(files) < 1000, leave=False):
             try:
                 length = known_length(read_annotation(file))
-            except Unreadable:
+            except UnreadableSample:
                 length = None
             if max_frames is None or length is None or length <= max_frames:
                 counts[file] = 1 if length is None else self.rule.count(length)
-        self.whole = sum(counts.values())
-        self.files = human.keep(list(counts), fraction)
+        self.unfiltered_length = sum(counts.values())
+        self.files = human_video.subset_videos(list(counts), fraction)
         self._ends = np.cumsum([counts[file] for file in self.files], dtype=np.int64)
 
     def __len__(self) -> int:
@@ -119,7 +121,7 @@ class VideoSet:
         """One of the cameras, which the episode must have."""
         view = int(rng.choice(self.views, p=self.view_shares))
         if isinstance(record.get("videos"), list) and view >= len(record["videos"]):
-            raise Unreadable(
+            raise UnreadableSample(
                 str(file),
                 f"has {len(record['videos'])} cameras, camera {view} is asked for; set this set's views in the data "
                 "config",
@@ -127,7 +129,7 @@ class VideoSet:
         return view
 
 
-class LatentVideos(VideoSet):
+class LatentClips(VideoSet):
     """Training clips: latents (F, 4, h, w) and the sentence. latent_shape: (4, h, w) that every file must have."""
 
     def __init__(
@@ -174,20 +176,22 @@ class LatentVideos(VideoSet):
         try:
             latents = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-            raise Unreadable(
+            raise UnreadableSample(
                 str(path), f"not a latent file ({str(error).splitlines()[0][:120]}); encode it again"
             ) from error
         if not isinstance(latents, Tensor) or tuple(latents.shape[1:]) != self.latent_shape or not len(latents):
             found = tuple(latents.shape) if isinstance(latents, Tensor) else type(latents).__name__
-            raise Unreadable(
+            raise UnreadableSample(
                 str(path),
                 f"holds {found}, needs (T, {', '.join(map(str, self.latent_shape))}); encode it at this scale",
             )
         length = known_length(record)
         if length is not None and length != len(latents):
-            raise Unreadable(str(path), f"holds {len(latents)} frames, its annotation says {length}; encode it again")
+            raise UnreadableSample(
+                str(path), f"holds {len(latents)} frames, its annotation says {length}; encode it again"
+            )
         if not torch.isfinite(latents).all():
-            raise Unreadable(str(path), "holds NaN or infinity; encode it again")
+            raise UnreadableSample(str(path), "holds NaN or infinity; encode it again")
         return latents
 
 
@@ -232,7 +236,7 @@ class VideoClips(VideoSet):
             unique, back = np.unique(wanted, return_inverse=True)
             frames = video.read_frames(path, unique)[back]
         except video.VideoError as error:
-            raise Unreadable(str(path), str(error)) from error
+            raise UnreadableSample(str(path), str(error)) from error
         return {
             "id": f"{file}#{view}:{clip}",
             "frames": video.resize(frames, self.image_size, self.aspect),
@@ -263,31 +267,31 @@ def mixture(
 
     Clips are latents, or the videos themselves where an `image_size` is given. `human_fraction` keeps that share of the
     videos and of
-    the weight of the sets marked `human` (common.human, Fig. 8). `length` is how many draws count as an epoch; None: as
+    the weight of the sets marked `human` (common.human_video, Fig. 8). `length` is how many draws count as an epoch; None: as
     many as there
     are clips, those of all human video included. At `human_fraction` 0 the human sets need not be on disk where
     `length` is given.
     """
-    shares = human.shares(sets, human_fraction)
-    members, weights, whole = {}, {}, 0
+    kept_fractions = human_video.kept_fractions(sets, human_fraction)
+    members, weights, unfiltered_length = {}, {}, 0
     for name, options in sets.items():
-        options, share = dict(options), shares[name]
+        options, share = dict(options), kept_fractions[name]
         weight = options.pop("weight")
         options.pop("human", None)
         folder = Path(root) / options.pop("folder", name)
         if weight == 0 or (share == 0 and length is not None):
             continue
         options["fraction"] = share
-        with human.opened(name, share):
+        with human_video.explain_missing_set(name, share):
             clips = (
-                LatentVideos(folder, split, num_frames=num_frames, latent_shape=latent_shape, **options)
+                LatentClips(folder, split, num_frames=num_frames, latent_shape=latent_shape, **options)
                 if image_size is None
                 else VideoClips(folder, split, num_frames=num_frames, image_size=image_size, **options)
             )
-        whole += clips.whole
+        unfiltered_length += clips.unfiltered_length
         if share > 0:
             members[name], weights[name] = clips, weight * share
-    return Mixture(members, weights, length or whole)
+    return Mixture(members, weights, length or unfiltered_length)
 
 
 def annotations(folder: Path, split: str) -> list[Path]:
@@ -300,14 +304,14 @@ def annotations(folder: Path, split: str) -> list[Path]:
 
 
 def read_annotation(file: Path) -> dict[str, Any]:
-    """One annotation with at least one sentence, or Unreadable."""
+    """One annotation with at least one sentence, or UnreadableSample."""
     try:
         record = json.loads(file.read_text())
     except (OSError, ValueError) as error:
-        raise Unreadable(str(file), f"not a readable json ({error})") from error
+        raise UnreadableSample(str(file), f"not a readable json ({error})") from error
     texts = record.get("texts") if isinstance(record, dict) else None
     if not isinstance(texts, list) or not texts or not isinstance(texts[0], str):
-        raise Unreadable(str(file), "has no sentence: 'texts' must be a list that starts with a string")
+        raise UnreadableSample(str(file), "has no sentence: 'texts' must be a list that starts with a string")
     return record
 
 
@@ -320,16 +324,16 @@ def known_length(record: Mapping[str, Any]) -> int | None:
 
 
 def video_path(root: Path, file: Path, record: Mapping[str, Any], view: int) -> Path:
-    """Where the annotation says that a camera's video lies, or Unreadable."""
+    """Where the annotation says that a camera's video lies, or UnreadableSample."""
     path = _named(root, file, record, "videos", "video_path", view)
     if path is None:
-        raise Unreadable(str(file), f"names no video for camera {view}")
+        raise UnreadableSample(str(file), f"names no video for camera {view}")
     return path
 
 
 def latent_path(root: Path, file: Path, record: Mapping[str, Any], view: int) -> Path:
     """Where a camera's latents lie. The folder's other name is tried too, as published sets mix them up; else
-    Unreadable."""
+    UnreadableSample."""
     named = _named(root, file, record, "latent_videos", "latent_video_path", view)
     path = named or latent_target(root, file, record, view)
     parts = path.relative_to(root).parts
@@ -340,7 +344,7 @@ def latent_path(root: Path, file: Path, record: Mapping[str, Any], view: int) ->
     for candidate in candidates:
         if candidate.is_file():
             return candidate
-    raise Unreadable(
+    raise UnreadableSample(
         str(file),
         f"its latents {path.relative_to(root)} are missing; make them with "
         f"scripts/step1_prepare_data_latent.sh data={root}",
@@ -361,8 +365,8 @@ def _named(root: Path, file: Path, record: Mapping[str, Any], field: str, key: s
         return None
     name = entries[view].get(key) if isinstance(entries[view], dict) else None
     if not isinstance(name, str):
-        raise Unreadable(str(file), f"{field}[{view}] has no {key}")
+        raise UnreadableSample(str(file), f"{field}[{view}] has no {key}")
     # by name only: sets may well be reached through links
     if Path(name).is_absolute() or Path(os.path.normpath(name)).parts[0] == "..":
-        raise Unreadable(str(file), f"{field}[{view}] points outside its set: {name}")
+        raise UnreadableSample(str(file), f"{field}[{view}] points outside its set: {name}")
     return root / name

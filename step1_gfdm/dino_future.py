@@ -10,9 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from common.attention import Attention, Mlp, sincos_1d, sincos_2d
+from common.attention import Attention, Mlp, sincos_pos_embed_1d, sincos_pos_embed_2d
 from common.contracts import FrameBatch
-from common.frozen import ClipText, DinoV2
+from common.frozen import CLIPTextEncoder, DinoV2
 
 
 class FutureBlock(nn.Module):
@@ -22,7 +22,7 @@ class FutureBlock(nn.Module):
         super().__init__()
         self.norm_spatial, self.spatial = nn.LayerNorm(dim), Attention(dim, heads)
         self.norm_temporal, self.temporal = nn.LayerNorm(dim), Attention(dim, heads)
-        self.norm_text, self.to_text = nn.LayerNorm(dim), Attention(dim, heads)
+        self.norm_text, self.cross_attn = nn.LayerNorm(dim), Attention(dim, heads)
         self.norm_mlp, self.mlp = nn.LayerNorm(dim), Mlp(dim)
 
     def forward(self, x: Tensor, text: Tensor) -> Tensor:
@@ -31,7 +31,7 @@ class FutureBlock(nn.Module):
         x = x + self.spatial(self.norm_spatial(x).flatten(0, 1)).unflatten(0, (-1, frames))
         across = self.temporal(self.norm_temporal(x).transpose(1, 2).flatten(0, 1))
         x = x + across.unflatten(0, (-1, tokens)).transpose(1, 2)
-        x = x + self.to_text(self.norm_text(x).flatten(1, 2), text).unflatten(1, (frames, tokens))
+        x = x + self.cross_attn(self.norm_text(x).flatten(1, 2), text).unflatten(1, (frames, tokens))
         return x + self.mlp(self.norm_mlp(x))
 
 
@@ -43,14 +43,21 @@ class DinoFuture(nn.Module):
     """
 
     def __init__(
-        self, vision: DinoV2, text: ClipText, *, num_frames: int = 16, dim: int = 768, layers: int = 12, heads: int = 12
+        self,
+        vision: DinoV2,
+        text: CLIPTextEncoder,
+        *,
+        num_frames: int = 16,
+        dim: int = 768,
+        layers: int = 12,
+        heads: int = 12,
     ) -> None:
         super().__init__()
         self.vision, self.text, self.num_frames = vision, text, num_frames
         self.feature_dim, self.num_tokens = vision.dim, vision.num_tokens
-        self.stem, self.text_in = nn.Linear(vision.dim, dim), nn.Linear(text.dim, dim)
-        self.register_buffer("places", sincos_2d(*vision.grid, dim), persistent=False)
-        self.register_buffer("times", sincos_1d(num_frames, dim)[:, None], persistent=False)
+        self.stem, self.text_proj = nn.Linear(vision.dim, dim), nn.Linear(text.dim, dim)
+        self.register_buffer("places", sincos_pos_embed_2d(*vision.grid, dim), persistent=False)
+        self.register_buffer("times", sincos_pos_embed_1d(num_frames, dim)[:, None], persistent=False)
         self.blocks = nn.ModuleList(FutureBlock(dim, heads) for _ in range(layers))
         self.norm, self.out = nn.LayerNorm(dim), nn.Linear(dim, vision.dim)
         nn.init.zeros_(self.out.weight)
@@ -68,10 +75,10 @@ class DinoFuture(nn.Module):
 
     def predict(self, now: Tensor, text: list[str]) -> Tensor:
         """Visual tokens (B, N, E) of now, B strings -> (B, F, N, E)."""
-        x = (self.stem(now) + self.places)[:, None] + self.times
-        told = self.text_in(self.text(text).to(x.device))
+        x = (self.stem(now) + self.spatial_pos_embed)[:, None] + self.temporal_pos_embed
+        text_tokens = self.text_proj(self.text(text).to(x.device))
         for block in self.blocks:
-            x = block(x, told)
+            x = block(x, text_tokens)
         return now[:, None] + self.out(self.norm(x))
 
     def imagine(self, image: Tensor, text: list[str], *, seed: int = 0) -> Tensor:
@@ -79,5 +86,5 @@ class DinoFuture(nn.Module):
         with torch.set_grad_enabled(torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())):
             return self.predict(self.vision((image + 1) / 2), text)
 
-    def freeze_untapped(self) -> None:
+    def freeze_unused_blocks(self) -> None:
         """Every part takes part in `imagine`."""

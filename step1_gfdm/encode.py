@@ -26,16 +26,16 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from common import video
-from common.files import beside, write_text
-from common.mixture import Unreadable
+from common.distributed import processes
+from common.files import atomic_path, write_text
+from common.mixture import UnreadableSample
 from common.precision import bf16_pays
-from common.processes import processes
 from common.program import program
 from step1_gfdm import vae
 from step1_gfdm.dataset import known_length, latent_target, read_annotation, video_path
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-PATIENCE = 20  # videos before a share of bad ones says anything
+MIN_VIDEOS = 20  # videos before a share of bad ones says anything
 log = logging.getLogger(__name__)
 
 
@@ -91,14 +91,14 @@ class _Groups(Dataset):
             record = read_annotation(file)
             cameras = len(record["videos"]) if isinstance(record.get("videos"), list) else 0
             if not cameras:
-                raise Unreadable(str(file), "names no videos")
+                raise UnreadableSample(str(file), "names no videos")
             targets = [
                 latent_target(self.out, self.out / file.relative_to(self.data), record, number)
                 for number in range(cameras)
             ]
-        except Unreadable as error:
+        except UnreadableSample as error:
             return _Video(file, {}, [], str(error))
-        return _Video(file, record, [_View(target, _whole(target, self.shape)) for target in targets])
+        return _Video(file, record, [_View(target, _finished_frames(target, self.shape)) for target in targets])
 
     def _decode(self, each: _Video, number: int, view: _View) -> None:
         try:
@@ -106,30 +106,30 @@ class _Groups(Dataset):
             frames = video.read_frames(source)
             stated = known_length(each.record)
             if stated is not None and stated != len(frames):
-                raise Unreadable(
+                raise UnreadableSample(
                     str(source), f"has {len(frames)} frames, its annotation says {stated}; is the file truncated?"
                 )
             view.images = video.resize(frames, self.image_size, self.aspect)
-        except (Unreadable, video.VideoError) as error:
+        except (UnreadableSample, video.VideoError) as error:
             view.problem = str(error)
 
 
 def encode_set(
     data: Path,
     out: Path,
-    latent_space: vae.LatentSpace,
+    latent_space: vae.FrozenVAE,
     *,
     image_size: int,
     annotation: str = "annotation",
     aspect: str = "squeeze",
     sample: bool = True,
-    chunk: int = 64,
+    chunk_size: int = 64,
     group: int = 4,
     store: torch.dtype = torch.float32,
     seed: int = 0,
     limit: int | None = None,
     workers: int = 0,
-    max_bad_share: float = 1.0,
+    max_unreadable_fraction: float = 1.0,
     rank: int = 0,
     world: int = 1,
 ) -> Counter:
@@ -138,7 +138,7 @@ def encode_set(
 
     group: videos whose frames share the VAE's batches of `chunk`; workers: processes that decode ahead. Bad videos are
     counted and
-    named; past `max_bad_share` of them the run stops.
+    named; past `max_unreadable_fraction` of them the run stops.
     """
     files = [file for split in sorted((data / annotation).glob("*/")) for file in sorted(split.glob("*.json"))[:limit]]
     if not files:
@@ -150,18 +150,18 @@ def encode_set(
     counts: Counter = Counter()
     with tqdm(total=len(files[rank::world]), desc=f"encode {data.name}", unit="video", disable=rank != 0) as bar:
         for videos in DataLoader(groups, batch_size=None, num_workers=workers):
-            _encode_group(videos, latent_space, sample=sample, chunk=chunk, store=store, seed=seed)
+            _encode_group(videos, latent_space, sample=sample, chunk_size=chunk_size, store=store, seed=seed)
             for each in videos:
                 _count(each, counts)
                 lengths = {number: view.there for number, view in enumerate(each.views) if view.there}
                 _write_annotation(out, out / each.file.relative_to(data), each.record, lengths)
             bar.update(len(videos))
-            _stop_if_bad(counts, max_bad_share, out)
+            _check_unreadable_fraction(counts, max_unreadable_fraction, out)
     return counts
 
 
 def _encode_group(
-    videos: list[_Video], latent_space: vae.LatentSpace, *, sample: bool, chunk: int, store: torch.dtype, seed: int
+    videos: list[_Video], latent_space: vae.FrozenVAE, *, sample: bool, chunk_size: int, store: torch.dtype, seed: int
 ) -> None:
     """All decoded views in common batches; each to its own file, unless a whole one is there."""
     decoded = [
@@ -169,7 +169,9 @@ def _encode_group(
     ]
     if not decoded:
         return
-    mean, deviation = latent_space.moments(torch.cat([view.images for _, _, view in decoded]) * 2 - 1, chunk=chunk)
+    mean, deviation = latent_space.moments(
+        torch.cat([view.images for _, _, view in decoded]) * 2 - 1, chunk_size=chunk_size
+    )
     lengths = [len(view.images) for _, _, view in decoded]
     for (each, number, view), latents, spread in zip(
         decoded, mean.cpu().split(lengths), deviation.cpu().split(lengths)
@@ -179,7 +181,7 @@ def _encode_group(
             continue
         if sample:
             generator = torch.Generator().manual_seed(zlib.crc32(f"{each.file.stem}/{number}".encode()) + seed)
-            latents = vae.draw(latents, spread, generator)
+            latents = vae.sample_gaussian(latents, spread, generator)
         if not torch.isfinite(latents).all():
             view.problem = f"{each.file}: camera {number}: the VAE gave NaN or infinity; use precision=fp32 or bf16"
             continue
@@ -191,7 +193,7 @@ def _save(latents: Tensor, target: Path) -> None:
     buffer = io.BytesIO()  # torch itself does not say that a disk is full
     torch.save(latents.clone(), buffer)
     try:
-        with beside(target) as part:
+        with atomic_path(target) as part:
             part.write_bytes(buffer.getvalue())
     except OSError as error:
         if error.errno == errno.ENOSPC:
@@ -213,17 +215,17 @@ def _count(each: _Video, counts: Counter) -> None:
             tqdm.write(f"skipped: {view.problem}")
 
 
-def _stop_if_bad(counts: Counter, limit: float, out: Path) -> None:
+def _check_unreadable_fraction(counts: Counter, limit: float, out: Path) -> None:
     bad, total = counts["unreadable video"] + counts["unreadable annotation"], sum(counts.values())
-    if total >= PATIENCE and bad / total > limit:
+    if total >= MIN_VIDEOS and bad / total > limit:
         raise ValueError(
-            f"{bad} of {total} videos are unreadable, more than max_bad_share={limit}: see the reasons above, or raise "
+            f"{bad} of {total} videos are unreadable, more than max_unreadable_fraction={limit}: see the reasons above, or raise "
             "it; "
             f"what was encoded stays in {out}"
         )
 
 
-def _whole(path: Path, shape: tuple[int, int, int]) -> int:
+def _finished_frames(path: Path, shape: tuple[int, int, int]) -> int:
     """Number of frames of a finished latent file of this shape, 0 where there is none."""
     if not path.is_file():
         return 0
@@ -269,11 +271,11 @@ def main(cfg: DictConfig) -> None:
         annotation=cfg.annotation,
         aspect=cfg.aspect,
         sample=cfg.sample,
-        chunk=cfg.chunk,
+        chunk_size=cfg.chunk_size,
         group=cfg.group,
         store=PRECISIONS[cfg.store],
         workers=cfg.workers,
-        max_bad_share=cfg.max_bad_share,
+        max_unreadable_fraction=cfg.max_unreadable_fraction,
         limit=cfg.limit,
         seed=cfg.seed,
         rank=state.process_index,

@@ -26,17 +26,17 @@ from tqdm import tqdm
 
 from common import artifact
 from common.curves import save_curves
-from common.figures import pyplot, save
+from common.distributed import processes
+from common.figures import pyplot, save_figure
 from common.files import write_text
 from common.metrics import bootstrap_ci, psnr, ssim
-from common.mixture import Unreadable
-from common.processes import processes
+from common.mixture import UnreadableSample
 from common.program import program
 from common.video import write_mp4
 from step1_gfdm.dataset import VideoClips
 from step1_gfdm.model import GFDM
-from step1_gfdm.perception import Missing, VideoEye, frechet_ci, lpips
-from step1_gfdm.probe import gather, read_out
+from step1_gfdm.perceptual_metrics import MetricUnavailable, VideoFeatureExtractor, frechet_ci, lpips
+from step1_gfdm.probe import fit_probes, gather
 
 COPY, CODED_COPY, LIMIT = "copy the first frame", "copy it through the VAE", "VAE there and back"
 BESIDE = {COPY: "--", CODED_COPY: "-.", LIMIT: ":"}  # lines that are no forecast
@@ -46,8 +46,10 @@ log = logging.getLogger(__name__)
 class Scores:
     """Per clip and future frame, by forecast and metric; and one vector a clip where an eye looks at whole videos."""
 
-    def __init__(self, metrics: Mapping[str, Callable[[Tensor, Tensor], Tensor]], eye: VideoEye | None) -> None:
-        self.metrics, self.eye = metrics, eye
+    def __init__(
+        self, metrics: Mapping[str, Callable[[Tensor, Tensor], Tensor]], feature_extractor: VideoFeatureExtractor | None
+    ) -> None:
+        self.metrics, self.feature_extractor = metrics, feature_extractor
         self.frames: dict[str, dict[str, list[list[float]]]] = {}
         self.seen: dict[str, list[Tensor]] = {}
 
@@ -55,8 +57,8 @@ class Scores:
         """A batch: "truth" and forecasts, each (B, F, 3, H, W) in [0, 1]."""
         truth = videos["truth"]
         for name, video in videos.items():
-            if self.eye:
-                self.seen.setdefault(name, []).append(self.eye(video))
+            if self.feature_extractor:
+                self.seen.setdefault(name, []).append(self.feature_extractor(video))
             for metric, function in self.metrics.items() if name != "truth" else ():
                 value = function(video[:, 1:].flatten(0, 1), truth[:, 1:].flatten(0, 1)).view(len(truth), -1)
                 self.frames.setdefault(name, {}).setdefault(metric, []).extend(value.tolist())
@@ -75,7 +77,7 @@ class Scores:
                 values = self.clips(name, metric)
                 for key, numbers in ((metric, values), (f"{metric}_gain", values - self.clips(COPY, metric))):
                     row[key] = _interval(bootstrap_ci(numbers))
-            if self.eye:
+            if self.feature_extractor:
                 row["frechet"] = _interval(frechet_ci(torch.cat(self.seen[name]), torch.cat(self.seen["truth"])))
         return summary
 
@@ -98,7 +100,7 @@ def measure(
     *,
     count: int,
     steps: Iterable[int],
-    guidance: Iterable[float],
+    guidance_scale: Iterable[float],
     batch_size: int,
     seed: int,
     strips: int,
@@ -110,13 +112,13 @@ def measure(
     for index in np.unique(np.linspace(0, len(clips) - 1, min(count, len(clips))).astype(int)):
         try:
             readable.append(clips.sample(int(index), rng))
-        except Unreadable as error:
+        except UnreadableSample as error:
             skipped.append(str(error))
             log.warning("skipped: %s", error)
     if not readable:
         raise ValueError(f"{clips.root}: none of {len(skipped)} clips could be read; the last: {skipped[-1]}")
     device = next(model.unet.parameters()).device
-    settings = [(number, strength) for strength in guidance for number in steps]
+    settings = [(number, cfg_scale) for cfg_scale in guidance_scale for number in steps]
     for start in tqdm(range(0, len(readable), batch_size), desc="forecast", unit="batch"):
         batch = readable[start : start + batch_size]
         truth = torch.stack([item["frames"] for item in batch]).to(device)
@@ -130,8 +132,10 @@ def measure(
             CODED_COPY: limit[:, :1].expand_as(truth),
             LIMIT: limit,
         }
-        for number, strength in settings:
-            videos[_name(number, strength)] = model.generate(first, text, steps=number, guidance=strength, seed=seed)
+        for number, cfg_scale in settings:
+            videos[_name(number, cfg_scale)] = model.generate(
+                first, text, steps=number, guidance_scale=cfg_scale, seed=seed
+            )
         scores.add(videos)
         for i in range(max(0, min(len(batch), strips - start))):
             draw(
@@ -199,7 +203,7 @@ def draw_horizon(path: Path, by_frame: dict[str, dict[str, list[float]]]) -> Non
             axis.plot(range(1, len(values[metric]) + 1), values[metric], marker=".", label=name, **style)
         axis.set(xlabel="frame", ylabel=metric)
     axes[0, 0].legend(fontsize=7)
-    save(figure, path)
+    save_figure(figure, path)
 
 
 def film(clips: list[dict[str, Tensor]]) -> np.ndarray:
@@ -223,12 +227,12 @@ def draw_strip(path: Path, text: str, videos: dict[str, Tensor], *, columns: int
             axis.set(xticks=[], yticks=[], xlabel=f"frame {frame}" if row is axes[-1] else "")
         row[0].set_ylabel(name, fontsize=8)
     figure.suptitle(text, fontsize=10)
-    save(figure, path)
+    save_figure(figure, path)
 
 
 def trained_clip(path: str, name: str) -> dict[str, Any]:
     """The clip rule that a GFDM was trained with, of the set of this name where it had several."""
-    rules = artifact.meta(path, "gfdm")["stats"].get("clips")
+    rules = artifact.read_meta(path, "gfdm")["stats"].get("clips")
     if not rules:
         raise ValueError(
             f"{path} does not say how its training clips were cut; give clip={{stride: N}} or clip={{span: episode}}"
@@ -236,29 +240,33 @@ def trained_clip(path: str, name: str) -> dict[str, Any]:
     return rules.get(name) or next(iter(rules.values()))
 
 
-def _name(steps: int, guidance: float = 1.0) -> str:
-    return f"{steps} step" + "s" * (steps != 1) + (f", guidance {guidance:g}" if guidance != 1 else "")
+def _name(steps: int, guidance_scale: float = 1.0) -> str:
+    return f"{steps} step" + "s" * (steps != 1) + (f", guidance {guidance_scale:g}" if guidance_scale != 1 else "")
 
 
 def _eyes(
     cfg: DictConfig, device: str
-) -> tuple[dict[str, Callable[[Tensor, Tensor], Tensor]], VideoEye | None, list[str]]:
+) -> tuple[dict[str, Callable[[Tensor, Tensor], Tensor]], VideoFeatureExtractor | None, list[str]]:
     """The metrics that this machine can make, and a line on each that it cannot."""
     metrics: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"psnr": psnr, "ssim": ssim}
-    eye, notes = None, []
+    feature_extractor, notes = None, []
     try:
         if cfg.lpips:
             metrics["lpips"] = lpips(cfg.lpips)
             notes.append(f"LPIPS by torchmetrics with torchvision's {cfg.lpips}.")
-    except Missing as error:
+    except MetricUnavailable as error:
         notes.append(f"{error}.")
     try:
-        if cfg.eye:
-            eye = VideoEye(cfg.eye, cfg.eye_size, torch.device(device))
-            notes.append(f"Fréchet distance of videos by {eye.name}; the interval is over resampled clips.")
-    except Missing as error:
+        if cfg.feature_extractor:
+            feature_extractor = VideoFeatureExtractor(
+                cfg.feature_extractor, cfg.feature_extractor_size, torch.device(device)
+            )
+            notes.append(
+                f"Fréchet distance of videos by {feature_extractor.name}; the interval is over resampled clips."
+            )
+    except MetricUnavailable as error:
         notes.append(f"{error}.")
-    return metrics, eye, notes
+    return metrics, feature_extractor, notes
 
 
 @program("step1_eval")
@@ -284,8 +292,8 @@ def main(cfg: DictConfig) -> None:
     )
     out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
-    metrics, eye, notes = _eyes(cfg, device)
-    scores, filmed = Scores(metrics, eye), []
+    metrics, feature_extractor, notes = _eyes(cfg, device)
+    scores, filmed = Scores(metrics, feature_extractor), []
 
     def draw(number: int, text: str, videos: dict[str, Tensor]) -> None:
         draw_strip(out / "strips" / f"{number:03d}.png", text, videos)
@@ -297,7 +305,7 @@ def main(cfg: DictConfig) -> None:
         scores,
         count=cfg.count,
         steps=cfg.steps,
-        guidance=cfg.guidance,
+        guidance_scale=cfg.guidance_scale,
         batch_size=cfg.batch_size,
         seed=cfg.seed,
         strips=cfg.strips,
@@ -309,7 +317,7 @@ def main(cfg: DictConfig) -> None:
     results: dict[str, Any] = {
         "clips": number,
         "skipped": skipped,
-        "guidance": list(cfg.guidance),
+        "guidance": list(cfg.guidance_scale),
         "seed": cfg.seed,
         "data": str(cfg.videos),
         "split": cfg.split,
@@ -322,7 +330,7 @@ def main(cfg: DictConfig) -> None:
     }
     read = gather(model, clips, count=cfg.probe, batch_size=cfg.batch_size, seed=cfg.seed) if cfg.probe else None
     if read is not None:
-        results["probe"] = read_out(read, seed=cfg.seed)
+        results["probe"] = fit_probes(read, seed=cfg.seed)
         said += probe_table(results["probe"], len(read.displacement))
     elif cfg.probe:
         log.warning("no probe: the annotations of %s hold no readings of the robot ('state')", cfg.videos)

@@ -18,7 +18,7 @@ from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 
 from common import frozen
-from common.attention import sincos_1d
+from common.attention import sincos_pos_embed_1d
 from common.contracts import VideoBatch
 from step1_gfdm import unet as svd_unet
 from step1_gfdm import vae as svd_vae
@@ -54,14 +54,14 @@ class GFDM(nn.Module):
         objective: Objective,
         image_size: int = 256,
         num_frames: int = 16,
-        taps: Sequence[int] = (0, 1),
+        up_block_indices: Sequence[int] = (0, 1),
         text_tokens: int = 20,
         text_positions: bool = False,
         text_dropout: float = 0.05,
         unscaled_condition: bool = True,
         fps: float = 7,
-        motion_bucket: float = 127,
-        noise_aug: float = 0.0,
+        motion_bucket_id: float = 127,
+        noise_aug_strength: float = 0.0,
         schedule_steps: int = 20,
         denoise_steps: int = 1,
         gradient_checkpointing: bool = False,
@@ -74,9 +74,9 @@ class GFDM(nn.Module):
         self.text = frozen.clip_text(clip, max_length=text_tokens)
         if gradient_checkpointing:
             self.unet.enable_gradient_checkpointing()
-        self.image_size, self.num_frames, self.taps = image_size, num_frames, tuple(taps)
+        self.image_size, self.num_frames, self.up_block_indices = image_size, num_frames, tuple(up_block_indices)
         self.latent_size = image_size // self.latent_space.factor
-        self.num_tokens, self.feature_dim = svd_unet.feature_shape(self.unet, self.taps, self.latent_size)
+        self.num_tokens, self.feature_dim = svd_unet.feature_shape(self.unet, self.up_block_indices, self.latent_size)
         self.text_dropout, self.unscaled_condition = text_dropout, unscaled_condition
         self.schedule_steps, self.denoise_steps = schedule_steps, denoise_steps
         width = self.unet.config.cross_attention_dim
@@ -86,9 +86,11 @@ class GFDM(nn.Module):
             )
         self._copies = width // self.text.dim
         self.register_buffer(
-            "_time_ids", torch.tensor([[fps, motion_bucket, noise_aug]], dtype=torch.float32), persistent=False
+            "_time_ids",
+            torch.tensor([[fps, motion_bucket_id, noise_aug_strength]], dtype=torch.float32),
+            persistent=False,
         )
-        positions = sincos_1d(text_tokens, self.text.dim) if text_positions else torch.zeros(1, self.text.dim)
+        positions = sincos_pos_embed_1d(text_tokens, self.text.dim) if text_positions else torch.zeros(1, self.text.dim)
         self.register_buffer("_text_positions", positions, persistent=False)
         self._noise: dict[tuple[int, torch.device], Tensor] = {}
         self.__dict__["_tapped"] = None
@@ -124,26 +126,30 @@ class GFDM(nn.Module):
 
     def compile_unet(self, **options: Any) -> None:
         """Have torch.compile make the pass that `imagine` reads its features from; options are its own."""
-        tapped = svd_unet.Tapped(self.unet, self.taps)
+        tapped = svd_unet.FeatureUNet(self.unet, self.up_block_indices)
         tapped.compile(**options)
         self.__dict__["_tapped"] = tapped  # past torch's registry, where the UNet's weights would count twice
 
-    def freeze_untapped(self) -> None:
+    def freeze_unused_blocks(self) -> None:
         """For training through `imagine`: blocks behind the last tap never run, and DDP must not wait for their
         gradients."""
-        for module in (*self.unet.up_blocks[max(self.taps) + 1 :], self.unet.conv_norm_out, self.unet.conv_out):
+        for module in (
+            *self.unet.up_blocks[max(self.up_block_indices) + 1 :],
+            self.unet.conv_norm_out,
+            self.unet.conv_out,
+        ):
             module.requires_grad_(False)
 
     @torch.no_grad()
     def generate(
-        self, image: Tensor, text: list[str], *, steps: int = 20, guidance: float = 1.0, seed: int = 0
+        self, image: Tensor, text: list[str], *, steps: int = 20, guidance_scale: float = 1.0, seed: int = 0
     ) -> Tensor:
         """(B, 3, H, W) in [-1, 1], B strings -> video (B, F, 3, H, W) in [0, 1], frame 0 being the present.
 
-        Guidance rises linearly from 1 at frame 0 to `guidance` at the last frame, as SVD and VPP do; 1 turns it off.
+        Guidance rises linearly from 1 at frame 0 to `guidance_scale` at the last frame, as SVD and VPP do; 1 turns it off.
         """
         first, tokens = self.encode_image(image), self.encode_text(text)
-        net = self._net(first, tokens) if guidance == 1.0 else self._guided(first, tokens, guidance)
+        net = self._net(first, tokens) if guidance_scale == 1.0 else self._guided(first, tokens, guidance_scale)
         return self.latent_space.decode(self.objective.sample(net, self._start_noise(len(first), seed), steps=steps))
 
     @torch.no_grad()
@@ -180,8 +186,8 @@ class GFDM(nn.Module):
 
     def _features(self, first: Tensor, tokens: Tensor, seed: int) -> Tensor:
         noise = self._start_noise(len(first), seed)
-        x, timestep = self.objective.approach(
-            self._net(first, tokens), noise, schedule_steps=self.schedule_steps, taken=self.denoise_steps - 1
+        x, timestep = self.objective.network_input_after(
+            self._net(first, tokens), noise, schedule_steps=self.schedule_steps, num_steps=self.denoise_steps - 1
         )
         return svd_unet.features(
             self.unet,
@@ -189,7 +195,7 @@ class GFDM(nn.Module):
             timestep,
             text=tokens,
             time_ids=self._ids(len(first)),
-            taps=self.taps,
+            up_block_indices=self.up_block_indices,
             tapped=self._tapped,
         )
 
@@ -207,14 +213,14 @@ class GFDM(nn.Module):
 
         return net
 
-    def _guided(self, first: Tensor, text: Tensor, guidance: float) -> Net:
+    def _guided(self, first: Tensor, text: Tensor, guidance_scale: float) -> Net:
         """Away from what the UNet does without text. The picture stays: training never dropped it."""
         both = self._net(first.repeat(2, 1, 1, 1), torch.cat([text, torch.zeros_like(text)]))
-        strength = torch.linspace(1.0, guidance, self.num_frames, device=first.device).view(1, -1, 1, 1, 1)
+        frame_scales = torch.linspace(1.0, guidance_scale, self.num_frames, device=first.device).view(1, -1, 1, 1, 1)
 
         def net(x: Tensor, timestep: Tensor) -> Tensor:
-            told, untold = both(x.repeat(2, 1, 1, 1, 1), timestep.repeat(2)).chunk(2)
-            return untold + strength * (told - untold)
+            cond, uncond = both(x.repeat(2, 1, 1, 1, 1), timestep.repeat(2)).chunk(2)
+            return uncond + frame_scales * (cond - uncond)
 
         return net
 

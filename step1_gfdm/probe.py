@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from common.contracts import FutureDynamics
 from common.metrics import bootstrap_ci
-from common.probe import Parts, r2_ci, read_errors, ridge, spread
+from common.probe import ProbeSplit, mean_baseline_errors, probe_errors, r2_ci, ridge
 from step1_gfdm.dataset import VideoClips
 from step1_gfdm.model import GFDM
 
@@ -28,7 +28,7 @@ GRID = 4  # tokens a side after pooling
 SPLIT = (0.6, 0.2)  # fit, choose; the rest is measured
 
 
-class Read(NamedTuple):
+class ProbeData(NamedTuple):
     """Inputs and target of the read-outs."""
 
     inputs: dict[str, Tensor]  # name -> (N, D)
@@ -36,7 +36,7 @@ class Read(NamedTuple):
 
 
 @torch.no_grad()
-def gather(model: GFDM, clips: VideoClips, *, count: int, batch_size: int, seed: int) -> Read | None:
+def gather(model: GFDM, clips: VideoClips, *, count: int, batch_size: int, seed: int) -> ProbeData | None:
     """Inputs of `count` clips of different videos as far as they go; None where annotations hold no readings of the
     robot."""
     rng = np.random.default_rng(seed)
@@ -55,7 +55,7 @@ def gather(model: GFDM, clips: VideoClips, *, count: int, batch_size: int, seed:
         inputs["features"].append(torch.cat([_pooled(model, model.imagine(first, text)), told], dim=1))
         inputs["present"].append(torch.cat([model.encode_image(first).flatten(1).cpu(), told], dim=1))
     displacement = torch.stack([torch.from_numpy(states[-1, :3] - states[0, :3]).float() for states in moved.values()])
-    return Read({name: torch.cat(parts) for name, parts in inputs.items()}, displacement)
+    return ProbeData({name: torch.cat(parts) for name, parts in inputs.items()}, displacement)
 
 
 def _pooled(model: FutureDynamics, features: Tensor) -> Tensor:
@@ -66,7 +66,7 @@ def _pooled(model: FutureDynamics, features: Tensor) -> Tensor:
     return F.adaptive_avg_pool2d(grid, min(GRID, side)).flatten(1).unflatten(0, (len(features), -1)).flatten(1).cpu()
 
 
-def read_out(read: Read, *, seed: int = 0) -> dict[str, dict[str, tuple[float, float, float]]]:
+def fit_probes(read: ProbeData, *, seed: int = 0) -> dict[str, dict[str, tuple[float, float, float]]]:
     """R^2 with 95 % interval over clips, by input and kind of read-out, on clips that neither fitting nor choosing saw.
 
     "difference" is that of the paired errors, features against present.
@@ -75,11 +75,11 @@ def read_out(read: Read, *, seed: int = 0) -> dict[str, dict[str, tuple[float, f
     if count < 20:
         raise ValueError(f"a probe of {count} clips says nothing; give probe= at least 20 readable ones")
     order = np.random.default_rng(seed).permutation(count)
-    parts = Parts(*np.split(order, [int(SPLIT[0] * count), int(sum(SPLIT) * count)]))
-    scale = spread(read.displacement, parts)
+    parts = ProbeSplit(*np.split(order, [int(SPLIT[0] * count), int(sum(SPLIT) * count)]))
+    scale = mean_baseline_errors(read.displacement, parts)
     results: dict[str, dict[str, tuple[float, float, float]]] = {}
     for kind, reader in (("linear", ridge), ("mlp", _mlp)):
-        errors = read_errors(read.inputs, read.displacement, parts, reader, seed=seed)
+        errors = probe_errors(read.inputs, read.displacement, parts, reader, seed=seed)
         for name, values in errors.items():
             results.setdefault(name, {})[kind] = r2_ci(values, scale)
         results.setdefault("difference", {})[kind] = bootstrap_ci(

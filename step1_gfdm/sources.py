@@ -19,19 +19,19 @@ import numpy as np
 
 from common import calvin_format as calvin
 from common import rlds, video
-from common.mixture import LeftOut, Unreadable
+from common.mixture import FilteredSample, UnreadableSample
 
 BATCH = 64  # frames
 NO_CAPTION, SCENE_D = "no caption", "scene D"
 REJECTED, NOT_WEARER, NO_FRAMES = "rejected by Ego4D", "not the camera wearer", "no frames annotated"
-BY_RULE = (NO_CAPTION, SCENE_D, REJECTED, NOT_WEARER, NO_FRAMES)  # reasons that tell nothing about the files
+FILTER_REASONS = (NO_CAPTION, SCENE_D, REJECTED, NOT_WEARER, NO_FRAMES)  # reasons that tell nothing about the files
 CAPTIONS = ("text", "caption", "label", "sentence")
 VIDEOS = ("video", "file", "path", "video_path")
 SUFFIXES = (".mp4", ".webm", ".avi", ".mov", ".mkv")
 
 
 @dataclass(frozen=True)
-class Listed:
+class EpisodeEntry:
     """An episode by name: unique within its set, or not usable for `reason`."""
 
     id: str
@@ -61,16 +61,16 @@ class Episode(NamedTuple):
 class Source(Protocol):
     """What `convert` reads."""
 
-    def episodes(self) -> list[Listed]:
+    def episodes(self) -> list[EpisodeEntry]:
         """All episodes, in a fixed order, without opening a video."""
         ...
 
-    def read(self, listed: Listed) -> Episode:
-        """One episode. Raises Unreadable, VideoError, RldsError or CalvinFormatError."""
+    def read(self, listed: EpisodeEntry) -> Episode:
+        """One episode. Raises UnreadableSample, VideoError, RldsError or CalvinFormatError."""
         ...
 
 
-class SomethingSomething:
+class SomethingSomethingSource:
     """Something-Something-v2: <root>/labels/{train,validation}.json, <root>/20bn-something-something-v2/<id>.webm.
 
     The published test set has no sentences. Older label files carry a prefix in their name, and any file in between may
@@ -85,7 +85,7 @@ class SomethingSomething:
             self.root,
         )
 
-    def episodes(self) -> list[Listed]:
+    def episodes(self) -> list[EpisodeEntry]:
         """See Source."""
         found = []
         for split, name in (("train", "train.json"), ("val", "validation.json")):
@@ -95,16 +95,18 @@ class SomethingSomething:
             for entry in _json(places[0], list):
                 text = entry.get("label") or ""
                 reason = None if text.strip() else NO_CAPTION
-                found.append(Listed(str(entry["id"]), split, reason, (str(self.videos / f"{entry['id']}.webm"), text)))
+                found.append(
+                    EpisodeEntry(str(entry["id"]), split, reason, (str(self.videos / f"{entry['id']}.webm"), text))
+                )
         return found or _nothing(self.root, "labels/train.json or labels/validation.json of Something-Something-v2")
 
-    def read(self, listed: Listed) -> Episode:
+    def read(self, listed: EpisodeEntry) -> Episode:
         """See Source."""
         path, text = listed.key
         return Episode([text], [_file(path)])
 
 
-class Folder:
+class FolderSource:
     """Any folder of videos with a csv or json of captions.
 
     csv: a column `video` (or file, path), a column `text` (or caption, label), and if wanted `start` and `end` in
@@ -117,13 +119,13 @@ class Folder:
         beside = [self.root / f"captions{suffix}" for suffix in (".csv", ".json")]
         self.captions = Path(captions) if captions else next((path for path in beside if path.is_file()), beside[0])
 
-    def episodes(self) -> list[Listed]:
+    def episodes(self) -> list[EpisodeEntry]:
         """See Source."""
         return [self._listed(number, record) for number, record in enumerate(self._records())] or _nothing(
             self.root, f"captions in {self.captions}"
         )
 
-    def read(self, listed: Listed) -> Episode:
+    def read(self, listed: EpisodeEntry) -> Episode:
         """See Source."""
         path, text, start, end = listed.key
         return Episode([text], [_file(path, start, end)])
@@ -139,17 +141,17 @@ class Folder:
             [{"video": name, "text": text} for name, text in content.items()] if isinstance(content, dict) else content
         )
 
-    def _listed(self, number: int, record: dict[str, Any]) -> Listed:
+    def _listed(self, number: int, record: dict[str, Any]) -> EpisodeEntry:
         name = next((record[key] for key in VIDEOS if record.get(key)), None)
         text = str(next((record[key] for key in CAPTIONS if record.get(key)), "")).strip()
         if not name:
             raise ValueError(f"{self.captions}: record {number} names no video; it needs one of {', '.join(VIDEOS)}")
         path = self.root / name
         if not path.resolve().is_relative_to(self.root.resolve()):
-            return Listed(str(record.get("id") or name), reason="path leaves the folder")
+            return EpisodeEntry(str(record.get("id") or name), reason="path leaves the folder")
         start, end = (float(record[key]) if record.get(key) not in (None, "") else None for key in ("start", "end"))
         cut = "" if start is None else f"_{start:g}"
-        return Listed(
+        return EpisodeEntry(
             str(record.get("id") or f"{Path(name).with_suffix('')}{cut}"),
             str(record.get("split") or "train"),
             None if text else NO_CAPTION,
@@ -176,25 +178,25 @@ class Rlds:
         state: Sequence[str] = (),
     ) -> None:
         root = Path(root)
-        self.folder = root if (root / "dataset_info.json").is_file() else rlds.find(root, names)
+        self.folder = root if (root / "dataset_info.json").is_file() else rlds.find_version_folder(root, names)
         self.images, self.text, self.state, self.fps = images, text, state, fps
         self.sets = {split: rlds.Rlds(self.folder, split) for split in rlds.splits(self.folder)}
 
-    def episodes(self) -> list[Listed]:
+    def episodes(self) -> list[EpisodeEntry]:
         """See Source."""
         return [
-            Listed(f"{split}_{index}", "train" if split == "train" else "val", key=(split, index))
+            EpisodeEntry(f"{split}_{index}", "train" if split == "train" else "val", key=(split, index))
             for split, episodes in self.sets.items()
             for index in range(len(episodes))
         ]
 
-    def read(self, listed: Listed) -> Episode:
+    def read(self, listed: EpisodeEntry) -> Episode:
         """See Source."""
         split, index = listed.key
         episode = self.sets[split][index]
         text = episode.text(_first(episode, self.text)).strip()
         if not text:
-            raise LeftOut(episode.id, NO_CAPTION)
+            raise FilteredSample(episode.id, NO_CAPTION)
         state = next((episode.values(name) for name in self.state if episode.has(name)), None)
         return Episode([text], [self._camera(episode, _first(episode, image)) for image in self.images], state)
 
@@ -202,7 +204,7 @@ class Rlds:
         return Camera(len(episode), self.fps, _batches(len(episode), lambda place: episode.image(image, place)))
 
 
-class Calvin:
+class CalvinSource:
     """CALVIN: one episode per annotated segment, cameras static and gripper; the training split of ABC.
 
     Scene D is what the paper evaluates in: its frames are left out, in ABCD's training split as well (scene_info.npy
@@ -215,7 +217,7 @@ class Calvin:
     def __init__(self, root: str | Path, *, scene_d: bool = False, lang_folder: str = "lang_annotations") -> None:
         self.root, self.scene_d, self.lang_folder = Path(root), scene_d, lang_folder
 
-    def episodes(self) -> list[Listed]:
+    def episodes(self) -> list[EpisodeEntry]:
         """See Source."""
         found = []
         for split, name in [("training", "train")] + [("validation", "val")] * self.scene_d:
@@ -227,10 +229,10 @@ class Calvin:
             ):
                 in_d = any(note.start <= last and note.end >= first for first, last in withheld)
                 key = (split, note.start, note.end, note.text, calvin.scene_of(note.start, scenes))
-                found.append(Listed(f"{name}_{number:06d}", name, SCENE_D if in_d else None, key))
+                found.append(EpisodeEntry(f"{name}_{number:06d}", name, SCENE_D if in_d else None, key))
         return found
 
-    def read(self, listed: Listed) -> Episode:
+    def read(self, listed: EpisodeEntry) -> Episode:
         """See Source."""
         split, start, end, text, scene = listed.key
 
@@ -248,7 +250,7 @@ class Calvin:
         return Episode([text], [camera(key) for key in calvin.KEYS.values()], state, scene)
 
 
-class Ego4d:
+class Ego4dSource:
     """Ego4D's hand-object benchmark: clips/<clip_uid>.mp4 or full_scale/<video_uid>.mp4, cut around each narrated
     action of fho_main.json.
 
@@ -270,7 +272,7 @@ class Ego4d:
     ) -> None:
         self.root, self.clips, self.videos, self.annotations = Path(root), clips, videos, annotations
 
-    def episodes(self) -> list[Listed]:
+    def episodes(self) -> list[EpisodeEntry]:
         """See Source."""
         content = _json(self.root / self.annotations, dict)
         found, number = [], {}
@@ -287,12 +289,12 @@ class Ego4d:
                 found.append(self._listed(f"{name}_{number[name]:03d}", path, counted, action))
         return found or _nothing(self.root, f"narrated actions in {self.annotations}")
 
-    def read(self, listed: Listed) -> Episode:
+    def read(self, listed: EpisodeEntry) -> Episode:
         """See Source."""
         path, text, first, last = listed.key
         length, fps, _ = video.probe(path)
         if not 0 <= first <= last < length:
-            raise Unreadable(listed.id, f"frames {first}..{last} of a clip of {length}")
+            raise UnreadableSample(listed.id, f"frames {first}..{last} of a clip of {length}")
         return Episode([text], [Camera(last - first + 1, fps, video.read_batches(path, first, last, BATCH))])
 
     def _file(self, clip: str | None, whole: str | None) -> tuple[str, str]:
@@ -301,12 +303,12 @@ class Ego4d:
         cut, uncut = self.root / self.clips / f"{clip}.mp4", self.root / self.videos / f"{whole}.mp4"
         return (str(uncut), "") if uncut.is_file() and not cut.is_file() else (str(cut), "clip_")
 
-    def _listed(self, id: str, path: str, counted: str, action: dict[str, Any]) -> Listed:
+    def _listed(self, id: str, path: str, counted: str, action: dict[str, Any]) -> EpisodeEntry:
         text = str(action.get("narration_text") or "")
         if action.get("is_rejected") or action.get("is_invalid_annotation") or action.get("is_valid_action") is False:
-            return Listed(id, reason=REJECTED)
+            return EpisodeEntry(id, reason=REJECTED)
         if not self.WEARER.match(text):
-            return Listed(id, reason=NOT_WEARER if text.strip() else NO_CAPTION)
+            return EpisodeEntry(id, reason=NOT_WEARER if text.strip() else NO_CAPTION)
         sentence = " ".join(self.TAG.sub(" ", self.WEARER.sub("", text)).split()).strip(" .")
         critical = action.get(f"{counted}critical_frames") or {}
         first, last = (
@@ -314,8 +316,8 @@ class Ego4d:
             for key, edge in (("pre_frame", "start"), ("post_frame", "end"))
         )
         if first is None or last is None or not sentence:
-            return Listed(id, reason=NO_CAPTION if not sentence else NO_FRAMES)
-        return Listed(id, key=(path, sentence, int(first), int(last)))
+            return EpisodeEntry(id, reason=NO_CAPTION if not sentence else NO_FRAMES)
+        return EpisodeEntry(id, key=(path, sentence, int(first), int(last)))
 
 
 def _first(episode: rlds.Episode, names: Sequence[str]) -> str:
@@ -336,7 +338,7 @@ def _file(path: str, start: float | None = None, end: float | None = None) -> Ca
     first = 0 if start is None else round(start * fps)
     last = length if end is None else min(round(end * fps), length)
     if not 0 <= first < last:
-        raise Unreadable(path, f"{start}..{end} s is no part of {length / fps if fps else 0:.1f} s")
+        raise UnreadableSample(path, f"{start}..{end} s is no part of {length / fps if fps else 0:.1f} s")
     return Camera(last - first, fps, video.read_batches(path, first, last - 1, BATCH))
 
 
@@ -352,5 +354,5 @@ def _json(path: Path, kind: type | tuple[type, ...]) -> Any:
     return content
 
 
-def _nothing(root: Path, what: str) -> list[Listed]:
+def _nothing(root: Path, what: str) -> list[EpisodeEntry]:
     raise FileNotFoundError(f"{root}: found no {what}")

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from diffusers import UNetSpatioTemporalConditionModel
 from torch import Tensor, nn
 
-from common.frozen import require
+from common.frozen import resolve_weights_path
 
 # unet/config.json as published with stabilityai/stable-video-diffusion-img2vid: 1,524,623,082 parameters
 SVD_UNET: dict[str, Any] = {
@@ -40,7 +40,7 @@ def load(svd: str | Path, changes: Mapping[str, Any] | None = None) -> UNetSpati
 
     With `changes` to its config it is built anew and untrained.
     """
-    path = require(svd, "Stable Video Diffusion")
+    path = resolve_weights_path(svd, "Stable Video Diffusion")
     if changes:
         return build({**UNetSpatioTemporalConditionModel.load_config(path, subfolder="unet"), **changes})
     unet, keys = UNetSpatioTemporalConditionModel.from_pretrained(
@@ -82,21 +82,22 @@ class _Tap(nn.Module):
         return self.output
 
 
-class Tapped(nn.Module):
+class FeatureUNet(nn.Module):
     """A view of `unet`, sharing its modules, whose forward ends after the last tapped up block and gives what the
     tapped ones gave.
 
     diffusers' own forward runs unchanged, so the outputs are the full pass's bit for bit in every diffusers version.
     """
 
-    def __init__(self, unet: UNetSpatioTemporalConditionModel, taps: Sequence[int]) -> None:
+    def __init__(self, unet: UNetSpatioTemporalConditionModel, up_block_indices: Sequence[int]) -> None:
         super().__init__()
         self.unet = copy.copy(unet)
         self.unet._modules = dict(unet._modules)
         kept: list[nn.Module] = [
-            _Tap(block) if index in taps else block for index, block in enumerate(unet.up_blocks[: max(taps) + 1])
+            _Tap(block) if index in up_block_indices else block
+            for index, block in enumerate(unet.up_blocks[: max(up_block_indices) + 1])
         ]
-        self.tapped = [kept[tap] for tap in taps]
+        self.tapped = [kept[tap] for tap in up_block_indices]
         self.unet.up_blocks = nn.ModuleList(kept if len(kept) == len(unet.up_blocks) else [*kept, _Stop()])
         self.unet.conv_norm_out = self.unet.conv_act = self.unet.conv_out = nn.Identity()
 
@@ -116,15 +117,15 @@ def features(
     *,
     text: Tensor,
     time_ids: Tensor,
-    taps: Sequence[int] = (0, 1),
+    up_block_indices: Sequence[int] = (0, 1),
     tapped: Callable[..., list[Tensor]] | None = None,
 ) -> Tensor:
     """Outputs of the tapped up blocks, coarse grids repeated to the finest one, joined on channels.
 
     sample (B, F, in_channels, h, w), timestep (B,), text (B, T, cross_attention_dim), time_ids (B, 3) -> (B, F, L, C).
-    tapped: Tapped(unet, taps) if it is at hand, compiled for instance.
+    tapped: FeatureUNet(unet, taps) if it is at hand, compiled for instance.
     """
-    outputs = (Tapped(unet, taps) if tapped is None else tapped)(sample, timestep, text, time_ids)
+    outputs = (FeatureUNet(unet, up_block_indices) if tapped is None else tapped)(sample, timestep, text, time_ids)
     grid = max((output.shape[-2:] for output in outputs), key=lambda size: size[0] * size[1])
     # VPP doubles coarse grids by nearest neighbour; with powers of two this is the same
     joined = torch.cat(
@@ -133,13 +134,15 @@ def features(
     return joined.flatten(2).transpose(1, 2).unflatten(0, sample.shape[:2])
 
 
-def feature_shape(unet: UNetSpatioTemporalConditionModel, taps: Sequence[int], latent_size: int) -> tuple[int, int]:
+def feature_shape(
+    unet: UNetSpatioTemporalConditionModel, up_block_indices: Sequence[int], latent_size: int
+) -> tuple[int, int]:
     """(L, C) that `features` gives for square latents: every up block but the last goes one grid finer."""
     channels = list(reversed(unet.config.block_out_channels))
-    if not taps or not all(0 <= tap < len(channels) for tap in taps):
-        raise ValueError(f"taps name up blocks 0 to {len(channels) - 1}, not {list(taps)}")
+    if not up_block_indices or not all(0 <= tap < len(channels) for tap in up_block_indices):
+        raise ValueError(f"taps name up blocks 0 to {len(channels) - 1}, not {list(up_block_indices)}")
     sides = [latent_size]
     for _ in channels[1:]:
         sides.append((sides[-1] + 1) // 2)
-    side = sides[max(len(channels) - 2 - max(taps), 0)]
-    return side * side, sum(channels[tap] for tap in taps)
+    side = sides[max(len(channels) - 2 - max(up_block_indices), 0)]
+    return side * side, sum(channels[tap] for tap in up_block_indices)

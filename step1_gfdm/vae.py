@@ -11,10 +11,10 @@ import torch
 from diffusers import AutoencoderKLTemporalDecoder
 from torch import Tensor
 
-from common.frozen import Frozen, require
+from common.frozen import FrozenModule, resolve_weights_path
 
 
-class LatentSpace(Frozen):
+class FrozenVAE(FrozenModule):
     """The frozen VAE. Latents leave it times `scale` and come back the same way."""
 
     def __init__(self, vae: AutoencoderKLTemporalDecoder) -> None:
@@ -25,38 +25,40 @@ class LatentSpace(Frozen):
         self.channels: int = vae.config.latent_channels
 
     @torch.no_grad()
-    def moments(self, images: Tensor, *, chunk: int = 64) -> tuple[Tensor, Tensor]:
+    def moments(self, images: Tensor, *, chunk_size: int = 64) -> tuple[Tensor, Tensor]:
         """(N, 3, H, W) in [-1, 1] -> mean and deviation of the latents, each (N, c, H/factor, W/factor) in fp32,
         scaled."""
-        found = [self.module.encode(part.to(self.device, self.dtype)).latent_dist for part in images.split(chunk)]
+        found = [self.module.encode(part.to(self.device, self.dtype)).latent_dist for part in images.split(chunk_size)]
         return tuple(
             torch.cat([getattr(each, name) for each in found]).float() * self.scale for name in ("mean", "std")
         )
 
     def encode(
-        self, images: Tensor, *, sample: bool = False, generator: torch.Generator | None = None, chunk: int = 64
+        self, images: Tensor, *, sample: bool = False, generator: torch.Generator | None = None, chunk_size: int = 64
     ) -> Tensor:
         """(N, 3, H, W) in [-1, 1] -> (N, c, H/factor, W/factor) in fp32; the distribution's mode, or a sample of it."""
-        mean, deviation = self.moments(images, chunk=chunk)
-        return draw(mean, deviation, generator) if sample else mean
+        mean, deviation = self.moments(images, chunk_size=chunk_size)
+        return sample_gaussian(mean, deviation, generator) if sample else mean
 
     @torch.no_grad()
-    def decode(self, latents: Tensor, *, chunk: int = 7) -> Tensor:
+    def decode(self, latents: Tensor, *, chunk_size: int = 7) -> Tensor:
         """(B, F, c, h, w) -> (B, F, 3, H, W) in [0, 1], `chunk` frames at a time (VPP: 7)."""
         videos = []
         for video in (latents / self.scale).to(self.device, self.dtype):
-            parts = [self.module.decode(part, num_frames=len(part)).sample for part in video.split(chunk)]
+            parts = [self.module.decode(part, num_frames=len(part)).sample for part in video.split(chunk_size)]
             videos.append(torch.cat(parts))
         return (torch.stack(videos).float() / 2 + 0.5).clamp(0, 1)
 
 
-def draw(mean: Tensor, deviation: Tensor, generator: torch.Generator | None) -> Tensor:
+def sample_gaussian(mean: Tensor, deviation: Tensor, generator: torch.Generator | None) -> Tensor:
     """A sample of the distribution; its noise is drawn on the CPU, so that it is the same on every machine."""
     return mean + deviation * torch.randn(mean.shape, generator=generator).to(mean.device)
 
 
-def load(svd: str | Path) -> LatentSpace:
+def load(svd: str | Path) -> FrozenVAE:
     """The VAE of a diffusers SVD pipeline folder or hub id."""
-    return LatentSpace(
-        AutoencoderKLTemporalDecoder.from_pretrained(require(svd, "Stable Video Diffusion"), subfolder="vae")
+    return FrozenVAE(
+        AutoencoderKLTemporalDecoder.from_pretrained(
+            resolve_weights_path(svd, "Stable Video Diffusion"), subfolder="vae"
+        )
     )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from common.attention import Mlp
-from common.frozen import DinoV2, T5Text
+from common.frozen import DinoV2, T5TextEncoder
 from step2_gidm.model import InverseModel
 from step2_gidm.quantizer import Quantizer
 from step2_gidm.transformer import SpatialTransformer
@@ -30,7 +30,7 @@ class MLPInverse(InverseModel):
         self,
         *,
         vision: DinoV2,
-        text: T5Text,
+        text: T5TextEncoder,
         quantizer: Quantizer,
         dim: int = 768,
         heads: int = 12,
@@ -67,7 +67,7 @@ class MLPInverse(InverseModel):
         if text is not None:
             share = (text_mask / text_mask.sum(1, keepdim=True))[..., None]
             state = state + (text * share).sum(1)
-        return self.head(state).unflatten(1, (self.num_actions, -1))
+        return self.head(state).unflatten(1, (self.num_action_tokens, -1))
 
 
 class TransformerInverse(InverseModel):
@@ -77,7 +77,7 @@ class TransformerInverse(InverseModel):
         self,
         *,
         vision: DinoV2,
-        text: T5Text,
+        text: T5TextEncoder,
         quantizer: Quantizer,
         dim: int = 768,
         heads: int = 12,
@@ -109,4 +109,4 @@ class TransformerInverse(InverseModel):
     def encode(self, now: Tensor, future: Tensor, text: Tensor | None, text_mask: Tensor | None) -> Tensor:
         """(B, K, D)."""
         queries = self.queries.expand(len(now), -1, -1).to(now.dtype)
-        return self.encoder(torch.cat([queries, now, future], dim=1), text, text_mask)[:, : self.num_actions]
+        return self.encoder(torch.cat([queries, now, future], dim=1), text, text_mask)[:, : self.num_action_tokens]

@@ -25,15 +25,15 @@ from tqdm import tqdm
 
 from common import artifact
 from common.curves import save_curves
+from common.distributed import processes
 from common.files import write_text
 from common.metrics import bootstrap_ci, perplexity
-from common.mixture import Mixture, SampleSet, Unreadable
-from common.processes import processes
+from common.mixture import Mixture, SampleSet, UnreadableSample
 from common.program import EXPECTED, program
-from step2_gidm import meaning
-from step2_gidm.meaning import QUANTIZED, SENTENCE, Missing, Seen
+from step2_gidm import analysis
+from step2_gidm.analysis import QUANTIZED, SENTENCE, EncodedPairs, MissingLabels
 from step2_gidm.model import GIDM, InverseModel
-from step2_gidm.pictures import draw_attention, draw_neighbours, draw_transfer, film_attention
+from step2_gidm.visualize import draw_attention, draw_neighbours, draw_transfer, film_attention
 
 ROWS = {
     "mse": "with its own latent action",
@@ -58,7 +58,7 @@ def draw_pairs(samples: SampleSet, count: int, seed: int) -> tuple[list[dict[str
     for _ in tqdm(range(count), desc="pairs"):
         try:
             pairs.append(samples.sample(int(rng.integers(len(samples))), rng))
-        except Unreadable as error:
+        except UnreadableSample as error:
             skipped.append(str(error))
             log.warning("skipped: %s", error)
     if len(pairs) < 2:
@@ -69,17 +69,21 @@ def draw_pairs(samples: SampleSet, count: int, seed: int) -> tuple[list[dict[str
     return pairs, skipped
 
 
-def look(model: InverseModel, pairs: list[dict[str, Any]], *, batch_size: int) -> Seen:
+def encode_pairs(model: InverseModel, pairs: list[dict[str, Any]], *, batch_size: int) -> EncodedPairs:
     """All pairs through the inverse model."""
-    return meaning.join([meaning.look(model, chunk) for chunk in tqdm(_chunks(pairs, batch_size), desc="infer")])
+    return analysis.join(
+        [analysis.encode_pairs(model, chunk) for chunk in tqdm(_chunks(pairs, batch_size), desc="infer")]
+    )
 
 
 @torch.no_grad()
-def measure(model: InverseModel, pairs: list[dict[str, Any]], seen: Seen, *, batch_size: int) -> dict[str, np.ndarray]:
+def measure(
+    model: InverseModel, pairs: list[dict[str, Any]], encoded: EncodedPairs, *, batch_size: int
+) -> dict[str, np.ndarray]:
     """Errors by pair. Pairs trade latent actions with their neighbour."""
     device = next(model.parameters()).device
     rows: dict[str, list[Tensor]] = {"mse": [], "shuffled_mse": [], "copy_mse": []}
-    columns = (seen.now, seen.future, seen.quantized, seen.quantized.roll(1, dims=0))
+    columns = (encoded.now, encoded.future, encoded.quantized, encoded.quantized.roll(1, dims=0))
     for chunk, *tensors in tqdm(
         list(zip(_chunks(pairs, batch_size), *(column.split(batch_size) for column in columns))), desc="decode"
     ):
@@ -217,50 +221,50 @@ def film(model: GIDM, samples: Mixture, out: Path, cfg: DictConfig) -> list[str]
     for name, member in zip(samples.names, samples.sets):
         for index in np.unique(np.linspace(0, len(member) - 1, min(cfg.films, len(member))).round().astype(int)):
             try:
-                clip = member.walk(int(index), cfg.film_steps)
-            except Unreadable as error:
+                clip = member.episode_pairs(int(index), cfg.film_steps)
+            except UnreadableSample as error:
                 notes.append(f"No film of {error}.")
                 continue
             film_attention(model, clip, out / f"{name}_{index:03d}.mp4", fps=cfg.fps, batch_size=cfg.batch_size)
     return notes
 
 
-def training_inputs(model: InverseModel, cfg: DictConfig) -> tuple[dict[str, Tensor], meaning.Labels]:
+def training_inputs(model: InverseModel, cfg: DictConfig) -> tuple[dict[str, Tensor], analysis.Labels]:
     """Inputs of the read-outs and labels of `cfg.probe` pairs of training episodes. Raises Missing."""
     try:
         samples = instantiate(cfg.data, split="train", labelled=True, augment=False, stream=None)
     except InstantiationException as error:
         if not isinstance(error.__cause__, EXPECTED):
             raise
-        raise Missing(
+        raise MissingLabels(
             f"read-outs of the robot's motion are left out: no training episodes to fit on ({error.__cause__})"
         ) from error
     pairs, _ = draw_pairs(samples, cfg.probe, cfg.seed + 1)
     parts = [
-        meaning.inputs(model, meaning.look(model, chunk), chunk)
+        analysis.inputs(model, analysis.encode_pairs(model, chunk), chunk)
         for chunk in tqdm(_chunks(pairs, cfg.batch_size), desc="infer")
     ]
-    known = meaning.labels(pairs)
+    known = analysis.labels(pairs)
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]} | {
-        SENTENCE: meaning.sentences(model, known.text)
+        SENTENCE: analysis.sentences(model, known.text)
     }, known
 
 
 def interpret(
-    model: InverseModel, pairs: list[dict[str, Any]], seen: Seen, out: Path, cfg: DictConfig
+    model: InverseModel, pairs: list[dict[str, Any]], encoded: EncodedPairs, out: Path, cfg: DictConfig
 ) -> tuple[dict[str, Any], str]:
     """What the latent actions mean: results and their tables. A part that the data do not allow is a line of
     `notes`."""
-    known, values = meaning.labels(pairs), meaning.inputs(model, seen, pairs)
+    known, values = analysis.labels(pairs), analysis.inputs(model, encoded, pairs)
     results: dict[str, Any] = {"notes": []}
     said = ""
 
     def retrieve() -> str:
         found = {
-            source: meaning.neighbours(x, values[meaning.CONTINUOUS], known, cfg.neighbours)
+            source: analysis.neighbours(x, values[analysis.CONTINUOUS], known, cfg.neighbours)
             for source, x in values.items()
         }
-        results["retrieval"] = meaning.retrieve(found, known)
+        results["retrieval"] = analysis.retrieve(found, known)
         if cfg.pictures:
             draw_neighbours(
                 out / "neighbours.png", pairs, found[QUANTIZED][:, :3], _spread_out(known.text, cfg.pictures)
@@ -269,25 +273,25 @@ def interpret(
 
     def read() -> str:
         if not np.isfinite(known.motion).any():
-            raise Missing(
+            raise MissingLabels(
                 "read-outs of the robot's motion are left out: the data hold no readings of the robot ('state' in the "
                 "annotations)"
             )
         fit, fit_known = training_inputs(model, cfg)
-        results["motion"] = meaning.read_motion(
-            fit, fit_known, values | {SENTENCE: meaning.sentences(model, known.text)}, known, seed=cfg.seed
+        results["motion"] = analysis.read_motion(
+            fit, fit_known, values | {SENTENCE: analysis.sentences(model, known.text)}, known, seed=cfg.seed
         )
         return motion_table(results["motion"])
 
     def transfer() -> str:
-        partners = meaning.transfers(known, cfg.seed)
-        results["transfer"] = meaning.measure_transfer(model, seen, known, partners, batch_size=cfg.batch_size)
+        partners = analysis.transfers(known, cfg.seed)
+        results["transfer"] = analysis.measure_transfer(model, encoded, known, partners, batch_size=cfg.batch_size)
         if cfg.pictures:
             draw_transfer(
                 out / "transfer.png",
                 model,
                 pairs,
-                seen,
+                encoded,
                 known,
                 partners,
                 _spread_out(known.text[partners.target], cfg.pictures),
@@ -297,7 +301,7 @@ def interpret(
     for part in (retrieve, *([read] if cfg.probe else []), transfer):
         try:
             said += part()
-        except Missing as error:
+        except MissingLabels as error:
             results["notes"].append(f"{str(error)[0].upper()}{str(error)[1:]}.")
     return results, said
 
@@ -322,13 +326,13 @@ def main(cfg: DictConfig) -> None:
     out.mkdir(parents=True, exist_ok=True)
     samples = instantiate(cfg.data, split=cfg.split, labelled=True, stream=None)
     pairs, skipped = draw_pairs(samples, cfg.pairs, cfg.seed)
-    seen = look(model, pairs, batch_size=cfg.batch_size)
+    encoded = encode_pairs(model, pairs, batch_size=cfg.batch_size)
     errors, codes = (
-        measure(model, pairs, seen, batch_size=cfg.batch_size),
-        None if seen.codes is None else seen.codes.numpy(),
+        measure(model, pairs, encoded, batch_size=cfg.batch_size),
+        None if encoded.codes is None else encoded.codes.numpy(),
     )
     summary = summarize(errors, codes, model.quantizer.size)
-    meant, said = interpret(model, pairs, seen, out, cfg)
+    meant, said = interpret(model, pairs, encoded, out, cfg)
     meant["notes"] += save_curves(Path(cfg.path), CURVES, out / "curves.png") if cfg.pictures else []
     if isinstance(model, GIDM):
         for i, pair in enumerate(pairs[: cfg.pictures]):

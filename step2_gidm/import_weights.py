@@ -1,7 +1,7 @@
 """Program: UniVLA's or the release's inverse model -> our artifact.   python -m step2_gidm.import_weights
 path=lam_idm.ckpt name=<name>
 
-Keys are strict. What the file holds and ours does not need is named and counted (univla.LEFT): DINOv2 and T5, which
+Keys are strict. What the file holds and ours does not need is named and counted (univla.UNUSED_PREFIXES): DINOv2 and T5, which
 ours names and never copies.
 """
 
@@ -15,10 +15,10 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from common import artifact
-from common.checkpoint import CheckpointError, check_import, counted, misfit, read_tensors
+from common.checkpoint import CheckpointError, check_import, counted, read_tensors, state_dict_mismatch
 from common.files import sha256
 from common.program import program
-from step2_gidm.released.univla import LEFT, from_univla, prefixed
+from step2_gidm.released.univla import IGNORED_PREFIXES, from_univla, prefixed
 
 log = logging.getLogger(__name__)
 
@@ -34,10 +34,10 @@ def fill(model: nn.Module, path: str | Path, *, skip_foreign: bool = False) -> d
         state = from_univla(tensors)
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    if wrong := misfit(model, state):
+    if wrong := state_dict_mismatch(model, state):
         raise CheckpointError(f"{path} does not fit the configured model (gidm=...; names are ours): {wrong}")
     model.load_state_dict(state)
-    return counted(prefixed(tensors), LEFT)
+    return counted(prefixed(tensors), IGNORED_PREFIXES)
 
 
 @program("step2_import")
@@ -59,7 +59,7 @@ def main(cfg: DictConfig) -> None:
         stats={"imported": source},
     )
     for prefix, count in left.items():
-        log.info("left out: %s* (%s numbers; %s)", prefix, f"{count:,}", LEFT[prefix])
+        log.info("left out: %s* (%s numbers; %s)", prefix, f"{count:,}", IGNORED_PREFIXES[prefix])
     log.info("%d tensors taken; GIDM in %s", len(model.state_dict()), cfg.output_dir)
 
 

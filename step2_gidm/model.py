@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.contracts import LatentAction, TransitionBatch
-from common.frozen import DinoV2, T5Text
+from common.frozen import DinoV2, T5TextEncoder
 from common.metrics import code_counts, perplexity
-from step2_gidm.quantizer import Bottleneck, Quantizer
+from step2_gidm.quantizer import Quantizer, QuantizerOutput
 from step2_gidm.transformer import SpatialTransformer, SpatioTemporalTransformer, attention_weights
 
 # B batch, N visual tokens of a frame, E their width, K latent-action tokens, d their width, L text tokens, D model
@@ -42,7 +42,7 @@ class InverseModel(nn.Module):
         self,
         *,
         vision: DinoV2,
-        text: T5Text,
+        text: T5TextEncoder,
         quantizer: Quantizer,
         dim: int,
         heads: int,
@@ -59,7 +59,7 @@ class InverseModel(nn.Module):
             raise ValueError(f"text_in names {sorted(unknown)}; it may hold encoder and decoder")
         self.vision, self.text, self.quantizer = vision, text, quantizer
         self.embed_dim, self.num_tokens = vision.dim, vision.num_tokens
-        self.num_actions, self.latent_dim, self.num_codes = queries, quantizer.dim, quantizer.size or 0
+        self.num_action_tokens, self.latent_dim, self.num_codes = queries, quantizer.dim, quantizer.size or 0
         self.text_in, self.clean_text, self.residual = frozenset(text_in), clean_text, residual
         if text_in:
             self.text_proj = nn.Linear(text.dim, dim)
@@ -91,7 +91,7 @@ class InverseModel(nn.Module):
         z, bottleneck = self._infer(now, future, text)
         return LatentAction(z, bottleneck.quantized, bottleneck.loss, bottleneck.codes)
 
-    def lift(self, quantized: Tensor) -> Tensor:
+    def embed_action(self, quantized: Tensor) -> Tensor:
         """(B, K, d) -> (B, K, E): latent actions at the width of visual tokens."""
         return self.action_up(quantized)
 
@@ -105,7 +105,7 @@ class InverseModel(nn.Module):
         if "decoder" in self.text_in and text is None:
             raise ValueError("this model's decoder reads the instruction (text_in); pass text")
         words = self._read(text) if "decoder" in self.text_in else (None, None)
-        tokens = torch.cat([self.lift(quantized), self.patch_up(now)], dim=1)
+        tokens = torch.cat([self.embed_action(quantized), self.patch_up(now)], dim=1)
         predicted = self.decoder(tokens, *words)[:, quantized.shape[1] :]
         return now + predicted if self.residual else predicted
 
@@ -113,16 +113,16 @@ class InverseModel(nn.Module):
         """Drop what only pretraining needs; a policy keeps `embed`, `infer` and `lift` (A.3)."""
         self.decoder = self.patch_up = None
 
-    def freeze_codes(self) -> None:
+    def freeze_codebook(self) -> None:
         """Keep the codes that pretraining made: finetuning only draws latents to them."""
-        self.quantizer.freeze_codes()
+        self.quantizer.freeze_codebook()
 
     def forward(self, batch: TransitionBatch) -> dict[str, Tensor]:
         """Losses and statistics of Alg. 1. `copy_mse` is the error of predicting no change; in eval mode `gap` is how
         much
         the error rises when latent actions are dealt to other samples of the batch. `codes` (K, C) counts them by
         query, for
-        `count_metrics`, where there are codes."""
+        `metrics_from_counts`, where there are codes."""
         frames, text = batch["frames"], batch["text"]
         now, future = self.embed(frames.flatten(0, 1)).unflatten(0, frames.shape[:2]).unbind(1)
         _, action = self._infer(now, future, text)
@@ -135,7 +135,7 @@ class InverseModel(nn.Module):
             out["gap"] = F.mse_loss(shuffled, future) - mse
         return out
 
-    def count_metrics(self, counts: dict[str, Tensor]) -> dict[str, float]:
+    def metrics_from_counts(self, counts: dict[str, Tensor]) -> dict[str, float]:
         """From the `codes` (K, C) of many batches: share of the codes in use and perplexity, over all queries and by
         query (`usage_0`, ...)."""
         parts = {"": counts["codes"].sum(0)} | {f"_{query}": part for query, part in enumerate(counts["codes"])}
@@ -144,11 +144,11 @@ class InverseModel(nn.Module):
             f"{name}{end}": float(measure(part)) for end, part in parts.items() for name, measure in measures.items()
         }
 
-    def on_step(self, step: int, accelerator: Any = None) -> dict[str, float]:
+    def on_step_end(self, step: int, accelerator: Any = None) -> dict[str, float]:
         """After every optimizer step: the bottleneck may restart dead codes, on a schedule of steps."""
-        return self.quantizer.on_step(step)
+        return self.quantizer.on_step_end(step)
 
-    def _infer(self, now: Tensor, future: Tensor, text: list[str]) -> tuple[Tensor, Bottleneck]:
+    def _infer(self, now: Tensor, future: Tensor, text: list[str]) -> tuple[Tensor, QuantizerOutput]:
         if now.shape != future.shape or now.shape[1:] != (self.num_tokens, self.embed_dim):
             raise ValueError(
                 f"visual tokens must be (B, {self.num_tokens}, {self.embed_dim}) twice, got "
@@ -160,7 +160,7 @@ class InverseModel(nn.Module):
 
     def _read(self, text: list[str]) -> tuple[Tensor, Tensor]:
         if self.clean_text:
-            text = [clean(sentence) for sentence in text]
+            text = [normalize_text(sentence) for sentence in text]
         tokens, mask = self.text(text)
         return self.text_proj(tokens), mask
 
@@ -177,7 +177,7 @@ class GIDM(InverseModel):
         self,
         *,
         vision: DinoV2,
-        text: T5Text,
+        text: T5TextEncoder,
         quantizer: Quantizer,
         dim: int = 768,
         heads: int = 12,
@@ -208,7 +208,7 @@ class GIDM(InverseModel):
 
     def encode(self, now: Tensor, future: Tensor, text: Tensor | None, text_mask: Tensor | None) -> Tensor:
         """The queries of the future frame after the encoder, (B, K, D)."""
-        return self.encode_frames(now, future, text, text_mask)[:, 1, : self.num_actions]
+        return self.encode_frames(now, future, text, text_mask)[:, 1, : self.num_action_tokens]
 
     def encode_frames(self, now: Tensor, future: Tensor, text: Tensor | None, text_mask: Tensor | None) -> Tensor:
         """Every token of both frames after the encoder, queries first: (B, 2, K + N, D)."""
@@ -232,10 +232,10 @@ class GIDM(InverseModel):
             None if seen["key_mask"] is None else seen["key_mask"][1::2]
         )  # frames alternate: the odd rows are o_{t+n}
         weights = attention_weights(spatial, seen["x"][1::2], mask).mean(1)
-        maps = weights[:, : self.num_actions, self.num_actions : self.num_actions + self.num_tokens]
+        maps = weights[:, : self.num_action_tokens, self.num_action_tokens : self.num_action_tokens + self.num_tokens]
         return maps / maps.sum(-1, keepdim=True)
 
 
-def clean(sentence: str) -> str:
+def normalize_text(sentence: str) -> str:
     """Lower case, no punctuation, single spaces: how the lineage feeds T5."""
     return " ".join(sentence.lower().translate(_NO_PUNCTUATION).split())

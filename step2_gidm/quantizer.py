@@ -1,6 +1,6 @@
 """Four bottlenecks between the inverse model and its decoder (Sec. 3.2, Table 8).
 
-All share one protocol: `forward(z (B, K, dim)) -> Bottleneck` and `on_step(step)`, which the training loop calls after
+All share one protocol: `forward(z (B, K, dim)) -> QuantizerOutput` and `on_step_end(step)`, which the training loop calls after
 every optimizer step. A `delay` lets the decoder read z itself at first. The paper compares the four without defining
 them; each definition stands in its class.
 """
@@ -15,14 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.metrics import code_counts
-from common.standardize import Standardize
+from common.standardize import RunningNorm
 
 # B batch, K latent-action tokens, C codes, d width of a code
 
 LOG_SCALE = 3  # of a Gaussian's deviation, at most, either way
 
 
-class Bottleneck(NamedTuple):
+class QuantizerOutput(NamedTuple):
     """What a bottleneck makes of z."""
 
     quantized: Tensor  # (B, K, d), gradients reach z
@@ -37,14 +37,14 @@ class Quantizer(Protocol):
     dim: int
     size: int | None  # how many codes there are
 
-    def __call__(self, z: Tensor) -> Bottleneck: ...
+    def __call__(self, z: Tensor) -> QuantizerOutput: ...
 
-    def on_step(self, step: int) -> dict[str, float]: ...
+    def on_step_end(self, step: int) -> dict[str, float]: ...
 
-    def freeze_codes(self) -> None: ...
+    def freeze_codebook(self) -> None: ...
 
 
-class Delayed(nn.Module):
+class DelayedQuantizer(nn.Module):
     """A bottleneck that takes over late: for the first `delay` batches of training the decoder reads z itself, to which
     only the table adapts.
 
@@ -60,7 +60,7 @@ class Delayed(nn.Module):
         if delay:
             self.register_buffer("batches", torch.zeros((), dtype=torch.long))
 
-    def freeze_codes(self) -> None:
+    def freeze_codebook(self) -> None:
         """From now on the table neither learns nor restarts, and the loss is the commitment alone."""
         self.frozen = True
         self.requires_grad_(False)
@@ -74,14 +74,14 @@ class Delayed(nn.Module):
         return (self.batches > self.delay).float()
 
 
-class Restarting(Delayed):
+class RestartableCodebook(DelayedQuantizer):
     """A table of `codes`. Those that nobody used for `restart_every` steps move onto vectors of the latest batch; 0
     never restarts."""
 
     def __init__(self, codes: int, dim: int, restart_every: int, restart_until: int | None, delay: int) -> None:
         super().__init__(delay)
         self.dim, self.size, self.restart_every, self.restart_until = dim, codes, restart_every, restart_until
-        # summed over ranks in on_step, and saved: a resumed run restarts the codes that an unbroken one does
+        # summed over ranks in on_step_end, and saved: a resumed run restarts the codes that an unbroken one does
         self.register_buffer("counts", torch.zeros(codes, dtype=torch.long))
         self._recent: Tensor | None = None
         self._latest: Tensor | None = None
@@ -92,7 +92,7 @@ class Restarting(Delayed):
         raise NotImplementedError
 
     @torch.no_grad()
-    def on_step(self, step: int) -> dict[str, float]:
+    def on_step_end(self, step: int) -> dict[str, float]:
         """Add up usage over the ranks; on the schedule, restart dead codes with the same vectors everywhere."""
         if self._recent is None:
             return {}
@@ -129,7 +129,7 @@ class Restarting(Delayed):
         return drawn[:-1], drawn[-1]
 
 
-class VectorQuantizer(Restarting):
+class VectorQuantizer(RestartableCodebook):
     """VQ-VAE (van den Oord et al., 2017): the nearest of `codes` learned vectors, straight-through.
 
     loss = ||sg(z) - c||^2 + beta ||z - sg(c)||^2, means over elements, weights of UniVLA and the release. Frozen codes
@@ -157,15 +157,17 @@ class VectorQuantizer(Restarting):
         beta: float = 0.25,
         restart_every: int = 20,
         restart_until: int | None = None,
-        normalize: int = 0,
+        normalize_tokens: int = 0,
         delay: int = 0,
     ) -> None:
         super().__init__(codes, dim, restart_every, restart_until, delay)
         self.beta = beta
-        self.norm = nn.BatchNorm1d(normalize * dim, affine=False, momentum=0.02) if normalize else nn.Identity()
+        self.norm = (
+            nn.BatchNorm1d(normalize_tokens * dim, affine=False, momentum=0.02) if normalize_tokens else nn.Identity()
+        )
         self.codebook = nn.Parameter(torch.empty(codes, dim).uniform_(-1 / codes, 1 / codes))
 
-    def forward(self, z: Tensor) -> Bottleneck:
+    def forward(self, z: Tensor) -> QuantizerOutput:
         """(B, K, dim) -> the nearest codes, with gradients copied to z."""
         with torch.autocast(z.device.type, enabled=False):
             z = self.norm(z.float().flatten(1)).view(z.shape)
@@ -177,7 +179,7 @@ class VectorQuantizer(Restarting):
         self._note(codes, z)
         stats = {"codebook": codebook.detach(), "commitment": commitment.detach()}
         loss = (0.0 if self.frozen else codebook) + share * self.beta * commitment
-        return Bottleneck(quantized, loss, codes, stats)
+        return QuantizerOutput(quantized, loss, codes, stats)
 
     def train(self, mode: bool = True) -> VectorQuantizer:
         """Statistics that were frozen stay as they are."""
@@ -186,17 +188,17 @@ class VectorQuantizer(Restarting):
             self.norm.eval()
         return self
 
-    def freeze_codes(self) -> None:
-        """See Delayed; what brings z to the codes' scale freezes, too."""
-        super().freeze_codes()
+    def freeze_codebook(self) -> None:
+        """See DelayedQuantizer; what brings z to the codes' scale freezes, too."""
+        super().freeze_codebook()
         self.norm.eval()
 
     def restart(self, dead: Tensor, vectors: Tensor, spread: Tensor) -> None:
-        """See Restarting."""
+        """See RestartableCodebook."""
         self.codebook[dead] = vectors.to(self.codebook.dtype)
 
 
-class GaussianMixture(Restarting):
+class GaussianMixture(RestartableCodebook):
     """Soft assignment to `codes` learned diagonal Gaussians: the posterior mean, straight-through (our definition).
 
     r_c = softmax(log pi_c + log N(z; mu_c, sigma_c)), quantized = sum_c r_c mu_c. The mixture is fitted by maximum
@@ -222,7 +224,7 @@ class GaussianMixture(Restarting):
         self.log_scales = nn.Parameter(torch.zeros(codes, dim))
         self.logits = nn.Parameter(torch.zeros(codes))
 
-    def forward(self, z: Tensor) -> Bottleneck:
+    def forward(self, z: Tensor) -> QuantizerOutput:
         """(B, K, dim) -> posterior means; codes are the likeliest components."""
         with torch.autocast(z.device.type, enabled=False):
             z = z.float()
@@ -237,7 +239,7 @@ class GaussianMixture(Restarting):
         self._note(codes, z)
         stats = {"codebook": fit.detach(), "commitment": commitment.detach()}
         loss = (0.0 if self.frozen else fit) + reached * self.beta * commitment
-        return Bottleneck(quantized, loss, codes, stats)
+        return QuantizerOutput(quantized, loss, codes, stats)
 
     def _log_joint(self, z: Tensor) -> Tensor:
         """(M, d) -> (M, C) log pi_c + log N(z; mu_c, sigma_c), up to a constant; written as products to spare (M, C,
@@ -252,13 +254,13 @@ class GaussianMixture(Restarting):
         return self.logits.log_softmax(0) - log_scales.sum(1) - 0.5 * distance
 
     def restart(self, dead: Tensor, vectors: Tensor, spread: Tensor) -> None:
-        """See Restarting; restarted components are as likely as the others are on average."""
+        """See RestartableCodebook; restarted components are as likely as the others are on average."""
         self.means[dead] = vectors
         self.log_scales[dead] = spread.log().clamp(-LOG_SCALE, LOG_SCALE)  # past them no gradient comes back
         self.logits[dead] = self.logits.mean()
 
 
-class Binning(Delayed):
+class Binning(DelayedQuantizer):
     """Simple binning: the nearest of `bins` even levels in each of `dim` numbers, straight-through (our definition).
 
     Every number is brought to mean 0 and deviation 1 over all positions by running statistics, and by erf(x / sqrt 2)
@@ -277,19 +279,19 @@ class Binning(Delayed):
         if bins**dim >= 2**62:
             raise ValueError(f"binning into {bins} bins x {dim} numbers has no joint index; use fewer of either")
         self.bins, self.dim, self.size = bins, dim, bins**dim
-        self.standardize = Standardize(dim, sparing=1)
+        self.standardize = RunningNorm(dim, token_stride=1)
         self.register_buffer("radix", bins ** torch.arange(dim), persistent=False)
 
-    def forward(self, z: Tensor) -> Bottleneck:
+    def forward(self, z: Tensor) -> QuantizerOutput:
         """(B, K, dim) -> bin centres in (-1, 1)."""
         even = (self.standardize(z.float()) * 0.5**0.5).erf()
         index = ((even.detach() + 1) * self.bins / 2).long().clamp(0, self.bins - 1)
         centres = (2 * index + 1) / self.bins - 1
         codes = (index * self.radix).sum(-1)
         stats = {"codebook": z.new_zeros(()), "commitment": z.new_zeros(())}
-        return Bottleneck(even + self.share() * (centres - even).detach(), z.new_zeros(()), codes, stats)
+        return QuantizerOutput(even + self.share() * (centres - even).detach(), z.new_zeros(()), codes, stats)
 
-    def on_step(self, step: int) -> dict[str, float]:
+    def on_step_end(self, step: int) -> dict[str, float]:
         """Nothing to restart: levels are fixed."""
         return {}
 
@@ -304,14 +306,14 @@ class Continuous(nn.Module):
         super().__init__()
         self.dim = dim
 
-    def forward(self, z: Tensor) -> Bottleneck:
+    def forward(self, z: Tensor) -> QuantizerOutput:
         """(B, K, dim) -> z itself."""
         zero = z.new_zeros(())
-        return Bottleneck(z, zero, None, {"codebook": zero, "commitment": zero})
+        return QuantizerOutput(z, zero, None, {"codebook": zero, "commitment": zero})
 
-    def on_step(self, step: int) -> dict[str, float]:
+    def on_step_end(self, step: int) -> dict[str, float]:
         """Nothing to restart."""
         return {}
 
-    def freeze_codes(self) -> None:
+    def freeze_codebook(self) -> None:
         """There are none."""

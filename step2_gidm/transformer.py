@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from common.attention import Attention, Mlp, sincos_1d
+from common.attention import Attention, Mlp, sincos_pos_embed_1d
 
 # B batch, T frames, S tokens of a frame, L text tokens, D width
 
@@ -59,7 +59,7 @@ class SpatioTemporalTransformer(nn.Module):
     def forward(self, x: Tensor, text: Tensor | None = None, text_mask: Tensor | None = None) -> Tensor:
         """(B, T, S, in_dim), text (B, L, D) with mask (B, L) joins every frame -> (B, T, S, D)."""
         batch, frames, tokens = x.shape[:3]
-        x, mask = self.stem(x) + self.positions[:tokens], None
+        x, mask = self.stem(x) + self.pos_embed[:tokens], None
         if text is not None:
             x = torch.cat([x, text[:, None].expand(-1, frames, -1, -1).to(x.dtype)], dim=2)
             mask = _key_mask(text_mask, tokens).repeat_interleave(frames, dim=0)  # batch-major, as flatten(0, 1)
@@ -81,7 +81,7 @@ class SpatialTransformer(nn.Module):
     def forward(self, x: Tensor, text: Tensor | None = None, text_mask: Tensor | None = None) -> Tensor:
         """(B, S, in_dim), text (B, L, D) with mask (B, L) -> (B, S, out_dim)."""
         tokens = x.shape[1]
-        x, mask = self.stem(x) + self.positions[:tokens], None
+        x, mask = self.stem(x) + self.pos_embed[:tokens], None
         if text is not None:
             x, mask = torch.cat([x, text.to(x.dtype)], dim=1), _key_mask(text_mask, tokens)
         for block in self.blocks:
@@ -106,7 +106,7 @@ def _stem(in_dim: int, dim: int) -> nn.Sequential:
 
 def _raster(tokens: int, dim: int) -> Tensor:
     """(tokens, dim) codes of the token index, sines and cosines interleaved as in UniVLA's weights."""
-    return torch.stack(sincos_1d(tokens, dim).chunk(2, dim=1), dim=-1).flatten(1)
+    return torch.stack(sincos_pos_embed_1d(tokens, dim).chunk(2, dim=1), dim=-1).flatten(1)
 
 
 def _key_mask(text_mask: Tensor, tokens: int) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.attention import Attention, Mlp, modulate, sincos_1d
+from common.attention import Attention, Mlp, modulate, sincos_pos_embed_1d
 
 
 class Context(NamedTuple):
@@ -23,7 +23,7 @@ class Context(NamedTuple):
     goal: Tensor  # (B, D), joins the noise level in adaLN
 
 
-class SigmaEmbedding(nn.Module):
+class SigmaEmbedder(nn.Module):
     """Noise level -> ln(sigma) / 4 -> sinusoids -> MLP."""
 
     def __init__(self, dim: int) -> None:
@@ -39,7 +39,7 @@ class SigmaEmbedding(nn.Module):
         return self.fc2(F.mish(self.fc1(torch.cat([angle.sin(), angle.cos()], dim=1))))
 
 
-class Block(nn.Module):
+class DiTBlock(nn.Module):
     """Self-attention over the actions, cross-attention to the whole context, MLP; the first and last under
     adaLN-zero."""
 
@@ -51,12 +51,12 @@ class Block(nn.Module):
         self.cross_attention = Attention(dim, heads, qkv_bias=True)
         self.norm_mlp = nn.LayerNorm(dim, elementwise_affine=False)
         self.mlp = Mlp(dim)
-        self.adaln = nn.Linear(dim, 6 * dim)
+        self.adaLN_modulation = nn.Linear(dim, 6 * dim)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, context: Tensor, condition: Tensor) -> Tensor:
         """x (B*k, A, D), context (B, S, D), condition (B*k, D) -> (B*k, A, D)."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaln(F.silu(condition)).chunk(6, dim=1)
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(F.silu(condition)).chunk(6, dim=1)
         attended = self.self_attention(modulate(self.norm_self(x), shift1, scale1))
         x = x + gate1[:, None] * self.dropout(attended)
         # the draws of a sample share its context: they queue on the query axis, and keys and values are made once
@@ -90,17 +90,17 @@ class ActionAdapter(nn.Module):
         self.streams = nn.ModuleDict(
             {name: nn.Sequential(nn.Linear(width, dim), nn.LayerNorm(dim)) for name, (_, width) in streams.items()}
         )
-        self.places = nn.ParameterDict(
+        self.stream_pos_embed = nn.ParameterDict(
             {name: nn.Parameter(torch.randn(count, dim) * 0.02) for name, (count, _) in streams.items()}
         )
-        self.embed = nn.Linear(action_dim, dim)
-        self.order = nn.Parameter(sincos_1d(horizon, dim))
-        self.sigma = SigmaEmbedding(dim)
-        self.blocks = nn.ModuleList(Block(dim, heads, dropout) for _ in range(layers))
+        self.action_embedder = nn.Linear(action_dim, dim)
+        self.action_pos_embed = nn.Parameter(sincos_pos_embed_1d(horizon, dim))
+        self.sigma_embedder = SigmaEmbedder(dim)
+        self.blocks = nn.ModuleList(DiTBlock(dim, heads, dropout) for _ in range(layers))
         self.norm = nn.LayerNorm(dim, elementwise_affine=False)
-        self.adaln = nn.Linear(dim, 2 * dim)
+        self.adaLN_modulation = nn.Linear(dim, 2 * dim)
         self.out = nn.Linear(dim, action_dim)
-        for layer in [self.adaln, self.out] + [block.adaln for block in self.blocks]:
+        for layer in [self.adaLN_modulation, self.out] + [block.adaLN_modulation for block in self.blocks]:
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
         for block in self.blocks:  # no gate stands before cross-attention; its output starts at zero instead
@@ -112,16 +112,16 @@ class ActionAdapter(nn.Module):
         if streams.keys() != self.streams.keys():
             raise ValueError(f"the adapter reads streams {sorted(self.streams)}, got {sorted(streams)}")
         goal = self.goal(goal)
-        tokens = [self.streams[name](streams[name]) + self.places[name] for name in self.streams]
+        tokens = [self.streams[name](streams[name]) + self.stream_pos_embed[name] for name in self.streams]
         return Context(torch.cat([goal[:, None], *tokens], dim=1), goal)
 
     def forward(self, noisy: Tensor, sigma: Tensor, context: Context) -> Tensor:
         """Scaled noisy actions (B*k, A, 7), the k draws of a sample in a row, and sigma (B*k,) -> network output (B*k,
         A, 7)."""
         draws = len(noisy) // len(context.tokens)
-        condition = self.sigma(sigma) + context.goal.repeat_interleave(draws, dim=0)
-        x = self.embed(noisy) + self.order
+        condition = self.sigma_embedder(sigma) + context.goal.repeat_interleave(draws, dim=0)
+        x = self.action_embedder(noisy) + self.action_pos_embed
         for block in self.blocks:
             x = block(x, context.tokens, condition)
-        shift, scale = self.adaln(F.silu(condition)).chunk(2, dim=1)
+        shift, scale = self.adaLN_modulation(F.silu(condition)).chunk(2, dim=1)
         return self.out(modulate(self.norm(x), shift, scale))

@@ -20,14 +20,14 @@ from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
 from common import artifact
+from common.distributed import processes
 from common.files import write_text
-from common.processes import processes
 from common.program import program
 from common.video import write_mp4
 from step3_defi.rollout import film, journal
-from step3_defi.rollout.diagnosis import Critic, Subtask, check_rule, enlarged, judge, split, table
-from step3_defi.rollout.replay import Key, Plan, Recorder, Replay, followed
-from step3_defi.rollout.simulators import RolloutError, Simulators
+from step3_defi.rollout.diagnosis import FailureScorer, Subtask, assign_verdicts, check_criteria, enlarged, split, table
+from step3_defi.rollout.replay import PlanKey, PlanRecorder, RecordedPlan, Replay, policy_continuation
+from step3_defi.rollout.simulators import RolloutError, SimulatorPool
 from step3_defi.rollout.worker import Branch
 
 LOG = logging.getLogger(__name__)
@@ -41,10 +41,10 @@ def diagnose(
     path: Path,
     failures: int,
     every: int,
-    within: int,
-    ahead: int,
+    max_step: int,
+    continuation_steps: int,
     steps: int,
-    judged_by: dict[str, str],
+    criteria: dict[str, str],
     quantile: float,
     workers: int,
     films: int,
@@ -61,27 +61,27 @@ def diagnose(
             f"{run} holds rollouts of {settings['policy']} {str(settings['policy_sha256'])[:12]}, not of {path}; name "
             "the policy that it was"
         )
-    check_rule(**judged_by, quantile=quantile)
-    if min(failures, every, within, workers) < 1:
+    check_criteria(**criteria, quantile=quantile)
+    if min(failures, every, max_step, workers) < 1:
         raise ValueError(
-            f"failures={failures}, every={every}, within={within}, workers={workers}: each must be at least 1"
+            f"failures={failures}, every={every}, within={max_step}, workers={workers}: each must be at least 1"
         )
     replay = Replay(journal.read(run / journal.NAME), failures=failures, horizon=settings["horizon"])
     policy = instantiate(OmegaConf.create(settings["planner"]), str(path), device=str(processes().device))
-    critic, recorder = Critic(policy.model, steps=steps), Recorder(policy, every=every, within=within)
-    check_rule(**judged_by, quantile=quantile, errors=critic.errors)
-    if ahead % (critic.frames - 1) or ahead < recorder.execute:
+    critic, recorder = FailureScorer(policy.model, steps=steps), PlanRecorder(policy, every=every, max_step=max_step)
+    check_criteria(**criteria, quantile=quantile, errors=critic.errors)
+    if continuation_steps % (critic.frames - 1) or continuation_steps < recorder.execute:
         raise ValueError(
-            f"ahead={ahead}: a multiple of {critic.frames - 1}, the frames ahead that are imagined, and at least the "
+            f"ahead={continuation_steps}: a multiple of {critic.frames - 1}, the frames ahead that are imagined, and at least the "
             f"{recorder.execute} "
             "actions of a plan"
         )
-    with Simulators(settings["env"], count=workers) as simulators:
+    with SimulatorPool(settings["env"], count=workers) as simulators:
         chains = replay.chains(slots=workers)
-        strayed = replay.strayed(
+        diverged = replay.diverged(
             tqdm(simulators.rollout(chains, recorder), total=len(chains), desc="repeat", unit="chain")
         )
-        if len(strayed) == len(chains):
+        if len(diverged) == len(chains):
             raise ValueError(
                 f"{run}: none of {len(chains)} sequences ends as in the journal; give workers= as the run had it, on a "
                 "machine of its kind"
@@ -89,11 +89,13 @@ def diagnose(
         branches = {
             key: branch
             for index in replay.records
-            if index not in strayed
-            for key, branch in replay.moments(index, recorder, ahead=ahead, every=ahead // (critic.frames - 1)).items()
+            if index not in diverged
+            for key, branch in replay.moments(
+                index, recorder, continuation_steps=continuation_steps, every=continuation_steps // (critic.frames - 1)
+            ).items()
         }
         subtasks = _examine(simulators, branches, replay, recorder, critic)
-        limits = judge(subtasks, **judged_by, quantile=quantile)
+        limits = assign_verdicts(subtasks, **criteria, quantile=quantile)
         failed = [subtask for subtask in subtasks if not subtask.solved]
         for subtask in tqdm(failed[:films], desc="films", unit="film"):
             _film(simulators, branches, subtask, recorder, critic, out / "films")
@@ -102,8 +104,8 @@ def diagnose(
         "world": settings["world"],
         "policy_sha256": settings["policy_sha256"],
         "sequences": len(chains),
-        "strayed": sorted(strayed),
-        "judged_by": judged_by,
+        "strayed": sorted(diverged),
+        "criteria": criteria,
         "quantile": quantile,
         "limits": limits,
         "split": split(failed) if failed else {},
@@ -111,7 +113,7 @@ def diagnose(
     }
     write_text(out / "diagnosis.json", json.dumps(results, indent=2) + "\n")
     note = (
-        f"{len(chains)} sequences in {settings['world']}, {len(strayed)} of them left out because they did not repeat; "
+        f"{len(chains)} sequences in {settings['world']}, {len(diverged)} of them left out because they did not repeat; "
         "wrong is above "
         + " and ".join(f"{limit:.2f} ({name})" for name, limit in limits.items())
         + f", {100 * quantile:.0f} % of the successes. {PAPER}"
@@ -122,7 +124,11 @@ def diagnose(
 
 
 def _examine(
-    simulators: Simulators, branches: dict[Key, Branch], replay: Replay, recorder: Recorder, critic: Critic
+    simulators: SimulatorPool,
+    branches: dict[PlanKey, Branch],
+    replay: Replay,
+    recorder: PlanRecorder,
+    critic: FailureScorer,
 ) -> list[Subtask]:
     """Scored sub-tasks, in order."""
     found: dict[tuple[int, int], Subtask] = {}
@@ -139,7 +145,7 @@ def _examine(
     return [found[key] for key in sorted(found)]
 
 
-def _check_start(plan: Plan, start: np.ndarray, branch: Branch) -> None:
+def _check_start(plan: RecordedPlan, start: np.ndarray, branch: Branch) -> None:
     seen = np.concatenate([plan.observation["robot_obs"], plan.observation["scene_obs"]])
     if not np.allclose(seen, start, atol=1e-6):
         raise RolloutError(
@@ -150,23 +156,23 @@ def _check_start(plan: Plan, start: np.ndarray, branch: Branch) -> None:
 
 
 def _film(
-    simulators: Simulators,
-    branches: dict[Key, Branch],
+    simulators: SimulatorPool,
+    branches: dict[PlanKey, Branch],
     subtask: Subtask,
-    recorder: Recorder,
-    critic: Critic,
+    recorder: PlanRecorder,
+    critic: FailureScorer,
     folder: Path,
 ) -> None:
     """The seconds after a sub-task's moments: what happened, what was imagined, what the expert shows, side by side."""
     keys = [(subtask.index, subtask.number, int(moment["plan"])) for moment in subtask.moments]
-    asked = [branch for key in keys for branch in (followed(branches[key], key, recorder), branches[key])]
+    asked = [branch for key in keys for branch in (policy_continuation(branches[key], key, recorder), branches[key])]
     shown = dict(simulators.branch(asked))
     movie = film.Film()
     for place, key in enumerate(keys):
         plan = recorder.plans[key]
         happened, expert = ([pictures[critic.key] for pictures in shown[2 * place + i]["frames"]] for i in range(2))
         imagined = enlarged(critic.imagine(plan), happened[0].shape[0])
-        movie.begin(
+        movie.start_task(
             f"{plan.instruction}, from step {key[2] * recorder.execute}: what happened | what was imagined | what the "
             "expert shows"
         )

@@ -15,7 +15,7 @@ from torch import Tensor
 Network = Callable[[Tensor, Tensor], Tensor]  # (scaled noisy actions (N, A, 7), sigma (N,)) -> (N, A, 7)
 
 
-class EDM:
+class ActionEDM:
     """Preconditioning, training noise and sampler. `sigma_data` is the spread of the actions.
 
     `temperature` scales the noise that sampling starts from: at 0 the sampler walks from the mean, and its result is
@@ -41,7 +41,7 @@ class EDM:
         self.log_location, self.log_scale, self.steps, self.temperature = log_location, log_scale, steps, temperature
         self.sample_sigma_min = sigma_min if sample_sigma_min is None else sample_sigma_min
 
-    def draw_sigma(
+    def sample_noise_levels(
         self, count: int, device: torch.device | str = "cpu", *, generator: torch.Generator | None = None
     ) -> Tensor:
         """(count,) noise levels from the log-logistic distribution, truncated to [sigma_min, sigma_max]."""
@@ -70,18 +70,18 @@ class EDM:
 
     def loss(self, network: Network, actions: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
         """Mean squared error of the preconditioned network output; (sigma, noise) drawn for each row."""
-        return self.errors(network, actions, generator=generator).mean()
+        return self.squared_errors(network, actions, generator=generator).mean()
 
-    def errors(self, network: Network, actions: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+    def squared_errors(self, network: Network, actions: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
         """The squared errors (N, A, 7) whose mean is the loss."""
         actions = actions.float()
-        sigma = self.draw_sigma(len(actions), actions.device, generator=generator)
+        sigma = self.sample_noise_levels(len(actions), actions.device, generator=generator)
         noisy = actions + sigma.view(-1, 1, 1) * torch.randn(actions.shape, generator=generator, device=actions.device)
         c_skip, c_out, c_in = self.scalings(sigma)
         target = (actions - c_skip * noisy) / c_out
         return (network(c_in * noisy, sigma).float() - target).square()
 
-    def schedule(self) -> Tensor:
+    def get_sigmas(self) -> Tensor:
         """(steps + 1,) exponentially falling noise levels, zero at the end."""
         levels = torch.linspace(
             math.log(self.sigma_max), math.log(self.sample_sigma_min), self.steps, dtype=torch.float64
@@ -90,11 +90,11 @@ class EDM:
 
     def sample(self, network: Network, noise: Tensor) -> Tensor:
         """DDIM (the first-order DPM solver) from unit noise (N, A, 7) to actions."""
-        levels = self.schedule().to(noise.device)
+        levels = self.get_sigmas().to(noise.device)
         x = noise * (self.temperature * levels[0])
-        for now, following in zip(levels[:-1], levels[1:]):
+        for now, sigma_next in zip(levels[:-1], levels[1:]):
             clean = self.denoise(network, x, now.expand(len(x)))
-            x = clean + following / now * (x - clean)
+            x = clean + sigma_next / now * (x - clean)
         return x
 
 

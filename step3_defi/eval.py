@@ -28,15 +28,15 @@ from tqdm import tqdm
 
 from common import artifact
 from common.contracts import ChunkPolicy
+from common.distributed import SLOWEST, processes
 from common.files import write_text
-from common.processes import SLOWEST, processes
 from common.program import program
 from common.video import write_mp4
-from step3_defi.policy import fetched
+from step3_defi.policy import resolve_source
 from step3_defi.rollout import film, journal, stats
 from step3_defi.rollout.journal import Claims, Journal, Record
-from step3_defi.rollout.simulators import RolloutError, Simulators, check_alike
-from step3_defi.rollout.worker import Chain, Survey
+from step3_defi.rollout.simulators import RolloutError, SimulatorPool, check_same_versions
+from step3_defi.rollout.worker import Chain, SequencesRequest
 
 LOG = logging.getLogger(__name__)
 WITHOUT_MODEL = ("random", "expert")
@@ -56,7 +56,7 @@ def evaluate(
     seed: int,
     out: Path,
     films: dict[str, int],
-    patience: float = 300,
+    response_timeout: float = 300,
 ) -> dict[str, Any]:
     """Roll out `agent` (a policy's folder or hub id, "random" or "expert") and return what stands in results.json.
 
@@ -69,21 +69,21 @@ def evaluate(
         "length": length,
         "horizon": horizon,
         "workers": workers,
-        "patience": patience,
+        "patience": response_timeout,
     }.items():
         if value < 1:
             raise ValueError(f"{key}={value}: must be at least 1")
     folder = None if agent in WITHOUT_MODEL else _policy_folder(agent)
     sha256 = None if folder is None else artifact.sha256(folder)
     state, claims = processes(SLOWEST), Claims(out)
-    with journal.alone(out) if state.is_main_process else nullcontext():
-        with Simulators(
-            env_config, count=workers, patience=patience, pictures=bool(sha256 or films["candidates"])
+    with journal.exclusive_lock(out) if state.is_main_process else nullcontext():
+        with SimulatorPool(
+            env_config, count=workers, response_timeout=response_timeout, pictures=bool(sha256 or films["candidates"])
         ) as simulators:
-            check_alike(
+            check_same_versions(
                 {f"process {rank}": versions for rank, versions in enumerate(gather_object([simulators.versions]))}
             )
-            world = simulators.survey(Survey(sequences, tasks, length, seed))
+            world = simulators.survey(SequencesRequest(sequences, tasks, length, seed))
             settings = {
                 "world": world["world"],
                 "versions": simulators.versions,
@@ -138,7 +138,7 @@ def evaluate(
 
 
 def _roll_out(
-    simulators: Simulators,
+    simulators: SimulatorPool,
     chains: list[Chain],
     policy: ChunkPolicy | None,
     out: Path,
@@ -156,7 +156,7 @@ def _roll_out(
         Journal(part) as lines,
         tqdm(total=len(chains), desc=f"rollout of {total}", unit="chain", disable=not show) as bar,
     ):
-        for result in simulators.rollout(chains, policy, claims.take):
+        for result in simulators.rollout(chains, policy, claims.acquire):
             bar.update(claims.taken() - bar.n)  # by all processes
             if "failure" in result:
                 continue
@@ -228,7 +228,7 @@ def _report(out: Path, settings: dict[str, Any], keep: int) -> dict[str, Any]:
 
 def _policy_folder(agent: str) -> Path:
     try:
-        return fetched(agent)
+        return resolve_source(agent)
     except artifact.ArtifactError as error:
         raise artifact.ArtifactError(
             f"policy={agent}: not random, not expert, and {error}; python -m step3_defi.train makes a policy"
@@ -265,7 +265,7 @@ def main(cfg: DictConfig) -> None:
         seed=cfg.seed,
         out=Path(cfg.out),
         films=OmegaConf.to_container(cfg.films),
-        patience=cfg.patience,
+        response_timeout=cfg.response_timeout,
     )
 
 

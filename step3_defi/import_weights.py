@@ -3,7 +3,7 @@
     python -m step3_defi.import_weights path=<policy.pt> gfdm=<artifact or SVD folder> name=<name> foreign=skip
     [policy=vpp] [gidm=<artifact>]
 
-Keys are strict. What the file holds and ours does not need is named and counted (release.LEFT); the forward model is
+Keys are strict. What the file holds and ours does not need is named and counted (release.UNUSED_PREFIXES); the forward model is
 not in it.
 """
 
@@ -19,12 +19,12 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from common import artifact
-from common.checkpoint import CheckpointError, check_import, misfit, read_tensors
+from common.checkpoint import CheckpointError, check_import, read_tensors, state_dict_mismatch
 from common.files import sha256
 from common.program import program
 from step3_defi.model import DeFI
 from step3_defi.policy import parents
-from step3_defi.released.names import LEFT, from_release
+from step3_defi.released.names import IGNORED_PREFIXES, from_release
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ def fill(model: DeFI, path: str | Path, *, skip_foreign: bool = False) -> dict[s
         release = from_release(tensors)
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    if release.inverse != bool(model.gidm.num_actions):
+    if release.inverse != bool(model.gidm.num_action_tokens):
         raise CheckpointError(
             f"{path}: "
             + (
@@ -48,7 +48,7 @@ def fill(model: DeFI, path: str | Path, *, skip_foreign: bool = False) -> dict[s
                 else "holds no inverse model (lam.*), so it is VPP's; use policy=vpp"
             )
         )
-    if wrong := misfit(model, release.state):
+    if wrong := state_dict_mismatch(model, release.state):
         raise CheckpointError(f"{path} does not fit the configured policy (names are ours): {wrong}")
     model.load_state_dict(release.state)
     return release.left
@@ -98,7 +98,7 @@ def main(cfg: DictConfig) -> None:
         stats={"imported": source},
     )
     for prefix, count in left.items():
-        log.info("left out: %s* (%s numbers; %s)", prefix, f"{count:,}", LEFT[prefix])
+        log.info("left out: %s* (%s numbers; %s)", prefix, f"{count:,}", IGNORED_PREFIXES[prefix])
     log.info(
         "%d tensors of %s numbers taken; policy in %s",
         len(model.state_dict()),

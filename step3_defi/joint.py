@@ -42,7 +42,7 @@ class JointDeFI(DeFI):
         super().__init__(gfdm, gidm, *parts, **options)
         self.video_weight, self.reconstruction_weight = video_weight, reconstruction_weight
 
-    def adopt(self, gidm: InverseDynamics) -> None:
+    def prepare_inverse_model(self, gidm: InverseDynamics) -> None:
         """The decoder stays: its reconstruction is one of the objectives."""
 
     def set_trainable(self, names: Sequence[str]) -> None:

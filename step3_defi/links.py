@@ -22,13 +22,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common import artifact
-from common.batches import held_out
-from common.figures import pyplot, save
+from common.distributed import processes
+from common.figures import pyplot, save_figure
 from common.files import write_text
 from common.metrics import code_counts
-from common.mixture import Draws, collate
-from common.processes import processes
+from common.mixture import SeededDataset, collate
 from common.program import program
+from common.sampler import held_out
 from step3_defi import policy, reliance
 from step3_defi.model import DeFI
 
@@ -37,7 +37,7 @@ PARTS = ("all", "motion", "gripper")
 
 
 @torch.no_grad()
-def examine(model: DeFI, batches: list[dict[str, Any]]) -> dict[str, Any]:
+def measure_links(model: DeFI, batches: list[dict[str, Any]]) -> dict[str, Any]:
     """Held-out batches of windows with true futures -> what stands in links.json. All shares are of the action loss,
     0.1 being 10 %."""
     costs: dict[str, list[dict[str, float]]] = defaultdict(list)
@@ -48,17 +48,17 @@ def examine(model: DeFI, batches: list[dict[str, Any]]) -> dict[str, Any]:
         views, futures = (
             {name: tensor.to(model.device) for name, tensor in batch[key].items()} for key in ("views", "futures")
         )
-        seen = model.look(views, text, futures)
+        seen = model.encode_observation(views, text, futures)
         goal, streams, extra = model.infer_streams(seen, text)
         generator = torch.Generator(model.device).manual_seed(0)
-        errors = model.action_errors(goal, streams, actions, generator)
+        errors = model.action_squared_errors(goal, streams, actions, generator)
         numbers["action_loss"].append(float(errors.mean()))
-        for name, shares in model.reliance(seen, text, actions).items():
-            costs[name].append({part: float(value) for part, value in shares.items()})
+        for name, loss_increase in model.reliance(seen, text, actions).items():
+            costs[name].append({part: float(value) for part, value in loss_increase.items()})
         for name, tokens in streams.items():
             numbers[f"spread_{name}"].append(float(reliance.spread(tokens)))
-        if model.gidm.num_actions:
-            _fit(model, seen, futures, text, numbers, codes)
+        if model.gidm.num_action_tokens:
+            _measure_projection(model, seen, futures, text, numbers, codes)
     return {
         "windows": sum(len(batch["text"]) for batch in batches),
         "streams": list(model.streams),
@@ -70,7 +70,7 @@ def examine(model: DeFI, batches: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _fit(
+def _measure_projection(
     model: DeFI,
     seen: dict[str, Tensor],
     futures: dict[str, Tensor],
@@ -80,10 +80,10 @@ def _fit(
 ) -> None:
     """How far projected futures are from true ones, and what the inverse model makes of both; adds to `numbers` and
     `codes`."""
-    _, _, present, projected = model.pair(seen)
-    projected = projected[:, model.pairs_of]
-    if model.projector.sees_now:  # else the present is imagined, too, and DINOv2's tokens are no target
-        target = model.true_tokens(futures)
+    _, _, present, projected = model.project_pairs(seen)
+    projected = projected[:, model.pair_view_indices]
+    if model.projector.uses_present_tokens:  # else the present is imagined, too, and DINOv2's tokens are no target
+        target = model.encode_target_frames(futures)
         numbers["projector_error"].append(float((projected - target).square().mean()))
         numbers["copy_error"].append(float((present - target).square().mean()))
         found = {"imagined": projected, "true": target}
@@ -91,7 +91,7 @@ def _fit(
         found = {"imagined": projected}
     for name, future in found.items():
         latent = model.infer(present, future, text)
-        lifted = model.gidm.lift(latent.quantized).unflatten(0, (len(text), -1)).flatten(1, 2)
+        lifted = model.gidm.embed_action(latent.quantized).unflatten(0, (len(text), -1)).flatten(1, 2)
         numbers[f"latent_deviation_{name}"].append(float(reliance.deviation(lifted)))
         if latent.codes is not None and model.gidm.num_codes:
             counts = code_counts(latent.codes, model.gidm.num_codes).sum(0).cpu()
@@ -144,7 +144,7 @@ def draw(found: dict[str, Any], file: Path) -> None:
         axis.axvline(0, color="black", linewidth=0.8)
         axis.invert_yaxis()
     axes[0].legend(fontsize=8)
-    save(figure, file)
+    save_figure(figure, file)
 
 
 @program("step3_links")
@@ -152,18 +152,18 @@ def main(cfg: DictConfig) -> None:
     cfg.policy = artifact.read_config(cfg.path, "defi")
     device = cfg.device or processes().device
     model = policy.load(cfg.path, device=device).model
-    windows = instantiate(cfg.data, split=cfg.split, with_futures=True)
+    windows = instantiate(cfg.data, split=cfg.split, load_future_frames=True)
     chunks = held_out(
         len(windows), cfg.batch_size, seed=cfg.seed, rank=0, world=1, most=-(-cfg.windows // cfg.batch_size)
     )
-    draws = Draws(windows, cfg.seed)
+    draws = SeededDataset(windows, cfg.seed)
     batches = [collate([draws[key] for key in keys]) for keys, _ in chunks if len(keys) == cfg.batch_size]
     if not batches:
         raise ValueError(
             f"{cfg.data.root}: fewer than batch_size={cfg.batch_size} windows in split {cfg.split}; set batch_size "
             "lower"
         )
-    found = examine(model, batches)
+    found = measure_links(model, batches)
     out = Path(cfg.out)
     write_text(
         out / "links.json",

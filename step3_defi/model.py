@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from common.contracts import FutureDynamics, InverseDynamics, LatentAction, PolicyBatch
-from common.frozen import ClipText, Frozen
+from common.frozen import CLIPTextEncoder, FrozenModule
 from common.metrics import code_counts, perplexity
 from common.precision import bf16_pays
-from common.standardize import Standardize
+from common.standardize import RunningNorm
 from step3_defi import reliance
-from step3_defi.edm import EDM, seeded_noise
-from step3_defi.projector import pool_grid
+from step3_defi.edm import ActionEDM, seeded_noise
+from step3_defi.projector import pool_token_grid
 
 PARTS = ("gfdm", "gidm", "projector", "video_former", "adapter")
 STREAMS = ("video", "latent", "future", "now")
@@ -67,9 +67,9 @@ class DeFI(nn.Module):
         projector: Callable[..., nn.Module],
         video_former: Callable[..., nn.Module],
         adapter: Callable[..., nn.Module],
-        goal: ClipText,
+        goal: CLIPTextEncoder,
         *,
-        edm: EDM,
+        edm: ActionEDM,
         views: Sequence[str],
         pair_frames: Sequence[int],
         trainable: Sequence[str],
@@ -112,23 +112,23 @@ class DeFI(nn.Module):
             )
         self.frozen_precision = frozen_precision
         self.views, self.pair_frames, self.image_size = tuple(views), tuple(pair_frames), image_size
-        self.pairs_of = [self.views.index(name) for name in pair_views or self.views]
+        self.pair_view_indices = [self.views.index(name) for name in pair_views or self.views]
         self.fuse_grid, self.noise_draws = fuse_grid, noise_draws
         self.codebook, self.restart_codes, self.bottleneck_weight = codebook, restart_codes, bottleneck_weight
         self.alignment_weight, self.alignment_steps = alignment_weight, alignment_steps
         self.step = 0  # optimizer steps behind; the loop tells it
         self.blind, self.imagine_seed, self.edm, self.goal = blind, imagine_seed, edm, goal
-        self.adopt(gidm)
+        self.prepare_inverse_model(gidm)
         self.gfdm, self.gidm = gfdm, gidm
-        self.feature_norm = Standardize(gfdm.feature_dim) if standardize else nn.Identity()
-        self.goal_norm = Standardize(goal.pooled_dim, sparing=1) if standardize else nn.Identity()
+        self.feature_norm = RunningNorm(gfdm.feature_dim) if standardize else nn.Identity()
+        self.goal_norm = RunningNorm(goal.pooled_dim, token_stride=1) if standardize else nn.Identity()
         self.projector = projector(gfdm.feature_dim, gidm.embed_dim)
-        self.sees_now = self.projector.sees_now or "now" in streams
+        self.uses_present_tokens = self.projector.uses_present_tokens or "now" in streams
         self.video_former = video_former(gfdm.feature_dim, gfdm.num_frames, len(self.views), tokens=gfdm.num_tokens)
-        pairs = len(self.pairs_of) * len(self.pair_frames)
+        pairs = len(self.pair_view_indices) * len(self.pair_frames)
         sizes = {
             "video": (self.video_former.num_tokens, self.video_former.dim),
-            "latent": (pairs * gidm.num_actions, gidm.embed_dim),
+            "latent": (pairs * gidm.num_action_tokens, gidm.embed_dim),
             "future": (len(self.views) * len(self.pair_frames) * fuse_grid**2, gidm.embed_dim),
             "now": (len(self.views) * fuse_grid**2, gidm.embed_dim),
         }
@@ -140,7 +140,7 @@ class DeFI(nn.Module):
         self.streams = tuple(streams)
         self.stream_norms = nn.ModuleDict(
             {
-                name: Standardize(sizes[name][0] * sizes[name][1], sparing=1, eps=FLOOR)
+                name: RunningNorm(sizes[name][0] * sizes[name][1], token_stride=1, eps=FLOOR)
                 if standardize
                 else nn.Identity()
                 for name in streams
@@ -149,7 +149,7 @@ class DeFI(nn.Module):
         self.adapter = adapter({name: sizes[name] for name in streams}, goal.pooled_dim)
         self.set_trainable(trainable)
 
-    def adopt(self, gidm: InverseDynamics) -> None:
+    def prepare_inverse_model(self, gidm: InverseDynamics) -> None:
         """Prepare an inverse model for its place here: what only pretraining needs is dropped (A.3)."""
         gidm.drop_decoder()
 
@@ -160,13 +160,13 @@ class DeFI(nn.Module):
             raise ValueError(f"no part is called {unknown}; trainable parts: {list(PARTS)}")
         self.trainable = tuple(name for name in PARTS if name in names)
         gfdm = self.forward_model
-        self.gfdm = gfdm if "gfdm" in names else Frozen(gfdm)
+        self.gfdm = gfdm if "gfdm" in names else FrozenModule(gfdm)
         for name in PARTS:
             getattr(self, name).requires_grad_(name in names)
         if "gfdm" in names:
-            gfdm.freeze_untapped()
+            gfdm.freeze_unused_blocks()
         if "gidm" in names and self.codebook == "frozen":
-            self.gidm.freeze_codes()
+            self.gidm.freeze_codebook()
         self.train(self.training)
 
     def train(self, mode: bool = True) -> DeFI:
@@ -187,7 +187,7 @@ class DeFI(nn.Module):
     @property
     def forward_model(self) -> nn.Module:
         """The GFDM, whether it learns or is kept out of torch's registry."""
-        return self.gfdm.module if isinstance(self.gfdm, Frozen) else self.gfdm
+        return self.gfdm.module if isinstance(self.gfdm, FrozenModule) else self.gfdm
 
     @property
     def device(self) -> torch.device:
@@ -203,9 +203,9 @@ class DeFI(nn.Module):
         samples of the
         batch, or replaced by its mean; for "gfdm", all that the forward model gives is replaced, ahead of the inverse
         model.
-        `codes` (K, C) counts latent actions, for `count_metrics`, where there are codes.
+        `codes` (K, C) counts latent actions, for `metrics_from_counts`, where there are codes.
         """
-        frozen = batch.get("frozen") or self.look(batch["views"], batch["text"], batch.get("futures"))
+        frozen = batch.get("frozen") or self.encode_observation(batch["views"], batch["text"], batch.get("futures"))
         goal, streams, extra = self.infer_streams(frozen, batch["text"])
         if self.training and self.alignment_steps and self.step < self.alignment_steps:
             # the other parts get a gradient of zero, since DDP waits for every parameter
@@ -218,11 +218,11 @@ class DeFI(nn.Module):
                 f"actions of shape {tuple(actions.shape[1:])}; the adapter makes "
                 f"{(self.adapter.horizon, self.adapter.action_dim)}"
             )
-        action = self.action_errors(goal, streams, actions).mean()
+        action = self.action_squared_errors(goal, streams, actions).mean()
         if not self.training:
             extra |= {
-                key: shares["all"]
-                for key, shares in self._reliance(goal, streams, frozen, batch["text"], actions).items()
+                key: loss_increase["all"]
+                for key, loss_increase in self._reliance(goal, streams, frozen, batch["text"], actions).items()
             }
             extra |= {f"spread_{name}": reliance.spread(tokens) for name, tokens in streams.items()}
         loss = (
@@ -232,18 +232,18 @@ class DeFI(nn.Module):
         )
         return {"loss": loss, "action_loss": action.detach(), **{key: value.detach() for key, value in extra.items()}}
 
-    def count_metrics(self, counts: dict[str, Tensor]) -> dict[str, float]:
+    def metrics_from_counts(self, counts: dict[str, Tensor]) -> dict[str, float]:
         """From the `codes` (K, C) of many batches: how many are in use, and their perplexity."""
         counted = counts["codes"].sum(0)
         return {"codes_used": float((counted > 0).sum()), "perplexity": float(perplexity(counted))}
 
-    def action_errors(
+    def action_squared_errors(
         self, goal: Tensor, streams: dict[str, Tensor], actions: Tensor, generator: torch.Generator | None = None
     ) -> Tensor:
         """Squared errors (B * noise_draws, A, 7) of the preconditioned network; their mean is the action loss."""
         context = self.adapter.encode(goal, streams)
         drawn = actions.repeat_interleave(self.noise_draws, dim=0)
-        return self.edm.errors(lambda x, sigma: self.adapter(x, sigma, context), drawn, generator=generator)
+        return self.edm.squared_errors(lambda x, sigma: self.adapter(x, sigma, context), drawn, generator=generator)
 
     @torch.no_grad()
     def reliance(self, frozen: dict[str, Tensor], text: list[str], actions: Tensor) -> dict[str, dict[str, Tensor]]:
@@ -255,35 +255,35 @@ class DeFI(nn.Module):
     def _reliance(
         self, goal: Tensor, streams: dict[str, Tensor], frozen: dict[str, Tensor], text: list[str], actions: Tensor
     ) -> dict[str, dict[str, Tensor]]:
-        def errors(parts: dict[str, Tensor]) -> Tensor:
-            return self.action_errors(goal, parts, actions, torch.Generator(actions.device).manual_seed(0))
+        def squared_errors(parts: dict[str, Tensor]) -> Tensor:
+            return self.action_squared_errors(goal, parts, actions, torch.Generator(actions.device).manual_seed(0))
 
-        own = errors(streams)
+        own = squared_errors(streams)
         changed = {
             f"{how}_{name}": {**streams, name: change(streams[name])}
-            for how, change in reliance.CHANGES.items()
+            for how, change in reliance.ABLATIONS.items()
             for name in streams
         }
         changed |= {
             f"{how}_gfdm": self.infer_streams({**frozen, "features": change(frozen["features"])}, text)[1]
-            for how, change in reliance.CHANGES.items()
+            for how, change in reliance.ABLATIONS.items()
         }
-        return {name: reliance.shares(errors(parts), own) for name, parts in changed.items()}
+        return {name: reliance.loss_increase(squared_errors(parts), own) for name, parts in changed.items()}
 
-    def on_start(self, step: int) -> None:
+    def on_train_begin(self, step: int) -> None:
         """Before the first step of a run, or of its rest: alignment that was over stays over."""
         self.step = step
 
-    def on_step(self, step: int, accelerator: Any = None) -> dict[str, float]:
+    def on_step_end(self, step: int, accelerator: Any = None) -> dict[str, float]:
         """After an optimizer step: codes restart where that is asked for, and alignment ends after its steps."""
         self.step = step
-        return self.gidm.on_step(step, accelerator) if self.restart_codes and "gidm" in self.trainable else {}
+        return self.gidm.on_step_end(step, accelerator) if self.restart_codes and "gidm" in self.trainable else {}
 
     @torch.no_grad()
     def sample(self, views: dict[str, Tensor], text: list[str], *, seed: int | Sequence[int] = 0) -> Tensor:
         """View name -> (B, 3, H, W) in [-1, 1], B strings -> actions (B, A, 7). A row depends on its own seed only."""
         seeds = [seed] * len(text) if isinstance(seed, int) else list(seed)
-        goal, streams, _ = self.infer_streams(self.look(views, text, taught=False), text)
+        goal, streams, _ = self.infer_streams(self.encode_observation(views, text, with_targets=False), text)
         context = self.adapter.encode(goal, streams)
         noise = seeded_noise(seeds, (self.adapter.horizon, self.adapter.action_dim), goal.device)
         return self.edm.sample(lambda x, sigma: self.adapter(x, sigma, context), noise)
@@ -300,19 +300,19 @@ class DeFI(nn.Module):
             raise ValueError(
                 "the forward model is trained, so its features change and cannot be precomputed; set cache=false"
             )
-        seen = {name: tensor.half() for name, tensor in self.look(views, text, futures).items()}
+        seen = {name: tensor.half() for name, tensor in self.encode_observation(views, text, futures).items()}
         for name, tensor in seen.items():
             if not torch.isfinite(tensor).all():
                 raise ValueError(f"{name} leaves the range of fp16 and cannot be cached; set cache=false")
         return seen
 
-    def look(
+    def encode_observation(
         self,
         views: dict[str, Tensor],
         text: list[str],
         futures: dict[str, Tensor] | None = None,
         *,
-        taught: bool = True,
+        with_targets: bool = True,
     ) -> dict[str, Tensor]:
         """Run the parts that see pictures, all views in one pass. In use nothing is `taught`, and no future is
         known."""
@@ -326,18 +326,18 @@ class DeFI(nn.Module):
         low = self.frozen_precision == "bf16" or self.frozen_precision == "auto" and bf16_pays(images.device)
         with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=low):
             seen = {"features": _by_view(self._imagine(images, list(text) * count), count)}
-            if self.sees_now:
+            if self.uses_present_tokens:
                 seen["now"] = _by_view(self.gidm.embed((images + 1) / 2), count)
-        if self.alignment_weight and taught:
+        if self.alignment_weight and with_targets:
             if futures is None:
                 raise ValueError(
-                    "alignment_weight needs the true future frames; set data.with_futures=true "
+                    "alignment_weight needs the true future frames; set data.load_future_frames=true "
                     "data.future_frames=${policy.pair_frames}"
                 )
-            seen["target"] = self.true_tokens(futures)
+            seen["target"] = self.encode_target_frames(futures)
         return seen
 
-    def true_tokens(self, futures: dict[str, Tensor]) -> Tensor:
+    def encode_target_frames(self, futures: dict[str, Tensor]) -> Tensor:
         """True frames of each view (B, P, 3, H, W) in [-1, 1], at `pair_frames` -> their visual tokens (B, V, P, N,
         E)."""
         wrong = {name: frames.shape[1] for name, frames in futures.items() if frames.shape[1] != len(self.pair_frames)}
@@ -346,7 +346,9 @@ class DeFI(nn.Module):
                 f"true frames of each view {wrong}, pair_frames {list(self.pair_frames)}: set "
                 f"data.future_frames=${{policy.pair_frames}}"
             )
-        frames = torch.stack([futures[self.views[view]] for view in self.pairs_of], dim=1)  # (B, V, P, 3, H, W)
+        frames = torch.stack(
+            [futures[self.views[view]] for view in self.pair_view_indices], dim=1
+        )  # (B, V, P, 3, H, W)
         return self.gidm.embed((frames.flatten(0, 2) + 1) / 2).unflatten(0, frames.shape[:3])
 
     def _imagine(self, images: Tensor, text: list[str]) -> Tensor:
@@ -355,19 +357,19 @@ class DeFI(nn.Module):
         with torch.no_grad():
             return self.forward_model.imagine(images, text, seed=self.imagine_seed)
 
-    def pair(
+    def project_pairs(
         self, frozen: dict[str, Tensor], dtype: torch.dtype = torch.float32
     ) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
         """What was seen -> the present's tokens (B, V, N, E) where they are real, the standardised features (B, V, F,
         L, C), and the two moments
         of every pair: the present (B, V, 1, N, E) of `pair_views` and the projected futures (B, V, P, N, E) of all
         views."""
-        now = frozen["now"].to(self.device, dtype) if self.sees_now else None
+        now = frozen["now"].to(self.device, dtype) if self.uses_present_tokens else None
         features = self.feature_norm(frozen["features"].to(self.device)).to(
             dtype
         )  # standardised before they are rounded
-        present, seen = self.projector.pair(features, self.pair_frames, self.gidm.num_tokens, now)
-        return now, features, present[:, self.pairs_of], seen
+        present, seen = self.projector.project_pairs(features, self.pair_frames, self.gidm.num_tokens, now)
+        return now, features, present[:, self.pair_view_indices], seen
 
     def infer(self, present: Tensor, future: Tensor, text: list[str]) -> LatentAction:
         """Present (B, V, 1, N, E), futures (B, V, P, N, E), B sentences -> the latent actions of all B*V*P pairs."""
@@ -388,16 +390,16 @@ class DeFI(nn.Module):
             if torch.is_autocast_enabled(device.type)
             else next(self.adapter.parameters()).dtype
         )
-        now, features, present, seen = self.pair(frozen, dtype)
-        future = seen[:, self.pairs_of]
+        now, features, present, seen = self.project_pairs(frozen, dtype)
+        future = seen[:, self.pair_view_indices]
         latent = self.infer(present, future, text)
         tokens = {
             "video": lambda: self.video_former(features),
             "latent": lambda: (
-                self.gidm.lift(latent.quantized).unflatten(0, (len(text), -1)).flatten(1, 2)
+                self.gidm.embed_action(latent.quantized).unflatten(0, (len(text), -1)).flatten(1, 2)
             ),  # (B, V*P*K, E)
-            "future": lambda: pool_grid(seen, self.fuse_grid).flatten(1, 3),
-            "now": lambda: pool_grid(now, self.fuse_grid).flatten(1, 2),
+            "future": lambda: pool_token_grid(seen, self.fuse_grid).flatten(1, 3),
+            "now": lambda: pool_token_grid(now, self.fuse_grid).flatten(1, 2),
         }
         found = {name: tokens[name]() for name in self.streams}
         streams = {name: self.stream_norms[name](stream.flatten(1)).view_as(stream) for name, stream in found.items()}

@@ -23,7 +23,7 @@ def main(cfg: DictConfig) -> None:
     splits = ("train", "val") if cfg.data.val_folder else ("all",)
     for split in splits:
         pack = instantiate(cfg.data, split=split, pack=True, workers=cfg.workers).pack
-        log.info("results in %s: %d frames, pictures of %d", pack.folder, len(pack.frames), len(pack.pictured))
+        log.info("results in %s: %d frames, pictures of %d", pack.folder, len(pack.frames), len(pack.image_frames))
 
 
 if __name__ == "__main__":

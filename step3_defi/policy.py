@@ -22,7 +22,7 @@ from step3_defi.model import DeFI
 
 log = logging.getLogger(__name__)
 PARENTS = ("gfdm", "gidm")
-INSIDE = "parents"  # where a policy's folder may hold them, so that it is whole; one of artifact.BESIDE
+PARENTS_DIR = "parents"  # where a policy's folder may hold them, so that it is whole; one of artifact.BESIDE
 BEST = "best"  # where a policy's folder holds it as it was at its best validation; one of artifact.BESIDE
 
 
@@ -62,10 +62,10 @@ class DeFIPolicy:
                 "this policy was not loaded from an artifact, so nothing says how to build it; see common.artifact.save"
             )
         folder = Path(folder)
-        record = artifact.meta(self.origin, "defi")
+        record = artifact.read_meta(self.origin, "defi")
         config = artifact.read_config(self.origin, "defi")
         for key, place in self.moved.items() if with_parents else ():
-            artifact.copy(place, folder / INSIDE / key.removesuffix(".path"))
+            artifact.copy(place, folder / PARENTS_DIR / key.removesuffix(".path"))
         return artifact.save(
             self.model,
             folder,
@@ -88,7 +88,7 @@ class DeFIPolicy:
             raise ValueError(
                 f"{len(observations)} observations and {len(instructions)} instructions: a plan needs one sentence each"
             )
-        self._check_sentences(instructions)
+        self._check_instructions(instructions)
         views = {view: self._images(observations, KEYS[view]).to(self.model.device) for view in self.model.views}
         seeds = [self._noise_seed(o) for o in observations]
         actions = self.model.sample(views, list(instructions), seed=seeds).float().cpu().numpy()
@@ -144,7 +144,7 @@ class DeFIPolicy:
                 )
         return resize(np.stack([o["rgb_obs"][key] for o in observations]), self.model.image_size) * 2 - 1
 
-    def _check_sentences(self, instructions: list[str]) -> None:
+    def _check_instructions(self, instructions: list[str]) -> None:
         for text in set(instructions) - self._understood:
             if not text.strip():
                 raise ValueError(
@@ -184,8 +184,8 @@ def load(
     `compile` makes the first plan of every batch size minutes slower and those after it faster, and actions equal to
     rounding.
     """
-    folder = fetched(source)
-    given = {name: fetched(place) for name, place in (("gfdm", gfdm), ("gidm", gidm)) if place is not None}
+    folder = resolve_source(source)
+    given = {name: resolve_source(place) for name, place in (("gfdm", gfdm), ("gidm", gidm)) if place is not None}
     moved = find_parents(folder, given)
     model = artifact.load(folder, "defi", {**moved, **(overrides or {})})
     policy = DeFIPolicy(model.to(device), execute=execute, seed=seed)
@@ -200,7 +200,7 @@ def compile_options(device: torch.device) -> dict[str, Any]:
     return {"dynamic": False, "mode": "reduce-overhead" if device.type == "cuda" else None}
 
 
-def fetched(source: str | Path) -> Path:
+def resolve_source(source: str | Path) -> Path:
     """An artifact's folder: `source` itself, or the download of a hub id such as user/policy."""
     if Path(source).is_dir():
         return Path(source)
@@ -237,7 +237,7 @@ def find_parents(folder: str | Path, given: Mapping[str, Path] | None = None) ->
     """Overrides that point an artifact's config at its parents, after checking that they are the ones it was trained
     with."""
     folder, given = Path(folder), given or {}
-    known = artifact.meta(folder, "defi")["parents"]
+    known = artifact.read_meta(folder, "defi")["parents"]
     config = artifact.read_config(folder, "defi")
     if strangers := sorted(given.keys() - known.keys()):
         raise artifact.ArtifactError(
@@ -250,7 +250,7 @@ def find_parents(folder: str | Path, given: Mapping[str, Path] | None = None) ->
         # a whole ckpts/ tree may have been moved: <tree>/defi/<run> and <tree>/gfdm/<run>
         run = folder.resolve().parent if folder.name == BEST else folder.resolve()
         beside = run.parent.parent / name / recorded.name
-        places = [given[name]] if name in given else [folder / INSIDE / name, recorded, beside]
+        places = [given[name]] if name in given else [folder / PARENTS_DIR / name, recorded, beside]
         place = next((p for p in places if (p / "meta.json").is_file()), None)
         if place is None:
             raise artifact.ArtifactError(

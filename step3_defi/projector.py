@@ -15,7 +15,7 @@ class Projector(nn.Module):
     `norm` ends in a LayerNorm, as the DINOv2 tokens that it stands in for do. The released code has none.
     """
 
-    sees_now = True  # the present of a pair is DINOv2's view of the observation
+    uses_present_tokens = True  # the present of a pair is DINOv2's view of the observation
 
     def __init__(self, feature_dim: int, out_dim: int, *, norm: bool = True) -> None:
         super().__init__()
@@ -27,7 +27,7 @@ class Projector(nn.Module):
         """(..., feature_dim) -> (..., out_dim)."""
         return self.norm(self.fc2(F.gelu(self.fc1(features))))
 
-    def pair(
+    def project_pairs(
         self, features: Tensor, frames: Sequence[int], tokens: int, now: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Two moments for the inverse model, on its grid of N = `tokens`: the present and every one of the P imagined
@@ -36,10 +36,10 @@ class Projector(nn.Module):
         features (B, V, F, L, feature_dim), now (B, V, N, out_dim) -> present (B, V, 1, N, out_dim), futures (B, V, P,
         N, out_dim).
         """
-        return now[:, :, None], match_grid(self(features[:, :, list(frames)]), tokens)
+        return now[:, :, None], resize_token_grid(self(features[:, :, list(frames)]), tokens)
 
 
-class ImaginedPresent(Projector):
+class ImaginedPresentProjector(Projector):
     """The release's: the present, too, is an imagined frame, number `present`, and learned codes tell the two moments
     apart.
 
@@ -47,22 +47,22 @@ class ImaginedPresent(Projector):
     3).
     """
 
-    sees_now = False
+    uses_present_tokens = False
 
     def __init__(self, feature_dim: int, out_dim: int, *, present: int = 0, norm: bool = False) -> None:
         super().__init__(feature_dim, out_dim, norm=norm)
         self.present = present
-        self.moments = nn.Parameter(torch.randn(2, 1, out_dim))
+        self.time_pos_embed = nn.Parameter(torch.randn(2, 1, out_dim))
 
-    def pair(
+    def project_pairs(
         self, features: Tensor, frames: Sequence[int], tokens: int, now: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """As Projector.pair; `now` is not read."""
-        seen = match_grid(self(features[:, :, [self.present, *frames]]), tokens)
-        return seen[:, :, :1] + self.moments[0], seen[:, :, 1:] + self.moments[1]
+        seen = resize_token_grid(self(features[:, :, [self.present, *frames]]), tokens)
+        return seen[:, :, :1] + self.time_pos_embed[0], seen[:, :, 1:] + self.time_pos_embed[1]
 
 
-def match_grid(tokens: Tensor, count: int) -> Tensor:
+def resize_token_grid(tokens: Tensor, count: int) -> Tensor:
     """Resize square token grids (..., L, D) to (..., count, D) where the two models cut the picture differently."""
     if tokens.shape[-2] == count:
         return tokens
@@ -74,7 +74,7 @@ def match_grid(tokens: Tensor, count: int) -> Tensor:
     return grid.flatten(2).transpose(1, 2).unflatten(0, tokens.shape[:-2])
 
 
-def pool_grid(tokens: Tensor, side: int) -> Tensor:
+def pool_token_grid(tokens: Tensor, side: int) -> Tensor:
     """Average square token grids (..., N, D) to (..., side * side, D)."""
     rows = round(tokens.shape[-2] ** 0.5)
     grid = tokens.flatten(0, -3).transpose(1, 2).unflatten(2, (rows, rows))

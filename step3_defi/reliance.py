@@ -12,22 +12,22 @@ from torch import Tensor
 MOTION, GRIPPER = slice(0, 6), slice(6, 7)  # of CALVIN's seven action dimensions
 
 
-def dealt(stream: Tensor) -> Tensor:
+def swap_samples(stream: Tensor) -> Tensor:
     """Every sample gets its neighbour's: (B, ...) -> (B, ...)."""
     return stream[
         torch.arange(len(stream), device=stream.device).roll(1)
     ]  # rolling itself fails on fp16 under a CPU's autocast to bf16
 
 
-def averaged(stream: Tensor) -> Tensor:
+def average_samples(stream: Tensor) -> Tensor:
     """Every sample gets the mean of the batch: (B, ...) -> (B, ...)."""
     return stream.float().mean(0, keepdim=True).expand_as(stream).to(stream.dtype)
 
 
-CHANGES = {"swap": dealt, "mean": averaged}
+ABLATIONS = {"swap": swap_samples, "mean": average_samples}
 
 
-def shares(wrong: Tensor, own: Tensor) -> dict[str, Tensor]:
+def loss_increase(wrong: Tensor, own: Tensor) -> dict[str, Tensor]:
     """Squared errors (B * k, A, 7) with a wrong stream and with the right ones -> the rise, as a share of the right
     ones' mean.
 

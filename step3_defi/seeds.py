@@ -35,7 +35,7 @@ def last_validation(folder: Path) -> dict[str, float]:
     return last | {"step": series["val/action_loss"][0][-1]}
 
 
-def gather(runs: Path) -> dict[str, dict[str, dict[str, float]]]:
+def read_runs(runs: Path) -> dict[str, dict[str, dict[str, float]]]:
     """Row -> seed -> last validation. Raises ValueError where trainings are of different lengths."""
     found: dict[str, dict[str, dict[str, float]]] = {}
     for folder in sorted(path for path in runs.glob("*/*") if path.is_dir()):
@@ -86,7 +86,7 @@ def compare(found: dict[str, dict[str, dict[str, float]]], base: str, metrics: l
 
 @program("step3_seeds")
 def main(cfg: DictConfig) -> None:
-    result, table = compare(gather(Path(cfg.runs)), cfg.base, list(cfg.metrics))
+    result, table = compare(read_runs(Path(cfg.runs)), cfg.base, list(cfg.metrics))
     out = Path(cfg.out)
     write_text(out / "seeds.json", json.dumps(result, indent=2) + "\n")
     write_text(out / "table.md", table + "\n")

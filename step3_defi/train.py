@@ -19,8 +19,8 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from common import artifact
+from common.distributed import SLOWEST, processes
 from common.frozen import weights_sha256
-from common.processes import SLOWEST, processes
 from common.program import program
 from step3_defi import policy
 from step3_defi.data import features
@@ -28,7 +28,7 @@ from step3_defi.model import DeFI
 
 log = logging.getLogger(__name__)
 # What a finetuning may change of a policy that it starts from: how it learns, and where the sentence encoder lies
-FREE = re.compile(
+INIT_OVERRIDABLE = re.compile(
     r"trainable|noise_draws|alignment_\w+|bottleneck_weight|codebook|restart_codes|frozen_precision|edm\.log_\w+|goal\.path|"
     r"adapter\.(\w+_)?dropout"
 )
@@ -37,16 +37,16 @@ FREE = re.compile(
 @program("step3_defi")
 def main(cfg: DictConfig) -> None:
     config = OmegaConf.to_container(cfg.policy, resolve=True)
-    start = policy.fetched(cfg.init) if cfg.init else None
+    start = policy.resolve_source(cfg.init) if cfg.init else None
     if start:
-        config = start_config(start, config)
+        config = config_from_init(start, config)
     policy.check_scale(config, cfg.scale)
     sets = {split: instantiate(cfg.data, split=split) for split in ("train", "val")}
     stats = {"actions": action_stats(sets["train"].actions)}
     torch.manual_seed(cfg.seed)
     model = instantiate(config)
     if start:
-        take(model, start)
+        load_init_weights(model, start)
         stats["init"] = artifact.sha256(start)
     if cfg.cache and "gfdm" not in model.trainable:
         sets = _cache(sets, model, config, Path(cfg.cache_dir))
@@ -56,16 +56,16 @@ def main(cfg: DictConfig) -> None:
         model,
         sets["train"],
         sets["val"],
-        keep=lambda step: artifact.save(model, Path(cfg.output_dir) / policy.BEST, step=step, **record),
+        on_best=lambda step: artifact.save(model, Path(cfg.output_dir) / policy.BEST, step=step, **record),
     )
     if loop.accelerator.is_main_process:
         artifact.save(model, cfg.output_dir, step=loop.step, **record)
         log.info("results in %s", cfg.output_dir)
 
 
-def start_config(start: Path, config: dict[str, Any]) -> dict[str, Any]:
+def config_from_init(start: Path, config: dict[str, Any]) -> dict[str, Any]:
     """`config` over the forward and inverse model of the policy `start`. Raises ValueError naming the keys in which the
-    two differ beyond FREE."""
+    two differ beyond INIT_OVERRIDABLE."""
     own = artifact.read_config(start, "defi")
     models = {name: own[name] for name in policy.PARENTS}
     for key, place in policy.find_parents(start).items():
@@ -76,7 +76,7 @@ def start_config(start: Path, config: dict[str, Any]) -> dict[str, Any]:
     wrong = [
         key
         for key in sorted(there.keys() | asked.keys())
-        if there.get(key) != asked.get(key) and not FREE.fullmatch(key)
+        if there.get(key) != asked.get(key) and not INIT_OVERRIDABLE.fullmatch(key)
     ]
     if wrong:
         raise ValueError(
@@ -91,7 +91,7 @@ def start_config(start: Path, config: dict[str, Any]) -> dict[str, Any]:
     return {**config, **models}
 
 
-def take(model: DeFI, start: Path) -> None:
+def load_init_weights(model: DeFI, start: Path) -> None:
     """Put the weights of the artifact `start` into a model of its config, keys strict, whatever of it learns here and
     learned there."""
     here = model.trainable
@@ -122,7 +122,7 @@ def _cache(sets: dict[str, Any], model: DeFI, config: dict[str, Any], folder: Pa
         for name, part in ((name, config[name]) for name in policy.PARENTS)
     )
     sources = {"gfdm": weights_sha256(model.forward_model) + repr(gfdm)}
-    if model.sees_now or model.alignment_weight:
+    if model.uses_present_tokens or model.alignment_weight:
         sources["vision"] = weights_sha256(model.gidm.vision) + repr(gidm["vision"])
     with state.main_process_first():
         return {split: features.cached(windows, model, folder, parents=sources) for split, windows in sets.items()}

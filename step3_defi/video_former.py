@@ -8,10 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from common.attention import Attention, Mlp, sincos_1d, sincos_2d
+from common.attention import Attention, Mlp, sincos_pos_embed_1d, sincos_pos_embed_2d
 
 
-class Layer(nn.Module):
+class VideoFormerLayer(nn.Module):
     """Spatial cross-attention within a frame, temporal self-attention of every query slot, feed-forward."""
 
     def __init__(
@@ -53,38 +53,38 @@ class VideoFormer(nn.Module):
         *,
         tokens: int,
         dim: int = 384,
-        hidden: int | None = 768,
+        embed_hidden_dim: int | None = 768,
         queries: int = 14,
         depth: int = 6,
         spatial_heads: int = 8,
         spatial_head_dim: int = 64,
         temporal_heads: int = 8,
-        positions: bool = True,
+        use_pos_embed: bool = True,
     ) -> None:
         super().__init__()
-        self.dim, self.num_tokens, self.positions = dim, frames * queries, positions
-        self.embed = (
+        self.dim, self.num_tokens, self.use_pos_embed = dim, frames * queries, use_pos_embed
+        self.feature_embedder = (
             nn.Linear(feature_dim, dim)
-            if hidden is None
-            else nn.Sequential(nn.Linear(feature_dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
+            if embed_hidden_dim is None
+            else nn.Sequential(nn.Linear(feature_dim, embed_hidden_dim), nn.GELU(), nn.Linear(embed_hidden_dim, dim))
         )
-        scale = dim**-0.5 if positions else 1.0  # VPP draws both tables from N(0, 1)
-        self.frame = nn.Parameter(torch.randn(frames, 1, dim) * scale)
+        scale = dim**-0.5 if use_pos_embed else 1.0  # VPP draws both tables from N(0, 1)
+        self.frame_embed = nn.Parameter(torch.randn(frames, 1, dim) * scale)
         self.queries = nn.Parameter(torch.randn(frames, queries, dim) * scale)
-        if positions:
+        if use_pos_embed:
             side = round(tokens**0.5)
             if side * side != tokens:
                 raise ValueError(f"the video former codes positions of square grids; {tokens} tokens are none")
-            self.view = nn.Parameter(torch.randn(views, 1, dim) * 0.02)
-            self.register_buffer("place", sincos_2d(side, side, dim), persistent=False)
-            self.register_buffer("time", sincos_1d(frames, dim)[:, None], persistent=False)
+            self.view_embed = nn.Parameter(torch.randn(views, 1, dim) * 0.02)
+            self.register_buffer("place", sincos_pos_embed_2d(side, side, dim), persistent=False)
+            self.register_buffer("time", sincos_pos_embed_1d(frames, dim)[:, None], persistent=False)
         self.layers = nn.ModuleList(
-            Layer(
+            VideoFormerLayer(
                 dim,
                 spatial_heads=spatial_heads,
                 spatial_head_dim=spatial_head_dim,
                 temporal_heads=temporal_heads,
-                temporal_norm=positions,
+                temporal_norm=use_pos_embed,
             )
             for _ in range(depth)
         )
@@ -92,11 +92,11 @@ class VideoFormer(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """(B, V, F, L, feature_dim) -> (B, F*Q, D)."""
-        x = self.embed(features)  # (B, V, F, L, D)
-        if self.positions:
-            x = x + (self.view[:, None] + self.place)
-        x = x.transpose(1, 2).flatten(2, 3) + self.frame  # (B, F, V*L, D)
-        queries = self.queries + self.time if self.positions else self.queries
+        x = self.feature_embedder(features)  # (B, V, F, L, D)
+        if self.use_pos_embed:
+            x = x + (self.view_embed[:, None] + self.spatial_pos_embed)
+        x = x.transpose(1, 2).flatten(2, 3) + self.frame_embed  # (B, F, V*L, D)
+        queries = self.queries + self.temporal_pos_embed if self.use_pos_embed else self.queries
         queries = queries.expand(len(x), -1, -1, -1)
         x = x.flatten(0, 1)
         for layer in self.layers:

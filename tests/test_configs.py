@@ -40,7 +40,7 @@ CHANGES = {  # row -> the only subtrees it may touch, besides its name
     "gidm/t8_binning": {"gidm.quantizer"},
     "gidm/t8_continuous": {"gidm.quantizer"},
     "defi/blind": {"policy.blind"},
-    "defi/no_alignment": {"policy.alignment_weight", "policy.alignment_steps", "data.with_futures"},
+    "defi/no_alignment": {"policy.alignment_weight", "policy.alignment_steps", "data.load_future_frames"},
     "defi/a3_latent_only": {"policy.streams"},
     "defi/now": {"policy.streams"},
     "defi/joint": {
@@ -56,11 +56,11 @@ CHANGES = {  # row -> the only subtrees it may touch, besides its name
         "policy.alignment_weight",
         "policy.alignment_steps",
         "data.future_frames",
-        "data.with_futures",
+        "data.load_future_frames",
         *SHARED_OUT,
     },
-    "defi/official": {"policy", "loop", "data.min_window", "data.future_frames", "data.with_futures"},
-    "defi/vpp": {"policy", "loop", "data.min_window", "data.future_frames", "data.with_futures"},
+    "defi/official": {"policy", "loop", "data.min_window", "data.future_frames", "data.load_future_frames"},
+    "defi/vpp": {"policy", "loop", "data.min_window", "data.future_frames", "data.load_future_frames"},
     "defi/t1_third_view": {"policy.views", "data.views"},
     "defi/t4_gfdm_no_pretrain": {"policy.gfdm"},
     "defi/t4_gidm_no_pretrain": {"policy.gidm", "policy.codebook", "policy.restart_codes"},
@@ -225,8 +225,8 @@ def test_scales_compose_and_every_target_exists(step, scale):
 @pytest.mark.parametrize("step", STEP.values())
 def test_the_share_of_damaged_draws_is_a_key(step):
     assert (
-        resolved(step)["loop"]["max_bad_share"] == 0.05
-        and resolved(step, "scale=full", "loop.max_bad_share=0.2")["loop"]["max_bad_share"] == 0.2
+        resolved(step)["loop"]["max_unreadable_fraction"] == 0.05
+        and resolved(step, "scale=full", "loop.max_unreadable_fraction=0.2")["loop"]["max_unreadable_fraction"] == 0.2
     )
 
 

@@ -20,7 +20,7 @@ from step1_gfdm import train as step1
 from step2_gidm import train as step2
 from step3_defi import policy
 from step3_defi import train as step3
-from tests.step1_gfdm.videosets import write_set
+from tests.step1_gfdm.video_sets import write_video_set
 from tests.step3_defi.parts import SENTENCES, write_calvin
 from tests.step3_defi.rollout.rollout_fakes import FakeEnv
 
@@ -48,8 +48,12 @@ HANDS = 10  # videos of a hand
 def record(root: Path, latent_shape: tuple[int, int, int]) -> None:
     """A little of what envs.record and step1_gfdm.encode write of a robot (two cameras) and of a hand (one)."""
     for name, episodes, cameras in (("ABC", 4, 2), ("hand", HANDS, 1)):
-        videos = write_set(root / name / "videos_set", episodes, length=40, cameras=cameras, latent_shape=latent_shape)
-        write_set(root / name / "videos_set", 1, length=40, cameras=cameras, latent_shape=latent_shape, split="val")
+        videos = write_video_set(
+            root / name / "videos_set", episodes, length=40, cameras=cameras, latent_shape=latent_shape
+        )
+        write_video_set(
+            root / name / "videos_set", 1, length=40, cameras=cameras, latent_shape=latent_shape, split="val"
+        )
         (root / name / "latents_set").symlink_to(videos)
 
 
@@ -192,7 +196,7 @@ def test_a_row_of_pretraining_trains(row: str, tree: Tree, tmp_path: Path) -> No
     )
     kind, _ = row.split("/")
     model = artifact.load(tmp_path / "run", kind)
-    assert artifact.meta(tmp_path / "run", kind)["step"] == 2 and not model.training
+    assert artifact.read_meta(tmp_path / "run", kind)["step"] == 2 and not model.training
 
 
 @pytest.mark.parametrize("row", [row for row in ROWS if row.startswith("defi/")])
@@ -209,7 +213,7 @@ def test_a_row_of_finetuning_trains_and_rolls_out(row: str, tree: Tree, tmp_path
     env = FakeEnv([[30]])
     env.reset({"index": 0})
     for _ in range(2):
-        action = robot.act(env.observe(), SENTENCES[0])
+        action = robot.act(env.get_obs(), SENTENCES[0])
         assert action.shape == (7,) and np.abs(action).max() <= 1 and abs(action[6]) == 1
         env.step(action, render=False)
     assert env.steps == 2

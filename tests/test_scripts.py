@@ -101,8 +101,8 @@ def test_a_row_does_not_stand_on_a_model_of_another_scale(root: Path) -> None:
 @pytest.mark.parametrize(
     "scale, world, tasks, protocol",
     [
-        ("tiny", "envs.playtable.PlayTable", 11, ("A", 100, 360, 8)),
-        ("small", "envs.playtable.PlayTable", 11, ("A", 100, 360, 8)),
+        ("tiny", "envs.playtable.PlayTableEnv", 11, ("A", 100, 360, 8)),
+        ("small", "envs.playtable.PlayTableEnv", 11, ("A", 100, 360, 8)),
         ("full", "envs.calvin.env.Calvin", None, ("D", 1000, 720, 10)),
     ],
 )

@@ -5,7 +5,7 @@ Physics, pictures, infos and the oracle are calvin_env's own; sentences, sequenc
 numbers, which
 playtable repeats (tests compare them). Vectors are those of `envs.playtable.env`. Pictures cost 95 % of a step and are drawn
 when
-`observe` asks for them. One world in a process: calvin_env addresses the first one only.
+`get_obs` asks for them. One world in a process: calvin_env addresses the first one only.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ import numpy as np
 from envs import sequences, tasks
 from envs.calvin import simulator
 from envs.expert import expert
-from envs.playtable.env import NEUTRAL_ROBOT_OBS, PlayTable, PlayTableState, as_vector
+from envs.playtable.env import NEUTRAL_ROBOT_OBS, PlayTableEnv, PlayTableState, as_vector
 from envs.playtable.scene import get_scene
 from envs.tasks import TASKS
 
-LOADS_A_CONNECTION = 50  # pybullet keeps up to 11 MB of a world it has loaded until it is disconnected
+MAX_LOADS_PER_CONNECTION = 50  # pybullet keeps up to 11 MB of a world it has loaded until it is disconnected
 REFERENCE_STATE = sequences.INITIAL_STATES[0]
 
 
-class Calvin:
+class CalvinEnv:
     """CALVIN's scene "A" to "D". `seed` drives the poses that a reset without arguments draws.
 
     `renderer` is "egl", "cpu" (TinyRenderer, whose look differs from the dataset's) or "auto": EGL where there is a
@@ -40,7 +40,7 @@ class Calvin:
     ) -> None:
         self.scene = get_scene(scene)
         self.name = f"calvin-{scene}"
-        self._bullet, package = simulator.load()
+        self._bullet, package = simulator.import_calvin_env()
         self._version = simulator.version(package)
         self._renderer = simulator.choose_renderer(renderer)
         folder = simulator.root(package)
@@ -55,14 +55,14 @@ class Calvin:
 
     def _connect(self) -> None:
         if self._sim is not None:
-            simulator.disconnect(self._sim)
-        self._sim = simulator.connect(self._config, int(self._rng.integers(2**31)))
+            simulator.close_simulator(self._sim)
+        self._sim = simulator.create_simulator(self._config, int(self._rng.integers(2**31)))
         # calvin_env draws in each step what cameras it has: it gets none
         self._cameras, self._sim.cameras = self._sim.cameras, []
         self._loads = 1
-        self._index()
+        self._setup_references()
 
-    def _index(self) -> None:
+    def _setup_references(self) -> None:
         """Bodies by uid and links by number, as contacts name them, and the moving parts by name."""
         scene = self._sim.scene
         self._table = scene.fixed_objects[0]
@@ -79,13 +79,13 @@ class Calvin:
     def _draw_reference(self) -> str:
         """Hash of one pair of pictures: the same where renderer, assets and cameras are."""
         self.reset(dict(REFERENCE_STATE))
-        pictures = self.observe()["rgb_obs"]
+        pictures = self.get_obs()["rgb_obs"]
         return hashlib.sha256(b"".join(picture.tobytes() for picture in pictures.values())).hexdigest()[:16]
 
     # ---- readings, see `envs.protocol`
 
     @property
-    def gripper_command(self) -> int:
+    def gripper_action(self) -> int:
         """-1 closes and 1 opens."""
         return int(self._sim.robot.gripper_action)
 
@@ -104,12 +104,12 @@ class Calvin:
         """Commanded tool position (3,) and Euler angles (3,), which actions are added to."""
         return self._sim.robot.target_pos.copy(), self._sim.robot.target_orn.copy()
 
-    def gripper_opening(self) -> float:
+    def gripper_opening_width(self) -> float:
         """Sum of both fingers' travel, 0 to 0.08 m."""
         robot = self._sim.robot
         return float(sum(self._bullet.getJointState(robot.robot_uid, number)[0] for number in robot.gripper_joint_ids))
 
-    def joint_reading(self, name: str) -> float:
+    def joint_position(self, name: str) -> float:
         """Position of a fixture's joint in metres."""
         return float(self._parts[name].get_state())
 
@@ -118,7 +118,7 @@ class Calvin:
         position, quaternion = self._bullet.getBasePositionAndOrientation(self._uids[name])
         return np.array(position), np.array(self._bullet.getMatrixFromQuaternion(quaternion)).reshape(3, 3)
 
-    def touching(self, name: str) -> frozenset[str]:
+    def get_contacts(self, name: str) -> frozenset[str]:
         """Names of what a block touches: "robot", "floor", other blocks or links of the table."""
         contacts = self._bullet.getContactPoints(bodyA=self._uids[name])
         return frozenset(
@@ -142,7 +142,7 @@ class Calvin:
         if state is not None:
             if robot_obs is not None or scene_obs is not None:
                 raise ValueError("reset takes a symbolic state or raw vectors, not both")
-            robot_obs, scene_obs = sequences.initial_state(state, self.scene)
+            robot_obs, scene_obs = sequences.get_env_state_for_initial_condition(state, self.scene)
         robot_obs = as_vector("robot_obs", NEUTRAL_ROBOT_OBS if robot_obs is None else robot_obs, 15)
         scene_obs = None if scene_obs is None else as_vector("scene_obs", scene_obs, 24)
         self._load()
@@ -150,12 +150,12 @@ class Calvin:
         return _vectors(self._sim.reset(robot_obs=robot_obs, scene_obs=scene_obs))
 
     def _load(self) -> None:
-        if self._loads == LOADS_A_CONNECTION:
+        if self._loads == MAX_LOADS_PER_CONNECTION:
             self._connect()
             return
-        self._sim.load()
+        self._sim.import_calvin_env()
         self._loads += 1
-        self._index()
+        self._setup_references()
 
     def step(self, action: np.ndarray, *, render: bool = True) -> tuple[dict, dict]:
         """One control step of 1/30 s -> (observation, info).
@@ -167,9 +167,9 @@ class Calvin:
         action = as_vector("action", action, 7)
         action[6] = 1.0 if action[6] > 0 else -1.0
         observation, _, _, info = self._sim.step(action)
-        return (self.observe() if render else _vectors(observation)), info
+        return (self.get_obs() if render else _vectors(observation)), info
 
-    def observe(self) -> dict:
+    def get_obs(self) -> dict:
         """The present observation with pictures: uint8 RGB `rgb_static` and `rgb_gripper` under `rgb_obs`."""
         pictures = {
             f"rgb_{camera.name}": np.ascontiguousarray(camera.render()[0], dtype=np.uint8) for camera in self._cameras
@@ -187,7 +187,7 @@ class Calvin:
     ) -> list[tuple[dict, list[str]]]:
         """`count` pairs of (symbolic initial state, tasks in a row). Raises RuntimeError where the default ones are not
         CALVIN's."""
-        pairs = sequences.generate(count, tasks=tasks, length=length, seed=seed)
+        pairs = sequences.get_sequences(count, tasks=tasks, length=length, seed=seed)
         if tuple(tasks or TASKS) == TASKS and length == 5 and seed == 0:
             sequences.check_official(pairs)
         return pairs
@@ -196,14 +196,14 @@ class Calvin:
         """The sentence that stands for a task in an evaluation."""
         return tasks.INSTRUCTIONS[tasks.check_tasks([task])[0]]
 
-    def succeeded(self, task: str, start: dict, now: dict) -> bool:
+    def check_success(self, task: str, start: dict, now: dict) -> bool:
         """CALVIN's own oracle: was `task` carried out between two infos?"""
         tasks.check_tasks([task])
         return bool(self._oracle.get_task_info_for_set(start, now, {task}))
 
-    def expert(self, seed: int = 0) -> expert.Expert:
+    def expert(self, seed: int = 0) -> expert.ScriptedExpert:
         """A scripted expert that reads this environment's state."""
-        return expert.Expert(PlayTableState(self), seed)
+        return expert.ScriptedExpert(PlayTableState(self), seed)
 
     def versions(self) -> dict[str, str]:
         """Simulator and renderer, and what the renderer makes of one fixed state."""
@@ -214,18 +214,18 @@ class Calvin:
             "python": platform.python_version(),
         }
 
-    def choices(self) -> dict[str, str]:
+    def resolved_options(self) -> dict[str, str]:
         """What "auto" came to, for others that are to draw alike."""
         return {"renderer": "egl" if self._renderer.egl else "cpu"}
 
     def close(self) -> None:
         """End the simulator; a second call does nothing."""
         if self._sim is not None:
-            simulator.disconnect(self._sim)
+            simulator.close_simulator(self._sim)
             self._sim = None
 
 
-World = PlayTable | Calvin  # what demonstrations are recorded in
+TabletopEnv = PlayTableEnv | CalvinEnv  # what demonstrations are recorded in
 
 
 def _vectors(observation: dict) -> dict:

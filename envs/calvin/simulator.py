@@ -85,7 +85,7 @@ def _gymnasium_for_gym() -> None:
             sys.modules[f"gym{name}"] = importlib.import_module(f"gymnasium{name}")
 
 
-def load() -> tuple[ModuleType, ModuleType]:
+def import_calvin_env() -> tuple[ModuleType, ModuleType]:
     """The modules pybullet and calvin_env. Raises CalvinError, in one line, where they or their parts are absent."""
     try:
         with quiet():
@@ -116,16 +116,20 @@ def configuration(folder: Path, scene: str, *, static_size: int, gripper_size: i
     """calvin_env's own configuration of the dataset's robot, scene "A" to "D" and the two cameras of a policy."""
     conf = folder / "conf"
     robot = OmegaConf.merge(
-        OmegaConf.load(conf / "robot" / "panda.yaml"), OmegaConf.load(conf / "robot" / "panda_longer_finger.yaml")
+        OmegaConf.import_calvin_env(conf / "robot" / "panda.yaml"),
+        OmegaConf.import_calvin_env(conf / "robot" / "panda_longer_finger.yaml"),
     )
     del robot["defaults"]
-    cameras = {name: OmegaConf.load(conf / "cameras" / "cameras" / f"{name}.yaml") for name in ("static", "gripper")}
+    cameras = {
+        name: OmegaConf.import_calvin_env(conf / "cameras" / "cameras" / f"{name}.yaml")
+        for name in ("static", "gripper")
+    }
     for name, size in (("static", static_size), ("gripper", gripper_size)):
         cameras[name].width = cameras[name].height = size
-    env = OmegaConf.load(conf / "env" / "play_table_env.yaml")
+    env = OmegaConf.import_calvin_env(conf / "env" / "play_table_env.yaml")
     # scene_info is what the oracle compares
     env.update(use_scene_info=True, use_egl=egl, show_gui=False)
-    scene_config = OmegaConf.load(conf / "scene" / f"calvin_scene_{scene}.yaml")
+    scene_config = OmegaConf.import_calvin_env(conf / "scene" / f"calvin_scene_{scene}.yaml")
     return OmegaConf.create(
         {
             "env": env,
@@ -138,7 +142,7 @@ def configuration(folder: Path, scene: str, *, static_size: int, gripper_size: i
     )
 
 
-def connect(config: DictConfig, seed: int) -> Any:
+def create_simulator(config: DictConfig, seed: int) -> Any:
     """A new simulator. Raises CalvinError where it does not start or another one lives in this process."""
     try:
         with quiet():
@@ -148,21 +152,21 @@ def connect(config: DictConfig, seed: int) -> Any:
     except HydraException as error:
         raise CalvinError(f"calvin_env does not start ({error.__cause__ or error}): {STEPS}") from error
     if simulator.cid != 0:
-        disconnect(simulator)
+        close_simulator(simulator)
         raise CalvinError("calvin_env serves one world in a process: close the other one first")
     return simulator
 
 
-def disconnect(simulator: Any) -> None:
+def close_simulator(simulator: Any) -> None:
     """End a simulator, and see to it that its destructor does not end the next one."""
     with quiet():
-        simulator.p.disconnect(physicsClientId=simulator.cid)
+        simulator.p.close_simulator(physicsClientId=simulator.cid)
     simulator.close = lambda: None
 
 
 def oracle(folder: Path) -> Any:
     """CALVIN's `Tasks`, which compares two infos."""
-    return hydra.utils.instantiate(OmegaConf.load(folder / "conf" / "tasks" / "new_playtable_tasks.yaml"))
+    return hydra.utils.instantiate(OmegaConf.import_calvin_env(folder / "conf" / "tasks" / "new_playtable_tasks.yaml"))
 
 
 def version(package: ModuleType) -> str:

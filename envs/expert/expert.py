@@ -1,7 +1,7 @@
 """A scripted expert for the 34 tasks, written against the privileged state alone (DESIGN 7).
 
 It begins from wherever the robot stands, lets go of a block that its task has no use for, and tries again until it is
-given another task. `act` gives the clean command; who executes it may disturb it with `disturbed` while `fast` is true.
+given another task. `act` gives the clean command; who executes it may disturb it with `add_action_noise` while `fast` is true.
 """
 
 from __future__ import annotations
@@ -11,24 +11,24 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from envs.expert.motions import (
-    FAR_BEHIND,
     FORWARD,
+    MAX_REL_POS,
+    MAX_TRACKING_ERROR,
     NEAR_FRONT,
-    POSITION_SCALE,
     YAW_RANGE,
-    Motions,
-    Plan,
-    Stuck,
+    ActionStream,
+    MotionBlocked,
+    MotionPrimitives,
     backwards,
     comfortable_yaw,
-    hand,
+    gripper_euler,
     lean,
     straightened,
 )
 from envs.protocol import PrivilegedState
-from envs.tasks import LIFTS_FROM_TABLE, check_tasks
+from envs.tasks import TABLE_LIFT_TASKS, check_tasks
 
-KEEPS_BLOCK = ("place_in_slider", "place_in_drawer", "stack_block")
+HELD_BLOCK_TASKS = ("place_in_slider", "place_in_drawer", "stack_block")
 PATIENCE = 12  # steps to stand still after a plan before it is tried again
 TURN = np.radians(76)  # a rotation counts from 60 degrees
 ENOUGH = np.radians(64)  # of it in one hold
@@ -47,21 +47,21 @@ def block_of(task: str) -> str:
     return f"block_{task.split('_')[1]}"
 
 
-def disturbed(action: np.ndarray, rng: np.random.Generator, sigma: float, *, fast: bool) -> np.ndarray:
+def add_action_noise(action: np.ndarray, rng: np.random.Generator, sigma: float, *, noise_allowed: bool) -> np.ndarray:
     """What is executed for a clean action (7,): noise of `sigma` on the six pose entries of fast moves, clipped."""
-    if sigma == 0 or not fast:
+    if sigma == 0 or not noise_allowed:
         return action
     noisy = action.copy()
     noisy[:6] = np.clip(action[:6] + rng.normal(0, sigma, 6) * [1, 1, 1, 0.5, 0.5, 0.5], -1, 1)
     return noisy
 
 
-class Expert(Motions):
+class ScriptedExpert(MotionPrimitives):
     """Plays one task at a time; see `common.contracts.Expert`, which it fulfils."""
 
     def __init__(self, state: PrivilegedState, seed: int = 0) -> None:
         super().__init__(state, np.random.default_rng(seed))
-        self._plan: Plan = iter(())
+        self._plan: ActionStream = iter(())
         self._task = ""
         self._trial = 0
         self._last_held: str | None = None
@@ -70,10 +70,10 @@ class Expert(Motions):
         """Start on a task; raises ValueError for an unknown one."""
         check_tasks((task,))
         self._task = task
-        self.grip = self.state.gripper()
+        self.gripper_action = self.state.gripper_action()
         self._pace = 0.0
         self.cruise = float(self.rng.uniform(0.55, 0.85))
-        self._last_held = self.held()
+        self._last_held = self.held_block()
         self._trial = 0
         self._plan = self._trials(task)
 
@@ -84,19 +84,19 @@ class Expert(Motions):
         return next(self._plan)
 
     def _trials(self, task: str) -> Iterator[np.ndarray]:
-        if task not in KEEPS_BLOCK and self.held() is not None:
+        if task not in HELD_BLOCK_TASKS and self.held_block() is not None:
             yield from self.release()
-        yield from self.withdraw(block_of(task) if task in LIFTS_FROM_TABLE else None)
+        yield from self.withdraw(block_of(task) if task in TABLE_LIFT_TASKS else None)
         while True:
             try:
                 yield from self._method(task)()
                 yield from self.wait(PATIENCE)
-            except Stuck:
-                yield from self.unwind()
-                yield from self.goto(self.state.target()[0] + [0, -0.05, 0.05], firm=True, timeout=20)
+            except MotionBlocked:
+                yield from self.sync_target()
+                yield from self.move_to(self.state.target_pose()[0] + [0, -0.05, 0.05], push_on=True, max_steps=20)
             self._trial += 1
 
-    def _method(self, task: str) -> Callable[[], Plan]:
+    def _method(self, task: str) -> Callable[[], ActionStream]:
         words = task.split("_")
         if words[0] == "lift":
             return lambda: self.lift(block_of(task), words[3])
@@ -113,77 +113,83 @@ class Expert(Motions):
 
     # fixtures
 
-    def open_drawer(self) -> Plan:
-        bar = -0.212 - self.state.joint("base__drawer")
-        x, euler = self.state.fixtures.drawer_x + self._off(0.05), hand(tilt=0.2)
-        yield from self.above(x, bar, euler, height=0.55, grip=-1)
-        yield from self.goto([x, bar, 0.375], euler, speed=0.85, careful=True)
-        yield from self.goto([x, -0.212 - self.state.limit("base__drawer") - 0.02, 0.375], euler, speed=0.85, firm=True)
+    def open_drawer(self) -> ActionStream:
+        bar = -0.212 - self.state.joint_position("base__drawer")
+        x, euler = self.state.fixtures.drawer_x + self._off(0.05), gripper_euler(tilt=0.2)
+        yield from self.above(x, bar, euler, height=0.55, gripper_action=-1)
+        yield from self.move_to([x, bar, 0.375], euler, speed=0.85, no_noise=True)
+        yield from self.move_to(
+            [x, -0.212 - self.state.joint_limit("base__drawer") - 0.02, 0.375], euler, speed=0.85, push_on=True
+        )
 
-    def close_drawer(self) -> Plan:
-        front = -0.32 - self.state.joint("base__drawer")
-        x, euler = self.state.fixtures.drawer_x + self._off(0.05), hand()
-        yield from self.above(x, front, euler, height=0.55, grip=-1)
-        yield from self.goto([x, front, 0.37], euler, speed=0.85, through=True)
-        yield from self.goto([x, -0.235, 0.37], euler, speed=0.8, firm=True)
+    def close_drawer(self) -> ActionStream:
+        front = -0.32 - self.state.joint_position("base__drawer")
+        x, euler = self.state.fixtures.drawer_x + self._off(0.05), gripper_euler()
+        yield from self.above(x, front, euler, height=0.55, gripper_action=-1)
+        yield from self.move_to([x, front, 0.37], euler, speed=0.85, no_stop=True)
+        yield from self.move_to([x, -0.235, 0.37], euler, speed=0.8, push_on=True)
 
-    def slide(self, *, left: bool) -> Plan:
+    def slide(self, *, left: bool) -> ActionStream:
         handle = self.handle()
-        end = self.handle(self.state.limit("base__slide") if left else 0.0)
+        end = self.handle(self.state.joint_limit("base__slide") if left else 0.0)
         side = 0.052 if left else -0.052
-        euler = hand(tilt=CABINET_TILT)
-        yield from self.above(handle + side, -0.12, euler, grip=-1)
-        yield from self.goto([handle + side, -0.09, 0.53], euler, through=True)
-        yield from self.goto([handle + side, -0.005, 0.515], euler, speed=0.8, careful=True)
-        yield from self.goto([end + side * 0.3, -0.005, 0.515], euler, speed=0.8, firm=True)
+        euler = gripper_euler(tilt=CABINET_TILT)
+        yield from self.above(handle + side, -0.12, euler, gripper_action=-1)
+        yield from self.move_to([handle + side, -0.09, 0.53], euler, no_stop=True)
+        yield from self.move_to([handle + side, -0.005, 0.515], euler, speed=0.8, no_noise=True)
+        yield from self.move_to([end + side * 0.3, -0.005, 0.515], euler, speed=0.8, push_on=True)
 
     def handle(self, reading: float | None = None) -> float:
         """Where the door's handle stands along x, now or at a reading of the door."""
-        return self.state.fixtures.slide_x0 + 0.14 - (self.state.joint("base__slide") if reading is None else reading)
+        return (
+            self.state.fixtures.slide_x0
+            + 0.14
+            - (self.state.joint_position("base__slide") if reading is None else reading)
+        )
 
-    def turn_on_lightbulb(self) -> Plan:
-        bar, euler = self._switch_bar(), hand(tilt=0.9)
+    def turn_on_lightbulb(self) -> ActionStream:
+        bar, euler = self._switch_bar(), gripper_euler(tilt=0.9)
         low = bar - 0.055 * UP_SLOPE
-        yield from self.above(bar[0], -0.13, hand(tilt=0.45), grip=-1)
-        yield from self.goto(low + 0.10 * OUT_OF_SLOPE, euler, through=True)
-        yield from self.goto(low, euler, speed=0.8, careful=True)
-        yield from self.goto(low + 0.12 * UP_SLOPE, euler, speed=0.8, firm=True)
+        yield from self.above(bar[0], -0.13, gripper_euler(tilt=0.45), gripper_action=-1)
+        yield from self.move_to(low + 0.10 * OUT_OF_SLOPE, euler, no_stop=True)
+        yield from self.move_to(low, euler, speed=0.8, no_noise=True)
+        yield from self.move_to(low + 0.12 * UP_SLOPE, euler, speed=0.8, push_on=True)
 
-    def turn_off_lightbulb(self) -> Plan:
-        bar, euler = self._switch_bar(), hand(tilt=0.5)
+    def turn_off_lightbulb(self) -> ActionStream:
+        bar, euler = self._switch_bar(), gripper_euler(tilt=0.5)
         high = bar + 0.055 * UP_SLOPE
-        yield from self.above(bar[0], -0.08, euler, height=0.66, grip=-1)
-        yield from self.goto(high + 0.06 * OUT_OF_SLOPE + 0.03 * UP_SLOPE, euler, through=True)
-        yield from self.goto(high, euler, speed=0.8, careful=True)
-        yield from self.goto(high - 0.13 * UP_SLOPE, euler, speed=0.8, firm=True)
+        yield from self.above(bar[0], -0.08, euler, height=0.66, gripper_action=-1)
+        yield from self.move_to(high + 0.06 * OUT_OF_SLOPE + 0.03 * UP_SLOPE, euler, no_stop=True)
+        yield from self.move_to(high, euler, speed=0.8, no_noise=True)
+        yield from self.move_to(high - 0.13 * UP_SLOPE, euler, speed=0.8, push_on=True)
 
-    def press_button(self) -> Plan:
+    def press_button(self) -> ActionStream:
         x, y, _ = self.state.fixtures.button
         x, y = x + self._off(0.01), y + self._off(0.01)
-        yield from self.above(x, y, hand(), height=0.56, grip=-1)
-        yield from self.goto([x, y, 0.46], hand(), speed=0.8, firm=True, timeout=25)
-        yield from self.goto([x, y, 0.54], hand(), through=True)
+        yield from self.above(x, y, gripper_euler(), height=0.56, gripper_action=-1)
+        yield from self.move_to([x, y, 0.46], gripper_euler(), speed=0.8, push_on=True, max_steps=25)
+        yield from self.move_to([x, y, 0.54], gripper_euler(), no_stop=True)
 
     def _switch_bar(self) -> np.ndarray:
         x = self.state.fixtures.switch_x + self._off(0.02)
-        return np.array([x, 0.023, 0.525]) + UP_SLOPE * self.state.joint("base__switch")
+        return np.array([x, 0.023, 0.525]) + UP_SLOPE * self.state.joint_position("base__switch")
 
     def _off(self, reach: float) -> float:
         return float(self.rng.uniform(-reach, reach))
 
-    def _free_slider(self) -> Plan:
+    def _free_slider(self) -> ActionStream:
         """Finish the way of a door that stands half open, so that one side is free."""
-        reading, limit = self.state.joint("base__slide"), self.state.limit("base__slide")
+        reading, limit = self.state.joint_position("base__slide"), self.state.joint_limit("base__slide")
         if 0.02 < reading < limit - 0.02:
             yield from self.slide(left=reading > limit / 2)
 
-    def _free_drawer(self) -> Plan:
-        if self.state.joint("base__drawer") < 0.19:
+    def _free_drawer(self) -> ActionStream:
+        if self.state.joint_position("base__drawer") < 0.19:
             yield from self.open_drawer()
 
     # blocks
 
-    def lift(self, block: str, place: str) -> Plan:
+    def lift(self, block: str, place: str) -> ActionStream:
         if place == "slider":
             yield from self._free_slider()
         elif place == "drawer":
@@ -197,45 +203,45 @@ class Expert(Motions):
             free = place == "table"
             height = float(self.rng.uniform(-0.004, 0.008)) if free else 0.0
             yield from self.grasp(
-                block, tilt=0.0 if place == "drawer" else None, offset=(0.0, 0.0, height), careful=not free
+                block, tilt=0.0 if place == "drawer" else None, offset=(0.0, 0.0, height), no_noise=not free
             )
-        start = self.state.target()[0]
+        start = self.state.target_pose()[0]
         if place == "slider":
-            yield from self.goto(start + [0, -0.04, 0.07], speed=0.7, through=True)
-            yield from self.goto(start + [0, -0.16, 0.14], speed=0.8)
+            yield from self.move_to(start + [0, -0.04, 0.07], speed=0.7, no_stop=True)
+            yield from self.move_to(start + [0, -0.16, 0.14], speed=0.8)
         else:
             away = -0.06 if place == "table" and start[1] > NEAR_FRONT else 0.0
-            yield from self.goto(start + [0, away, 0.14], speed=0.7)
+            yield from self.move_to(start + [0, away, 0.14], speed=0.7)
 
     def _inwards(self, block: str) -> float:
         """Shift along x that keeps open fingers off the walls and the door beside a block in the cabinet."""
-        x = self.state.block(block)[0][0]
+        x = self.state.block_pose(block)[0][0]
         low, high = self._opening()
         return float(np.clip(np.clip(x, low + HALF_OPEN, high - HALF_OPEN) - x, -0.013, 0.013))
 
     def _opening(self) -> tuple[float, float]:
         """The part of the cabinet (x from, x to) that the door leaves open."""
         left, right = self.state.fixtures.plank_x
-        door = self.state.fixtures.slide_x0 - self.state.joint("base__slide")
-        if self.state.joint("base__slide") < self.state.limit("base__slide") / 2:
+        door = self.state.fixtures.slide_x0 - self.state.joint_position("base__slide")
+        if self.state.joint_position("base__slide") < self.state.joint_limit("base__slide") / 2:
             return left, min(door, right)
         return max(door + DOOR_WIDTH, left), right
 
-    def rotate(self, block: str, angle: float) -> Plan:
+    def rotate(self, block: str, angle: float) -> ActionStream:
         """Turn a block about the vertical, in several holds where the wrist's range asks for it."""
         for _ in range(3):
             yaw, turn = self._best_hold(block, angle)
             yield from self.grasp(block, yaw=yaw)
-            at = self.state.target()[0]
+            at = self.state.target_pose()[0]
             # Towards the robot, where the wide hand has room to turn; the oracle allows 0.1 m.
             at[1] -= np.clip(at[1] - NEAR_FRONT - 0.02, 0.0, 0.08)
             # Off the table, so that the turn counts when the block is let go: a touched block cannot be lifted next.
             at[2] += 0.01
-            yield from self.goto(self.state.target()[0] + [0, 0, 0.01], careful=True)
-            yield from self.goto(at, hand(yaw + turn), careful=True, firm=True)
+            yield from self.move_to(self.state.target_pose()[0] + [0, 0, 0.01], no_noise=True)
+            yield from self.move_to(at, gripper_euler(yaw + turn), no_noise=True, push_on=True)
             yield from self.wait(3)
             yield from self.wait(6, 1)
-            yield from self.goto(self.state.target()[0] + [0, 0, 0.06], through=True)
+            yield from self.move_to(self.state.target_pose()[0] + [0, 0, 0.06], no_stop=True)
             angle -= turn
             if abs(angle) < 0.03:
                 return
@@ -250,34 +256,34 @@ class Expert(Motions):
         whole = [hold for hold in holds if abs(hold[1]) > min(abs(angle) - 0.03, ENOUGH)]
         if whole:
             # Near the front the first half must be easy: the block is drawn away while it turns.
-            near = self.state.block(block)[0][1] > NEAR_FRONT + 0.02
+            near = self.state.block_pose(block)[0][1] > NEAR_FRONT + 0.02
             return min(whole, key=lambda hold: max(abs(hold[0] - FORWARD), 0.0 if near else abs(sum(hold) - FORWARD)))
         return max(holds, key=lambda hold: abs(hold[1]), default=(FORWARD, angle))
 
     def _extent(self, block: str, axis: int) -> float:
         """Half of a block's size along a world axis."""
-        return float(np.abs(self.state.block(block)[1][axis]) @ self.state.size(block)) / 2
+        return float(np.abs(self.state.block_pose(block)[1][axis]) @ self.state.block_size(block)) / 2
 
-    def push(self, block: str, sign: int) -> Plan:
-        start = self.state.block(block)[0]
+    def push(self, block: str, sign: int) -> ActionStream:
+        start = self.state.block_pose(block)[0]
         behind = start[0] - sign * (self._extent(block, 0) + 0.04)
-        euler = hand(tilt=min(0.8, lean(start[1]) + 0.2 * self._trial))
-        yield from self.above(behind, start[1], euler, height=0.58, grip=-1)
-        yield from self.goto([behind, start[1], 0.464], euler, speed=0.85, careful=True)
+        euler = gripper_euler(tilt=min(0.8, lean(start[1]) + 0.2 * self._trial))
+        yield from self.above(behind, start[1], euler, height=0.58, gripper_action=-1)
+        yield from self.move_to([behind, start[1], 0.464], euler, speed=0.85, no_noise=True)
         tapped = False
         for _ in range(90):
-            position, at = self.state.block(block)[0], self.state.target()[0]
+            position, at = self.state.block_pose(block)[0], self.state.target_pose()[0]
             moved = sign * (position[0] - start[0])
             if moved > PUSH:
                 break
-            if abs(at[0] - self.state.tcp()[0][0]) > 2 * FAR_BEHIND:
-                raise Stuck
+            if abs(at[0] - self.state.tcp_pose()[0][0]) > 2 * MAX_TRACKING_ERROR:
+                raise MotionBlocked
             self._pace = min(self.cruise, self._pace + 0.1)
             if not tapped and moved > 0.05:
                 # Stop short: the block slides on, and is free when the push counts.
-                short = 0.1 - 12 * (self._pace * POSITION_SCALE) ** 2 - moved
-                steps = max(1, round(short / (self._pace * POSITION_SCALE)))
-                self._pace = min(1.0, short / (steps * POSITION_SCALE))
+                short = 0.1 - 12 * (self._pace * MAX_REL_POS) ** 2 - moved
+                steps = max(1, round(short / (self._pace * MAX_REL_POS)))
+                self._pace = min(1.0, short / (steps * MAX_REL_POS))
                 for _ in range(steps):
                     yield self._push_step(block, sign, self._pace)
                 yield self._push_step(block, sign, max(-1.0, -1.6 * self._pace))
@@ -288,121 +294,125 @@ class Expert(Motions):
 
     def _push_step(self, block: str, sign: int, pace: float) -> np.ndarray:
         """One step along x at a pace, keeping behind the middle of the block and just above the table."""
-        position, at = self.state.block(block)[0], self.state.target()[0]
+        position, at = self.state.block_pose(block)[0], self.state.target_pose()[0]
         aside = np.clip(position[1] - at[1], -0.004, 0.004)
-        return self.step([sign * pace * POSITION_SCALE, aside, 0.464 - at[2]])
+        return self.make_action([sign * pace * MAX_REL_POS, aside, 0.464 - at[2]])
 
-    def push_into_drawer(self) -> Plan:
+    def push_into_drawer(self) -> ActionStream:
         yield from self._free_drawer()
         block = self._nearest_on_table(self.state.fixtures.drawer_x)
         if block is None:
             return
-        position = self.state.block(block)[0]
+        position = self.state.block_pose(block)[0]
         behind = position[1] + self._extent(block, 1) + 0.035
         aside = abs(position[0] - self.state.fixtures.drawer_x) > DRAWER_REACH
         # No room for the hand between the block and the slanted front, or nothing to fall into straight ahead.
         if aside or behind > -0.05 or self._trial % 2:
             yield from self._drag_into_drawer(block)
             return
-        euler = hand(tilt=lean(behind))
-        yield from self.above(position[0], behind, euler, height=0.58, grip=-1)
-        yield from self.goto([position[0], behind, 0.466], euler, speed=0.85, careful=True)
+        euler = gripper_euler(tilt=lean(behind))
+        yield from self.above(position[0], behind, euler, height=0.58, gripper_action=-1)
+        yield from self.move_to([position[0], behind, 0.466], euler, speed=0.85, no_noise=True)
         for _ in range(80):
-            position, at = self.state.block(block)[0], self.state.target()[0]
+            position, at = self.state.block_pose(block)[0], self.state.target_pose()[0]
             if position[2] < 0.42 or at[1] < -0.24:
                 break
-            if abs(at[1] - self.state.tcp()[0][1]) > 2 * FAR_BEHIND:
-                raise Stuck
+            if abs(at[1] - self.state.tcp_pose()[0][1]) > 2 * MAX_TRACKING_ERROR:
+                raise MotionBlocked
             self._pace = min(self.cruise * 0.7, self._pace + 0.1)
-            yield self.step([np.clip(position[0] - at[0], -0.004, 0.004), -self._pace * 0.02, 0])
-        yield from self.goto(self.state.target()[0] + [0, 0.04, 0.04], speed=0.85)
+            yield self.make_action([np.clip(position[0] - at[0], -0.004, 0.004), -self._pace * 0.02, 0])
+        yield from self.move_to(self.state.target_pose()[0] + [0, 0.04, 0.04], speed=0.85)
 
-    def _drag_into_drawer(self, block: str) -> Plan:
+    def _drag_into_drawer(self, block: str) -> ActionStream:
         yield from self.grasp(block)
-        at, facing = self.state.target()
+        at, facing = self.state.target_pose()
         x = float(np.clip(at[0], *(self.state.fixtures.drawer_x + np.array([-0.08, 0.08]))))
         if abs(x - at[0]) > 0.01:  # over whatever stands in between
-            yield from self.goto(at + [0, 0, 0.07], speed=0.7, through=True)
-            yield from self.goto([x, -0.13, at[2] + 0.07], hand(facing[2]), through=True)
-        yield from self.goto([x, -0.235, at[2] + 0.004], hand(facing[2]), speed=0.7, firm=True)
+            yield from self.move_to(at + [0, 0, 0.07], speed=0.7, no_stop=True)
+            yield from self.move_to([x, -0.13, at[2] + 0.07], gripper_euler(facing[2]), no_stop=True)
+        yield from self.move_to([x, -0.235, at[2] + 0.004], gripper_euler(facing[2]), speed=0.7, push_on=True)
         yield from self.wait(5, 1)
-        yield from self.goto(self.state.target()[0] + [0, 0.02, 0.06], speed=0.85)
+        yield from self.move_to(self.state.target_pose()[0] + [0, 0.02, 0.06], speed=0.85)
 
     def _nearest_on_table(self, x: float, but: str | None = None) -> str | None:
         """The block on the table top that is nearest to a vertical plane x and not close to the slanted front."""
         lying = [
             name
             for name in self.state.blocks
-            if name != but and abs(self.state.block(name)[0][2] - 0.46) < 0.015 and self.state.block(name)[0][1] < 0.02
+            if name != but
+            and abs(self.state.block_pose(name)[0][2] - 0.46) < 0.015
+            and self.state.block_pose(name)[0][1] < 0.02
         ]
 
         def effort(name: str) -> float:
-            position = self.state.block(name)[0]
+            position = self.state.block_pose(name)[0]
             return float(abs(position[0] - x) + 3 * max(0.0, position[1] - NEAR_FRONT))
 
         return min(lying, key=effort, default=None)
 
-    def _take_again(self) -> Plan:
+    def _take_again(self) -> ActionStream:
         """Make sure that a block is in the hand: what was lost on the way is picked up where it lies."""
-        if (held := self.held()) is not None:
+        if (held := self.held_block()) is not None:
             self._last_held = held
             return
         if self._last_held is None:
-            tcp = self.state.tcp()[0]
-            self._last_held = min(self.state.blocks, key=lambda name: np.linalg.norm(self.state.block(name)[0] - tcp))
-        _, y, z = self.state.block(self._last_held)[0]
+            tcp = self.state.tcp_pose()[0]
+            self._last_held = min(
+                self.state.blocks, key=lambda name: np.linalg.norm(self.state.block_pose(name)[0] - tcp)
+            )
+        _, y, z = self.state.block_pose(self._last_held)[0]
         yield from self.lift(self._last_held, "drawer" if z < 0.42 else "table" if y < 0.02 else "slider")
 
-    def place_in_drawer(self) -> Plan:
+    def place_in_drawer(self) -> ActionStream:
         yield from self._take_again()
-        y = -0.18 - self.state.joint("base__drawer") / 2
-        yield from self.put([self.state.fixtures.drawer_x + self._off(0.06), y, 0.40], self.state.target()[1][2])
+        y = -0.18 - self.state.joint_position("base__drawer") / 2
+        yield from self.place([self.state.fixtures.drawer_x + self._off(0.06), y, 0.40], self.state.target_pose()[1][2])
 
-    def place_in_slider(self) -> Plan:
+    def place_in_slider(self) -> ActionStream:
         yield from self._take_again()
         low, high = self._opening()
         centre = (low + high) / 2
         places = np.linspace(low + 0.06, high - 0.06, 18)
-        inside = [self.state.block(name)[0] for name in self.state.blocks if name != self._last_held]
+        inside = [self.state.block_pose(name)[0] for name in self.state.blocks if name != self._last_held]
         taken = [position[0] for position in inside if position[1] > 0.01]
         room = [min([abs(x - other) for other in taken] + [0.2]) - 0.15 * abs(x - centre) for x in places]
         x = float(places[int(np.argmax(room))])
-        yield from self.put([x, 0.085, 0.47], FORWARD, tilt=CABINET_TILT, ready=0.12)
+        yield from self.place([x, 0.085, 0.47], FORWARD, tilt=CABINET_TILT, ready=0.12)
 
-    def stack_block(self) -> Plan:
+    def stack_block(self) -> ActionStream:
         yield from self._take_again()
-        below = self._nearest_on_table(self.state.tcp()[0][0], but=self._last_held)
+        below = self._nearest_on_table(self.state.tcp_pose()[0][0], but=self._last_held)
         if below is None:
             return
-        position = self.state.block(below)[0]
-        hangs = self.state.block(self._last_held)[0] - self.state.tcp()[0]
-        now = float(self.state.target()[1][2])
+        position = self.state.block_pose(below)[0]
+        hangs = self.state.block_pose(self._last_held)[0] - self.state.tcp_pose()[0]
+        now = float(self.state.target_pose()[1][2])
         yaw = min((comfortable_yaw(y) for y in self.grasp_yaws(below)), key=lambda y: abs(y - now))
         if position[1] > NEAR_FRONT:
             yaw = FORWARD
             position[1] -= 0.01  # what stands above the other block must not touch a handle
-        yield from self.put([*position[:2], position[2] + 0.043 - hangs[2]], yaw, tilt=0.5 * lean(position[1]))
+        yield from self.place([*position[:2], position[2] + 0.043 - hangs[2]], yaw, tilt=0.5 * lean(position[1]))
 
-    def unstack_block(self) -> Plan:
+    def unstack_block(self) -> ActionStream:
         tops = [
             name
             for name in self.state.blocks
-            if self.state.block(name)[0][2] > 0.49 and self.state.touching(name) & set(self.state.blocks)
+            if self.state.block_pose(name)[0][2] > 0.49 and self.state.get_contacts(name) & set(self.state.blocks)
         ]
         if not tops:
             return
         yield from self.grasp(tops[0], height=0.62)
-        yield from self.goto(self.state.target()[0] + [0, 0, 0.12], speed=0.7)
+        yield from self.move_to(self.state.target_pose()[0] + [0, 0, 0.12], speed=0.7)
 
-    def put(self, position: list[float], yaw: float, *, tilt: float = 0.0, ready: float = 0.08) -> Plan:
+    def place(self, position: list[float], yaw: float, *, tilt: float = 0.0, ready: float = 0.08) -> ActionStream:
         """Carry what is held to a pose of the hand, set it down and draw back."""
-        place, euler, back = np.array(position), hand(yaw, tilt), backwards(yaw, tilt)
+        place, euler, back = np.array(position), gripper_euler(yaw, tilt), backwards(yaw, tilt)
         above = place + ready * back
-        self.grip = -1
-        yield from self.unwind()
-        yield from self.rise()
-        yield from self.goto([place[0], above[1], self.state.target()[0][2]], euler, through=True)
-        yield from self.goto(above, euler, speed=0.85, through=True)
-        yield from self.goto(place, euler, speed=0.65, careful=True)
+        self.gripper_action = -1
+        yield from self.sync_target()
+        yield from self.move_up()
+        yield from self.move_to([place[0], above[1], self.state.target_pose()[0][2]], euler, no_stop=True)
+        yield from self.move_to(above, euler, speed=0.85, no_stop=True)
+        yield from self.move_to(place, euler, speed=0.65, no_noise=True)
         yield from self.wait(5, 1)
-        yield from self.goto(place + 0.08 * back, euler, speed=0.8)
+        yield from self.move_to(place + 0.08 * back, euler, speed=0.8)

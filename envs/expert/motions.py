@@ -12,13 +12,13 @@ import numpy as np
 
 from envs.protocol import PrivilegedState
 
-Plan = Iterator[np.ndarray]
+ActionStream = Iterator[np.ndarray]
 
-POSITION_SCALE = 0.02  # m of one unit of action
-ANGLE_SCALE = 0.05  # rad of one unit of action
+MAX_REL_POS = 0.02  # m of one unit of action
+MAX_REL_ORN = 0.05  # rad of one unit of action
 YAW_RANGE = (-0.6, 3.05)  # beyond it the real simulator's inverse kinematics flips over
 FORWARD = np.pi / 2
-FAR_BEHIND = 0.035  # m between command and hand that free motion never shows
+MAX_TRACKING_ERROR = 0.035  # m between command and hand that free motion never shows
 NEAR_FRONT = -0.09  # m, beyond this y an upright hand meets the handles of the slanted front
 SAFE_HEIGHT = 0.6  # above everything that stands on the table
 FINGER_AT, FINGER_ROOM = 0.051, 0.014  # m, an open finger's distance from the hand's middle, and half its thickness
@@ -30,7 +30,7 @@ CLEAR = 0.03  # m above a block's middle from where fingers pass over it
 LEVER = 0.04  # m off at the fingers for every radian of a wrong turn
 
 
-class Stuck(RuntimeError):
+class MotionBlocked(RuntimeError):
     """The hand does not get where it is commanded to: something is in its way."""
 
 
@@ -56,7 +56,7 @@ def straightened(yaw: float, slack: float) -> float:
     return FORWARD + float(np.sign(askew)) * max(0.0, abs(askew) - slack)
 
 
-def hand(yaw: float = FORWARD, tilt: float = 0.0) -> np.ndarray:
+def gripper_euler(yaw: float = FORWARD, tilt: float = 0.0) -> np.ndarray:
     """Euler angles (3,) of a hand that points down with a yaw and then leans back about the axis its fingers close
     on."""
     return np.array([np.pi, -tilt, yaw])
@@ -91,103 +91,105 @@ def comfortable_yaw(yaw: float, near: float = FORWARD) -> float:
     return min(inside, key=lambda value: abs(value - near))
 
 
-class Motions:
+class MotionPrimitives:
     """The hand's vocabulary. One object serves one episode: its speed is drawn once."""
 
     def __init__(self, state: PrivilegedState, rng: np.random.Generator) -> None:
         self.state = state
         self.rng = rng
         self.cruise = float(rng.uniform(0.55, 0.85))
-        self.grip = state.gripper()
-        self.fast = False  # may the one who executes the action disturb it?
+        self.gripper_action = state.gripper_action()
+        self.noise_allowed = False  # may the one who executes the action disturb it?
         self._pace = 0.0
 
-    def step(self, shift: np.ndarray | None = None, turn: np.ndarray | None = None) -> np.ndarray:
+    def make_action(self, shift: np.ndarray | None = None, turn: np.ndarray | None = None) -> np.ndarray:
         """The action that moves the commanded pose by metres (3,) and radians (3,), clipped to what one step allows."""
         move = np.zeros(6)
         if shift is not None:
-            move[:3] = np.asarray(shift) / POSITION_SCALE
+            move[:3] = np.asarray(shift) / MAX_REL_POS
         if turn is not None:
-            move[3:] = np.asarray(turn) / ANGLE_SCALE
-        return np.append(np.clip(move, -1, 1), self.grip).astype(np.float64)
+            move[3:] = np.asarray(turn) / MAX_REL_ORN
+        return np.append(np.clip(move, -1, 1), self.gripper_action).astype(np.float64)
 
-    def goto(
+    def move_to(
         self,
         position: np.ndarray | Callable[[np.ndarray, np.ndarray], np.ndarray],
         euler: np.ndarray | None = None,
         *,
         speed: float = 1.0,
         tolerance: float = 0.012,
-        through: bool = False,
-        careful: bool = False,
-        firm: bool = False,
-        timeout: int = 120,
-    ) -> Plan:
+        no_stop: bool = False,
+        no_noise: bool = False,
+        push_on: bool = False,
+        max_steps: int = 120,
+    ) -> ActionStream:
         """Straight to a pose with ramps at both ends; `speed` scales the episode's cruising speed.
 
         A callable says from the commanded position and angles where to go next; it is asked at each step.
-        `through` does not brake at the end, `careful` keeps the one who executes from adding noise, `firm` pushes on
+        `no_stop` does not brake at the end, `no_noise` keeps the one who executes from adding noise, `push_on` pushes on
         against what resists; otherwise Stuck is raised when the hand stays behind.
         """
         waited = behind = 0
-        for _ in range(timeout):
-            at, facing = self.state.target()
+        for _ in range(max_steps):
+            at, facing = self.state.target_pose()
             goal = np.asarray(position(at, facing) if callable(position) else position, float)
             shift = goal - at
             turn = np.zeros(3) if euler is None else turn_between(facing, euler)
-            behind = behind + 1 if np.linalg.norm(self.state.tcp()[0] - at) > FAR_BEHIND else 0
-            if behind > 10 and not firm:
-                raise Stuck
-            far = max(np.abs(shift).max() / POSITION_SCALE, np.abs(turn).max() / ANGLE_SCALE)
+            behind = behind + 1 if np.linalg.norm(self.state.tcp_pose()[0] - at) > MAX_TRACKING_ERROR else 0
+            if behind > 10 and not push_on:
+                raise MotionBlocked
+            far = max(np.abs(shift).max() / MAX_REL_POS, np.abs(turn).max() / MAX_REL_ORN)
             limit = self.cruise * speed
-            if through and far < limit:
+            if no_stop and far < limit:
                 return
             if far < 1e-3:
-                if waited >= 10 or np.linalg.norm(self.state.tcp()[0] - goal) < tolerance:
+                if waited >= 10 or np.linalg.norm(self.state.tcp_pose()[0] - goal) < tolerance:
                     break
                 waited += 1
-            brake = far if through else 0.12 + 0.35 * far
+            brake = far if no_stop else 0.12 + 0.35 * far
             self._pace = min(limit, self._pace + 0.2, brake)
             share = min(1.0, self._pace / max(far, 1e-9))
-            self.fast = not careful and far > 2.0
-            yield self.step(shift * share, turn * share)
-        self.fast = False
+            self.noise_allowed = not no_noise and far > 2.0
+            yield self.make_action(shift * share, turn * share)
+        self.noise_allowed = False
         self._pace = 0.0
 
-    def wait(self, steps: int, grip: int | None = None) -> Plan:
+    def wait(self, steps: int, gripper_action: int | None = None) -> ActionStream:
         """Stand still, perhaps with a new command for the gripper."""
-        if grip is not None:
-            self.grip = grip
-        self.fast = False
+        if gripper_action is not None:
+            self.gripper_action = gripper_action
+        self.noise_allowed = False
         self._pace = 0.0
         for _ in range(steps):
-            yield self.step()
+            yield self.make_action()
 
-    def unwind(self) -> Plan:
+    def sync_target(self) -> ActionStream:
         """Pull the commanded pose back to the measured one: pushing leaves it inside of things."""
-        tcp, _ = self.state.tcp()
-        if np.linalg.norm(tcp - self.state.target()[0]) > 0.02:
-            yield from self.goto(tcp, through=True, careful=True, firm=True, timeout=20)
+        tcp, _ = self.state.tcp_pose()
+        if np.linalg.norm(tcp - self.state.target_pose()[0]) > 0.02:
+            yield from self.move_to(tcp, no_stop=True, no_noise=True, push_on=True, max_steps=20)
 
-    def rise(self, height: float = SAFE_HEIGHT) -> Plan:
+    def move_up(self, height: float = SAFE_HEIGHT) -> ActionStream:
         """Straight up where the hand is lower."""
-        at, _ = self.state.target()
+        at, _ = self.state.target_pose()
         if at[2] < height - 0.01:
-            yield from self.goto([at[0], at[1], height], through=True)
+            yield from self.move_to([at[0], at[1], height], no_stop=True)
 
-    def above(self, x: float, y: float, euler: np.ndarray, *, height: float = SAFE_HEIGHT, grip: int = 1) -> Plan:
+    def move_above(
+        self, x: float, y: float, euler: np.ndarray, *, height: float = SAFE_HEIGHT, gripper_action: int = 1
+    ) -> ActionStream:
         """Up, then across to a place above (x, y), turning the hand and setting the gripper on the way."""
-        self.grip = grip
-        yield from self.unwind()
-        yield from self.rise(height)
-        yield from self.goto([x, y, max(height, self.state.target()[0][2] - 0.05)], euler, through=True)
+        self.gripper_action = gripper_action
+        yield from self.sync_target()
+        yield from self.move_up(height)
+        yield from self.move_to([x, y, max(height, self.state.target_pose()[0][2] - 0.05)], euler, no_stop=True)
 
     def grasp_yaws(self, block: str) -> list[float]:
         """Yaws at which the fingers fit around a block however it lies; FORWARD where none does."""
-        _, axes = self.state.block(block)
+        _, axes = self.state.block_pose(block)
         yaws = [
             float(np.arctan2(axis[1], axis[0]) + np.pi / 2)
-            for axis, width in zip(axes.T, self.state.size(block))
+            for axis, width in zip(axes.T, self.state.block_size(block))
             if abs(axis[2]) < 0.5 and width < GRASPABLE
         ]
         return yaws or [FORWARD]
@@ -200,11 +202,11 @@ class Motions:
 
     def _crowded(self, block: str, yaw: float) -> bool:
         """Would an open finger come down on another block?"""
-        centre, across = self.state.block(block)[0], closing(yaw)
+        centre, across = self.state.block_pose(block)[0], closing(yaw)
         for other in set(self.state.blocks) - {block}:
-            position, axes = self.state.block(other)
+            position, axes = self.state.block_pose(other)
             for finger in (centre + FINGER_AT * across, centre - FINGER_AT * across):
-                outside = np.abs((finger - position) @ axes) - self.state.size(other) / 2
+                outside = np.abs((finger - position) @ axes) - self.state.block_size(other) / 2
                 if np.linalg.norm(np.maximum(outside, 0.0)) < FINGER_ROOM:
                     return True
         return False
@@ -217,47 +219,49 @@ class Motions:
         yaw: float | None = None,
         offset: tuple[float, float, float] = (0.0, 0.0, 0.0),
         height: float = SAFE_HEIGHT,
-        careful: bool = True,
-    ) -> Plan:
-        """Take a block: open, above it, down (see `goto` for `careful`), close with an `offset` from its centre.
+        no_noise: bool = True,
+    ) -> ActionStream:
+        """Take a block: open, above it, down (see `move_to` for `no_noise`), close with an `offset` from its centre.
 
         `yaw` overrules the choice of the nearest comfortable one, `tilt` what keeps the hand off the slanted front.
         """
-        position, _ = self.state.block(block)
-        euler = self.hold(block, tilt=tilt, yaw=yaw)
-        if self.over(position + offset, euler):
-            self.grip = 1
+        position, _ = self.state.block_pose(block)
+        euler = self.grasp_euler(block, tilt=tilt, yaw=yaw)
+        if self.is_above_grasp(position + offset, euler):
+            self.gripper_action = 1
         else:
             ready = position + offset + 0.10 * fingers_back(euler)
-            yield from self.above(ready[0], ready[1], euler, height=height)
-            yield from self.goto(ready, euler, tolerance=0.02)
-        position = self.state.block(block)[0] + offset
-        yield from self.goto(self.funnel(position, euler), euler, speed=0.75, tolerance=0.006, careful=careful)
-        yield from self.close()
+            yield from self.move_above(ready[0], ready[1], euler, height=height)
+            yield from self.move_to(ready, euler, tolerance=0.02)
+        position = self.state.block_pose(block)[0] + offset
+        yield from self.move_to(
+            self.approach_path(position, euler), euler, speed=0.75, tolerance=0.006, no_noise=no_noise
+        )
+        yield from self.close_gripper()
 
-    def hold(self, block: str, *, tilt: float | None = None, yaw: float | None = None) -> np.ndarray:
+    def grasp_euler(self, block: str, *, tilt: float | None = None, yaw: float | None = None) -> np.ndarray:
         """Euler angles (3,) of a hand that takes a block; see `grasp`."""
-        y = self.state.block(block)[0][1]
+        y = self.state.block_pose(block)[0][1]
         if yaw is None:
             yaw = self.easy_yaw(block)
             if y > NEAR_FRONT + 0.02:
                 yaw = straightened(yaw, 0.25)
-        return hand(yaw, lean(y, yaw) if tilt is None else tilt)
+        return gripper_euler(yaw, lean(y, yaw) if tilt is None else tilt)
 
-    def over(self, position: np.ndarray, euler: np.ndarray) -> bool:
+    def is_above_grasp(self, position: np.ndarray, euler: np.ndarray) -> bool:
         """Is the open hand where it goes to a grasp at `position` directly: above it, or around it already?"""
-        at, facing = self.state.target()
+        at, facing = self.state.target_pose()
         height, across, along = _hand_frame(at - position, euler)
         turn = np.abs(turn_between(facing, euler)).max()
         beside = float(np.hypot(across, along))
         return (
-            self.state.gripper() > 0
+            self.state.gripper_action() > 0
             and turn < 0.8
             and beside < REACH_OVER
             and (height > CLEAR or height > -0.01 and abs(across) < FITS)
         )
 
-    def funnel(self, position: np.ndarray, euler: np.ndarray) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+    def approach_path(self, position: np.ndarray, euler: np.ndarray) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
         """Where to go next from above a grasp: the farther off its axis, the higher. Fingers that are low and askew go
         up first."""
         back = fingers_back(euler)
@@ -272,53 +276,53 @@ class Motions:
 
         return waypoint
 
-    def close(self) -> Plan:
+    def close_gripper(self) -> ActionStream:
         """Close until the fingers stop. A fixed pause would look the same at its beginning and its end, and a policy
         that
         sees single pictures would learn to stay in it."""
         before = np.inf
-        self.grip = -1
+        self.gripper_action = -1
         for _ in range(7):
             yield from self.wait(1)
-            now = self.state.opening()
+            now = self.state.gripper_opening_width()
             if abs(before - now) < 5e-4:
                 return
             before = now
 
-    def release(self) -> Plan:
+    def release(self) -> ActionStream:
         """Let go of what is in the hand, near whatever lies below, and move off it."""
-        held = self.held()
+        held = self.held_block()
         if held is not None:
-            start = self.state.target()[0]
+            start = self.state.target_pose()[0]
             for _ in range(40):
-                if self.state.touching(held) != {"robot"} or start[2] - self.state.target()[0][2] > 0.2:
+                if self.state.get_contacts(held) != {"robot"} or start[2] - self.state.target_pose()[0][2] > 0.2:
                     break
                 self._pace = min(0.5, self._pace + 0.15)
-                yield self.step([0, 0, -self._pace * POSITION_SCALE])
-        yield from self.unwind()
+                yield self.make_action([0, 0, -self._pace * MAX_REL_POS])
+        yield from self.sync_target()
         yield from self.wait(5, 1)
-        yield from self.goto(self.state.target()[0] + [0, 0, 0.07], through=True)
+        yield from self.move_to(self.state.target_pose()[0] + [0, 0, 0.07], no_stop=True)
 
-    def withdraw(self, wanted: str | None = None) -> Plan:
+    def withdraw(self, wanted: str | None = None) -> ActionStream:
         """Draw open fingers back from a block between them, which would be carried off otherwise; not where they can
         take a wanted one."""
-        tcp, _ = self.state.tcp()
-        near = [name for name in self.state.blocks if np.linalg.norm(self.state.block(name)[0] - tcp) < 0.05]
+        tcp, _ = self.state.tcp_pose()
+        near = [name for name in self.state.blocks if np.linalg.norm(self.state.block_pose(name)[0] - tcp) < 0.05]
         if (
-            self.state.gripper() < 0
+            self.state.gripper_action() < 0
             or not near
             or near == [wanted]
-            and self.over(self.state.block(wanted)[0], self.hold(wanted))
+            and self.is_above_grasp(self.state.block_pose(wanted)[0], self.grasp_euler(wanted))
         ):
             return
-        at, facing = self.state.target()
-        yield from self.goto(at + 0.09 * fingers_back(facing), through=True, firm=True, timeout=20)
+        at, facing = self.state.target_pose()
+        yield from self.move_to(at + 0.09 * fingers_back(facing), no_stop=True, push_on=True, max_steps=20)
 
-    def held(self) -> str | None:
+    def held_block(self) -> str | None:
         """The block in the closed hand."""
-        if self.state.gripper() > 0 or self.state.opening() < EMPTY:
+        if self.state.gripper_action() > 0 or self.state.gripper_opening_width() < EMPTY:
             return None
-        near = [name for name in self.state.blocks if "robot" in self.state.touching(name)]
-        tcp, _ = self.state.tcp()
-        near = [name for name in near if np.linalg.norm(self.state.block(name)[0] - tcp) < 0.06]
+        near = [name for name in self.state.blocks if "robot" in self.state.get_contacts(name)]
+        tcp, _ = self.state.tcp_pose()
+        near = [name for name in near if np.linalg.norm(self.state.block_pose(name)[0] - tcp) < 0.06]
         return near[0] if near else None

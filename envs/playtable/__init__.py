@@ -11,6 +11,6 @@ except (AttributeError, ImportError, RuntimeError) as error:
     advice = f"MUJOCO_GL={wish}: unset it, or install libegl1 or libosmesa6" if wish else "pip install mujoco"
     raise ImportError(f"playtable cannot load mujoco ({error}): {advice}") from error
 
-from envs.playtable.env import PlayTable
+from envs.playtable.env import PlayTableEnv
 
-__all__ = ["PlayTable"]
+__all__ = ["PlayTableEnv"]

@@ -16,21 +16,21 @@ import numpy as np
 from envs import sequences, tasks
 from envs.expert import expert
 from envs.playtable import mjcf
-from envs.playtable.kinematics import Arm, euler_from_matrix, matrix_from_euler, quaternion_from_matrix
+from envs.playtable.kinematics import ArmKinematics, euler_from_matrix, matrix_from_euler, quaternion_from_matrix
 from envs.playtable.render import Renderer
 from envs.playtable.scene import GRIPPER_MAX, ROBOT_BASE, get_scene
 from envs.protocol import Fixtures
 from envs.sequences import NEUTRAL_JOINTS
 
-CONTROL_HZ = 30
-SUBSTEPS = round(1 / (CONTROL_HZ * mjcf.TIMESTEP))
-POSITION_SCALE, ANGLE_SCALE = 0.02, 0.05  # m and rad of one unit of action
+CONTROL_FREQ = 30
+SUBSTEPS = round(1 / (CONTROL_FREQ * mjcf.TIMESTEP))
+MAX_REL_POS, MAX_REL_ORN = 0.02, 0.05  # m and rad of one unit of action
 CLOSING_FORCE, OPENING_FORCE = 160.0, 4.0  # N on both fingers; opening weakly does not shove what lies beside them
 DOORS, BUTTON, SWITCH = ("base__slide", "base__drawer"), "base__button", "base__switch"
 LIGHTS = {"lightbulb": (1.0, 0.95, 0.1), "led": (0.05, 0.95, 0.15)}
 UNLIT = (0.93, 0.93, 0.9)
 SAMPLING_TRIES = 1000
-WORLDS = {"robot": "playtable", "hand": "playtable_hand"}  # what is seen at work, and the world's name with it
+ENV_NAMES = {"robot": "playtable", "hand": "playtable_hand"}  # what is seen at work, and the world's name with it
 NEUTRAL_ROBOT_OBS = np.array(sequences.NEUTRAL_ROBOT_OBS)
 
 
@@ -44,7 +44,7 @@ class Contact(NamedTuple):
     other_link: int
 
 
-class PlayTable:
+class PlayTableEnv:
     """A simulated table, scene "A" to "D". `seed` drives the poses that a reset without arguments draws.
 
     `embodiment` says what the pictures show at work, a "robot" or a person's "hand"; the physics are the same.
@@ -59,34 +59,40 @@ class PlayTable:
         gripper_size: int = 84,
         embodiment: str = "robot",
     ) -> None:
-        if embodiment not in WORLDS:
-            raise ValueError(f"embodiment={embodiment!r}: choose one of {', '.join(WORLDS)}")
+        if embodiment not in ENV_NAMES:
+            raise ValueError(f"embodiment={embodiment!r}: choose one of {', '.join(ENV_NAMES)}")
         for name, size in (("static_size", static_size), ("gripper_size", gripper_size)):
             if not 8 <= size <= 2048:
                 raise ValueError(f"{name}={size}: choose an edge of 8 to 2048 pixels")
         self.scene = get_scene(scene)
         self.embodiment = embodiment
-        self.name = f"{WORLDS[embodiment]}-{scene}"
+        self.name = f"{ENV_NAMES[embodiment]}-{scene}"
         self.static_size, self.gripper_size = static_size, gripper_size
         self.lights = dict.fromkeys(LIGHTS, 0)
-        self.gripper_command = 1
-        self._model = mjcf.build(self.scene, max(static_size, gripper_size), hand=embodiment == "hand")
+        self.gripper_action = 1
+        self._model = mjcf.compile_model(self.scene, max(static_size, gripper_size), human_arm=embodiment == "hand")
         self._data = mujoco.MjData(self._model)
-        self._arm = Arm(ROBOT_BASE, NEUTRAL_JOINTS)
+        self._arm = ArmKinematics(ROBOT_BASE, NEUTRAL_JOINTS)
         self._rng = np.random.default_rng(seed)
         self._renderer: Renderer | None = None
-        self._target = (np.zeros(3), np.zeros(3))
+        self._target_pose = (np.zeros(3), np.zeros(3))
         self._joints = np.array(NEUTRAL_JOINTS)
         self._switch_on = self._button_down = False
-        self._index()
+        self._setup_references()
         self.reset()
 
-    def _index(self) -> None:
+    def _setup_references(self) -> None:
         """Addresses in MuJoCo's arrays, and which body and link each geom belongs to."""
         m = self._model
-        names = [*(f"arm_{i}" for i in range(1, 8)), "finger_left", "finger_right", *mjcf.JOINTS, *self.scene.blocks]
-        self._qpos = {name: int(m.joint(name).qposadr[0]) for name in names}
-        self._qvel = {name: int(m.joint(name).dofadr[0]) for name in names}
+        names = [
+            *(f"arm_{i}" for i in range(1, 8)),
+            "finger_left",
+            "finger_right",
+            *mjcf.FIXTURE_JOINTS,
+            *self.scene.blocks,
+        ]
+        self._qpos = {name: int(m.joint_position(name).qposadr[0]) for name in names}
+        self._qvel = {name: int(m.joint_position(name).dofadr[0]) for name in names}
         self._arm_qpos = np.array([self._qpos[f"arm_{i}"] for i in range(1, 8)])
         self._tcp = m.site("tcp").id
         self._grip = m.actuator("grip").id
@@ -120,13 +126,13 @@ class PlayTable:
 
     def target_pose(self) -> tuple[np.ndarray, np.ndarray]:
         """Commanded tool position (3,) and Euler angles (3,), which actions are added to."""
-        return self._target[0].copy(), self._target[1].copy()
+        return self._target_pose[0].copy(), self._target_pose[1].copy()
 
-    def gripper_opening(self) -> float:
+    def gripper_opening_width(self) -> float:
         """Sum of both fingers' travel, 0 to 0.08 m."""
-        return self.joint_reading("finger_left") + self.joint_reading("finger_right")
+        return self.joint_position("finger_left") + self.joint_position("finger_right")
 
-    def joint_reading(self, name: str) -> float:
+    def joint_position(self, name: str) -> float:
         """Position of a fixture's or finger's joint in metres."""
         return float(self._data.qpos[self._qpos[name]])
 
@@ -135,7 +141,7 @@ class PlayTable:
         body = self._data.body(name)
         return body.xpos.copy(), body.xmat.reshape(3, 3).copy()
 
-    def touching(self, name: str) -> frozenset[str]:
+    def get_contacts(self, name: str) -> frozenset[str]:
         """Names of what a block touches: "robot", "floor", other blocks or links of the table."""
         links = {number: link for link, number in self.links.items()}
         bodies = {number: body for body, number in self.uids.items()}
@@ -168,25 +174,25 @@ class PlayTable:
         if state is not None:
             if robot_obs is not None or scene_obs is not None:
                 raise ValueError("reset takes a symbolic state or raw vectors, not both")
-            robot_obs, scene_obs = sequences.initial_state(state, self.scene)
+            robot_obs, scene_obs = sequences.get_env_state_for_initial_condition(state, self.scene)
         robot_obs = as_vector("robot_obs", NEUTRAL_ROBOT_OBS if robot_obs is None else robot_obs, 15)
         scene_obs = self._random_scene() if scene_obs is None else as_vector("scene_obs", scene_obs, 24)
         mujoco.mj_resetData(self._model, self._data)
-        self._place(robot_obs, scene_obs)
+        self._set_state(robot_obs, scene_obs)
         mujoco.mj_forward(self._model, self._data)
-        self._target = self.tcp_pose()
+        self._target_pose = self.tcp_pose()
         self._button_down = self._pressed(BUTTON)
         self._switch_on = False
         return self._state()
 
-    def _place(self, robot_obs: np.ndarray, scene_obs: np.ndarray) -> None:
+    def _set_state(self, robot_obs: np.ndarray, scene_obs: np.ndarray) -> None:
         qpos = self._data.qpos
         self._joints = robot_obs[7:14].copy()
         qpos[self._arm_qpos] = self._joints
         qpos[[self._qpos["finger_left"], self._qpos["finger_right"]]] = robot_obs[6] / 2
-        self.gripper_command = 1 if robot_obs[14] > 0 else -1
+        self.gripper_action = 1 if robot_obs[14] > 0 else -1
         self._command()
-        for name, value in zip(mjcf.JOINTS, scene_obs[:4]):
+        for name, value in zip(mjcf.FIXTURE_JOINTS, scene_obs[:4]):
             qpos[self._qpos[name]] = value
         self.lights = {name: int(value > 0.5) for name, value in zip(LIGHTS, scene_obs[4:6])}
         for name, pose in zip(self.scene.blocks, scene_obs[6:].reshape(3, 6)):
@@ -214,26 +220,26 @@ class PlayTable:
         the gripper, open where positive and closed otherwise. Raises ValueError for another shape or NaN.
         """
         action = as_vector("action", action, 7)
-        self._target[0][:] += POSITION_SCALE * action[:3]
-        self._target[1][:] += ANGLE_SCALE * action[3:6]
-        self.gripper_command = 1 if action[6] > 0 else -1
-        self._joints = self._arm.inverse(self._target[0], matrix_from_euler(self._target[1]), self._joints)
+        self._target_pose[0][:] += MAX_REL_POS * action[:3]
+        self._target_pose[1][:] += MAX_REL_ORN * action[3:6]
+        self.gripper_action = 1 if action[6] > 0 else -1
+        self._joints = self._arm.inverse(self._target_pose[0], matrix_from_euler(self._target_pose[1]), self._joints)
         self._command()
         mujoco.mj_step(self._model, self._data, nstep=SUBSTEPS)
         mujoco.mj_fwdPosition(self._model, self._data)
         self._switch_lights()
-        return (self.observe() if render else self._state()), self.get_info()
+        return (self.get_obs() if render else self._state()), self.get_info()
 
     def _command(self) -> None:
         """Hand the wanted joints and the gripper's command to the actuators."""
         self._data.ctrl[:7] = self._joints
-        opening = self.gripper_command > 0
+        opening = self.gripper_action > 0
         self._data.ctrl[self._grip] = GRIPPER_MAX / 2 if opening else 0.0
         force = OPENING_FORCE if opening else CLOSING_FORCE
         self._model.actuator_forcerange[self._grip] = (-force, force)
 
     def _pressed(self, joint: str) -> bool:
-        return self.joint_reading(joint) > self.scene.limits[joint] / 2
+        return self.joint_position(joint) > self.scene.limits[joint] / 2
 
     def _switch_lights(self) -> None:
         """The button toggles its light when it goes down; the lever sets its light when it crosses the middle."""
@@ -249,20 +255,20 @@ class PlayTable:
     def _robot_obs(self) -> np.ndarray:
         position, euler = self.tcp_pose()
         joints = self._data.qpos[self._arm_qpos]
-        return np.concatenate((position, euler, [self.gripper_opening()], joints, [self.gripper_command]))
+        return np.concatenate((position, euler, [self.gripper_opening_width()], joints, [self.gripper_action]))
 
     def _scene_obs(self) -> np.ndarray:
         blocks = []
         for name in self.scene.blocks:
             position, rotation = self.block_pose(name)
             blocks += [position, euler_from_matrix(rotation)]
-        fixtures = [*(self.joint_reading(name) for name in mjcf.JOINTS), *self.lights.values()]
+        fixtures = [*(self.joint_position(name) for name in mjcf.FIXTURE_JOINTS), *self.lights.values()]
         return np.concatenate((fixtures, *blocks))
 
     def _state(self) -> dict:
         return {"robot_obs": self._robot_obs(), "scene_obs": self._scene_obs()}
 
-    def observe(self) -> dict:
+    def get_obs(self) -> dict:
         """The present observation with pictures: uint8 RGB `rgb_static` and `rgb_gripper` under `rgb_obs`."""
         if self._renderer is None:
             self._renderer = Renderer(self._model, max(self.static_size, self.gripper_size))
@@ -272,8 +278,8 @@ class PlayTable:
             self._model.mat_rgba[material, :3] = lit if on else UNLIT
             self._model.mat_emission[material] = 0.7 if on else 0.0
         pictures = {
-            "rgb_static": self._renderer.picture(self._data, "static", self.static_size),
-            "rgb_gripper": self._renderer.picture(self._data, "gripper", self.gripper_size),
+            "rgb_static": self._renderer.render(self._data, "static", self.static_size),
+            "rgb_gripper": self._renderer.render(self._data, "gripper", self.gripper_size),
         }
         return {"rgb_obs": pictures, **self._state()}
 
@@ -281,7 +287,7 @@ class PlayTable:
         """CALVIN's privileged info; contacts are `Contact` tuples, quaternions x, y, z, w."""
         contacts = self._contacts()
         robot = self._robot_obs()
-        joints = {name: self.joint_reading(name) for name in mjcf.JOINTS}
+        joints = {name: self.joint_position(name) for name in mjcf.FIXTURE_JOINTS}
         lever = {"joint_state": joints[SWITCH], "logical_state": int(self._pressed(SWITCH))}
         return {
             "robot_info": {
@@ -289,7 +295,7 @@ class PlayTable:
                 "tcp_orn": robot[3:6],
                 "gripper_opening_width": float(robot[6]),
                 "arm_joint_states": robot[7:14],
-                "gripper_action": self.gripper_command,
+                "gripper_action": self.gripper_action,
                 "uid": self.uids["robot"],
                 "contacts": contacts[self.uids["robot"]],
             },
@@ -329,26 +335,26 @@ class PlayTable:
         self, count: int, *, tasks: list[str] | None = None, length: int = 5, seed: int = 0
     ) -> list[tuple[dict, list[str]]]:
         """`count` pairs of (symbolic initial state, tasks in a row)."""
-        return sequences.generate(count, tasks=tasks, length=length, seed=seed)
+        return sequences.get_sequences(count, tasks=tasks, length=length, seed=seed)
 
     def instruction(self, task: str) -> str:
         """The sentence that stands for a task in an evaluation."""
         return tasks.INSTRUCTIONS[tasks.check_tasks([task])[0]]
 
-    def succeeded(self, task: str, start: dict, now: dict) -> bool:
+    def check_success(self, task: str, start: dict, now: dict) -> bool:
         """The oracle: was `task` carried out between two infos?"""
-        return tasks.succeeded(task, start, now)
+        return tasks.check_success(task, start, now)
 
-    def expert(self, seed: int = 0) -> expert.Expert:
+    def expert(self, seed: int = 0) -> expert.ScriptedExpert:
         """A scripted expert that reads this environment's state."""
-        return expert.Expert(PlayTableState(self), seed)
+        return expert.ScriptedExpert(PlayTableState(self), seed)
 
     def versions(self) -> dict[str, str]:
         """Simulator and renderer; the renderer is known after the first picture."""
         renderer = self._renderer.backend if self._renderer else "none"
         return {"simulator": f"mujoco {mujoco.__version__}", "renderer": renderer, "python": platform.python_version()}
 
-    def choices(self) -> dict[str, Any]:
+    def resolved_options(self) -> dict[str, Any]:
         """None: the renderer hangs on the machine and on MUJOCO_GL alone."""
         return {}
 
@@ -360,10 +366,10 @@ class PlayTable:
 
 
 class PlayTableState:
-    """`PrivilegedState` of a `PlayTable` or of what has its readings; it holds no copy and always reads the present
+    """`PrivilegedState` of a `PlayTableEnv` or of what has its readings; it holds no copy and always reads the present
     moment."""
 
-    def __init__(self, env: PlayTable) -> None:
+    def __init__(self, env: PlayTableEnv) -> None:
         self._env = env
 
     @property
@@ -374,35 +380,35 @@ class PlayTableState:
     def fixtures(self) -> Fixtures:
         return self._env.scene.fixtures
 
-    def tcp(self) -> tuple[np.ndarray, np.ndarray]:
+    def tcp_pose(self) -> tuple[np.ndarray, np.ndarray]:
         return self._env.tcp_pose()
 
-    def target(self) -> tuple[np.ndarray, np.ndarray]:
+    def target_pose(self) -> tuple[np.ndarray, np.ndarray]:
         return self._env.target_pose()
 
-    def gripper(self) -> int:
-        return self._env.gripper_command
+    def gripper_action(self) -> int:
+        return self._env.gripper_action
 
-    def opening(self) -> float:
-        return self._env.gripper_opening()
+    def gripper_opening_width(self) -> float:
+        return self._env.gripper_opening_width()
 
-    def joint(self, name: str) -> float:
-        return self._env.joint_reading(name)
+    def joint_position(self, name: str) -> float:
+        return self._env.joint_position(name)
 
-    def limit(self, name: str) -> float:
+    def joint_limit(self, name: str) -> float:
         return self._env.scene.limits[name]
 
-    def light(self, name: str) -> int:
+    def light_state(self, name: str) -> int:
         return self._env.lights[name]
 
-    def block(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+    def block_pose(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         return self._env.block_pose(name)
 
-    def size(self, name: str) -> np.ndarray:
+    def block_size(self, name: str) -> np.ndarray:
         return np.array(self._env.scene.sizes[name])
 
-    def touching(self, name: str) -> frozenset[str]:
-        return self._env.touching(name)
+    def get_contacts(self, name: str) -> frozenset[str]:
+        return self._env.get_contacts(name)
 
 
 def as_vector(name: str, values: object, length: int) -> np.ndarray:

@@ -11,16 +11,16 @@ from __future__ import annotations
 
 from typing import Final
 
-from envs.playtable.scene import Colour
+from envs.playtable.scene import RGB
 from envs.playtable.shapes import SEEN, Point, geom, rod
 
-COLOURS: Final[dict[str, Colour]] = {
+MATERIAL_RGB: Final[dict[str, RGB]] = {
     "skin": (0.80, 0.56, 0.43),
     "crease": (0.69, 0.45, 0.34),
     "nail": (0.90, 0.72, 0.64),
     "sleeve": (0.16, 0.36, 0.34),
 }
-SKIN, CREASE, NAIL, SLEEVE = (f'material="{name}"' for name in COLOURS)
+SKIN, CREASE, NAIL, SLEEVE = (f'material="{name}"' for name in MATERIAL_RGB)
 # Per link of the arm: ends (m, in the link's frame), radius (m) and look of its capsules
 ARM: Final[dict[str, tuple[tuple[tuple[Point, Point], float, str], ...]]] = {
     "link2": ((((0, 0, 0), (0, -0.316, 0)), 0.058, SLEEVE),),

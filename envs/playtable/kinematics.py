@@ -21,8 +21,8 @@ LINKS: tuple[tuple[float, tuple[float, float, float]], ...] = (
 )
 HAND_OFFSET, HAND_TURN = 0.107, -pi / 4  # from joint 7 along and about its z
 TCP_OFFSET = 0.14  # from the hand along its z
-LOWER = np.array([-2.8973, -1.7628, -2.8973, -3.0718, -2.8973, -0.0175, -2.8973])
-UPPER = np.array([2.8973, 1.7628, 2.8973, -0.0698, 2.8973, 3.7525, 2.8973])
+JOINT_LOWER = np.array([-2.8973, -1.7628, -2.8973, -3.0718, -2.8973, -0.0175, -2.8973])
+JOINT_UPPER = np.array([2.8973, 1.7628, 2.8973, -0.0698, 2.8973, 3.7525, 2.8973])
 
 
 def matrix_from_euler(euler: np.ndarray) -> np.ndarray:
@@ -69,7 +69,7 @@ def quaternion_from_matrix(matrix: np.ndarray) -> np.ndarray:
     return q if q[0] >= 0 else -q
 
 
-def rotation_vector(matrix: np.ndarray) -> np.ndarray:
+def rotvec_from_matrix(matrix: np.ndarray) -> np.ndarray:
     """(3, 3) -> (3,) axis times angle, angle in [0, pi]."""
     quaternion = quaternion_from_matrix(matrix)
     norm = float(np.linalg.norm(quaternion[1:]))
@@ -77,7 +77,7 @@ def rotation_vector(matrix: np.ndarray) -> np.ndarray:
     return scale * quaternion[1:]
 
 
-class Arm:
+class ArmKinematics:
     """Kinematics of the arm on its base; `base` is the position of its foot in the world (no rotation)."""
 
     def __init__(self, base: tuple[float, float, float], rest: tuple[float, ...]) -> None:
@@ -130,10 +130,10 @@ class Arm:
         inside the null space. Stops early when position (m) and rotation (rad) errors are below `tolerance`. A pose
         out of reach gives the nearest one found, never an error.
         """
-        q = np.clip(start, LOWER, UPPER)
+        q = np.clip(start, JOINT_LOWER, JOINT_UPPER)
         for step in range(iterations):
             here, turned, jacobian = self.forward(q)
-            error = np.concatenate((position - here, rotation_vector(rotation @ turned.T)))
+            error = np.concatenate((position - here, rotvec_from_matrix(rotation @ turned.T)))
             size = float(np.abs(error).max())
             if size < tolerance and step > 0:
                 break
@@ -152,8 +152,8 @@ class Arm:
             home = posture * (self.rest - q) * free
             move = inverse @ error + home - inverse @ (used @ home)
             wanted = q + move
-            outside = ((wanted < LOWER) | (wanted > UPPER)) & (free > 0)
+            outside = ((wanted < JOINT_LOWER) | (wanted > JOINT_UPPER)) & (free > 0)
             if not outside.any():
                 return wanted
             free = np.where(outside, 0.0, free)
-        return np.clip(wanted, LOWER, UPPER)
+        return np.clip(wanted, JOINT_LOWER, JOINT_UPPER)

@@ -12,7 +12,7 @@ import mujoco
 import numpy as np
 
 from envs.playtable import human
-from envs.playtable.robot import write_actuators, write_robot
+from envs.playtable.robot import actuator_xml, robot_xml
 from envs.playtable.scene import (
     BUTTON_TRAVEL,
     BUTTON_Y,
@@ -20,38 +20,38 @@ from envs.playtable.scene import (
     CABINET_DEPTH,
     DRAWER_TRAVEL,
     DRAWER_Z,
+    RGB,
     SLIDE_Y,
     SLIDE_Z,
     SWITCH_TRAVEL,
     SWITCH_Y,
     SWITCH_Z,
     TABLE_TOP,
-    Colour,
     Look,
     Scene,
 )
-from envs.playtable.shapes import BLOCK, FIXED, SEEN, body, box, geom, inertial, numbers
+from envs.playtable.shapes import BLOCK, FIXED, SEEN, array_to_string, body, box, geom, inertial
 
 TIMESTEP: Final = 1.0 / 480.0
 LOOK_FROM: Final = (2.871459009488717, -2.166602199425597, 2.555159848480571)
 LOOK_AT: Final = (-0.026242351159453392, -0.0302329882979393, 0.3920000493526459)
 LOOK_UP: Final = (0.4041403970338857, 0.22629790978217404, 0.8862616969685161)
 STATIC_FOV: Final = 10.0
-JOINTS = ("base__slide", "base__drawer", "base__button", "base__switch")
+FIXTURE_JOINTS = ("base__slide", "base__drawer", "base__button", "base__switch")
 SLOPE: Final = radians(60)  # of the cabinet's front
 ROOF: Final = 0.648
-NEAR: Final = 0.001  # m around each geom within which a contact is listed, without force
+CONTACT_MARGIN: Final = 0.001  # m around each geom within which a contact is listed, without force
 
 WEIGHTLESS = 'gravcomp="1"'  # fixtures stay where they are left; dry friction alone would let them creep
 STOPS = 'solreflimit="0.005 1" solimplimit="0.98 0.999 0.001"'
 WOOD, INNER, HANDLE, METAL = 'material="wood"', 'material="inner"', 'material="handle"', 'material="lever"'
 WOODEN = ("wood", "plank", "drawer", "door", "inner")
-BLOCK_COLOURS: dict[str, Colour] = {
+BLOCK_COLOURS: dict[str, RGB] = {
     "block_red": (0.86, 0.08, 0.07),
     "block_blue": (0.06, 0.16, 0.86),
     "block_pink": (0.98, 0.42, 0.86),
 }
-PLAIN: dict[str, Colour] = {
+PLAIN: dict[str, RGB] = {
     "lever": (0.42, 0.42, 0.44),
     "button": (0.08, 0.08, 0.08),
     "slot": (0.05, 0.05, 0.05),
@@ -73,14 +73,19 @@ def _front(height: float) -> float:
 
 
 def _slanted(
-    x: tuple[float, float], heights: tuple[float, float], depth: tuple[float, float], *, look: str, group: str = FIXED
+    x: tuple[float, float],
+    heights: tuple[float, float],
+    depth: tuple[float, float],
+    *,
+    look: str,
+    collision: str = FIXED,
 ) -> str:
     """A box in the slanted front between two heights; `depth` is measured from the front inwards."""
     y, z = (np.mean([_front(height) for height in heights]), np.mean(heights))
     inwards = np.mean(depth)
     centre = (np.mean(x), y + inwards * sin(SLOPE), z - inwards * cos(SLOPE))
     half = (np.ptp(x) / 2, np.ptp(heights) / sin(SLOPE) / 2, np.ptp(depth) / 2)
-    return geom("box", centre, half, f'euler="{SLOPE:.10g} 0 0" {look}', group)
+    return geom("box", centre, half, f'euler="{SLOPE:.10g} 0 0" {look}', collision)
 
 
 def _cabinet(scene: Scene) -> list[str]:
@@ -164,7 +169,7 @@ def _switch(scene: Scene) -> str:
 
 def _slots(scene: Scene) -> list[str]:
     spans = [(scene.switch_x + x - 0.009, scene.switch_x + x + 0.009) for x in (-0.05, 0.05)]
-    return [_slanted(span, (0.49, 0.594), (-0.001, 0.0), look='material="slot"', group=SEEN) for span in spans]
+    return [_slanted(span, (0.49, 0.594), (-0.001, 0.0), look='material="slot"', collision=SEEN) for span in spans]
 
 
 def _button(scene: Scene) -> list[str]:
@@ -201,8 +206,8 @@ def _blocks(scene: Scene) -> str:
     return "\n".join(out)
 
 
-def _assets(look: Look, more: dict[str, Colour]) -> str:
-    def tinted(colour: Colour, factor: float) -> Colour:
+def _assets(look: Look, more: dict[str, RGB]) -> str:
+    def tinted(colour: RGB, factor: float) -> RGB:
         return tuple(factor * value for value in colour)
 
     size = f'width="{TEXTURE_SIZE}" height="{TEXTURE_SIZE}" builtin="flat" type="2d"'
@@ -212,12 +217,12 @@ def _assets(look: Look, more: dict[str, Colour]) -> str:
     return "\n".join(
         [
             '<texture type="skybox" builtin="flat" rgb1="0.85 0.87 0.9" width="8" height="8"/>',
-            *(f'<texture name="{name}" {size} rgb1="{numbers(c)}"/>' for name, c in zip(WOODEN, colours)),
+            *(f'<texture name="{name}" {size} rgb1="{array_to_string(c)}"/>' for name, c in zip(WOODEN, colours)),
             *(
                 f'<material name="{name}" texture="{name}" texuniform="true" texrepeat="2.2 2.2" specular="0.05"/>'
                 for name in WOODEN
             ),
-            *(f'<material name="{name}" rgba="{numbers(c)} 1" specular="0.2"/>' for name, c in plain.items()),
+            *(f'<material name="{name}" rgba="{array_to_string(c)} 1" specular="0.2"/>' for name, c in plain.items()),
         ]
     )
 
@@ -225,17 +230,17 @@ def _assets(look: Look, more: dict[str, Colour]) -> str:
 def _static_camera() -> str:
     back = np.subtract(LOOK_FROM, LOOK_AT)
     right = np.cross(LOOK_UP, back)
-    axes = numbers((right, np.cross(back, right)))
-    return f'<camera name="static" pos="{numbers(LOOK_FROM)}" xyaxes="{axes}" fovy="{STATIC_FOV}"/>'
+    axes = array_to_string((right, np.cross(back, right)))
+    return f'<camera name="static" pos="{array_to_string(LOOK_FROM)}" xyaxes="{axes}" fovy="{STATIC_FOV}"/>'
 
 
 def _listing() -> str:
     """Attributes that list a contact before it presses; MuJoCo lists within `margin`, from 3.9 on plus `gap`."""
     version = tuple(int(part) for part in mujoco.__version__.split(".")[:2])
-    return f'margin="{0.0 if version >= (3, 9) else NEAR}" gap="{NEAR}"'
+    return f'margin="{0.0 if version >= (3, 9) else CONTACT_MARGIN}" gap="{CONTACT_MARGIN}"'
 
 
-def write_mjcf(scene: Scene, edge: int = 256, *, hand: bool = False) -> str:
+def scene_xml(scene: Scene, offscreen_size: int = 256, *, human_arm: bool = False) -> str:
     """The MJCF text of a scene; `edge` is the largest picture edge in pixels that will be asked for, `hand` shows a
     person's arm."""
     return f"""<mujoco model="playtable_{scene.name}">
@@ -244,7 +249,7 @@ def write_mjcf(scene: Scene, edge: int = 256, *, hand: bool = False) -> str:
  solver="Newton" iterations="30" tolerance="1e-8"/>
 <size memory="4M"/>
 <visual>
-<global offwidth="{edge}" offheight="{edge}"/>
+<global offwidth="{offscreen_size}" offheight="{offscreen_size}"/>
 <quality offsamples="0" shadowsize="0" numslices="10" numstacks="5" numquads="1"/>
 <headlight ambient="0.35 0.35 0.35" diffuse="0.25 0.25 0.25" specular="0 0 0"/>
 <map znear="0.01" zfar="12"/>
@@ -253,17 +258,17 @@ def write_mjcf(scene: Scene, edge: int = 256, *, hand: bool = False) -> str:
 <default>
 <geom condim="4" solref="0.008 1" solimp="0.95 0.99 0.001" friction="0.7 0.005 0.0002" {_listing()}/>
 </default>
-<asset>{_assets(scene.look, human.COLOURS if hand else {})}</asset>
+<asset>{_assets(scene.look, human.COLOURS if human_arm else {})}</asset>
 <worldbody>
 <light directional="true" pos="0.6 -1.2 3" dir="-0.25 0.55 -1" diffuse="0.5 0.5 0.5" specular="0.2 0.2 0.2"
  castshadow="false"/>
 <geom name="floor" type="plane" size="6 6 0.1" material="floor" {FIXED}/>
 {_static_camera()}
 {_table(scene)}
-{write_robot(hand=hand)}
+{robot_xml(human_arm=human_arm)}
 {_blocks(scene)}
 </worldbody>
-{write_actuators()}
+{actuator_xml()}
 </mujoco>"""
 
 
@@ -279,9 +284,9 @@ def _grain(colour: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return np.clip(colour * shade[..., None], 0, 255).astype(np.uint8)
 
 
-def build(scene: Scene, edge: int = 256, *, hand: bool = False) -> mujoco.MjModel:
+def compile_model(scene: Scene, offscreen_size: int = 256, *, human_arm: bool = False) -> mujoco.MjModel:
     """Compile a scene's model and paint its wood; the same scene always looks the same."""
-    model = mujoco.MjModel.from_xml_string(write_mjcf(scene, edge, hand=hand))
+    model = mujoco.MjModel.from_xml_string(scene_xml(scene, offscreen_size, human_arm=human_arm))
     rng = np.random.default_rng(ord(scene.name))
     for name in WOODEN:
         texture = model.texture(name).id

@@ -65,10 +65,10 @@ def _choose() -> str:
     return "osmesa"
 
 
-def _open(edge: int) -> tuple[_Context, str]:
+def _open(offscreen_size: int) -> tuple[_Context, str]:
     backend = _choose()
     try:
-        context = importlib.import_module(f"mujoco.{backend}").GLContext(edge, edge)
+        context = importlib.import_module(f"mujoco.{backend}").GLContext(offscreen_size, offscreen_size)
         context.make_current()
     except (ImportError, RuntimeError, AttributeError, OSError) as error:
         raise RenderError(f"no pictures, {backend} does not start ({error}): {HELP}") from error
@@ -87,9 +87,9 @@ class Renderer:
     Raises RenderError where no off-screen GL starts. Use and close it in the thread that made it.
     """
 
-    def __init__(self, model: mujoco.MjModel, edge: int) -> None:
+    def __init__(self, model: mujoco.MjModel, offscreen_size: int) -> None:
         self._model = model
-        self._gl, self.backend = _open(edge)
+        self._gl, self.backend = _open(offscreen_size)
         self._scene = mujoco.MjvScene(model, maxgeom=MAX_GEOMS)
         for flag in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION, mujoco.mjtRndFlag.mjRND_HAZE):
             self._scene.flags[flag] = False
@@ -105,7 +105,7 @@ class Renderer:
         self._finalizer.atexit = False
         atexit.register(self._finalizer)
 
-    def picture(self, data: mujoco.MjData, camera: str, size: int) -> np.ndarray:
+    def render(self, data: mujoco.MjData, camera: str, size: int) -> np.ndarray:
         """The view of a camera of the model -> (size, size, 3) uint8 RGB, top row first."""
         self._gl.make_current()
         self._camera.fixedcamid = self._model.camera(camera).id

@@ -12,7 +12,7 @@ import numpy as np
 
 from envs.playtable import human, kinematics
 from envs.playtable.scene import GRIPPER_MAX, ROBOT_BASE
-from envs.playtable.shapes import ROBOT, SEEN, UNSEEN, Point, body, box, geom, inertial, numbers, rod
+from envs.playtable.shapes import ROBOT, SEEN, UNSEEN, Point, array_to_string, body, box, geom, inertial, rod
 
 STIFFNESS, DAMPING, TORQUE = 4000.0, 160.0, 200.0  # N m/rad, N m s/rad, N m: 40 ms behind the command, as CALVIN's
 GRIP_STIFFNESS, GRIP_DAMPING = 8000.0, 320.0  # N/m, N s/m: at most 1 m/s, the force saturates on every block
@@ -55,10 +55,10 @@ SHAPES: tuple[tuple[tuple[str, tuple[Point, Point], float, str, bool], ...], ...
 )
 
 
-def _finger(name: str, side: int, *, hand: bool) -> str:
+def _finger(name: str, side: int, *, human_arm: bool) -> str:
     """A finger that opens along the hand's y on the given side; its pad reaches the middle when shut."""
     # A stiff pad decides the contact alone: softer ones let a block creep out of the hand in fast motion.
-    solid = UNSEEN if hand else ROBOT
+    solid = UNSEEN if human_arm else ROBOT
     pad = f'friction="1 0.02 0.001" solref="0.0042 1" solimp="0.99 0.999 0.0005" priority="1" {solid}'
 
     def across(low: float, high: float) -> tuple[float, float]:
@@ -71,53 +71,57 @@ def _finger(name: str, side: int, *, hand: bool) -> str:
         inertial(0.1, 0.0005, (0.0, 0.0, 0.05)),
         box((-0.0105, stem[0], 0.0), (0.0105, stem[1], 0.0964), 'material="finger"', solid),
         box((-0.0095, tip[0], 0.068), (0.0095, tip[1], 0.0964), 'material="pad"', pad),
-        *(human.finger(name) if hand else []),
+        *(human.finger(name) if human_arm else []),
     ]
     return body(name, (0, 0, FINGER_BASE), content, 'gravcomp="1"')
 
 
-def _hand(*, hand: bool) -> str:
+def _hand(*, human_arm: bool) -> str:
     camera = kinematics.matrix_from_euler(np.array(CAMERA_EULER))
-    axes = numbers((-camera[:, 0], -camera[:, 2]))  # it looks along its own y with its z pointing down
+    axes = array_to_string((-camera[:, 0], -camera[:, 2]))  # it looks along its own y with its z pointing down
     content = [
         inertial(0.81, 0.004, (0.0, 0.0, 0.04)),
-        box((-0.03, -0.1, -0.015), (0.03, 0.1, 0.064), WHITE, UNSEEN if hand else ROBOT),
-        *(human.palm() if hand else [box((-0.105, -0.04, -0.0125), (-0.03, 0.04, 0.0125), 'material="dark"', SEEN)]),
-        f'<camera name="gripper" pos="{numbers(CAMERA_OFFSET)}" xyaxes="{axes}" fovy="{CAMERA_FOV}"/>',
+        box((-0.03, -0.1, -0.015), (0.03, 0.1, 0.064), WHITE, UNSEEN if human_arm else ROBOT),
+        *(
+            human.palm()
+            if human_arm
+            else [box((-0.105, -0.04, -0.0125), (-0.03, 0.04, 0.0125), 'material="dark"', SEEN)]
+        ),
+        f'<camera name="gripper" pos="{array_to_string(CAMERA_OFFSET)}" xyaxes="{axes}" fovy="{CAMERA_FOV}"/>',
         f'<site name="tcp" pos="0 0 {kinematics.TCP_OFFSET}" size="0.005" rgba="0 0 0 0"/>',
-        _finger("finger_left", 1, hand=hand),
-        _finger("finger_right", -1, hand=hand),
+        _finger("finger_left", 1, human_arm=human_arm),
+        _finger("finger_right", -1, human_arm=human_arm),
     ]
     frame = f'euler="0 0 {kinematics.HAND_TURN:.10g}" gravcomp="1"'
     return body("hand", (0, 0, kinematics.HAND_OFFSET), content, frame)
 
 
-def _shapes(link: int, *, hand: bool) -> list[str]:
+def _shapes(link: int, *, human_arm: bool) -> list[str]:
     """The geoms of arm link 1 to 7."""
     shapes = SHAPES[link - 1]
-    if not hand:
+    if not human_arm:
         return [rod(kind, ends, size, look, ROBOT if solid else SEEN) for kind, ends, size, look, solid in shapes]
     seen = [rod("capsule", ends, size, look, SEEN) for ends, size, look in human.ARM.get(f"link{link}", ())]
     return seen + [rod(kind, ends, size, look, UNSEEN) for kind, ends, size, look, solid in shapes if solid]
 
 
-def write_robot(*, hand: bool = False) -> str:
+def robot_xml(*, human_arm: bool = False) -> str:
     """The robot's bodies, each link inside the one before; with `hand` a person's arm is seen in place of the
     robot's."""
-    inside = _hand(hand=hand)
+    inside = _hand(human_arm=human_arm)
     for i in reversed(range(7)):
         turn, offset = kinematics.LINKS[i]
-        limits = f'range="{kinematics.LOWER[i]} {kinematics.UPPER[i]}"'
+        limits = f'range="{kinematics.JOINT_LOWER[i]} {kinematics.JOINT_UPPER[i]}"'
         parts = [
             f'<joint name="arm_{i + 1}" type="hinge" axis="0 0 1" {limits} armature="0.3" damping="2"/>',
             inertial(MASSES[i], 0.02),
-            *_shapes(i + 1, hand=hand),
+            *_shapes(i + 1, human_arm=human_arm),
         ]
         inside = body(f"link{i + 1}", offset, [*parts, inside], f'euler="{turn:.10g} 0 0" gravcomp="1"')
     height = ROBOT_BASE[2]
     foot = (
         []
-        if hand
+        if human_arm
         else [
             geom("cylinder", (-0.03, 0, 0.03), (0.10, 0.03), WHITE, SEEN),
             rod("capsule", ((0, 0, 0.08), (0, 0, 0.14)), 0.066, WHITE, SEEN),
@@ -127,7 +131,7 @@ def write_robot(*, hand: bool = False) -> str:
     return body("link0", ROBOT_BASE, [*foot, inside])
 
 
-def write_actuators() -> str:
+def actuator_xml() -> str:
     """Position control of the joints, and of one finger that the other follows."""
 
     def position(name: str, joint: str, stiffness: float, damping: float, limit: float) -> str:

@@ -20,20 +20,20 @@ BUTTON_Y, BUTTON_Z = -0.12, 0.46
 CABINET_DEPTH = (0.02, 0.16)
 
 DRAWER_TRAVEL, BUTTON_TRAVEL, SWITCH_TRAVEL = 0.22, 0.02, 0.088
-EDGES = {"big": (0.08, 0.04, 0.04), "middle": (0.056, 0.04, 0.04), "small": (0.04, 0.04, 0.04)}
+BLOCK_SIZES = {"big": (0.08, 0.04, 0.04), "middle": (0.056, 0.04, 0.04), "small": (0.04, 0.04, 0.04)}
 
 Range = tuple[tuple[float, float, float], tuple[float, float, float]]
-Colour = tuple[float, float, float]
+RGB = tuple[float, float, float]
 
 
 @dataclass(frozen=True)
 class Look:
     """Colours in [0, 1]; `wood` and `door` are textured with grain."""
 
-    wood: Colour
-    door: Colour
-    handle: Colour
-    floor: Colour
+    wood: RGB
+    door: RGB
+    handle: RGB
+    floor: RGB
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Scene:
     @property
     def sizes(self) -> dict[str, tuple[float, float, float]]:
         """Full edge lengths of each block along its own axes."""
-        return {name: EDGES[size] for name, size in self.blocks.items()}
+        return {name: BLOCK_SIZES[size] for name, size in self.blocks.items()}
 
     @property
     def limits(self) -> dict[str, float]:

@@ -19,32 +19,32 @@ UNSEEN: Final = f'{ROBOT} group="3"'  # collides like the robot; MuJoCo draws gr
 Point = tuple[float, float, float]
 
 
-def numbers(values: object) -> str:
+def array_to_string(values: object) -> str:
     """Numbers of any nesting as an MJCF attribute."""
     return " ".join(f"{float(value):.10g}" for value in np.ravel(np.asarray(values)))
 
 
-def geom(kind: str, position: object, size: object, look: str, group: str = FIXED) -> str:
+def geom(kind: str, position: object, size: object, look: str, collision: str = FIXED) -> str:
     """A geom; `look` and `group` are attribute text, sizes are MuJoCo's half lengths."""
-    return f'<geom type="{kind}" pos="{numbers(position)}" size="{numbers(size)}" {look} {group}/>'
+    return f'<geom type="{kind}" pos="{array_to_string(position)}" size="{array_to_string(size)}" {look} {collision}/>'
 
 
-def box(low: Point, high: Point, look: str, group: str = FIXED) -> str:
+def box(low: Point, high: Point, look: str, collision: str = FIXED) -> str:
     """A box between two opposite corners."""
-    return geom("box", np.add(low, high) / 2, np.subtract(high, low) / 2, look, group)
+    return geom("box", np.add(low, high) / 2, np.subtract(high, low) / 2, look, collision)
 
 
-def rod(kind: str, ends: tuple[Point, Point], radius: float, look: str, group: str = FIXED) -> str:
+def rod(kind: str, ends: tuple[Point, Point], radius: float, look: str, collision: str = FIXED) -> str:
     """A capsule or cylinder between two points."""
-    return f'<geom type="{kind}" fromto="{numbers(ends)}" size="{radius}" {look} {group}/>'
+    return f'<geom type="{kind}" fromto="{array_to_string(ends)}" size="{radius}" {look} {collision}/>'
 
 
 def body(name: str, position: object, content: list[str], frame: str = "") -> str:
     """A body; `frame` is attribute text such as euler or gravcomp."""
     inside = "\n".join(content)
-    return f'<body name="{name}" pos="{numbers(position)}" {frame}>\n{inside}\n</body>'
+    return f'<body name="{name}" pos="{array_to_string(position)}" {frame}>\n{inside}\n</body>'
 
 
 def inertial(mass: float, inertia: float, position: Point = (0.0, 0.0, 0.0)) -> str:
     """Mass in kg and the same moment of inertia in kg m^2 about every axis."""
-    return f'<inertial pos="{numbers(position)}" mass="{mass}" diaginertia="{numbers([inertia] * 3)}"/>'
+    return f'<inertial pos="{array_to_string(position)}" mass="{mass}" diaginertia="{array_to_string([inertia] * 3)}"/>'

@@ -12,25 +12,31 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from envs.calvin.env import World
-from envs.expert.expert import Expert, disturbed
+from envs.calvin.env import TabletopEnv
+from envs.expert.expert import ScriptedExpert, add_action_noise
 from envs.playtable.env import PlayTableState
 from envs.recording.displacement import displace
-from envs.recording.starts import NEEDS_BLOCK, possible, random_start
-from envs.sequences import CATEGORIES, INITIAL_STATES, initial_state
-from envs.tasks import LIFTS_FROM_TABLE
+from envs.recording.starts import HELD_BLOCK_TASKS, feasible_tasks, sample_env_state
+from envs.sequences import INITIAL_STATES, TASK_CATEGORIES, get_env_state_for_initial_condition
+from envs.tasks import TABLE_LIFT_TASKS
 
-SIGMAS = (0.0, 0.1, 0.25)
-LENGTHS = (0.55, 0.15, 0.08, 0.07, 0.15)  # of chains with 1..5 segments: half of all segments start from neutral
+NOISE_SIGMAS = (0.0, 0.1, 0.25)
+CHAIN_LENGTH_PROBS = (
+    0.55,
+    0.15,
+    0.08,
+    0.07,
+    0.15,
+)  # of chains with 1..5 segments: half of all segments start from neutral
 TWINS = 2  # chains begin alike; where both are one lift, the sentence alone tells them apart
-TWO_BLOCKS_SHARE = 0.75  # of single lifts begin with two blocks on the table
-LIFT_LAST_SHARE = 0.65  # of chains are fixtures and then a lift, where no task takes a lifted block further
-LIFT_SHARE = 0.3  # of the other choices where a lift is possible; a third of all with the one above
-USE_BLOCK_SHARE = 0.75  # of the choices that have a block in the hand and a task for it
-CALM_SHARE = 0.55  # of single lifts begin undisturbed: there the sentence must choose
-OVERRUN_SHARE = 0.35  # of segments run on past success
+TWO_BLOCKS_PROB = 0.75  # of single lifts begin with two blocks on the table
+LIFT_LAST_PROB = 0.65  # of chains are fixtures and then a lift, where no task takes a lifted block further
+LIFT_PROB = 0.3  # of the other choices where a lift is possible; a third of all with the one above
+USE_BLOCK_PROB = 0.75  # of the choices that have a block in the hand and a task for it
+UNDISTURBED_PROB = 0.55  # of single lifts begin undisturbed: there the sentence must choose
+OVERRUN_PROB = 0.35  # of segments run on past success
 OVERRUN_STEPS = (5, 11)
-SCATTERED_SHARE = 0.1  # of chains start from blocks anywhere on the scene's surfaces
+SCATTERED_PROB = 0.1  # of chains start from blocks anywhere on the scene's surfaces
 JITTER, TURN = 0.01, 0.15  # m and rad, of blocks on the table in the others
 LIMIT = 240  # steps in which a demonstration must succeed
 SHORTEST = 12  # frames; less holds no chunk of actions
@@ -41,7 +47,7 @@ class Segment:
     """Frames of one annotated sub-task; every list has one entry a frame."""
 
     task: str
-    sentence: str
+    instruction: str
     rgb_static: list[np.ndarray] = field(default_factory=list)
     rgb_gripper: list[np.ndarray] = field(default_factory=list)
     robot_obs: list[np.ndarray] = field(default_factory=list)
@@ -62,11 +68,13 @@ class Segment:
 
     def absolute_actions(self) -> np.ndarray:
         """(T, 7): the hand's pose of the following frame and the gripper command, CALVIN's "actions"."""
-        poses = np.array([*self.robot_obs[1:], self.after])[:, :6]
+        poses = np.array([*self.robot_obs[1:], self.final_robot_obs])[:, :6]
         return np.concatenate([poses, np.array(self.rel_actions)[:, 6:]], axis=1)
 
 
-def numbered(env: World, tasks: Sequence[str], longest: int, *, seed: int, number: int) -> tuple[list[Segment], int]:
+def demonstrate_chain(
+    env: TabletopEnv, tasks: Sequence[str], longest: int, *, seed: int, number: int
+) -> tuple[list[Segment], int]:
     """Chain `number` of a recording in the scene of `env`: a function of these alone. TWINS in a row begin alike.
 
     A hand's chains are others than the robot's of the same seed, for nobody films a person repeating a robot's motions.
@@ -84,7 +92,7 @@ def numbered(env: World, tasks: Sequence[str], longest: int, *, seed: int, numbe
 
 
 def chain(
-    env: World,
+    env: TabletopEnv,
     tasks: Sequence[str],
     longest: int,
     rng: np.random.Generator,
@@ -98,22 +106,22 @@ def chain(
     is.
     """
     begin = begin or rng
-    shares = np.array(LENGTHS[:longest]) / sum(LENGTHS[:longest])
+    shares = np.array(CHAIN_LENGTH_PROBS[:longest]) / sum(CHAIN_LENGTH_PROBS[:longest])
     length = 1 + int(begin.choice(len(shares), p=shares))
-    lift_last = begin.random() < LIFT_LAST_SHARE and not set(tasks) & set(NEEDS_BLOCK)
+    lift_last = begin.random() < LIFT_LAST_PROB and not set(tasks) & set(HELD_BLOCK_TASKS)
     single_lift = lift_last and length == 1
-    _start(env, tasks, begin, two_blocks=single_lift and begin.random() < TWO_BLOCKS_SHARE)
+    _start(env, tasks, begin, two_blocks=single_lift and begin.random() < TWO_BLOCKS_PROB)
     state, failed, segments = PlayTableState(env), 0, []
     expert = env.expert(seed=int(rng.integers(2**31)))
     task = None
     for place in range(length):
         lift = place == length - 1 if lift_last else None
-        choices = [name for name in possible(state) if name in tasks and name != task]
-        lifts = [name for name in choices if name in LIFTS_FROM_TABLE]
+        choices = [name for name in feasible_tasks(state) if name in tasks and name != task]
+        lifts = [name for name in choices if name in TABLE_LIFT_TASKS]
         task = lifts[turn % len(lifts)] if single_lift and lifts else _choose(choices, rng, lift=lift)
         if task is None:
             break
-        segment = _demonstrate(env, expert, task, rng, calm=single_lift and rng.random() < CALM_SHARE)
+        segment = _demonstrate(env, expert, task, rng, calm=single_lift and rng.random() < UNDISTURBED_PROB)
         if segment is None:
             failed += 1
         elif len(segment) >= SHORTEST:
@@ -121,14 +129,14 @@ def chain(
     return segments, failed
 
 
-def _start(env: World, tasks: Sequence[str], rng: np.random.Generator, *, two_blocks: bool) -> None:
+def _start(env: TabletopEnv, tasks: Sequence[str], rng: np.random.Generator, *, two_blocks: bool) -> None:
     """The neutral pose, with blocks and fixtures as an evaluation has them (a little shifted) or anywhere."""
-    if rng.random() < SCATTERED_SHARE:
-        start = random_start(str(rng.choice(tasks)), env.scene, rng)
+    if rng.random() < SCATTERED_PROB:
+        start = sample_env_state(str(rng.choice(tasks)), env.scene, rng)
         env.reset(robot_obs=start.robot_obs, scene_obs=start.scene_obs)
         return
     states = [state for state in INITIAL_STATES if not two_blocks or list(state.values()).count("table") == 2]
-    robot_obs, scene_obs = initial_state(states[rng.integers(len(states))], env.scene)
+    robot_obs, scene_obs = get_env_state_for_initial_condition(states[rng.integers(len(states))], env.scene)
     blocks = scene_obs[6:].reshape(3, 6)
     on_table = blocks[:, 1] < 0
     blocks[on_table, :2] += rng.uniform(-JITTER, JITTER, (int(on_table.sum()), 2))
@@ -140,7 +148,7 @@ def _group(task: str) -> str:
     words = task.split("_")
     if words[0] in ("rotate", "turn"):
         return words[0] + words[2]
-    return CATEGORIES[task]
+    return TASK_CATEGORIES[task]
 
 
 def _choose(tasks: list[str], rng: np.random.Generator, *, lift: bool | None = None) -> str | None:
@@ -150,11 +158,11 @@ def _choose(tasks: list[str], rng: np.random.Generator, *, lift: bool | None = N
     """
     lifts = [task for task in tasks if task.startswith("lift")]
     rest = [task for task in tasks if task not in lifts]
-    uses = [task for task in rest if task in NEEDS_BLOCK]
-    if uses and rng.random() < USE_BLOCK_SHARE:
+    uses = [task for task in rest if task in HELD_BLOCK_TASKS]
+    if uses and rng.random() < USE_BLOCK_PROB:
         rest, lifts = uses, []
     if lift is None:
-        lift = rng.random() < LIFT_SHARE
+        lift = rng.random() < LIFT_PROB
     pool = (lifts or rest) if lift else (rest or lifts)
     if not pool:
         return None
@@ -162,22 +170,24 @@ def _choose(tasks: list[str], rng: np.random.Generator, *, lift: bool | None = N
     return str(rng.choice([task for task in pool if _group(task) == kind]))
 
 
-def _demonstrate(env: World, expert: Expert, task: str, rng: np.random.Generator, *, calm: bool) -> Segment | None:
+def _demonstrate(
+    env: TabletopEnv, expert: ScriptedExpert, task: str, rng: np.random.Generator, *, calm: bool
+) -> Segment | None:
     """The segment that the oracle accepted, or None."""
-    sigma = float(rng.choice(SIGMAS))
-    overrun = int(rng.integers(*OVERRUN_STEPS)) if rng.random() < OVERRUN_SHARE else 0
+    sigma = float(rng.choice(NOISE_SIGMAS))
+    overrun = int(rng.integers(*OVERRUN_STEPS)) if rng.random() < OVERRUN_PROB else 0
     expert.reset(task)
     if not calm and displace(env, expert, rng, task):
         expert.reset(task)
     segment, start = Segment(task, env.instruction(task)), env.get_info()
     succeeded_at = None
     for step in range(LIMIT):
-        observation = env.observe()
+        observation = env.get_obs()
         action = expert.act()
         segment.add(observation, action)
-        now, info = env.step(disturbed(action, rng, sigma, fast=expert.fast), render=False)
-        segment.after = now["robot_obs"]
-        if succeeded_at is None and env.succeeded(task, start, info):
+        now, info = env.step(add_action_noise(action, rng, sigma, noise_allowed=expert.noise_allowed), render=False)
+        segment.final_robot_obs = now["robot_obs"]
+        if succeeded_at is None and env.check_success(task, start, info):
             succeeded_at = step
         if succeeded_at is not None and step >= succeeded_at + overrun:
             return segment

@@ -11,21 +11,21 @@ from contextlib import suppress
 
 import numpy as np
 
-from envs.calvin.env import World
-from envs.expert.expert import CABINET_TILT, Expert, block_of
-from envs.expert.motions import FITS, FORWARD, Stuck, hand
-from envs.tasks import LIFTS_FROM_TABLE
+from envs.calvin.env import TabletopEnv
+from envs.expert.expert import CABINET_TILT, ScriptedExpert, block_of
+from envs.expert.motions import FITS, FORWARD, MotionBlocked, gripper_euler
+from envs.tasks import TABLE_LIFT_TASKS
 
 # of lifts from the table begin with the open hand near the block, where a policy finds that it came down beside it
-HOVER_SHARE = 0.2
-WRONG_SIDE_SHARE = (
+HOVER_PROB = 0.2
+WRONG_SIDE_PROB = (
     0.25  # of the door's moves begin with the shut hand low beside its handle, as often as not where it cannot push
 )
-LOST_SHARE = 0.35  # of the others begin with the empty hand anywhere over the table
-LOST_CLOSED_SHARE = 0.6  # of lost hands are shut, as fixtures leave them
-BURST_SHARE = 0.4  # of the rest begin behind an unrecorded push off their course
+RANDOM_POSE_PROB = 0.35  # of the others begin with the empty hand anywhere over the table
+RANDOM_POSE_CLOSED_PROB = 0.6  # of lost hands are shut, as fixtures leave them
+PERTURB_PROB = 0.4  # of the rest begin behind an unrecorded push off their course
 BURST_AFTER, BURST_STEPS = (0, 45), (3, 11)
-BURST_CLOSED_SHARE = 0.3  # of pushes shut an open hand: a grasp that missed
+PERTURB_CLOSED_PROB = 0.3  # of pushes shut an open hand: a grasp that missed
 HOVER_ASIDE, HOVER_TURN = 0.025, 0.35  # m (deviation) and rad
 HOVER_ABOVE, HOVER_AROUND = (
     (0.035, 0.13),
@@ -38,76 +38,84 @@ BESIDE, OVER_BLOCKS = 0.1, 0.54  # m, an open hand within the first of a block s
 BACK_OFF_STEPS = 15
 
 
-def displace(env: World, expert: Expert, rng: np.random.Generator, task: str) -> bool:
+def displace(env: TabletopEnv, expert: ScriptedExpert, rng: np.random.Generator, task: str) -> bool:
     """Perhaps bring the hand, unseen by the recording, to where the expert would not have gone by itself. Did it
     move?"""
     block = block_of(task) if task.startswith("lift") else None
-    free = expert.held() is None
-    if free and task in LIFTS_FROM_TABLE and rng.random() < HOVER_SHARE:
+    free = expert.held_block() is None
+    if free and task in TABLE_LIFT_TASKS and rng.random() < HOVER_PROB:
         _hover(env, expert, rng, block)
-    elif free and task.startswith("move_slider") and rng.random() < WRONG_SIDE_SHARE:
-        _send(env, expert, rng.uniform(*AT_HANDLE) + [expert.handle(), 0, 0], hand(tilt=CABINET_TILT), grip=-1)
-    elif free and rng.random() < LOST_SHARE:
+    elif free and task.startswith("move_slider") and rng.random() < WRONG_SIDE_PROB:
+        _send(
+            env,
+            expert,
+            rng.uniform(*AT_HANDLE) + [expert.handle(), 0, 0],
+            gripper_euler(tilt=CABINET_TILT),
+            gripper_action=-1,
+        )
+    elif free and rng.random() < RANDOM_POSE_PROB:
         _lose(env, expert, rng)
-    elif rng.random() < BURST_SHARE:
-        _burst(env, expert, rng, lift=block is not None)
+    elif rng.random() < PERTURB_PROB:
+        _perturb(env, expert, rng, lift=block is not None)
     else:
         return False
     # a block that a shut hand took by chance, or that is touched or falling before its lift begins, makes the task
     # another one
-    touched = block or (expert.held() if free else None)
+    touched = block or (expert.held_block() if free else None)
     for _ in range(BACK_OFF_STEPS if touched else 0):
-        contacts = expert.state.touching(touched)
+        contacts = expert.state.get_contacts(touched)
         if contacts and "robot" not in contacts:
             break
         env.step(np.array([0, 0, 0.5, 0, 0, 0, 1.0]), render=False)
     return True
 
 
-def _hover(env: World, expert: Expert, rng: np.random.Generator, block: str) -> None:
+def _hover(env: TabletopEnv, expert: ScriptedExpert, rng: np.random.Generator, block: str) -> None:
     """The open hand near the grasp of a block: beside its axis, turned a little, high or low."""
-    position, euler = expert.state.block(block)[0], expert.hold(block)
+    position, euler = expert.state.block_pose(block)[0], expert.grasp_euler(block)
     aside = rng.normal(0, HOVER_ASIDE, 2)
     fits = np.abs(aside).max() < FITS
     euler = euler + [0, 0, rng.uniform(-HOVER_TURN, HOVER_TURN)]
     _send(env, expert, position + [*aside, rng.uniform(*(HOVER_AROUND if fits else HOVER_ABOVE))], euler)
 
 
-def _lose(env: World, expert: Expert, rng: np.random.Generator) -> None:
+def _lose(env: TabletopEnv, expert: ScriptedExpert, rng: np.random.Generator) -> None:
     """The hand anywhere over the table, as high as blocks below allow, and perhaps shut."""
     place = rng.uniform(*LOST_WITHIN)
-    if any(np.linalg.norm(expert.state.block(name)[0][:2] - place[:2]) < BESIDE for name in expert.state.blocks):
+    if any(np.linalg.norm(expert.state.block_pose(name)[0][:2] - place[:2]) < BESIDE for name in expert.state.blocks):
         place[2] = max(place[2], OVER_BLOCKS)
     _send(
         env,
         expert,
         place,
-        hand(FORWARD + rng.uniform(-LOST_TURN, LOST_TURN), rng.uniform(0, LOST_TILT)),
-        grip=-1 if rng.random() < LOST_CLOSED_SHARE else 1,
+        gripper_euler(FORWARD + rng.uniform(-LOST_TURN, LOST_TURN), rng.uniform(0, LOST_TILT)),
+        gripper_action=-1 if rng.random() < RANDOM_POSE_CLOSED_PROB else 1,
     )
 
 
-def _send(env: World, expert: Expert, place: np.ndarray, euler: np.ndarray, grip: int = 1) -> None:
+def _send(
+    env: TabletopEnv, expert: ScriptedExpert, place: np.ndarray, euler: np.ndarray, gripper_action: int = 1
+) -> None:
     """Over and down to a pose, unseen by the recording, or as far as nothing is in the way."""
-    with suppress(Stuck):
-        for action in expert.above(place[0], place[1], euler, grip=1):
+    with suppress(MotionBlocked):
+        for action in expert.move_above(place[0], place[1], euler, gripper_action=1):
             env.step(action, render=False)
-        expert.grip = grip
-        for action in expert.goto(place, euler, through=True, firm=True, timeout=40):
+        expert.gripper_action = gripper_action
+        for action in expert.move_to(place, euler, no_stop=True, push_on=True, max_steps=40):
             env.step(action, render=False)
 
 
-def _burst(env: World, expert: Expert, rng: np.random.Generator, *, lift: bool) -> None:
+def _perturb(env: TabletopEnv, expert: ScriptedExpert, rng: np.random.Generator, *, lift: bool) -> None:
     """Some steps of the way, then a few into a random direction.
 
     The way ends where a fixture might begin to move, or at a block, before the hand closes: there it may miss.
     """
     for _ in range(int(rng.integers(*BURST_AFTER))):
         action = expert.act()
-        if action[6] < env.gripper_command or not (expert.fast or lift):
+        if action[6] < env.gripper_action or not (expert.noise_allowed or lift):
             break
         env.step(action, render=False)
-    shut = env.gripper_command > 0 and rng.random() < BURST_CLOSED_SHARE
-    push = np.append(rng.uniform(-0.8, 0.8, 6) * [1, 1, 1, 0.3, 0.3, 0.3], -1.0 if shut else env.gripper_command)
+    shut = env.gripper_action > 0 and rng.random() < PERTURB_CLOSED_PROB
+    push = np.append(rng.uniform(-0.8, 0.8, 6) * [1, 1, 1, 0.3, 0.3, 0.3], -1.0 if shut else env.gripper_action)
     for _ in range(int(rng.integers(*BURST_STEPS))):
         env.step(push, render=False)

@@ -19,16 +19,16 @@ from envs.tasks import check_tasks
 
 ACROSS_FROM = -0.085  # m, y up to which the hand may stand across the front
 BESIDE_WALL = 0.055  # m from a wall or door that a finger needs beside a block's middle
-NEEDS_BLOCK = ("place_in_slider", "place_in_drawer", "stack_block")
+HELD_BLOCK_TASKS = ("place_in_slider", "place_in_drawer", "stack_block")
 REACH = 0.75  # m over the ground from the robot's base: as far as a hand goes that hovers over the table
 GAP = 0.115  # m between the centres of two blocks that do not hinder the hand
 
 
 def zone(state: PrivilegedState, block: str) -> str:
     """Where a block is: hand, stacked, drawer, cabinet, table or lost (leaning, fallen, on a fixture)."""
-    position, axes = state.block(block)
-    touched = state.touching(block)
-    if "robot" in touched and state.gripper() < 0 and state.opening() > EMPTY:
+    position, axes = state.block_pose(block)
+    touched = state.get_contacts(block)
+    if "robot" in touched and state.gripper_action() < 0 and state.gripper_opening_width() > EMPTY:
         return "hand"
     touched -= {"robot"}
     upright = np.abs(axes[2]).max() > 0.97
@@ -78,15 +78,15 @@ def _clear(at: np.ndarray, others: list[np.ndarray]) -> bool:
 
 
 def _block_tasks(state: PrivilegedState, zones: dict[str, str]) -> list[str]:
-    limit = state.limit("base__slide")
+    limit = state.joint_limit("base__slide")
     # The expert shoves a door that stands half way to its nearer end first.
-    door = state.fixtures.slide_x0 - (limit if state.joint("base__slide") > limit / 2 else 0.0)
+    door = state.fixtures.slide_x0 - (limit if state.joint_position("base__slide") > limit / 2 else 0.0)
     tasks = []
     for block, place in zones.items():
-        colour, at = block.removeprefix("block_"), state.block(block)[0]
-        others = [state.block(other)[0] for other in zones if other != block]
+        colour, at = block.removeprefix("block_"), state.block_pose(block)[0]
+        others = [state.block_pose(other)[0] for other in zones if other != block]
         if place == "table" and _clear(at, others):
-            if graspable(at, state.block(block)[1], state.size(block)):
+            if graspable(at, state.block_pose(block)[1], state.block_size(block)):
                 tasks += [f"lift_{colour}_block_table", f"rotate_{colour}_block_left", f"rotate_{colour}_block_right"]
             obstacles = [*others, np.array(state.fixtures.button)]
             tasks += [
@@ -96,42 +96,42 @@ def _block_tasks(state: PrivilegedState, zones: dict[str, str]) -> list[str]:
             ]
         elif place == "cabinet" and reachable_inside(float(at[0]), door, state.fixtures.plank_x):
             tasks.append(f"lift_{colour}_block_slider")
-        elif place == "drawer" and state.joint("base__drawer") > 0.19:
+        elif place == "drawer" and state.joint_position("base__drawer") > 0.19:
             tasks.append(f"lift_{colour}_block_drawer")
     return tasks
 
 
-def possible(state: PrivilegedState) -> list[str]:
+def feasible_tasks(state: PrivilegedState) -> list[str]:
     """The tasks that can be carried out from here, in a fixed order. A block in the hand rules out none but lifts of
     it."""
     zones = {block: zone(state, block) for block in state.blocks}
-    drawer, slide = state.joint("base__drawer"), state.joint("base__slide")
+    drawer, slide = state.joint_position("base__drawer"), state.joint_position("base__slide")
     tasks = _block_tasks(state, zones)
-    if slide < state.limit("base__slide") - 0.16:
+    if slide < state.joint_limit("base__slide") - 0.16:
         tasks.append("move_slider_left")
     if slide > 0.16:
         tasks.append("move_slider_right")
-    if drawer < state.limit("base__drawer") - 0.13:
+    if drawer < state.joint_limit("base__drawer") - 0.13:
         tasks.append("open_drawer")
     if drawer > 0.13:
         tasks.append("close_drawer")
     for light in ("lightbulb", "led"):
-        tasks.append(f"turn_off_{light}" if state.light(light) else f"turn_on_{light}")
+        tasks.append(f"turn_off_{light}" if state.light_state(light) else f"turn_on_{light}")
     on_table = [block for block, place in zones.items() if place == "table"]
     held = [block for block, place in zones.items() if place == "hand"]
-    if len(held) == 1 and state.touching(held[0]) == {"robot"}:
+    if len(held) == 1 and state.get_contacts(held[0]) == {"robot"}:
         tasks.append("place_in_slider")
         tasks += ["place_in_drawer"] if drawer > 0.19 else []
         tasks += ["stack_block"] if on_table else []
     if "stacked" in zones.values():
         tasks.append("unstack_block")
-    if drawer > 0.19 and any(abs(state.block(b)[0][0] - state.fixtures.drawer_x) < 0.12 for b in on_table):
+    if drawer > 0.19 and any(abs(state.block_pose(b)[0][0] - state.fixtures.drawer_x) < 0.12 for b in on_table):
         tasks.append("push_into_drawer")
     return sorted(tasks)
 
 
 @dataclass(frozen=True)
-class Start:
+class EnvState:
     """Vectors for `Env.reset`, and the lift that puts a block into the hand where the task wants one there."""
 
     robot_obs: np.ndarray
@@ -165,7 +165,7 @@ def _zones(task: str, scene: Scene, open_side: str, rng: np.random.Generator) ->
         wanted[target] = {"slider": open_side, "drawer": "drawer"}.get(words[3], "table")
     elif task == "push_into_drawer":
         wanted = dict(zip(names, ["table", *sides]))
-    elif task in (*NEEDS_BLOCK, "unstack_block"):
+    elif task in (*HELD_BLOCK_TASKS, "unstack_block"):
         wanted = {names[0]: "table", names[1]: "table"}
     for name, place in wanted.items():
         for other in names:
@@ -215,7 +215,7 @@ def _fits(task: str, block: str, poses: dict[str, np.ndarray], scene: Scene, sli
     return True
 
 
-def random_start(task: str, scene: Scene, rng: np.random.Generator) -> Start:
+def sample_env_state(task: str, scene: Scene, rng: np.random.Generator) -> EnvState:
     """A start from the neutral pose in which `task` can be done, drawn from the scene's own surfaces.
 
     Raises ValueError for an unknown task, RuntimeError where the scene has no room for it.
@@ -250,13 +250,13 @@ def _assemble(
     zones: dict[str, str],
     poses: dict[str, np.ndarray],
     rng: np.random.Generator,
-) -> Start:
+) -> EnvState:
     on_table = [name for name, place in zones.items() if place == "table"]
     if task == "unstack_block":
         low, top = on_table[:2]
         poses[top] = poses[low] + [0, 0, 0.04, rng.uniform(-0.2, 0.2)]
     blocks = [[*poses[name][:3], 0.0, 0.0, poses[name][3]] for name in scene.block_names]
     before = None
-    if task in NEEDS_BLOCK:
+    if task in HELD_BLOCK_TASKS:
         before = f"lift_{rng.choice(on_table).removeprefix('block_')}_block_table"
-    return Start(np.array(NEUTRAL_ROBOT_OBS), np.concatenate([fixtures, *blocks]), before)
+    return EnvState(np.array(NEUTRAL_ROBOT_OBS), np.concatenate([fixtures, *blocks]), before)

@@ -46,7 +46,7 @@ def write_frames(folder: Path, segment: Segment) -> None:
                 archive.writestr(member, buffer.getvalue(), zipfile.ZIP_DEFLATED, compresslevel=1)
 
 
-def write_films(folder: Path, segment: Segment, cameras: int = 2) -> None:
+def write_videos(folder: Path, segment: Segment, cameras: int = 2) -> None:
     """0.mp4 and 1.mp4, or the first of them alone; H.264 with a short GOP."""
     folder.mkdir(parents=True, exist_ok=True)
     for camera, key in enumerate(PIXELS[:cameras]):
@@ -94,7 +94,7 @@ def write_statistics(folder: Path, vectors: dict[str, np.ndarray]) -> None:
     write_text(folder / "statistics.yaml", yaml.safe_dump(record, sort_keys=False))
 
 
-def write_world(folder: Path, scenes: list[str], world: str, versions: dict[str, str]) -> None:
+def write_env_config(folder: Path, scenes: list[str], world: str, versions: dict[str, str]) -> None:
     """`.hydra/merged_config.yaml`: which world these frames come from, in the keys of CALVIN's own file."""
     config = {
         "world": world,
@@ -110,12 +110,12 @@ def write_world(folder: Path, scenes: list[str], world: str, versions: dict[str,
     write_text(folder / ".hydra" / "merged_config.yaml", yaml.safe_dump(config, sort_keys=False))
 
 
-def write_annotation(root: Path, split: str, name: str, sentence: str, scene: str, states: np.ndarray) -> None:
+def write_annotation(root: Path, split: str, name: str, instruction: str, scene: str, states: np.ndarray) -> None:
     """The json of one video, as VPP and the official release lay it out, and its scene; states (T, 15) are
     robot_obs."""
     record = {
         "task": "robot_trajectory_prediction",
-        "texts": [sentence],
+        "texts": [instruction],
         "episode_id": name,
         "video_length": len(states),
         "scene": scene,
@@ -126,12 +126,12 @@ def write_annotation(root: Path, split: str, name: str, sentence: str, scene: st
     write_text(root / "annotation" / split / f"{name}.json", json.dumps(record) + "\n")
 
 
-def write_human_annotation(root: Path, split: str, name: str, sentence: str, scene: str, length: int) -> None:
+def write_human_annotation(root: Path, split: str, name: str, instruction: str, scene: str, length: int) -> None:
     """The json of the one video of a hand that does what `sentence` says, `length` frames: there are no readings of a
     robot."""
     record = {
         "task": "human_video_prediction",
-        "texts": [sentence],
+        "texts": [instruction],
         "episode_id": name,
         "video_length": length,
         "fps": FPS,
@@ -144,15 +144,15 @@ def write_human_annotation(root: Path, split: str, name: str, sentence: str, sce
 
 def save_npy(path: Path, value: Any) -> None:
     """np.save, beside and then renamed."""
-    beside = path.with_suffix(".part")
-    with beside.open("wb") as stream:
+    atomic_path = path.with_suffix(".part")
+    with atomic_path.open("wb") as stream:
         np.save(stream, value, allow_pickle=True)
-    os.replace(beside, path)
+    os.replace(atomic_path, path)
 
 
 def write_text(path: Path, text: str) -> None:
     """Write beside, then rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(".part")
-    beside.write_text(text)
-    os.replace(beside, path)
+    atomic_path = path.with_suffix(".part")
+    atomic_path.write_text(text)
+    os.replace(atomic_path, path)

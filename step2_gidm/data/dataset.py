@@ -7,11 +7,11 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from common import human, rlds
+from common import human_video, rlds
 from common.mixture import Mixture
 from step2_gidm.data.oxe import HUMAN_SECONDS, HUMAN_SHARE, OXE, official_windows
 from step2_gidm.data.pairs import Transitions
-from step2_gidm.data.stream import Stream
+from step2_gidm.data.stream import StreamingMixture
 from step2_gidm.data.transitions import CalvinTransitions, RldsTransitions, VideoTransitions
 
 KINDS: dict[str, type[Transitions]] = {"video": VideoTransitions, "rlds": RldsTransitions, "calvin": CalvinTransitions}
@@ -28,25 +28,25 @@ def mixture(
     augment: bool = False,
     stream: Mapping[str, Any] | None = None,
     **pairs: Any,
-) -> Mixture | Stream:
+) -> Mixture | StreamingMixture:
     """Sets drawn by weight. Each set: one of {video, rlds, calvin: folder}, and optionally weight, human, and what its
     class takes.
 
     Without a weight a set counts by its size. `human_fraction` keeps that share of the videos of sets marked `human`
     and of their weight
-    (common.human, Fig. 8). `length` is how many draws count as an epoch; None: as many as there are episodes, those of
+    (common.human_video, Fig. 8). `length` is how many draws count as an epoch; None: as many as there are episodes, those of
     all human video
     included. At `human_fraction` 0 the human sets need not be on disk where `length` is given. Only training augments,
     and only training
     reads in a stream: `stream` holds what Stream takes, None reads every pair by random access.
     """
-    shares = human.shares(sets, human_fraction)
+    kept_fractions = human_video.kept_fractions(sets, human_fraction)
     pairs = {**pairs, "augment": augment and split == "train"}
     members: dict[str, Transitions] = {}
     weights: dict[str, float] = {}
-    whole = 0
+    unfiltered_length = 0
     for name, options in sets.items():
-        options, share = dict(options), shares[name]
+        options, share = dict(options), kept_fractions[name]
         weight = options.pop("weight", None)
         options.pop("human", None)
         if weight == 0 or (share == 0 and length is not None):
@@ -62,9 +62,9 @@ def mixture(
             options["fraction"] = share
         elif 0 < share < 1:
             raise ValueError(f"set {name!r}: human_fraction={human_fraction} keeps a part of video sets, not of {kind}")
-        with human.opened(name, share):
+        with human_video.explain_missing_set(name, share):
             episodes = KINDS[kind](folder, split, **pairs | options)
-        whole += episodes.whole
+        unfiltered_length += episodes.unfiltered_length
         if share == 0:
             continue
         size = len(episodes)
@@ -74,18 +74,18 @@ def mixture(
             if split == "train":
                 raise ValueError(f"{nothing}; leave it out of data.sets")
             log.warning("%s; it is not measured", nothing)
-    mix = Mixture(members, weights, length or whole)
-    return Stream(mix, **stream) if stream and split == "train" else mix
+    mix = Mixture(members, weights, length or unfiltered_length)
+    return StreamingMixture(mix, **stream) if stream and split == "train" else mix
 
 
-def open_x(
+def build_open_x_mixture(
     root: str | Path,
     *,
     human_root: str | Path,
     names: Collection[str] | None = None,
     human_fraction: float = 1.0,
     **options: Any,
-) -> Mixture | Stream:
+) -> Mixture | StreamingMixture:
     """Table 12: the 26 robot sets under `root` and Ego4D as a video set, drawn with the paper's shares.
 
     `names` restricts the robot sets; shares are normalised. Everything else is `mixture`'s.
@@ -99,7 +99,7 @@ def open_x(
     for name in names:
         row = OXE[name]
         sets[name] = {
-            "rlds": rlds.find(root, row.folders, row.version),
+            "rlds": rlds.find_version_folder(root, row.folders, row.version),
             "weight": row.share,
             "fps": row.hz,
             "image": row.image,

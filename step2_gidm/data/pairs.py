@@ -19,32 +19,32 @@ import torchvision.transforms.v2.functional as vision
 from torch import Tensor
 
 from common.video import resize
-from step2_gidm.data.gaps import GAPS
+from step2_gidm.data.frame_gaps import GAPS
 
 
-class Pair(NamedTuple):
+class FramePair(NamedTuple):
     """Two frames of an episode, not yet decoded."""
 
     id: str
     text: str
     frames: Any  # as their set keeps them: encoded images, or where they lie
     size: int = 0  # bytes of encoded images
-    about: Mapping[str, Any] = MappingProxyType({})  # labels, where they were asked for
+    metadata: Mapping[str, Any] = MappingProxyType({})  # labels, where they were asked for
 
 
-class Clip(NamedTuple):
+class EpisodeView(NamedTuple):
     """An opened episode, seen by one camera."""
 
     id: str
     length: int  # frames
     fps: float
-    pair: Callable[[int, int], Pair]  # of the frames with these two numbers; raises Unreadable
+    pair: Callable[[int, int], FramePair]  # of the frames with these two numbers; raises UnreadableSample
 
 
 class Transitions:
     """How pairs are drawn and pictured; subclasses say where frames come from.
 
-    `gap` is "seconds" or "official" (step2_gidm.data.gaps). `gap_seconds`, `jitter` and `min_gap` belong to the first,
+    `gap` is "seconds" or "official" (step2_gidm.data.frame_gaps). `gap_seconds`, `jitter` and `min_gap` belong to the first,
     `window`, in frames, and
     `window_seconds`, which wins, to the second. With `labelled` pairs also carry what evaluation knows them by, where
     the set has it:
@@ -76,20 +76,20 @@ class Transitions:
         raise NotImplementedError
 
     @property
-    def whole(self) -> int:
+    def unfiltered_length(self) -> int:
         """How many episodes there are, also those that a `fraction` does not keep."""
         return len(self)
 
-    def open(self, index: int, rng: np.random.Generator | None = None) -> Clip:
-        """One episode. Where the camera is drawn, `rng` draws it; without one it is the first. Raises Unreadable where
+    def open_episode(self, index: int, rng: np.random.Generator | None = None) -> EpisodeView:
+        """One episode. Where the camera is drawn, `rng` draws it; without one it is the first. Raises UnreadableSample where
         the episode is bad."""
         raise NotImplementedError
 
-    def decode(self, pair: Pair) -> Sequence[np.ndarray]:
-        """Both frames, (H, W, 3) uint8. Raises Unreadable where they are broken."""
+    def decode(self, pair: FramePair) -> Sequence[np.ndarray]:
+        """Both frames, (H, W, 3) uint8. Raises UnreadableSample where they are broken."""
         raise NotImplementedError
 
-    def about(self, episode: str, scene: str, view: int | str, start: int, length: int) -> dict[str, Any]:
+    def metadata(self, episode: str, scene: str, view: int | str, start: int, length: int) -> dict[str, Any]:
         """What evaluation knows a pair by that starts at frame `start` of `length`; empty unless `labelled`. The state
         is the subclass's to add."""
         return (
@@ -98,14 +98,14 @@ class Transitions:
             else {}
         )
 
-    def pairs(self, index: int, rng: np.random.Generator, count: int = 1) -> list[Pair]:
-        """`count` pairs of one episode from one opening of it. Raises Unreadable."""
-        clip = self.open(index, rng)
-        return [clip.pair(start, end) for start, end in self.draw(clip.id, clip.length, clip.fps, rng, count)]
+    def pairs(self, index: int, rng: np.random.Generator, count: int = 1) -> list[FramePair]:
+        """`count` pairs of one episode from one opening of it. Raises UnreadableSample."""
+        clip = self.open_episode(index, rng)
+        return [clip.pair(start, end) for start, end in self.sample_frame_indices(clip.id, clip.length, clip.fps, rng, count)]
 
-    def walk(self, index: int, steps: int) -> dict[str, Any]:
-        """Up to `steps` pairs in order through one episode: id, text, frames (T, 2, 3, S, S). Raises Unreadable."""
-        clip = self.open(index)
+    def episode_pairs(self, index: int, steps: int) -> dict[str, Any]:
+        """Up to `steps` pairs in order through one episode: id, text, frames (T, 2, 3, S, S). Raises UnreadableSample."""
+        clip = self.open_episode(index)
         gap = min(self.gap(clip.id, clip.length, clip.fps, np.random.default_rng(0))[0], clip.length - 1)
         pairs = [
             clip.pair(now, now + gap)
@@ -114,15 +114,15 @@ class Transitions:
         frames = torch.stack([self.fit(self.decode(pair)) for pair in pairs])
         return {"id": clip.id, "text": pairs[0].text, "frames": frames}
 
-    def show(self, pair: Pair, rng: np.random.Generator) -> dict[str, Any]:
+    def show(self, pair: FramePair, rng: np.random.Generator) -> dict[str, Any]:
         """A pair as a sample."""
-        return {"id": pair.id, "frames": self.picture(self.decode(pair), rng), "text": pair.text, **pair.about}
+        return {"id": pair.id, "frames": self.picture(self.decode(pair), rng), "text": pair.text, **pair.metadata}
 
     def sample(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
-        """A random pair of one episode. Raises Unreadable."""
+        """A random pair of one episode. Raises UnreadableSample."""
         return self.show(self.pairs(index, rng)[0], rng)
 
-    def draw(self, id: str, length: int, fps: float, rng: np.random.Generator, count: int = 1) -> list[tuple[int, int]]:
+    def sample_frame_indices(self, id: str, length: int, fps: float, rng: np.random.Generator, count: int = 1) -> list[tuple[int, int]]:
         """`count` pairs of indices inside an episode of `length` frames at `fps` frames a second.
 
         Several are spread over the episode: no first frame comes twice while there are enough of them.

@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch.utils.data import get_worker_info
 
-from common.mixture import Mixture, Skipped, Unreadable, skip
+from common.mixture import Mixture, Skipped, UnreadableSample, skip
 
-PLAN, ORDER, RUN = 1, 2, 3  # the last of four numbers of a generator's key: what it is for (common.batches has 4)
+PLAN, ORDER, RUN = 1, 2, 3  # the last of four numbers of a generator's key: what it is for (common.sampler has 4)
 MAX_TRIES = 20
 log = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ class Slot(NamedTuple):
     skipped: list[Skipped]
 
 
-class Stream:
+class StreamingMixture:
     """A mixture of transitions as a block set (common.mixture).
 
     `block`: pairs of a block, shuffled among themselves; `pairs`: of them from one episode; `buffer_gb`: what the
@@ -67,15 +67,15 @@ class Stream:
         """A pair by random access, from the mixture itself; the stream is what `reader` gives."""
         return self.mixture.sample(index, rng)
 
-    def reader(self, seed: int, stride: int) -> Reader:
+    def reader(self, seed: int, stride: int) -> StreamReader:
         """See BlockSet."""
-        return Reader(self, seed, stride)
+        return StreamReader(self, seed, stride)
 
 
-class Plan:
+class ReadSchedule:
     """Which episode each run reads: run r of epoch e is draw number `draws[r]`, ever, of the set number `sets[r]`."""
 
-    def __init__(self, stream: Stream, seed: int) -> None:
+    def __init__(self, stream: StreamingMixture, seed: int) -> None:
         self.stream, self.seed = stream, seed
         self.size = stream.blocks * stream.runs
         self.before = [np.zeros(len(stream.mixture.sets), np.int64)]  # draws of each set before an epoch
@@ -114,20 +114,20 @@ class Block:
         self.read = 0
 
 
-class Reader:
+class StreamReader:
     """The blocks of one process, `stride` apart: what is left of one and what is read of the next are held, never more
     than the budget."""
 
-    def __init__(self, stream: Stream, seed: int, stride: int) -> None:
+    def __init__(self, stream: StreamingMixture, seed: int, stride: int) -> None:
         self.stream, self.seed, self.stride = stream, seed, stride
-        self.plan = Plan(stream, seed)
+        self.plan = ReadSchedule(stream, seed)
         self.held = self.peak = 0  # bytes of encoded images
         self.warned = False
         self.now: Block | None = None
         self.next: Block | None = None
 
     def sample(self, epoch: int, index: int, rng: np.random.Generator) -> dict[str, Any]:
-        """See BlockReader. Raises Unreadable where a frame does not decode."""
+        """See BlockReader. Raises UnreadableSample where a frame does not decode."""
         block, place = divmod(epoch * len(self.stream) + index, self.stream.block)
         if self.now is None or self.now.number != block:
             self._turn_to(block)
@@ -141,8 +141,8 @@ class Reader:
             self.held -= slot.pair.size
         try:
             sample = self.stream.mixture.sets[slot.set].show(slot.pair, rng)
-        except Unreadable as error:
-            raise Unreadable(error.id, "; ".join([error.reason, *(each.line for each in slot.skipped)])) from error
+        except UnreadableSample as error:
+            raise UnreadableSample(error.id, "; ".join([error.reason, *(each.line for each in slot.skipped)])) from error
         return {**sample, "skipped": slot.skipped}
 
     def _turn_to(self, number: int) -> None:
@@ -189,7 +189,7 @@ class Reader:
         while True:
             try:
                 return [Slot(which, pair, skipped) for pair in members.pairs(episode, rng, self.stream.pairs)]
-            except Unreadable as error:
+            except UnreadableSample as error:
                 skip(skipped, error, MAX_TRIES, "episodes")
                 episode = int(rng.integers(len(members)))
 

@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from common import calvin_format, human, rlds
-from common.mixture import LeftOut, Unreadable
+from common import calvin_format, human_video, rlds
+from common.mixture import FilteredSample, UnreadableSample
 from common.video import VideoError, probe, read_frames
-from step2_gidm.data.pairs import Clip, Pair, Transitions
+from step2_gidm.data.pairs import EpisodeView, FramePair, Transitions
 
 HELD_OUT = 20  # one episode in twenty is held out where a set has no split of its own (UniVLA: the last 5 %)
 
@@ -26,7 +26,7 @@ class VideoTransitions(Transitions):
     """A video-set folder: annotation/{split}/<id>.json beside videos (human video, playtable, VPP's sets).
 
     `view` is the index of a camera, or None to draw one each time. `fps` overrides containers that lie about their rate
-    (VPP's Bridge says 3). `fraction` keeps that share of the clips (common.human, Fig. 8). `only` names the one split
+    (VPP's Bridge says 3). `fraction` keeps that share of the clips (common.human_video, Fig. 8). `only` names the one split
     on disk to train on and to hold out from (VPP's samples have val alone).
     """
 
@@ -38,13 +38,13 @@ class VideoTransitions(Transitions):
         fps: float | None = None,
         view: int | None = 0,
         fraction: float = 1.0,
-        only: str | None = None,
+        only_split: str | None = None,
         **pairs: Any,
     ) -> None:
         super().__init__(**pairs)
         self.folder, self.fps, self.view = Path(folder), fps, view
-        own = only is None and any((self.folder / "annotation" / "val").glob("*.json"))
-        place = self.folder / "annotation" / (split if own else only or "train")
+        own = only_split is None and any((self.folder / "annotation" / "val").glob("*.json"))
+        place = self.folder / "annotation" / (split if own else only_split or "train")
         files = sorted(place.glob("*.json"))
         if not files:
             others = sorted({path.parent.name for path in self.folder.glob("annotation/*/*.json")})
@@ -55,18 +55,18 @@ class VideoTransitions(Transitions):
             )
             raise FileNotFoundError(f"{place}: no json here; {hint}")
         files = files if own else [files[i] for i in _part(len(files), split)]
-        self._whole, self.files = len(files), human.keep(files, fraction)
+        self._unfiltered_length, self.files = len(files), human_video.subset_videos(files, fraction)
         self._probed: dict[Path, tuple[int, float]] = {}
 
     def __len__(self) -> int:
         return len(self.files)
 
     @property
-    def whole(self) -> int:
+    def unfiltered_length(self) -> int:
         """See Transitions."""
-        return self._whole
+        return self._unfiltered_length
 
-    def open(self, index: int, rng: np.random.Generator | None = None) -> Clip:
+    def open_episode(self, index: int, rng: np.random.Generator | None = None) -> EpisodeView:
         """See Transitions. Frames stay in their video: it is small, and seeks are cheap."""
         file = self.files[index]
         id = f"{self.folder.name}/{file.stem}"
@@ -74,36 +74,36 @@ class VideoTransitions(Transitions):
         view = self.view if self.view is not None else int(rng.integers(len(videos))) if rng else 0
         path, length, fps = self._video(id, videos, view)
         if self.labelled and states and len(states) != length:
-            raise Unreadable(id, f"{len(states)} readings of the robot for {length} frames")
+            raise UnreadableSample(id, f"{len(states)} readings of the robot for {length} frames")
 
-        def pair(start: int, end: int) -> Pair:
-            about = self.about(str(file), scene or str(self.folder), view, start, length)
-            if about and states:
-                about["state"] = np.asarray([states[start], states[end]], np.float64)
-            return Pair(f"{id}/{view}@{start}+{end - start}", text, (path, start, end), about=about)
+        def pair(start: int, end: int) -> FramePair:
+            metadata = self.metadata(str(file), scene or str(self.folder), view, start, length)
+            if metadata and states:
+                metadata["state"] = np.asarray([states[start], states[end]], np.float64)
+            return FramePair(f"{id}/{view}@{start}+{end - start}", text, (path, start, end), metadata=metadata)
 
-        return Clip(id, length, fps, pair)
+        return EpisodeView(id, length, fps, pair)
 
     def _video(self, id: str, videos: Sequence[str], view: int) -> tuple[Path, int, float]:
         """File, length and frame rate of one camera's video."""
         if view >= len(videos):
-            raise Unreadable(id, f"has {len(videos)} views, view {view} was asked for")
+            raise UnreadableSample(id, f"has {len(videos)} views, view {view} was asked for")
         path = self.folder / videos[view]
         try:
             if path not in self._probed:
                 self._probed[path] = probe(path)[:2]
         except VideoError as error:
-            raise Unreadable(id, str(error)) from error
+            raise UnreadableSample(id, str(error)) from error
         length, rate = self._probed[path]
         return path, length, self.fps or rate
 
-    def decode(self, pair: Pair) -> Sequence[np.ndarray]:
+    def decode(self, pair: FramePair) -> Sequence[np.ndarray]:
         """See Transitions."""
         path, start, end = pair.frames
         try:
             return read_frames(path, [start, end])
         except VideoError as error:
-            raise Unreadable(pair.id, str(error)) from error
+            raise UnreadableSample(pair.id, str(error)) from error
 
 
 class CalvinTransitions(Transitions):
@@ -141,29 +141,29 @@ class CalvinTransitions(Transitions):
     def __len__(self) -> int:
         return len(self.segments)
 
-    def open(self, index: int, rng: np.random.Generator | None = None) -> Clip:
+    def open_episode(self, index: int, rng: np.random.Generator | None = None) -> EpisodeView:
         """See Transitions. Frames stay in their files, one each."""
         note = self.segments[index]
         view = self.views[int(rng.integers(len(self.views))) if rng else 0]
         name = f"{self.folder.parent.name}/{self.folder.name}"
         id, length = f"{name}/{note.start:07d}-{note.end:07d}", note.end - note.start + 1
         if not note.text.strip():
-            raise LeftOut(id, "an annotation without a sentence")
+            raise FilteredSample(id, "an annotation without a sentence")
 
-        def pair(start: int, end: int) -> Pair:
+        def pair(start: int, end: int) -> FramePair:
             frames = note.start + start, note.start + end
             scene = calvin_format.scene_of(frames[0], self.scenes) or str(self.folder)
-            about = self.about(id, scene, view, start, length)
-            if about:
-                about["state"] = self._states(id, frames)
-            return Pair(
+            metadata = self.metadata(id, scene, view, start, length)
+            if metadata:
+                metadata["state"] = self._states(id, frames)
+            return FramePair(
                 f"{name}/{frames[0]:07d}/{view}+{end - start}",
                 note.text,
                 (*frames, calvin_format.KEYS[view]),
-                about=about,
+                metadata=metadata,
             )
 
-        return Clip(id, length, self.fps, pair)
+        return EpisodeView(id, length, self.fps, pair)
 
     def _states(self, id: str, frames: Sequence[int]) -> np.ndarray:
         """(2, 15) the robot's readings."""
@@ -172,23 +172,23 @@ class CalvinTransitions(Transitions):
                 [calvin_format.read_frame(self.folder, frame, ["robot_obs"])["robot_obs"] for frame in frames]
             ).astype(np.float64)
         except calvin_format.CalvinFormatError as error:
-            raise Unreadable(id, str(error)) from error
+            raise UnreadableSample(id, str(error)) from error
 
-    def decode(self, pair: Pair) -> Sequence[np.ndarray]:
+    def decode(self, pair: FramePair) -> Sequence[np.ndarray]:
         """See Transitions."""
         *frames, key = pair.frames
         try:
             images = [calvin_format.read_frame(self.folder, frame, [key])[key] for frame in frames]
             return [rlds.decode(image, f"{pair.id}: {key}") for image in images]
         except (calvin_format.CalvinFormatError, rlds.RldsError) as error:
-            raise Unreadable(pair.id, str(error)) from error
+            raise UnreadableSample(pair.id, str(error)) from error
 
 
 class RldsTransitions(Transitions):
     """An RLDS folder. `image` and `text` are paths inside a step, `encoding` is that of the sentence (common.rlds),
     `fps` the control rate.
 
-    Episodes without an instruction are LeftOut, as UniVLA drops them.
+    Episodes without an instruction are FilteredSample, as UniVLA drops them.
     """
 
     def __init__(
@@ -207,35 +207,35 @@ class RldsTransitions(Transitions):
             raise ValueError(f"unknown encoding {encoding!r} of sentences; use {', '.join(rlds.ENCODINGS)}")
         self.fps, self.image, self.text, self.encoding = fps, image, text, encoding
         own = "val" in rlds.splits(folder)
-        self.episodes = rlds.Rlds(folder, split if own else "train")
+        self.episodes = rlds.RldsDataset(folder, split if own else "train")
         self.kept = np.arange(len(self.episodes)) if own else _part(len(self.episodes), split)
 
     def __len__(self) -> int:
         return len(self.kept)
 
-    def open(self, index: int, rng: np.random.Generator | None = None) -> Clip:
+    def open_episode(self, index: int, rng: np.random.Generator | None = None) -> EpisodeView:
         """See Transitions. A record has to be read whole, so its pairs come with the bytes of their images."""
         name = f"{self.episodes.name}/{self.kept[index]}"
         try:
             episode = self.episodes[int(self.kept[index])]
         except rlds.RldsError as error:
-            raise Unreadable(name, str(error)) from error
+            raise UnreadableSample(name, str(error)) from error
 
-        def pair(start: int, end: int) -> Pair:
+        def pair(start: int, end: int) -> FramePair:
             try:
                 text = episode.text(self.text, start, self.encoding)
                 frames = tuple(episode.encoded(self.image, i) for i in (start, end))
             except rlds.RldsError as error:
-                raise Unreadable(name, str(error)) from error
+                raise UnreadableSample(name, str(error)) from error
             if not text.strip():
-                raise LeftOut(name, f"no instruction under {self.text}")
+                raise FilteredSample(name, f"no instruction under {self.text}")
             size = sum(frame.nbytes if isinstance(frame, np.ndarray) else len(frame) for frame in frames)
-            about = self.about(name, str(self.episodes.folder), 0, start, len(episode))
-            return Pair(f"{name}@{start}+{end - start}", text, frames, size, about)
+            metadata = self.metadata(name, str(self.episodes.folder), 0, start, len(episode))
+            return FramePair(f"{name}@{start}+{end - start}", text, frames, size, metadata)
 
-        return Clip(name, len(episode), self.fps, pair)
+        return EpisodeView(name, len(episode), self.fps, pair)
 
-    def decode(self, pair: Pair) -> Sequence[np.ndarray]:
+    def decode(self, pair: FramePair) -> Sequence[np.ndarray]:
         """See Transitions."""
         try:
             return [
@@ -243,7 +243,7 @@ class RldsTransitions(Transitions):
                 for frame, which in zip(pair.frames, ("first", "second"))
             ]
         except rlds.RldsError as error:
-            raise Unreadable(pair.id, str(error)) from error
+            raise UnreadableSample(pair.id, str(error)) from error
 
 
 def _part(count: int, split: str) -> np.ndarray:
@@ -261,13 +261,13 @@ def _annotation(id: str, file: Path) -> tuple[str, list[str], list[list[float]],
     try:
         record = json.loads(file.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise Unreadable(id, f"{file} is not JSON ({error})") from error
+        raise UnreadableSample(id, f"{file} is not JSON ({error})") from error
     if not isinstance(record, dict) or not record.get("texts"):
-        raise Unreadable(id, f"{file} has no 'texts'")
+        raise UnreadableSample(id, f"{file} has no 'texts'")
     if not record.get("videos"):
-        raise Unreadable(id, f"{file} has no 'videos'")
+        raise UnreadableSample(id, f"{file} has no 'videos'")
     if not str(record["texts"][0]).strip():
-        raise LeftOut(id, f"{file} has an empty sentence")
+        raise FilteredSample(id, f"{file} has an empty sentence")
     return (
         record["texts"][0],
         [video["video_path"] for video in record["videos"]],

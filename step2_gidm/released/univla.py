@@ -10,7 +10,7 @@ from torch import Tensor
 from common.checkpoint import renamed
 
 # in order; the norms of a block are numbered, and what stands second differs between encoder and decoder
-NAMES = (
+KEY_MAPPING = (
     (r"^action_latent$", "queries"),
     (r"^to_codebook\.", "to_latent."),
     (r"^vq\.codebook\.weight$", "quantizer.codebook"),
@@ -27,7 +27,7 @@ NAMES = (
     (r"(\.blocks\.\d+)\.ffn\.3\.", r"\1.mlp.fc2."),
 )
 _POLICY = "of a policy, whose inverse model it is; python -m step3_defi.import_weights reads all of it"
-LEFT = {  # what a file holds that the inverse model does not need, and why
+IGNORED_PREFIXES = {  # what a file holds that the inverse model does not need, and why
     "lam.dino_encoder.": "DINOv2, frozen; ours is named by gidm.vision.path",
     "lam.text_encoder.": "T5, frozen; ours is named by gidm.text.path",
     **dict.fromkeys(
@@ -47,13 +47,15 @@ def from_univla(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A checkpoint of UniVLA's first stage, of the release, or of the release's policy -> the state of our GIDM in the
     `official` preset.
 
-    What stands under the prefixes of LEFT is left out. A name in the model that nothing is known of stays as it is, for
+    What stands under the prefixes of UNUSED_PREFIXES is left out. A name in the model that nothing is known of stays as it is, for
     strict loading to
     name it. The policy's has no decoder and no `patch_up`: it fits a GIDM after `drop_decoder`. ValueError: UniVLA's
     second stage, no
     latent action model at all, or strangers beside it.
     """
-    inside = {name: tensor for name, tensor in prefixed(tensors).items() if not name.startswith(tuple(LEFT))}
+    inside = {
+        name: tensor for name, tensor in prefixed(tensors).items() if not name.startswith(tuple(IGNORED_PREFIXES))
+    }
     strangers = sorted(name for name in inside if not name.startswith("lam."))
     model = {name.removeprefix("lam."): tensor for name, tensor in inside.items()}
     if second := sorted({name for name in model if name.startswith(SECOND_STAGE)}):
@@ -70,7 +72,7 @@ def from_univla(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             f"{len(strangers)} unexpected beside lam.*, known neither of a latent action model nor of a policy: "
             f"{', '.join(strangers)}"
         )
-    state = {renamed(name, NAMES): tensor for name, tensor in model.items()}
+    state = {renamed(name, KEY_MAPPING): tensor for name, tensor in model.items()}
     state["queries"] = state["queries"].flatten(0, -2)  # (1, 1, K, E)
     state["quantizer.counts"] = (
         state["quantizer.codebook"].new_zeros(len(state["quantizer.codebook"])).long()

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from common.calvin_format import KEYS, Annotation, CalvinFormatError, read_annotations, read_frame, read_recordings
-from common.mixture import Unreadable
+from common.mixture import UnreadableSample
 from common.video import resize
 from step3_defi.data import store
 
@@ -41,7 +41,7 @@ class CalvinWindows:
     without, one npz is opened per sample, unless a pack is there. Both give the same pixels.
     `future_frames` names frames that the forward model imagines, `future_stride` control steps apart: the true ones
     come along unless
-    `with_futures` is 0. A count n stands for the whole clip, 1..n-1. Frames past a recording's end repeat its last
+    `load_future_frames` is 0. A count n stands for the whole clip, 1..n-1. Frames past a recording's end repeat its last
     frame, as in step 1. `val_folder` is
     read whole as the "val" split where `folder` has too few recordings to hold some out.
     """
@@ -57,14 +57,14 @@ class CalvinWindows:
         views: Sequence[str] = ("static", "gripper"),
         image_size: int = 256,
         fraction: float = 1.0,
-        holdout: float = 0.02,
+        val_fraction: float = 0.02,
         frame_stride: int = 1,
         max_pad: int = 0,
         min_window: int | None = None,
         pack: bool = False,
         workers: int = 1,
         future_frames: Sequence[int] | int = (),
-        with_futures: float = True,
+        load_future_frames: float = True,
         future_stride: int = 1,
         val_folder: str | None = None,
         cache_dir: str | Path | None = None,
@@ -89,7 +89,7 @@ class CalvinWindows:
             folder, split = val_folder, "all"
         self.folder, self.horizon, self.views, self.image_size = Path(root) / folder, horizon, tuple(views), image_size
         frames = (
-            () if not with_futures else range(1, future_frames) if isinstance(future_frames, int) else future_frames
+            () if not load_future_frames else range(1, future_frames) if isinstance(future_frames, int) else future_frames
         )
         self.keys, self.future_offsets = (
             [KEYS[view] for view in views],
@@ -97,7 +97,7 @@ class CalvinWindows:
         )
         self.recordings = read_recordings(self.folder)
         found = read_annotations(self.folder, self.recordings, lang_folder)
-        kept = set(choose_recordings(len(self.recordings), split, fraction=fraction, holdout=holdout, seed=seed))
+        kept = set(split_recordings(len(self.recordings), split, fraction=fraction, val_fraction=val_fraction, seed=seed))
         self.annotations = [annotation for annotation, row in found if row in kept]
         self.windows = _windows(self.annotations, least, frame_stride)  # (W, 2): annotation, frame
         if not len(self.windows):
@@ -112,12 +112,12 @@ class CalvinWindows:
         cache = Path(cache_dir) if cache_dir else self.folder / ".defi_cache"
         if pack:
             self.pack = store.packed(
-                self.folder, self.frames, self._shown(everything), self.keys, cache, workers=workers
+                self.folder, self.frames, self._image_frames(everything), self.keys, cache, workers=workers
             )
         else:
-            self.pack = store.find(self.folder, self.frames, self._shown(self.windows), self.keys, cache)
+            self.pack = store.find(self.folder, self.frames, self._image_frames(self.windows), self.keys, cache)
         motions = self.pack or store.packed(self.folder, self.frames, self.frames[:0], [], cache, workers=workers)
-        self.actions = motions.motions(self.frames)  # (N, 7) float32, of all annotated frames
+        self.actions = motions.read_actions(self.frames)  # (N, 7) float32, of all annotated frames
 
     def __len__(self) -> int:
         return len(self.windows)
@@ -126,7 +126,7 @@ class CalvinWindows:
         """The sentence of a window."""
         return self.annotations[self.windows[index, 0]].text
 
-    def chunk(self, index: int) -> Tensor:
+    def action_chunk(self, index: int) -> Tensor:
         """(horizon, 7) motions of a window, padded after its annotation's end."""
         annotation, frame = self.annotations[self.windows[index, 0]], int(self.windows[index, 1])
         row = int(np.searchsorted(self.frames, frame))  # frames of one annotation lie side by side
@@ -137,7 +137,7 @@ class CalvinWindows:
 
     def images(self, frame: int) -> dict[str, Tensor]:
         """View name -> (3, S, S) in [-1, 1]."""
-        arrays = self.pack.pictures(frame, self.keys) if self.pack else read_frame(self.folder, frame, self.keys)
+        arrays = self.pack.read_images(frame, self.keys) if self.pack else read_frame(self.folder, frame, self.keys)
         return {view: resize(arrays[KEYS[view]][None], self.image_size)[0] * 2 - 1 for view in self.views}
 
     def sample(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
@@ -148,13 +148,13 @@ class CalvinWindows:
                 "id": self.id(index),
                 "views": self.images(frame),
                 "text": self.text(index),
-                "actions": self.chunk(index),
+                "actions": self.action_chunk(index),
             }
             if self.future_offsets:
                 steps = [self.images(int(self._future_frame(frame, offset))) for offset in self.future_offsets]
                 sample["futures"] = {view: torch.stack([step[view] for step in steps]) for view in self.views}
         except CalvinFormatError as error:
-            raise Unreadable(self.id(index), str(error)) from error
+            raise UnreadableSample(self.id(index), str(error)) from error
         return sample
 
     def id(self, index: int) -> str:
@@ -171,7 +171,7 @@ class CalvinWindows:
         digest.update(np.ascontiguousarray(self.actions).tobytes())
         return digest.hexdigest()
 
-    def _shown(self, windows: np.ndarray) -> np.ndarray:
+    def _image_frames(self, windows: np.ndarray) -> np.ndarray:
         """Frames whose pictures windows ask for, sorted."""
         return np.unique(
             np.concatenate(
@@ -184,11 +184,11 @@ class CalvinWindows:
         return np.minimum(np.asarray(frame) + offset, self.recordings[row, 1])
 
 
-def choose_recordings(count: int, split: str, *, fraction: float, holdout: float, seed: int) -> list[int]:
+def split_recordings(count: int, split: str, *, fraction: float, val_fraction: float, seed: int) -> list[int]:
     """Rows of the recordings of a split: one seeded order, validation from its end, nested shares from its
     beginning."""
     order = np.random.default_rng(seed).permutation(count)
-    held = 0 if split == "all" or holdout <= 0 else max(1, round(holdout * count))
+    held = 0 if split == "all" or val_fraction <= 0 else max(1, round(val_fraction * count))
     if held >= count:
         raise ValueError(f"{count} recordings cannot be split into training and validation; use split=all")
     if split == "val":

@@ -25,21 +25,21 @@ from step3_defi.model import DeFI
 FORMAT = 1
 
 
-class Windows(Protocol):
+class WindowDataset(Protocol):
     """What the cache asks of a window set beyond a sample set's methods."""
 
     def __len__(self) -> int: ...
     def sample(self, index: int, rng: np.random.Generator) -> dict[str, Any]: ...
     def text(self, index: int) -> str: ...
     def id(self, index: int) -> str: ...
-    def chunk(self, index: int) -> Tensor: ...
+    def action_chunk(self, index: int) -> Tensor: ...
     def fingerprint(self) -> str: ...
 
 
 class CachedWindows:
     """A sample set like `windows`, with `frozen` in place of `views`."""
 
-    def __init__(self, windows: Windows, arrays: dict[str, np.ndarray], rows: Sequence[int]) -> None:
+    def __init__(self, windows: WindowDataset, arrays: dict[str, np.ndarray], rows: Sequence[int]) -> None:
         self.windows, self.arrays, self.rows = windows, arrays, rows
 
     def __len__(self) -> int:
@@ -53,12 +53,12 @@ class CachedWindows:
             "id": self.windows.id(index),
             "frozen": frozen,
             "text": self.windows.text(index),
-            "actions": self.windows.chunk(index),
+            "actions": self.windows.action_chunk(index),
         }
 
 
 def cached(
-    windows: Windows, model: DeFI, folder: str | Path, *, parents: dict[str, str], batch_size: int = 32
+    windows: WindowDataset, model: DeFI, folder: str | Path, *, parents: dict[str, str], batch_size: int = 32
 ) -> CachedWindows:
     """Build the cache of `windows` under `folder`, or go on building, or open it.
 
@@ -67,7 +67,7 @@ def cached(
     so it keeps one row for each.
     """
     firsts, rows = _distinct(windows, model.blind)
-    target = [model.pairs_of, model.pair_frames] if model.alignment_weight else None
+    target = [model.pair_view_indices, model.pair_frames] if model.alignment_weight else None
     key = {
         "format": FORMAT,
         "parents": parents,
@@ -78,7 +78,7 @@ def cached(
         "blind": model.blind,
         "target": target,
         "precision": model.frozen_precision,
-        "now": model.sees_now,
+        "now": model.uses_present_tokens,
     }
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     done = Path(folder) / name
@@ -92,7 +92,7 @@ def cached(
     )
 
 
-def _distinct(windows: Windows, blind: bool) -> tuple[list[int], list[int]]:
+def _distinct(windows: WindowDataset, blind: bool) -> tuple[list[int], list[int]]:
     """Windows that need a row of their own, and the row of every window."""
     if not blind:
         return list(range(len(windows))), list(range(len(windows)))
@@ -103,7 +103,7 @@ def _distinct(windows: Windows, blind: bool) -> tuple[list[int], list[int]]:
     return list(firsts.values()), [row[windows.text(index)] for index in range(len(windows))]
 
 
-def _check_room(part: Path, count: int, size: int) -> None:
+def _check_disk_space(part: Path, count: int, size: int) -> None:
     """A map that outgrows the disk would end the process without a word; at full scale a window takes 42 MB."""
     free = shutil.disk_usage(part).free
     if count * size > free:
@@ -115,7 +115,7 @@ def _check_room(part: Path, count: int, size: int) -> None:
 
 
 @torch.inference_mode()
-def _fill(part: Path, windows: Windows, model: DeFI, firsts: list[int], batch_size: int) -> None:
+def _fill(part: Path, windows: WindowDataset, model: DeFI, firsts: list[int], batch_size: int) -> None:
     """Write the rows batch by batch; `progress` counts rows that are on the disk, so a killed build goes on from
     there."""
     part.mkdir(parents=True, exist_ok=True)
@@ -141,7 +141,7 @@ def _fill(part: Path, windows: Windows, model: DeFI, firsts: list[int], batch_si
             )
             seen = model.precompute(views, [sample["text"] for sample in batch], futures)
             if not arrays:
-                _check_room(part, len(firsts), sum(tensor[0].nbytes for tensor in seen.values()))
+                _check_disk_space(part, len(firsts), sum(tensor[0].nbytes for tensor in seen.values()))
             for name, tensor in seen.items():
                 if name not in arrays:
                     arrays[name] = np.lib.format.open_memmap(

@@ -30,7 +30,7 @@ from safetensors.numpy import save
 from tqdm import tqdm
 
 from common.calvin_format import CalvinFormatError, read_frame
-from common.files import beside
+from common.files import atomic_path
 from common.workers import pool
 
 NAME, SHARD = "pack1-", 512  # the number is the format's
@@ -51,35 +51,35 @@ class Pack:
                 self.record = json.loads(
                     index.metadata()["pack"]
                 )  # one string: safetensors writes several in any order
-                self.frames, self.actions, self.pictured = (
+                self.frames, self.actions, self.image_frames = (
                     index.get_tensor(name) for name in ("frames", ACTIONS, "pictured")
                 )
         except SafetensorError as error:
             raise PackError(
                 f"{folder / INDEX}: not readable ({error}); remove the folder, it is packed anew"
             ) from error
-        self._starts = np.searchsorted(self.pictured, self.frames[:: self.record["shard"]])
+        self._starts = np.searchsorted(self.image_frames, self.frames[:: self.record["shard"]])
         self._shards: dict[int, Any] = {}
 
     def __reduce__(self) -> tuple[type, tuple[Path]]:
         return Pack, (self.folder,)
 
-    def holds(self, frames: np.ndarray, pictured: np.ndarray, keys: Sequence[str]) -> bool:
+    def holds(self, frames: np.ndarray, image_frames: np.ndarray, keys: Sequence[str]) -> bool:
         """Are the motions of `frames` and the pictures of `pictured` inside?"""
         return (
             set(keys) <= set(self.record["keys"])
             and np.isin(frames, self.frames).all()
-            and np.isin(pictured, self.pictured).all()
+            and np.isin(image_frames, self.image_frames).all()
         )
 
-    def motions(self, frames: np.ndarray) -> np.ndarray:
+    def read_actions(self, frames: np.ndarray) -> np.ndarray:
         """(N, 7) float32 relative actions."""
         return self.actions[np.searchsorted(self.frames, frames)]
 
-    def pictures(self, frame: int, keys: Sequence[str]) -> dict[str, np.ndarray]:
+    def read_images(self, frame: int, keys: Sequence[str]) -> dict[str, np.ndarray]:
         """Key -> (H, W, 3) uint8, as read_frame gives it."""
         number = int(np.searchsorted(self.frames, frame)) // self.record["shard"]
-        row = int(np.searchsorted(self.pictured, frame) - self._starts[number])
+        row = int(np.searchsorted(self.image_frames, frame) - self._starts[number])
         try:
             if number not in self._shards:
                 self._shards[number] = safe_open(_shard(self.folder, number), framework="np")
@@ -90,11 +90,11 @@ class Pack:
             ) from error
 
 
-def find(folder: Path, frames: np.ndarray, pictured: np.ndarray, keys: Sequence[str], cache: Path) -> Pack | None:
+def find(folder: Path, frames: np.ndarray, image_frames: np.ndarray, keys: Sequence[str], cache: Path) -> Pack | None:
     """A finished pack of this state of the dataset that holds all that is asked for."""
     for index in sorted(cache.glob(f"{NAME}*/{INDEX}")):
         pack = Pack(index.parent)
-        if pack.record["stamp"] == _stamp(folder) and pack.holds(frames, pictured, keys):
+        if pack.record["stamp"] == _stamp(folder) and pack.holds(frames, image_frames, keys):
             return pack
     return None
 
@@ -102,7 +102,7 @@ def find(folder: Path, frames: np.ndarray, pictured: np.ndarray, keys: Sequence[
 def packed(
     folder: Path,
     frames: np.ndarray,
-    pictured: np.ndarray,
+    image_frames: np.ndarray,
     keys: Sequence[str],
     cache: Path,
     *,
@@ -116,18 +116,18 @@ def packed(
     be written, and
     CalvinFormatError naming the first file that is not as it should be; what was packed before stays.
     """
-    frames = np.union1d(frames, pictured).astype(np.int64)
+    frames = np.union1d(frames, image_frames).astype(np.int64)
     record = json.dumps({"keys": sorted(keys), "shard": shard, "stamp": _stamp(folder)})
     target = cache / (
-        NAME + hashlib.sha256(record.encode() + frames.tobytes() + b"|" + pictured.tobytes()).hexdigest()[:16]
+        NAME + hashlib.sha256(record.encode() + frames.tobytes() + b"|" + image_frames.tobytes()).hexdigest()[:16]
     )
-    if pack := find(folder, frames, pictured, keys, cache):
+    if pack := find(folder, frames, image_frames, keys, cache):
         return pack
     try:
         target.mkdir(parents=True, exist_ok=True)
         with FileLock(cache / ".lock"):
             if not (target / INDEX).is_file():
-                _fill(target, folder, frames, pictured, record, workers)
+                _fill(target, folder, frames, image_frames, record, workers)
     except OSError as error:
         free = shutil.disk_usage(next(place for place in (target, *target.parents) if place.is_dir())).free
         raise PackError(
@@ -138,7 +138,7 @@ def packed(
     return Pack(target)
 
 
-def _fill(target: Path, folder: Path, frames: np.ndarray, pictured: np.ndarray, record: str, workers: int) -> None:
+def _fill(target: Path, folder: Path, frames: np.ndarray, image_frames: np.ndarray, record: str, workers: int) -> None:
     """Write the shards that are missing, then the index. The caller holds the lock, so hidden files are those of a
     killed attempt."""
     for stale in target.glob(".*.part*"):
@@ -147,11 +147,11 @@ def _fill(target: Path, folder: Path, frames: np.ndarray, pictured: np.ndarray, 
     size, keys = known["shard"], known["keys"]
     parts = [frames[start : start + size] for start in range(0, len(frames), size)]
     jobs = [
-        (_shard(target, number), folder, part, np.intersect1d(part, pictured), keys)
+        (_shard(target, number), folder, part, np.intersect1d(part, image_frames), keys)
         for number, part in enumerate(parts)
-        if not _whole(_shard(target, number))
+        if not _is_complete(_shard(target, number))
     ]
-    _check_room(target, folder, sum(len(job[3]) for job in jobs), pictured, keys)
+    _check_disk_space(target, folder, sum(len(job[3]) for job in jobs), image_frames, keys)
     with tqdm(
         total=len(frames),
         initial=len(frames) - sum(len(job[2]) for job in jobs),
@@ -159,16 +159,16 @@ def _fill(target: Path, folder: Path, frames: np.ndarray, pictured: np.ndarray, 
         unit="frame",
         mininterval=1,
     ) as bar:
-        for count in _written(jobs, workers):
+        for count in _run_jobs(jobs, workers):
             bar.update(count)
     actions = np.concatenate([_actions(_shard(target, number)) for number in range(len(parts))])
-    with beside(target / INDEX) as part:
+    with atomic_path(target / INDEX) as part:
         part.write_bytes(
-            save({"frames": frames, ACTIONS: actions, "pictured": pictured.astype(np.int64)}, metadata={"pack": record})
+            save({"frames": frames, ACTIONS: actions, "pictured": image_frames.astype(np.int64)}, metadata={"pack": record})
         )
 
 
-def _written(jobs: list[tuple], workers: int) -> Iterator[int]:
+def _run_jobs(jobs: list[tuple], workers: int) -> Iterator[int]:
     """Carry the jobs out; yields the number of frames of each that is done."""
     if workers <= 1 or len(jobs) <= 1:
         yield from map(_write, jobs)
@@ -187,8 +187,8 @@ def _written(jobs: list[tuple], workers: int) -> Iterator[int]:
 
 def _write(job: tuple[Path, Path, np.ndarray, np.ndarray, list[str]]) -> int:
     """One shard. Every npz is opened once."""
-    path, folder, frames, pictured, keys = job
-    shown, actions, pictures = set(pictured.tolist()), [], {key: [] for key in keys}
+    path, folder, frames, image_frames, keys = job
+    shown, actions, pictures = set(image_frames.tolist()), [], {key: [] for key in keys}
     for frame in frames.tolist():
         arrays = read_frame(folder, frame, [ACTIONS, *(keys if frame in shown else ())])
         actions.append(arrays.pop(ACTIONS).astype(np.float32))
@@ -200,16 +200,16 @@ def _write(job: tuple[Path, Path, np.ndarray, np.ndarray, list[str]]) -> int:
                 )
             pictures[key].append(picture)
     arrays = {ACTIONS: np.stack(actions)} | {key: np.stack(found) for key, found in pictures.items() if found}
-    with beside(path) as part:
+    with atomic_path(path) as part:
         part.write_bytes(save(arrays))  # save_file would let nobody else read it
     return len(frames)
 
 
-def _check_room(target: Path, folder: Path, count: int, pictured: np.ndarray, keys: list[str]) -> None:
+def _check_disk_space(target: Path, folder: Path, count: int, image_frames: np.ndarray, keys: list[str]) -> None:
     """A disk that is too small should say so before hours of packing."""
     if not count or not keys:
         return
-    needed = count * sum(picture.nbytes for picture in read_frame(folder, int(pictured[0]), keys).values())
+    needed = count * sum(picture.nbytes for picture in read_frame(folder, int(image_frames[0]), keys).values())
     free = shutil.disk_usage(target).free
     if needed > free:
         raise PackError(
@@ -219,7 +219,7 @@ def _check_room(target: Path, folder: Path, count: int, pictured: np.ndarray, ke
         )
 
 
-def _whole(path: Path) -> bool:
+def _is_complete(path: Path) -> bool:
     try:
         _actions(path)
     except (FileNotFoundError, SafetensorError):  # the latter: cut off by a power failure, after it was renamed

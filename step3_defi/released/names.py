@@ -13,7 +13,7 @@ from common.checkpoint import counted, renamed
 from step2_gidm import from_univla
 
 # in order: a later line sees what an earlier one made
-NAMES = (
+KEY_MAPPING = (
     (r"^goal_emb\.0\.", "projector.fc1."),
     (r"^goal_emb\.2\.", "projector.fc2."),
     (r"^time_pos_emb$", "projector.moments"),
@@ -52,7 +52,7 @@ NAMES = (
     (r"^(adapter\.\w+\.\d+\.mlp)\.c_proj\.", r"\1.fc2."),
     (r"^(adapter\.\w+\.\d+)\.adaLN_zero\.modulation\.1\.", r"\1.adaln."),
 )
-LEFT = {  # what a policy's file holds that ours does not need, and why
+IGNORED_PREFIXES = {  # what a policy's file holds that ours does not need, and why
     "language_goal.": "OpenAI's CLIP, frozen, for the goal; ours is named by policy.goal.path",
     "TVP_encoder.": "the frozen forward model with its CLIP; ours is the gfdm that is named beside the policy",
     "lam.text_encoder.": "T5, frozen; ours is named by the gidm",
@@ -67,7 +67,7 @@ class Release(NamedTuple):
     """A policy of the release, or VPP's, under our names."""
 
     state: dict[str, Tensor]  # of a DeFI of the `official` or `vpp` preset, whose forward model is frozen
-    left: dict[str, int]  # prefix of LEFT -> how many numbers the file holds there
+    left: dict[str, int]  # prefix of UNUSED_PREFIXES -> how many numbers the file holds there
     inverse: bool  # whether it has an inverse model: the release's has, VPP's has not
 
 
@@ -84,11 +84,11 @@ def from_release(tensors: Mapping[str, Tensor]) -> Release:
             f"tensors, which start with: {', '.join(sorted({name.split('.')[0] for name in tensors}))}"
         )
     inverse = {name: tensor for name, tensor in tensors.items() if name.startswith("lam.")}
-    rest = {name: tensor for name, tensor in tensors.items() if not name.startswith(("lam.", *LEFT))}
+    rest = {name: tensor for name, tensor in tensors.items() if not name.startswith(("lam.", *IGNORED_PREFIXES))}
     state = {f"gidm.{name}": tensor for name, tensor in from_univla(inverse).items()} if inverse else {}
     for name, tensor in rest.items():
         state.update(_ours(name, tensor))
-    return Release(state, counted(tensors, LEFT), bool(inverse))
+    return Release(state, counted(tensors, IGNORED_PREFIXES), bool(inverse))
 
 
 def _ours(name: str, tensor: Tensor) -> dict[str, Tensor]:
@@ -99,4 +99,4 @@ def _ours(name: str, tensor: Tensor) -> dict[str, Tensor]:
             for letter, third in parts
             for made, part in _ours(f"{temporal[1]}.to_{letter}.{temporal[2]}", third).items()
         }
-    return {renamed(name, NAMES): tensor}
+    return {renamed(name, KEY_MAPPING): tensor}

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from common.contracts import LatentAction
 
 
-class NoInverse(nn.Module):
+class NullInverseDynamics(nn.Module):
     """contracts.InverseDynamics of zero tokens: the adapter gets no stream of latent actions."""
 
-    embed_dim = num_tokens = num_actions = num_codes = 0
+    embed_dim = num_tokens = num_action_tokens = num_codes = 0
 
     def embed(self, image: Tensor) -> Tensor:
-        """Nothing asks: `NoProjector` pairs no moments."""
+        """Nothing asks: `NullProjector` pairs no moments."""
         raise ValueError(
             "this policy has no inverse model, hence no visual tokens: it takes no alignment_weight and no stream now"
         )
@@ -25,26 +25,26 @@ class NoInverse(nn.Module):
         """(B, 0, 0) twice -> no latent action, at no loss."""
         return LatentAction(now, now, now.new_zeros(()))
 
-    def lift(self, quantized: Tensor) -> Tensor:
+    def embed_action(self, quantized: Tensor) -> Tensor:
         """(B, 0, 0) as it is."""
         return quantized
 
     def drop_decoder(self) -> None:
         """There is none."""
 
-    def freeze_codes(self) -> None:
+    def freeze_codebook(self) -> None:
         """There are none."""
 
 
-class NoProjector(nn.Module):
+class NullProjector(nn.Module):
     """A projector onto nothing."""
 
-    sees_now = False
+    uses_present_tokens = False
 
     def __init__(self, feature_dim: int, out_dim: int) -> None:
         super().__init__()
 
-    def pair(
+    def project_pairs(
         self, features: Tensor, frames: Sequence[int], tokens: int, now: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """features (B, V, F, L, C) -> two moments (B, V, 1, 0, 0) and (B, V, P, 0, 0)."""

@@ -13,15 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.attention import Attention, Mlp
-from step3_defi.adapter import Context, SigmaEmbedding
+from step3_defi.adapter import Context, SigmaEmbedder
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+def scale_and_shift(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """adaLN of the release: a plain factor where common.attention has one plus it."""
     return x * scale[:, None] + shift[:, None]
 
 
-class Parts(nn.Module):
+class TransformerLayer(nn.Module):
     """What an encoder and a decoder layer share: pre-norm self-attention and MLP without biases (q, k and v have
     theirs)."""
 
@@ -35,7 +35,7 @@ class Parts(nn.Module):
         self.drop, self.drop_mlp = nn.Dropout(residual_dropout), nn.Dropout(mlp_dropout)
 
 
-class EncoderLayer(Parts):
+class EncoderLayer(TransformerLayer):
     """Every context token reads every other."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -44,7 +44,7 @@ class EncoderLayer(Parts):
         return x + self.drop_mlp(self.mlp(self.norm_mlp(x)))
 
 
-class DecoderLayer(Parts):
+class DecoderLayer(TransformerLayer):
     """Causal self-attention and MLP under adaLN of the noise level, causal cross-attention between them."""
 
     def __init__(
@@ -55,16 +55,16 @@ class DecoderLayer(Parts):
         )
         self.norm_cross = nn.LayerNorm(dim)
         self.cross_attention = Attention(dim, heads, qkv_bias=True, out_bias=False, dropout=attention_dropout)
-        self.adaln = nn.Linear(dim, 6 * dim)
+        self.adaLN_modulation = nn.Linear(dim, 6 * dim)
 
     def forward(self, x: Tensor, context: Tensor, condition: Tensor) -> Tensor:
         """x (B*k, A, D), context (B*k, S, D), condition (B*k, D) -> (B*k, A, D)."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaln(F.silu(condition)).chunk(6, dim=1)
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(F.silu(condition)).chunk(6, dim=1)
         x = x + gate1[:, None] * self.drop(
-            self.self_attention(modulate(self.norm_self(x), shift1, scale1), causal=True)
+            self.self_attention(scale_and_shift(self.norm_self(x), shift1, scale1), causal=True)
         )
         x = x + self.drop(self.cross_attention(self.norm_cross(x), context, causal=True))
-        return x + gate2[:, None] * self.drop_mlp(self.mlp(modulate(self.norm_mlp(x), shift2, scale2)))
+        return x + gate2[:, None] * self.drop_mlp(self.mlp(scale_and_shift(self.norm_mlp(x), shift2, scale2)))
 
 
 class VPPAdapter(nn.Module):
@@ -103,8 +103,8 @@ class VPPAdapter(nn.Module):
         self.streams = nn.ModuleDict({name: nn.Linear(width, dim) for name, (_, width) in streams.items()})
         self.encoder = nn.ModuleList(EncoderLayer(dim, heads, **dropouts) for _ in range(encoder_layers))
         self.encoder_norm = nn.LayerNorm(dim, bias=False)
-        self.embed = nn.Linear(action_dim, dim)
-        self.sigma = SigmaEmbedding(dim)
+        self.action_embedder = nn.Linear(action_dim, dim)
+        self.sigma_embedder = SigmaEmbedder(dim)
         self.decoder = nn.ModuleList(DecoderLayer(dim, heads, **dropouts) for _ in range(decoder_layers))
         self.norm = nn.LayerNorm(dim, bias=False)
         self.out = nn.Linear(dim, action_dim)
@@ -129,7 +129,7 @@ class VPPAdapter(nn.Module):
         """Scaled noisy actions (B*k, A, 7), the k draws of a sample in a row, and sigma (B*k,) -> network output (B*k,
         A, 7)."""
         tokens = context.tokens.repeat_interleave(len(noisy) // len(context.tokens), dim=0)
-        condition, x = self.sigma(sigma), self.embed(noisy)
+        condition, x = self.sigma_embedder(sigma), self.action_embedder(noisy)
         for layer in self.decoder:
             x = layer(x, tokens, condition)
         return self.out(self.norm(x))

@@ -22,17 +22,17 @@ from torch import Tensor
 from common.calvin_format import KEYS
 from common.video import resize
 from step3_defi.model import DeFI
-from step3_defi.rollout.replay import Plan
+from step3_defi.rollout.replay import RecordedPlan
 from step3_defi.rollout.stats import wilson
 
 VERDICTS = ("forecast", "action", "both", "neither")
-ERRORS = (
+ERROR_METRICS = (
     "forecast",
     "forecast_tokens",
     "action",
     "gripper",
 )  # of which greater is worse; tokens are the inverse model's
-MEASURES = {
+METRIC_LABELS = {
     "forecast": "forecast, dB of squared error above copying the present",
     "forecast_tokens": "the same in visual tokens, dB",
     "action": "action, RMS difference of the pose command",
@@ -57,7 +57,7 @@ class Subtask:
         return float(np.mean([moment[name] for moment in self.moments]))
 
 
-class Critic:
+class FailureScorer:
     """Scores moments with the eyes of the policy's own models. `steps` of denoising for a forecast; 1 is what the
     policy imagines with.
 
@@ -73,16 +73,16 @@ class Critic:
             )
         self.key = KEYS[model.views[0]]
         self.frames = self.gfdm.num_frames
-        self.errors = tuple(name for name in ERRORS if model.gidm.num_tokens or name != "forecast_tokens")
+        self.errors = tuple(name for name in ERROR_METRICS if model.gidm.num_tokens or name != "forecast_tokens")
 
     @torch.no_grad()
-    def imagine(self, plan: Plan) -> Tensor:
+    def imagine(self, plan: RecordedPlan) -> Tensor:
         """The forecast of the first view, (F, 3, S, S) in [0, 1]."""
         now = self._pictures([plan.observation["rgb_obs"][self.key]])
         return self.gfdm.generate(now * 2 - 1, [plan.instruction], steps=self.steps, seed=self.model.imagine_seed)[0]
 
     @torch.no_grad()
-    def score(self, plan: Plan, expert: Mapping[str, Any]) -> dict[str, float]:
+    def score(self, plan: RecordedPlan, expert: Mapping[str, Any]) -> dict[str, float]:
         """Forecast in dB of squared error above that of copying the present, in pixels and in visual tokens; action as
         in `action_errors`.
 
@@ -93,22 +93,24 @@ class Critic:
         now, truth = self.gfdm.latent_space.decode(self.gfdm.encode_image(pictures * 2 - 1)[:, None])[:, 0]
         three = torch.stack([self.imagine(plan)[-1], truth, now])
         tokens = (
-            {"forecast_tokens": above_copy(*self.model.gidm.embed(three))} if "forecast_tokens" in self.errors else {}
+            {"forecast_tokens": error_over_copy_db(*self.model.gidm.embed(three))}
+            if "forecast_tokens" in self.errors
+            else {}
         )
-        return {"forecast": above_copy(*three), **tokens, **action_errors(plan.actions, expert["actions"])}
+        return {"forecast": error_over_copy_db(*three), **tokens, **action_metrics(plan.actions, expert["actions"])}
 
     def _pictures(self, pictures: list[np.ndarray]) -> Tensor:
         return resize(np.stack(pictures), self.model.image_size).to(self.model.device)
 
 
-def above_copy(forecast: Tensor, truth: Tensor, now: Tensor) -> float:
+def error_over_copy_db(forecast: Tensor, truth: Tensor, now: Tensor) -> float:
     """Squared error of a forecast over that of the present in its place, in dB: negative where the forecast knows
     more."""
     own, copied = ((seen.float() - truth.float()).square().mean().clamp_min(1e-6) for seen in (forecast, now))
     return float(10 * torch.log10(own / copied))
 
 
-def action_errors(plan: np.ndarray, expert: np.ndarray) -> dict[str, float]:
+def action_metrics(plan: np.ndarray, expert: np.ndarray) -> dict[str, float]:
     """Two chunks (A, 7) and (at least A, 7) from one state, in units of an action.
 
     action: root mean square over steps of the difference of the six pose entries. direction: cosine of the two
@@ -130,15 +132,15 @@ def enlarged(video: Tensor, size: int) -> np.ndarray:
     return (F.interpolate(video.float().cpu(), (size, size)) * 255).round().byte().permute(0, 2, 3, 1).numpy()
 
 
-def check_rule(*, forecast: str, action: str, quantile: float, errors: Sequence[str] = ERRORS) -> None:
+def check_criteria(*, forecast: str, action: str, quantile: float, errors: Sequence[str] = ERROR_METRICS) -> None:
     """ValueError unless both name errors, of those that a policy can be held to, and the quantile is one."""
     if unknown := {forecast, action} - set(errors):
-        raise ValueError(f"judged_by names {sorted(unknown)}: choose among {list(errors)}")
+        raise ValueError(f"criteria names {sorted(unknown)}: choose among {list(errors)}")
     if not 0 < quantile < 1:
         raise ValueError(f"quantile={quantile}: choose one between 0 and 1")
 
 
-def judge(subtasks: Sequence[Subtask], *, forecast: str, action: str, quantile: float) -> dict[str, float]:
+def assign_verdicts(subtasks: Sequence[Subtask], *, forecast: str, action: str, quantile: float) -> dict[str, float]:
     """Give each sub-task its verdict: an error is wrong where it is above this quantile of the sub-tasks that
     succeeded.
 
@@ -198,11 +200,11 @@ def table(subtasks: Sequence[Subtask]) -> str:
             lines.append(f"| {name} | {len(group)} | " + " | ".join(cells) + " |")
     lines += ["", "| median over sub-tasks | failures | successes |", "|---|---|---|"]
     for name in (
-        name for name in MEASURES if all(name in moment for subtask in subtasks for moment in subtask.moments)
+        name for name in METRIC_LABELS if all(name in moment for subtask in subtasks for moment in subtask.moments)
     ):
         middles = [
             f"{np.median([subtask.score(name) for subtask in group]):.2f}" if group else ""
             for group in (failed, solved)
         ]
-        lines.append(f"| {MEASURES[name]} | {middles[0]} | {middles[1]} |")
+        lines.append(f"| {METRIC_LABELS[name]} | {middles[0]} | {middles[1]} |")
     return "\n".join(lines)

@@ -23,7 +23,7 @@ class Film:
         self.frames: list[np.ndarray] = []
         self.caption = ""
 
-    def begin(self, caption: str) -> None:
+    def start_task(self, caption: str) -> None:
         """Start a sub-task."""
         self.caption = caption
 

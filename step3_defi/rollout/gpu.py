@@ -13,10 +13,10 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 
 CUDA_DEVICE = 0x323A  # EGL_CUDA_DEVICE_NV of EGL_NV_device_cuda
-MOST = 64  # devices that are asked for
+MAX_DEVICES = 64  # devices that are asked for
 
 
-def drawing(environment: Mapping[str, str], numbers: Sequence[int | None]) -> dict[str, str]:
+def egl_environment(environment: Mapping[str, str], numbers: Sequence[int | None]) -> dict[str, str]:
     """The variables to add to an environment for EGL to draw on the GPU of its LOCAL_RANK; what is set there already
     stays.
 
@@ -43,7 +43,7 @@ def drawing(environment: Mapping[str, str], numbers: Sequence[int | None]) -> di
 
 
 @cache
-def cuda_numbers() -> tuple[int | None, ...]:
+def egl_cuda_indices() -> tuple[int | None, ...]:
     """The CUDA number of each device that EGL lists, None of one that is no GPU of CUDA's; empty without EGL."""
     library = ctypes.util.find_library("EGL")
     if library is None:
@@ -59,8 +59,8 @@ def cuda_numbers() -> tuple[int | None, ...]:
     attribute = ctypes.CFUNCTYPE(ctypes.c_uint, ctypes.c_void_p, ctypes.c_int, ctypes.POINTER(ctypes.c_ssize_t))(
         addresses[1]
     )
-    devices, count, value = (ctypes.c_void_p * MOST)(), ctypes.c_int(0), ctypes.c_ssize_t(0)
-    if not query(MOST, devices, ctypes.byref(count)):
+    devices, count, value = (ctypes.c_void_p * MAX_DEVICES)(), ctypes.c_int(0), ctypes.c_ssize_t(0)
+    if not query(MAX_DEVICES, devices, ctypes.byref(count)):
         return ()
     return tuple(
         value.value if attribute(device, CUDA_DEVICE, ctypes.byref(value)) else None

@@ -1,4 +1,4 @@
-"""A simulator's process as the program sees it that plans for it: `rollout.Simulators` holds as many as it needs
+"""A simulator's process as the program sees it that plans for it: `rollout.SimulatorPool` holds as many as it needs
 (DESIGN 6)."""
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from step3_defi.rollout.gpu import cuda_numbers, drawing
-from step3_defi.rollout.worker import Branch, Chain, Setup, Survey
+from step3_defi.rollout.gpu import egl_cuda_indices, egl_environment
+from step3_defi.rollout.worker import Branch, Chain, SequencesRequest, SimulatorConfig
 
-GRACE = 10  # seconds a worker gets to end on its own
-START = 120  # seconds a simulator gets to its first word, where patience is shorter
+SHUTDOWN_TIMEOUT = 10  # seconds a worker gets to end on its own
+STARTUP_TIMEOUT = 120  # seconds a simulator gets to its first word, where patience is shorter
 
 
 class RolloutError(RuntimeError):
@@ -29,15 +29,15 @@ class SimulatorError(RolloutError):
     """A simulator process that died, hung or reported an error."""
 
 
-class Worker:
-    """A simulator process as the parent sees it. `patience`: seconds without a word from it that count as hanging."""
+class SimulatorHandle:
+    """A simulator process as the parent sees it. `response_timeout`: seconds without a word from it that count as hanging."""
 
-    def __init__(self, number: int, setup: Setup, patience: float):
-        self.number, self.patience, self.started = number, patience, False
-        self.task: Chain | Branch | Survey | None = None
+    def __init__(self, number: int, setup: SimulatorConfig, response_timeout: float):
+        self.number, self.response_timeout, self.started = number, response_timeout, False
+        self.task: Chain | Branch | SequencesRequest | None = None
         self.connection, theirs = Pipe()
         # One thread a simulator: the cores belong to the other workers and to the policy.
-        own = drawing(os.environ, cuda_numbers()) if torch.cuda.is_available() else {}
+        own = egl_environment(os.environ, egl_cuda_indices()) if torch.cuda.is_available() else {}
         settings = {
             **os.environ,
             **own,
@@ -49,12 +49,12 @@ class Worker:
         theirs.close()
         self._send(setup)
 
-    def give(self, task: Chain | Branch | Survey) -> None:
+    def submit(self, task: Chain | Branch | SequencesRequest) -> None:
         """Hand out work."""
         self.task = task
         self._send(task)
 
-    def steer(self, actions: np.ndarray) -> None:
+    def send_actions(self, actions: np.ndarray) -> None:
         """Answer a "plan"."""
         self._send(actions)
 
@@ -67,7 +67,7 @@ class Worker:
         deadline."""
         if not self.connection.poll(self.remaining()):
             raise SimulatorError(
-                f"{self._where()}: no sign of life; where its pace is more than {self.patience:g} s, raise patience="
+                f"{self._where()}: no sign of life; where its pace is more than {self.response_timeout:g} s, raise patience="
             )
         try:
             kind, content = self.connection.recv()
@@ -76,7 +76,7 @@ class Worker:
         if kind == "error":
             raise SimulatorError(f"{self._where()}: {content}")
         self.started = kind != "up"  # the work may have a beginning of its own
-        self._wait_from_now()
+        self._reset_deadline()
         return kind, content
 
     def close(self) -> None:
@@ -92,18 +92,20 @@ class Worker:
         self.process.wait()
 
     def _send(self, message: Any) -> None:
-        self._wait_from_now()
+        self._reset_deadline()
         with suppress(
             ConnectionError
         ):  # a worker that is gone shows where it is listened to, and may have left word why
             self.connection.send(message)
 
-    def _wait_from_now(self) -> None:
-        self.deadline = time.monotonic() + (self.patience if self.started else max(self.patience, START))
+    def _reset_deadline(self) -> None:
+        self.deadline = time.monotonic() + (
+            self.response_timeout if self.started else max(self.response_timeout, STARTUP_TIMEOUT)
+        )
 
     def _exit_code(self) -> int | None:
         try:
-            return self.process.wait(GRACE)
+            return self.process.wait(SHUTDOWN_TIMEOUT)
         except subprocess.TimeoutExpired:
             return None
 

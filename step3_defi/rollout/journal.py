@@ -72,7 +72,7 @@ def read_settings(folder: str | Path) -> dict[str, Any]:
 
 
 @contextmanager
-def alone(folder: Path) -> Iterator[None]:
+def exclusive_lock(folder: Path) -> Iterator[None]:
     """Hold a folder for one run. Raises JournalError where another one has it; a run that was killed has none."""
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -129,7 +129,7 @@ class Claims:
         """Before the work begins, for a run that was killed leaves its claims, and after it."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def take(self, index: int) -> bool:
+    def acquire(self, index: int) -> bool:
         """Whether the sequence is the caller's from now on."""
         self.folder.mkdir(exist_ok=True)
         try:

@@ -13,11 +13,11 @@ from step3_defi.rollout.journal import Record
 from step3_defi.rollout.stats import chain_length
 from step3_defi.rollout.worker import Branch, Chain
 
-Key = tuple[int, int, int]  # sequence, sub-task in it, plan in that
+PlanKey = tuple[int, int, int]  # sequence, sub-task in it, plan in that
 
 
 @dataclass
-class Plan:
+class RecordedPlan:
     """What the policy did at one moment, and where it is to be judged, what it saw there."""
 
     actions: np.ndarray  # (execute, 7), clipped as they are carried out
@@ -25,13 +25,13 @@ class Plan:
     observation: dict | None = None
 
 
-class Recorder:
+class PlanRecorder:
     """A ChunkPolicy that remembers its plans; every `every`-th with what was seen, in the first `within` steps of a
     sub-task."""
 
-    def __init__(self, policy: ChunkPolicy, *, every: int, within: int) -> None:
-        self.policy, self.execute, self.every, self.within = policy, policy.execute, every, within
-        self.plans: dict[Key, Plan] = {}
+    def __init__(self, policy: ChunkPolicy, *, every: int, max_step: int) -> None:
+        self.policy, self.execute, self.every, self.max_step = policy, policy.execute, every, max_step
+        self.plans: dict[PlanKey, RecordedPlan] = {}
 
     def plan(self, observations: list[dict], instructions: list[str]) -> np.ndarray:
         """As the policy's."""
@@ -39,14 +39,14 @@ class Recorder:
         for observation, instruction, chunk in zip(observations, instructions, chunks):
             _, index, number, k = observation["rollout_key"]
             seen = observation if self.judged(k) else None
-            self.plans[index, number, k] = Plan(
+            self.plans[index, number, k] = RecordedPlan(
                 np.clip(np.asarray(chunk[: self.execute], np.float64), -1, 1), instruction, seen
             )
         return chunks
 
     def judged(self, k: int) -> bool:
         """Whether plan k of a sub-task is a moment to be judged."""
-        return k % self.every == 0 and k * self.execute < self.within
+        return k % self.every == 0 and k * self.execute < self.max_step
 
 
 class Replay:
@@ -82,7 +82,7 @@ class Replay:
             for index, record in self.records.items()
         ]
 
-    def strayed(self, results: Iterable[dict]) -> set[int]:
+    def diverged(self, results: Iterable[dict]) -> set[int]:
         """Sequences whose result, {"index", "steps_to_success"} or a failure of the simulator, is not the journal's."""
         return {
             result["index"]
@@ -90,7 +90,9 @@ class Replay:
             if result.get("steps_to_success") != self.records[result["index"]]["steps_to_success"]
         }
 
-    def moments(self, index: int, recorder: Recorder, *, ahead: int, every: int) -> dict[Key, Branch]:
+    def moments(
+        self, index: int, recorder: PlanRecorder, *, continuation_steps: int, every: int
+    ) -> dict[PlanKey, Branch]:
         """The way back to every moment to be judged of a sequence that was carried out again."""
         record, done, found = self.records[index], np.zeros((0, 7)), {}
         for number, steps in enumerate(record["steps_to_success"]):
@@ -99,18 +101,26 @@ class Replay:
                 : steps or self.horizon
             ]
             for k in filter(recorder.judged, range(plans)):
-                past = np.concatenate([done, actions[: k * recorder.execute]])
+                prefix_actions = np.concatenate([done, actions[: k * recorder.execute]])
                 seed = int(np.random.SeedSequence((record["seed"], index, number, k)).generate_state(1)[0])
                 found[index, number, k] = Branch(
-                    index, record["initial_state"], record["tasks"][number], past, ahead, every, seed
+                    index,
+                    record["initial_state"],
+                    record["tasks"][number],
+                    prefix_actions,
+                    continuation_steps,
+                    every,
+                    seed,
                 )
             done = np.concatenate([done, actions])
         return found
 
 
-def followed(branch: Branch, key: Key, recorder: Recorder) -> Branch:
+def policy_continuation(branch: Branch, key: PlanKey, recorder: PlanRecorder) -> Branch:
     """The same moment, going on as the policy did, to the sub-task's last plan at most."""
     index, number, first = key
-    keys = [(index, number, first + i) for i in range(-(-branch.ahead // recorder.execute))]
-    following = np.concatenate([recorder.plans[key].actions for key in keys if key in recorder.plans])[: branch.ahead]
-    return replace(branch, following=following, ahead=len(following))
+    keys = [(index, number, first + i) for i in range(-(-branch.continuation_steps // recorder.execute))]
+    following = np.concatenate([recorder.plans[key].actions for key in keys if key in recorder.plans])[
+        : branch.continuation_steps
+    ]
+    return replace(branch, following=following, continuation_steps=len(following))

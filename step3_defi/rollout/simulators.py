@@ -21,33 +21,35 @@ from typing import Any
 import numpy as np
 
 from common.contracts import ChunkPolicy
-from step3_defi.rollout.handle import RolloutError, SimulatorError, Worker
-from step3_defi.rollout.worker import ACTION_DIM, Branch, Chain, Setup, Survey
+from step3_defi.rollout.handle import RolloutError, SimulatorError, SimulatorHandle
+from step3_defi.rollout.worker import ACTION_DIM, Branch, Chain, SequencesRequest, SimulatorConfig
 
 LOG = logging.getLogger(__name__)
-ATTEMPTS = 2  # at a sequence, before it is given up
-HOPELESS = 3  # sequences given up in a row: it is not them
+MAX_ATTEMPTS = 2  # at a sequence, before it is given up
+MAX_CONSECUTIVE_FAILURES = 3  # sequences given up in a row: it is not them
 
 
-class Simulators:
+class SimulatorPool:
     """`count` processes with one environment each, made from a Hydra configuration inside them. A context manager.
 
     The first comes up alone, and what it chooses by itself the others are told: many that look for a GPU at once may
     find different ones.
     `versions` are those of all; RolloutError where one that comes up has others. One that dies, reports an error or is
-    silent for `patience`
+    silent for `response_timeout`
     seconds is replaced. `pictures`: each draws one as it comes up.
     """
 
-    def __init__(self, env_config: dict[str, Any], *, count: int, patience: float = 300, pictures: bool = False):
+    def __init__(
+        self, env_config: dict[str, Any], *, count: int, response_timeout: float = 300, pictures: bool = False
+    ):
         if count < 1:
             raise ValueError(f"workers={count}: at least one simulator is needed")
-        self.count, self.patience, self.setup = count, patience, Setup(env_config, pictures)
+        self.count, self.response_timeout, self.setup = count, response_timeout, SimulatorConfig(env_config, pictures)
         self.versions: dict[str, str] = {}
-        self.workers: list[Worker] = []
+        self.workers: list[SimulatorHandle] = []
 
-    def __enter__(self) -> Simulators:
-        self.workers = [Worker(0, self.setup, self.patience)]
+    def __enter__(self) -> SimulatorPool:
+        self.workers = [SimulatorHandle(0, self.setup, self.response_timeout)]
         try:
             first = self._ask("up")
         except RolloutError:
@@ -55,7 +57,7 @@ class Simulators:
             raise
         self.versions = first["versions"]
         self.setup = replace(self.setup, env_config={**self.setup.env_config, **first["choices"]})
-        self.workers += [Worker(number, self.setup, self.patience) for number in range(1, self.count)]
+        self.workers += [SimulatorHandle(number, self.setup, self.response_timeout) for number in range(1, self.count)]
         return self
 
     def __exit__(
@@ -68,12 +70,12 @@ class Simulators:
         for worker in self.workers:
             worker.close()
 
-    def survey(self, request: Survey) -> dict[str, Any]:
+    def survey(self, request: SequencesRequest) -> dict[str, Any]:
         """{"world": name, "sequences": [(initial state, tasks), ...]} of these environments. SimulatorError: twice in
         vain."""
         return self._ask("survey", request)
 
-    def _ask(self, kind: str, request: Survey | None = None) -> dict[str, Any]:
+    def _ask(self, kind: str, request: SequencesRequest | None = None) -> dict[str, Any]:
         """What the first simulator says under `kind`. One that fails is replaced, once."""
         try:
             return self._answer(kind, request)
@@ -82,31 +84,33 @@ class Simulators:
         self._replace(self.workers[0])
         return self._answer(kind, request)
 
-    def _answer(self, kind: str, request: Survey | None) -> dict[str, Any]:
+    def _answer(self, kind: str, request: SequencesRequest | None) -> dict[str, Any]:
         if request:
-            self.workers[0].give(request)
+            self.workers[0].submit(request)
         while (said := self._listen(self.workers[0]))[0] != kind:
             pass
         return said[1]
 
-    def _listen(self, worker: Worker) -> tuple[str, Any]:
+    def _listen(self, worker: SimulatorHandle) -> tuple[str, Any]:
         """What a worker says; as it comes up it must be like the others."""
         kind, content = worker.receive()
         if kind == "up" and self.versions:
-            check_alike({"the first simulator": self.versions, f"simulator {worker.number}": content["versions"]})
+            check_same_versions(
+                {"the first simulator": self.versions, f"simulator {worker.number}": content["versions"]}
+            )
         return kind, content
 
     def branch(self, requests: Sequence[Branch]) -> Iterator[tuple[int, dict[str, Any]]]:
         """(position of the request, what follows its moment) as they get done. Raises SimulatorError naming the
         sequence."""
         waiting, free = deque(enumerate(requests)), list(self.workers)
-        busy: dict[Worker, int] = {}
+        busy: dict[SimulatorHandle, int] = {}
         while waiting or busy:
             while waiting and free:
                 worker = free.pop()
                 busy[worker], request = waiting.popleft()
-                worker.give(request)
-            for worker in _speaking(list(busy)):
+                worker.submit(request)
+            for worker in _ready_workers(list(busy)):
                 kind, content = self._listen(worker)
                 if kind == "branch":
                     free.append(worker)
@@ -122,17 +126,17 @@ class Simulators:
         whose simulator fails is
         tried again from its start, in its slot; one that fails twice comes as {"index", "failure": why}. Raises
         RolloutError where that happens
-        to HOPELESS chains in a row.
+        to MAX_CONSECUTIVE_FAILURES chains in a row.
         """
-        waiting, failures = Waiting(chains, claim), Failures()
-        busy: dict[Connection, Worker] = {}
+        waiting, failures = ChainQueue(chains, claim), FailureCounter()
+        busy: dict[Connection, SimulatorHandle] = {}
         asking: dict[Connection, tuple[dict, str]] = {}
         for slot, worker in enumerate(self.workers):
             if chain := waiting.pop(slot):
                 busy[worker.connection] = worker
-                worker.give(chain)
+                worker.submit(chain)
         while busy:
-            for worker in _speaking([worker for connection, worker in busy.items() if connection not in asking]):
+            for worker in _ready_workers([worker for connection, worker in busy.items() if connection not in asking]):
                 chain = worker.task
                 try:
                     kind, content = self._listen(worker)
@@ -141,32 +145,32 @@ class Simulators:
                     worker = self._replace(worker)
                     busy[worker.connection] = worker
                     if failures.again(chain, error):
-                        worker.give(chain)
+                        worker.submit(chain)
                         continue
                     kind, content = "chain", {"index": chain.index, "failure": str(error)}
                 if kind == "plan":
                     asking[worker.connection] = content
                 elif kind == "chain":
                     yield content
-                    failures.judged(content)
+                    failures.record_result(content)
                     if following := waiting.pop(chain.slot):
-                        worker.give(following)
+                        worker.submit(following)
                     else:
                         del busy[worker.connection]
             if asking and len(asking) == len(busy):
-                for group in in_slots({connection: busy[connection].task.slot for connection in asking}):
+                for group in group_by_slot({connection: busy[connection].task.slot for connection in asking}):
                     plans = plan(policy, {slot: asking[c] for slot, c in group.items()}, size=len(self.workers))
                     for slot, connection in group.items():
-                        busy[connection].steer(plans[slot])
+                        busy[connection].send_actions(plans[slot])
                 asking.clear()
 
-    def _replace(self, worker: Worker) -> Worker:
+    def _replace(self, worker: SimulatorHandle) -> SimulatorHandle:
         worker.kill()
-        new = self.workers[worker.number] = Worker(worker.number, self.setup, self.patience)
+        new = self.workers[worker.number] = SimulatorHandle(worker.number, self.setup, self.response_timeout)
         return new
 
 
-def check_alike(versions: dict[str, dict[str, str]]) -> None:
+def check_same_versions(versions: dict[str, dict[str, str]]) -> None:
     """Versions by whose they are. RolloutError, in one line, unless they are equal: scores move with the renderer."""
     (first, known), *others = versions.items()
     for name, own in others:
@@ -178,13 +182,13 @@ def check_alike(versions: dict[str, dict[str, str]]) -> None:
             )
 
 
-def _speaking(workers: list[Worker]) -> list[Worker]:
+def _ready_workers(workers: list[SimulatorHandle]) -> list[SimulatorHandle]:
     """Waits until some worker has something to say, or has been silent for too long; these workers."""
     ready = wait([worker.connection for worker in workers], min((worker.remaining() for worker in workers), default=0))
     return [worker for worker in workers if worker.connection in ready or not worker.remaining()]
 
 
-class Failures:
+class FailureCounter:
     """Which sequences simulators failed in, and how many were given up since one was judged."""
 
     def __init__(self) -> None:
@@ -194,24 +198,24 @@ class Failures:
     def again(self, chain: Chain, error: SimulatorError) -> bool:
         """Whether the chain is to be tried once more."""
         self.attempts[chain.index] += 1
-        last = self.attempts[chain.index] == ATTEMPTS
+        last = self.attempts[chain.index] == MAX_ATTEMPTS
         LOG.warning(
             "%s; a new simulator %s", error, "goes on without the sequence" if last else "tries the sequence again"
         )
         return not last
 
-    def judged(self, result: dict[str, Any]) -> None:
+    def record_result(self, result: dict[str, Any]) -> None:
         """Told of every result. Raises RolloutError where simulators keep failing."""
         self.given_up = self.given_up + 1 if "failure" in result else 0
-        if self.given_up == HOPELESS:
+        if self.given_up == MAX_CONSECUTIVE_FAILURES:
             raise RolloutError(
-                f"{HOPELESS} sequences in a row failed twice, the last: {result['failure']}; finished sequences are in "
+                f"{MAX_CONSECUTIVE_FAILURES} sequences in a row failed twice, the last: {result['failure']}; finished sequences are in "
                 "the journal, "
                 "the same command goes on from there"
             )
 
 
-class Waiting:
+class ChainQueue:
     """Chains that nobody works on yet, by slot. `claim`: whether a chain, by its index, is still to be had; all are
     where it is None."""
 
@@ -230,7 +234,7 @@ class Waiting:
         return None
 
 
-def in_slots(slots: dict[Connection, int]) -> list[dict[int, Connection]]:
+def group_by_slot(slots: dict[Connection, int]) -> list[dict[int, Connection]]:
     """Who asks, and their slots -> groups in which every slot is taken once; towards the end, chains of a slot may
     meet."""
     groups: list[dict[int, Connection]] = []

@@ -1,6 +1,6 @@
 """The process that holds one simulator and rolls out chains of sub-tasks in it (DESIGN 6; CALVIN's LH-MTLC protocol).
 
-`rollout.Simulators` starts it and talks to it through a pipe; a worker imports the simulator and nothing of the models.
+`rollout.SimulatorPool` starts it and talks to it through a pipe; a worker imports the simulator and nothing of the models.
 
     parent -> worker   Setup, once; then Survey, Chain or Branch; actions (A, 7) after each "plan"
     worker -> parent   ("up", dict), once; then ("survey", dict) | ("plan", (observation, instruction)) | ("alive",
@@ -29,11 +29,11 @@ if TYPE_CHECKING:  # a simulator needs no torch: half a gigabyte and seconds for
     from envs.protocol import Env
 
 ACTION_DIM = 7
-ALIVE_EVERY = 100  # control steps between two signs of life
+HEARTBEAT_STEPS = 100  # control steps between two signs of life
 
 
 @dataclass(frozen=True)
-class Setup:
+class SimulatorConfig:
     """Which simulator to make, as Hydra configures it."""
 
     env_config: dict[str, Any]
@@ -41,7 +41,7 @@ class Setup:
 
 
 @dataclass(frozen=True)
-class Survey:
+class SequencesRequest:
     """Ask a worker what its world is and which chains it would be judged on."""
 
     count: int
@@ -71,8 +71,8 @@ class Branch:
     index: int
     initial_state: dict
     task: str
-    past: np.ndarray  # (T, 7) actions from the initial state to the moment
-    ahead: int  # steps after it
+    prefix_actions: np.ndarray  # (T, 7) actions from the initial state to the moment
+    continuation_steps: int  # steps after it
     every: int  # of them between two pictures
     seed: int
     following: np.ndarray | None = None  # (ahead, 7) actions in the expert's place
@@ -81,7 +81,7 @@ class Branch:
 class Controller(Protocol):
     """What carries out one chain: told of each sub-task, asked for each action."""
 
-    def begin(self, number: int, task: str) -> None: ...
+    def start_task(self, number: int, task: str) -> None: ...
 
     def act(self) -> np.ndarray: ...
 
@@ -92,7 +92,7 @@ class RandomController:
     def __init__(self, chain: Chain):
         self.rng = np.random.default_rng((chain.seed, chain.index))
 
-    def begin(self, number: int, task: str) -> None:
+    def start_task(self, number: int, task: str) -> None:
         pass
 
     def act(self) -> np.ndarray:
@@ -107,21 +107,21 @@ class ExpertController:
     def __init__(self, env: Env, chain: Chain):
         self.expert = env.expert(seed=int(np.random.SeedSequence((chain.seed, chain.index)).generate_state(1)[0]))
 
-    def begin(self, number: int, task: str) -> None:
+    def start_task(self, number: int, task: str) -> None:
         self.expert.reset(task)
 
     def act(self) -> np.ndarray:
         return self.expert.act()
 
 
-class PlannedController:
+class PolicyController:
     """Asks the parent for a chunk of actions whenever the last one is used up; only then pictures are rendered."""
 
     def __init__(self, env: Env, chain: Chain, connection: Connection):
         self.env, self.chain, self.connection = env, chain, connection
         self.queue: deque[np.ndarray] = deque()
 
-    def begin(self, number: int, task: str) -> None:
+    def start_task(self, number: int, task: str) -> None:
         self.number, self.plans = number, 0
         self.instruction = self.env.instruction(task)
         self.queue.clear()
@@ -129,13 +129,13 @@ class PlannedController:
     def act(self) -> np.ndarray:
         if not self.queue:
             key = (self.chain.seed, self.chain.index, self.number, self.plans)
-            self.connection.send(("plan", ({**self.env.observe(), "rollout_key": key}, self.instruction)))
+            self.connection.send(("plan", ({**self.env.get_obs(), "rollout_key": key}, self.instruction)))
             self.queue.extend(self.connection.recv())
             self.plans += 1
         return self.queue.popleft()
 
 
-class Carried:
+class ClippedController:
     """A controller's actions as they are carried out: clipped to [-1, 1], and the steps counted where that changed
     one."""
 
@@ -143,11 +143,11 @@ class Carried:
         self.controller, self.connection = controller, connection
         self.steps = self.clipped = 0
 
-    def begin(self, number: int, task: str) -> None:
-        self.controller.begin(number, task)
+    def start_task(self, number: int, task: str) -> None:
+        self.controller.start_task(number, task)
 
     def act(self) -> np.ndarray:
-        if self.steps % ALIVE_EVERY == 0:
+        if self.steps % HEARTBEAT_STEPS == 0:
             self.connection.send(("alive", None))
         meant = self.controller.act()
         action = np.clip(meant, -1, 1)
@@ -171,15 +171,15 @@ def run_chain(env: Env, chain: Chain, controller: Controller, film: Film | None 
 
 
 def _run_task(env: Env, chain: Chain, number: int, task: str, controller: Controller, film: Film | None) -> int | None:
-    controller.begin(number, task)
+    controller.start_task(number, task)
     start = env.get_info()
     if film:
-        film.begin(f"{number + 1}/{len(chain.tasks)} {env.instruction(task)}")
+        film.start_task(f"{number + 1}/{len(chain.tasks)} {env.instruction(task)}")
     for step in range(1, chain.horizon + 1):
         _, info = env.step(controller.act(), render=False)
-        done = env.succeeded(task, start, info)
+        done = env.check_success(task, start, info)
         if film and (done or step % chain.film_every == 0):
-            film.add(env.observe()["rgb_obs"]["rgb_static"], done=done)
+            film.add(env.get_obs()["rgb_obs"]["rgb_static"], done=done)
         if done:
             return step
     return None
@@ -192,17 +192,17 @@ def run_branch(env: Env, branch: Branch) -> dict[str, Any]:
     The past is carried out again from the initial state: that needs no more of a simulator than to repeat itself.
     """
     env.reset(branch.initial_state)
-    for action in branch.past:
+    for action in branch.prefix_actions:
         env.step(action, render=False)
-    observation = env.observe()
+    observation = env.get_obs()
     start = np.concatenate([observation["robot_obs"], observation["scene_obs"]])
     frames, actions = [observation["rgb_obs"]], []
     following = _expert_actions(env, branch) if branch.following is None else iter(branch.following)
-    for step in range(branch.ahead):
+    for step in range(branch.continuation_steps):
         actions.append(next(following))
         env.step(actions[-1], render=False)
         if (step + 1) % branch.every == 0:
-            frames.append(env.observe()["rgb_obs"])
+            frames.append(env.get_obs()["rgb_obs"])
     return {"start": start, "frames": frames, "actions": np.stack(actions)}
 
 
@@ -213,9 +213,11 @@ def _expert_actions(env: Env, branch: Branch) -> Iterator[np.ndarray]:
         yield expert.act()
 
 
-def answer(env: Env, request: Survey | Chain | Branch, connection: Connection) -> tuple[str, dict[str, Any]]:
+def handle_request(
+    env: Env, request: SequencesRequest | Chain | Branch, connection: Connection
+) -> tuple[str, dict[str, Any]]:
     """Do what the parent asked and name the kind of the answer."""
-    if isinstance(request, Survey):
+    if isinstance(request, SequencesRequest):
         sequences = env.sequences(request.count, tasks=request.tasks, length=request.length, seed=request.seed)
         return "survey", {"world": env.name, "sequences": sequences}
     if isinstance(request, Branch):
@@ -223,10 +225,10 @@ def answer(env: Env, request: Survey | Chain | Branch, connection: Connection) -
     controllers = {
         "random": lambda: RandomController(request),
         "expert": lambda: ExpertController(env, request),
-        "policy": lambda: PlannedController(env, request, connection),
+        "policy": lambda: PolicyController(env, request, connection),
     }
     film = Film() if request.film_every else None
-    carried = Carried(controllers[request.agent](), connection)
+    carried = ClippedController(controllers[request.agent](), connection)
     steps = run_chain(env, request, carried, film)
     return "chain", {
         "index": request.index,
@@ -236,7 +238,7 @@ def answer(env: Env, request: Survey | Chain | Branch, connection: Connection) -
     }
 
 
-class Confession:
+class ErrorReporter:
     """Tells the parent in one line why this process ends; a parent that is gone needs no answer."""
 
     def __init__(self, connection: Connection):
@@ -262,15 +264,15 @@ class Confession:
 
 def serve(connection: Connection) -> None:
     """Say what came up, then answer requests until the parent hangs up."""
-    with Confession(connection):
+    with ErrorReporter(connection):
         setup = connection.recv()
         env = instantiate(setup.env_config)
         try:
             if setup.pictures:
-                env.observe()
-            connection.send(("up", {"versions": env.versions(), "choices": env.choices()}))
+                env.get_obs()
+            connection.send(("up", {"versions": env.versions(), "choices": env.resolved_options()}))
             while True:
-                connection.send(answer(env, connection.recv(), connection))
+                connection.send(handle_request(env, connection.recv(), connection))
         finally:
             env.close()
 

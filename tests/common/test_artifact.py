@@ -29,8 +29,13 @@ def test_round_trip_is_bit_exact_and_remembers_where_it_came_from(folder, tmp_pa
     again = artifact.save(model, tmp_path / "b", kind="gidm", config=CONFIG)
     one, two = load_file(folder / "weights.safetensors"), load_file(again / "weights.safetensors")
     assert all(torch.equal(one[k], two[k]) for k in one) and one.keys() == two.keys()
-    meta = artifact.meta(folder, "gidm")
-    assert (meta["step"], meta["parents"], meta["stats"], meta["format"]) == (3, {"gfdm": "ab"}, {"x": 1}, 1)
+    read_meta = artifact.read_meta(folder, "gidm")
+    assert (read_meta["step"], read_meta["parents"], read_meta["stats"], read_meta["format"]) == (
+        3,
+        {"gfdm": "ab"},
+        {"x": 1},
+        1,
+    )
     assert artifact.sha256(folder) == artifact.sha256(again)
     assert not list(folder.glob(".artifact*"))
 
@@ -43,7 +48,7 @@ def test_wrong_kind_missing_folder_and_foreign_keys_are_one_clear_line(folder, t
     with pytest.raises(
         ArtifactError, match=r"step1_train_svd.sh experiment=gfdm/t5_no_human name=t5_no_human$"
     ):  # a row by its own recipe
-        artifact.meta(tmp_path / "t5_no_human", "gfdm")
+        artifact.read_meta(tmp_path / "t5_no_human", "gfdm")
     state = load_file(folder / "weights.safetensors")
     state["stranger"] = state.pop("fc1.bias")
     save_file(state, folder / "weights.safetensors")
@@ -81,13 +86,17 @@ def test_a_scale_is_remembered_and_another_one_refused(folder, tmp_path):
     from common.attention import Mlp
 
     place = artifact.save(Mlp(4, 2), tmp_path / "tiny", kind="gidm", config=CONFIG, scale="tiny")
-    assert artifact.meta(place)["scale"] == artifact.meta(artifact.copy(place, tmp_path / "copy"))["scale"] == "tiny"
+    assert (
+        artifact.read_meta(place)["scale"]
+        == artifact.read_meta(artifact.copy(place, tmp_path / "copy"))["scale"]
+        == "tiny"
+    )
     artifact.check_scale(place, "gidm", "tiny")
     with pytest.raises(
         ArtifactError, match="^[^\n]*tiny: this gidm is of scale=tiny, one of scale=full is needed; move it away[^\n]*$"
     ):
         artifact.check_scale(place, "gidm", "full")
-    assert artifact.meta(folder)["scale"] is None
+    assert artifact.read_meta(folder)["scale"] is None
     artifact.check_scale(folder, "gidm", "full")  # made elsewhere: nobody can say
     record = json.loads((place / "meta.json").read_text())
     del record["scale"]

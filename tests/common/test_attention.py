@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from common.attention import Attention, modulate, sincos_1d, sincos_2d
+from common.attention import Attention, modulate, sincos_pos_embed_1d, sincos_pos_embed_2d
 
 
 def test_masked_keys_have_no_say():
@@ -28,7 +28,7 @@ def test_causal_with_and_without_mask_agree():
 
 
 def test_position_codes_are_distinct_and_modulation_is_identity_at_zero():
-    for table in (sincos_1d(50, 16), sincos_2d(6, 7, 16)):
+    for table in (sincos_pos_embed_1d(50, 16), sincos_pos_embed_2d(6, 7, 16)):
         assert torch.cdist(table, table).fill_diagonal_(9).min() > 1e-2
     x = torch.randn(2, 3, 4)
     assert torch.equal(modulate(x, torch.zeros(2, 4), torch.zeros(2, 4)), x)

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from common.checkpoint import CheckpointError, misfit, read_tensors
+from common.checkpoint import CheckpointError, read_tensors, state_dict_mismatch
 
 TENSORS = {"lam.a": torch.arange(6.0).view(2, 3), "lam.b.weight": torch.ones(2, dtype=torch.bfloat16)}
 
@@ -171,11 +171,11 @@ def test_what_is_no_checkpoint_is_one_line(tmp_path: Path) -> None:
 def test_misfit_names_every_key() -> None:
     model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(15)))
     state = model.state_dict()
-    assert misfit(model, state) == ""
+    assert state_dict_mismatch(model, state) == ""
     state.update({f"extra.{i}": torch.ones(1) for i in range(12)}, **{"3.bias": torch.ones(3)})
     for i in range(4, 15):
         del state[f"{i}.weight"]
-    found = misfit(model, state)
+    found = state_dict_mismatch(model, state)
     assert found.startswith("11 missing: 10.weight, ") and "; 12 unexpected: extra.0, " in found
     assert found.endswith("; 1 of another shape: 3.bias (3,) for (2,)")
     assert (

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from common.files import beside, write_text
+from common.files import atomic_path, write_text
 
 
 def test_a_file_takes_its_place_at_the_end(tmp_path):
     file = tmp_path / "deep/a.json"
-    with beside(file) as part:
+    with atomic_path(file) as part:
         part.write_text("new")
         assert part.suffix == ".json" and part.parent == file.parent and not file.exists()
     assert file.read_text() == "new" and list(file.parent.iterdir()) == [file]
@@ -18,7 +18,7 @@ def test_a_file_takes_its_place_at_the_end(tmp_path):
 def test_what_fails_leaves_the_old_file_and_nothing_beside_it(tmp_path):
     file = tmp_path / "a.txt"
     write_text(file, "old")
-    with pytest.raises(RuntimeError), beside(file) as part:
+    with pytest.raises(RuntimeError), atomic_path(file) as part:
         part.write_text("half")
         raise RuntimeError
     assert file.read_text() == "old" and list(tmp_path.iterdir()) == [file]

@@ -16,7 +16,10 @@ def test_frozen_is_invisible_to_optimizers_and_checkpoints_but_moves_with_its_pa
     class Parent(nn.Module):
         def __init__(self):
             super().__init__()
-            self.own, self.foreign = nn.Linear(2, 2), frozen.Frozen(nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.9)))
+            self.own, self.foreign = (
+                nn.Linear(2, 2),
+                frozen.FrozenModule(nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.9))),
+            )
 
     parent = Parent().train()
     assert set(parent.state_dict()) == {"own.weight", "own.bias"} and len(list(parent.parameters())) == 2
@@ -33,7 +36,7 @@ def test_every_weight_counts_in_the_hash_frozen_ones_too():
             super().__init__()
             self.own, self.foreign = (
                 nn.Linear(2, 2),
-                frozen.Frozen(nn.Sequential(frozen.Frozen(nn.BatchNorm1d(2)), nn.Linear(2, 2, bias=False))),
+                frozen.FrozenModule(nn.Sequential(frozen.FrozenModule(nn.BatchNorm1d(2)), nn.Linear(2, 2, bias=False))),
             )
             self.register_buffer("ids", torch.zeros(3), persistent=False)
 

@@ -14,9 +14,9 @@ import torch
 from accelerate.utils import DistributedType
 from torch import nn
 
-from common.batches import Batches, held_out
 from common.loop import Loop, NonFiniteLoss
-from common.mixture import LeftOut, Mixture, Unreadable
+from common.mixture import FilteredSample, Mixture, UnreadableSample
+from common.sampler import DistributedBatchSampler, validation_batches
 
 
 class Line:
@@ -36,9 +36,9 @@ class Line:
 
     def sample(self, index: int, rng: np.random.Generator) -> dict:
         if index in self.unreadable:
-            raise Unreadable(f"line/{index}", "torn")
+            raise UnreadableSample(f"line/{index}", "torn")
         if index in self.short:
-            raise LeftOut(f"line/{index}", "too short")
+            raise FilteredSample(f"line/{index}", "too short")
         x = np.float32(rng.normal())
         return {
             "id": f"line/{index}",
@@ -84,18 +84,18 @@ class Dies(Net):
 
     last = 7
 
-    def on_step(self, step: int, accelerator) -> None:
+    def on_step_end(self, step: int, accelerator) -> None:
         if step == self.last:
             raise Killed
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_resumed_run_equals_straight_run_bit_for_bit(tmp_path, accumulate):
-    straight = make(tmp_path / "a", accumulate=accumulate).fit(Net(), Line())
+def test_resumed_run_equals_straight_run_bit_for_bit(tmp_path, grad_accum_steps):
+    straight = make(tmp_path / "a", grad_accum_steps=grad_accum_steps).fit(Net(), Line())
     with pytest.raises(Killed):
-        make(tmp_path / "b", accumulate=accumulate).fit(Dies(), Line())
+        make(tmp_path / "b", grad_accum_steps=grad_accum_steps).fit(Dies(), Line())
     torch.manual_seed(99)
-    resumed = make(tmp_path / "b", accumulate=accumulate).fit(Net(), Line())
+    resumed = make(tmp_path / "b", grad_accum_steps=grad_accum_steps).fit(Net(), Line())
     for a, b in zip(straight.parameters(), resumed.parameters()):
         assert torch.equal(a, b)
     lines = [(tmp_path / run / "metrics.jsonl").read_text().splitlines() for run in "ab"]
@@ -114,7 +114,7 @@ class Counting(Dies):
         seen = torch.bincount(torch.tensor([int(name.split("/")[1]) for name in batch["id"]]), minlength=40)
         return {**super().forward(batch), "seen": seen}
 
-    def count_metrics(self, counts: dict[str, torch.Tensor]) -> dict[str, float]:
+    def metrics_from_counts(self, counts: dict[str, torch.Tensor]) -> dict[str, float]:
         (seen,) = counts.values()
         return {"samples": float(seen.sum()), "different": float((seen > 0).sum())}
 
@@ -126,7 +126,7 @@ def test_counts_are_of_all_batches_between_two_lines_or_of_a_validation(tmp_path
     def run(folder, last):
         model = Counting()
         model.last = last
-        make(folder, accumulate=2, max_steps=10, save_every=5, log_every=5, eval_every=3, eval_batches=3).fit(
+        make(folder, grad_accum_steps=2, max_steps=10, save_every=5, log_every=5, eval_every=3, eval_batches=3).fit(
             model, Line(), Line(10)
         )
         return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -148,7 +148,7 @@ def test_counts_are_of_all_batches_between_two_lines_or_of_a_validation(tmp_path
 
 def test_sigterm_saves_and_the_next_run_goes_on(tmp_path):
     class Signalled(Net):
-        def on_step(self, step, accelerator):
+        def on_step_end(self, step, accelerator):
             if step == 5:
                 os.kill(os.getpid(), signal.SIGTERM)
 
@@ -202,7 +202,9 @@ def test_processes_validate_on_the_same_samples_and_to_the_same_mean(length, mos
     values = np.random.default_rng(0).normal(size=length)
 
     def look(world):
-        ranks = [held_out(length, 8 // world, seed=1, rank=rank, world=world, most=most) for rank in range(world)]
+        ranks = [
+            validation_batches(length, 8 // world, seed=1, rank=rank, world=world, most=most) for rank in range(world)
+        ]
         assert len({len(chunks) for chunks in ranks}) == 1 and all(keys for chunks in ranks for keys, _ in chunks)
         counted = sorted(index for chunks in ranks for keys, weight in chunks if weight for _, index in keys)
         return counted, np.mean(
@@ -220,12 +222,12 @@ def test_the_best_validation_is_told_of_while_its_averaged_weights_are_in_place(
     val = Line(8)
 
     def run(folder, model):
-        def keep(step):
+        def on_best(step):
             row = [p.detach().clone() for p in model.parameters()]
             told.append((step, row))
 
         return make(folder, eval_every=1, best="error", save_every=2, optimizer={"lr": 0.2, "weight_decay": 0.0}).fit(
-            model, Line(), val, keep=keep
+            model, Line(), val, on_best=on_best
         )
 
     told = []
@@ -249,7 +251,7 @@ def test_the_best_validation_is_told_of_while_its_averaged_weights_are_in_place(
 
 def test_a_best_that_nobody_measures_is_named(tmp_path):
     with pytest.raises(ValueError, match="loop.best=loss_: the model reports no such metric; it reports loss, error"):
-        make(tmp_path, eval_every=2, best="loss_").fit(Net(), Line(), Line(8), keep=print)
+        make(tmp_path, eval_every=2, best="loss_").fit(Net(), Line(), Line(8), on_best=print)
 
 
 def test_non_finite_loss_stops_and_names_the_samples(tmp_path):
@@ -258,10 +260,10 @@ def test_non_finite_loss_stops_and_names_the_samples(tmp_path):
 
 
 def test_unreadable_samples_are_counted_and_too_many_stop_the_run(tmp_path):
-    make(tmp_path / "few", max_steps=10, max_bad_share=0.5).fit(Net(), Line(unreadable={3}))
+    make(tmp_path / "few", max_steps=10, max_unreadable_fraction=0.5).fit(Net(), Line(unreadable={3}))
     last = json.loads((tmp_path / "few/metrics.jsonl").read_text().splitlines()[-1])
     assert last["data/skipped"] == 1
-    says = r"25\d of \d+ samples were unreadable, more than loop.max_bad_share=0.05: mend the data or raise it; the last: line/"
+    says = r"25\d of \d+ samples were unreadable, more than loop.max_unreadable_fraction=0.05: mend the data or raise it; the last: line/"
     with pytest.raises(RuntimeError, match=says):
         make(tmp_path / "many", max_steps=100, batch_size=1, save_every=None).fit(
             Net(), Line(unreadable=set(range(30)))
@@ -312,8 +314,8 @@ def test_state_of_another_run_is_refused(tmp_path):
 
 
 def test_batches_are_a_pure_function_and_ranks_share_an_epoch():
-    whole = [list(Batches(24, 4, seed=3, rank=r, world=2, start=0, stop=6)) for r in range(2)]
-    late = list(Batches(24, 4, seed=3, rank=1, world=2, start=4, stop=6))
+    whole = [list(DistributedBatchSampler(24, 4, seed=3, rank=r, world=2, start=0, stop=6)) for r in range(2)]
+    late = list(DistributedBatchSampler(24, 4, seed=3, rank=1, world=2, start=4, stop=6))
     assert late == whole[1][4:]
     first_epoch = [i for rank in whole for batch in rank[:3] for _, i in batch]
     assert sorted(first_epoch) == list(range(24))

@@ -12,11 +12,11 @@ def model() -> nn.Module:
 
 def test_a_part_may_learn_at_a_share_of_the_rate_and_the_schedule_keeps_it() -> None:
     whole = model()
-    optimizer, scheduler = optim.build(
+    optimizer, scheduler = optim.build_optimizer(
         whole,
         lr=1e-3,
         weight_decay=0.1,
-        factors={"gidm": 0.25},
+        lr_multipliers={"gidm": 0.25},
         schedule="constant_with_warmup",
         warmup_steps=2,
         total_steps=10,
@@ -35,4 +35,4 @@ def test_a_part_may_learn_at_a_share_of_the_rate_and_the_schedule_keeps_it() -> 
 
 def test_a_factor_of_no_part_is_refused() -> None:
     with pytest.raises(ValueError, match=r"\['gadapter'\].*adapter"):
-        optim.build(model(), lr=1e-3, weight_decay=0.1, factors={"gadapter": 0.5}, total_steps=10)
+        optim.build_optimizer(model(), lr=1e-3, weight_decay=0.1, lr_multipliers={"gadapter": 0.5}, total_steps=10)

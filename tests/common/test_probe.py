@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from common.probe import Parts, r2_ci, read_errors, spread
+from common.probe import ProbeSplit, mean_baseline_errors, probe_errors, r2_ci
 
-PARTS = Parts(np.arange(120), np.arange(120, 160), np.arange(160, 240))
+PARTS = ProbeSplit(np.arange(120), np.arange(120, 160), np.arange(160, 240))
 
 
 def r2(inputs: torch.Tensor, target: torch.Tensor, **options: object) -> float:
-    return r2_ci(read_errors({"x": inputs}, target, PARTS, **options)["x"], spread(target, PARTS))[0]
+    return r2_ci(probe_errors({"x": inputs}, target, PARTS, **options)["x"], mean_baseline_errors(target, PARTS))[0]
 
 
 def test_a_linear_truth_is_found_and_noise_is_not() -> None:
@@ -38,10 +38,10 @@ def test_what_was_still_while_fitting_does_not_explode_when_measured() -> None:
 
 def test_parts_that_share_units_are_refused() -> None:
     with pytest.raises(ValueError, match="must not be fitted on"):
-        read_errors(
+        probe_errors(
             {"x": torch.randn(240, 3)},
             torch.randn(240, 1),
-            Parts(np.arange(121), np.arange(120, 160), np.arange(160, 240)),
+            ProbeSplit(np.arange(121), np.arange(120, 160), np.arange(160, 240)),
         )
 
 

@@ -17,7 +17,16 @@ import tensorflow_datasets as tfds
 from PIL import Image
 from tensorflow_datasets.proto import tf_example_pb2
 
-from common.rlds import ArrayRecordFile, Rlds, RldsError, TFRecordFile, decode, find, masked_crc32c, splits
+from common.rlds import (
+    ArrayRecordFile,
+    RldsDataset,
+    RldsError,
+    TFRecordFile,
+    decode,
+    find_version_folder,
+    masked_crc32c,
+    splits,
+)
 
 
 def record(payload: bytes) -> bytes:
@@ -31,7 +40,7 @@ def picture(value: int) -> bytes:
     return stream.getvalue()
 
 
-def write_set(folder: Path, *, shards: tuple[int, ...] = (2, 1), steps: int = 4) -> Path:
+def write_video_set(folder: Path, *, shards: tuple[int, ...] = (2, 1), steps: int = 4) -> Path:
     """A little RLDS folder: features.json by tensorflow-datasets, examples in the wire format that it reads."""
     features = tfds.features.FeaturesDict(
         {
@@ -75,7 +84,7 @@ def write_set(folder: Path, *, shards: tuple[int, ...] = (2, 1), steps: int = 4)
 
 @pytest.fixture
 def toy(tmp_path: Path) -> Path:
-    return write_set(tmp_path / "oxe" / "toy" / "1.0.0")
+    return write_video_set(tmp_path / "oxe" / "toy" / "1.0.0")
 
 
 def test_crc_is_tfrecords() -> None:
@@ -85,7 +94,7 @@ def test_crc_is_tfrecords() -> None:
 
 
 def test_episodes_over_shards(toy: Path) -> None:
-    episodes = Rlds(toy)
+    episodes = RldsDataset(toy)
     assert len(episodes) == 3 and splits(toy) == ["train"]
     for index in (0, 1, 2):
         episode = episodes[index]
@@ -103,7 +112,7 @@ def test_only_the_wanted_image_is_decoded(toy: Path, monkeypatch: pytest.MonkeyP
     opened = []
     real = Image.open
     monkeypatch.setattr(Image, "open", lambda *args: opened.append(1) or real(*args))
-    episode = Rlds(toy)[1]
+    episode = RldsDataset(toy)[1]
     episode.values("action"), episode.text("observation/wide")
     assert not opened
     episode.image("observation/image", 0)
@@ -112,24 +121,26 @@ def test_only_the_wanted_image_is_decoded(toy: Path, monkeypatch: pytest.MonkeyP
 
 def test_find_looks_where_oxe_scripts_leave_things(toy: Path) -> None:
     root = toy.parents[1]
-    assert find(root, ["other", "toy"]) == toy
+    assert find_version_folder(root, ["other", "toy"]) == toy
     shutil.copytree(toy, root / "toy" / "0.9.0")
-    assert find(root, ["toy"]) == toy
+    assert find_version_folder(root, ["toy"]) == toy
     shutil.copytree(toy, root / "toy" / "0.10.0")
-    assert find(root, ["toy"]).name == "1.0.0"
+    assert find_version_folder(root, ["toy"]).name == "1.0.0"
     (root / "CONVERSION_DIR" / "moved").mkdir(parents=True)
     shutil.move(toy, root / "CONVERSION_DIR" / "moved" / "0.1.0")
-    assert find(root, ["moved"]) == root / "CONVERSION_DIR" / "moved" / "0.1.0"
-    assert find(root, ["toy"], "0.9.0").name == "0.9.0", "a version that is asked for, and not the newest"
+    assert find_version_folder(root, ["moved"]) == root / "CONVERSION_DIR" / "moved" / "0.1.0"
+    assert find_version_folder(root, ["toy"], "0.9.0").name == "0.9.0", (
+        "a version that is asked for, and not the newest"
+    )
     with pytest.raises(
         FileNotFoundError, match=r"oxe/toy: version 0.1.0 is wanted, there is 0.10.0, 0.9.0; fetch toy/0.1.0, or leave"
     ) as caught:
-        find(root, ["toy"], "0.1.0")
+        find_version_folder(root, ["toy"], "0.1.0")
     assert "\n" not in str(caught.value)
     shutil.copytree(root / "toy" / "0.9.0", root / "CONVERSION_DIR" / "toy" / "0.1.0")
-    assert find(root, ["toy"], "0.1.0") == root / "CONVERSION_DIR" / "toy" / "0.1.0", "wherever it lies"
+    assert find_version_folder(root, ["toy"], "0.1.0") == root / "CONVERSION_DIR" / "toy" / "0.1.0", "wherever it lies"
     with pytest.raises(FileNotFoundError, match="no RLDS folder .* for nothing or none"):
-        find(root, ["nothing", "none"])
+        find_version_folder(root, ["nothing", "none"])
 
 
 def shard(folder: Path) -> Path:
@@ -141,8 +152,8 @@ def test_damaged_payload_is_found_by_its_crc(toy: Path) -> None:
     data[200] ^= 0xFF
     shard(toy).write_bytes(bytes(data))
     with pytest.raises(RldsError, match=r"00000-of-00002: record 0 is corrupt \(crc differs\)"):
-        Rlds(toy)[0]
-    assert len(Rlds(toy)[1]) == 4
+        RldsDataset(toy)[0]
+    assert len(RldsDataset(toy)[1]) == 4
 
 
 def test_damaged_length_is_always_found(toy: Path) -> None:
@@ -150,7 +161,7 @@ def test_damaged_length_is_always_found(toy: Path) -> None:
     data[2] ^= 0x01
     shard(toy).write_bytes(bytes(data))
     with pytest.raises(RldsError, match="record 0 at byte 0 has a corrupt length"):
-        Rlds(toy)[0]
+        RldsDataset(toy)[0]
 
 
 @pytest.mark.parametrize(
@@ -159,26 +170,26 @@ def test_damaged_length_is_always_found(toy: Path) -> None:
 def test_truncated_shard(toy: Path, keep: int, message: str) -> None:
     shard(toy).write_bytes(shard(toy).read_bytes()[:keep])
     with pytest.raises(RldsError, match=message):
-        Rlds(toy)[0]
+        RldsDataset(toy)[0]
 
 
 def test_other_damage_is_one_clear_line(toy: Path) -> None:
     with pytest.raises(RldsError, match=r"no split 'val'; dataset_info.json has \['train'\]"):
-        Rlds(toy, "val")
+        RldsDataset(toy, "val")
     with pytest.raises(RldsError, match=r"no feature 'observation/depth'; at 'depth' there are \['image', 'wide'\]"):
-        Rlds(toy)[0].image("observation/depth", 0)
+        RldsDataset(toy)[0].image("observation/depth", 0)
     shard(toy).write_bytes(record(b"\x07nonsense") * 2)
     with pytest.raises(RldsError, match="toy/train/0 in .* does not decode"):
-        Rlds(toy)[0]
+        RldsDataset(toy)[0]
     shard(toy).write_bytes(b"")
     with pytest.raises(RldsError, match="holds 0 records, dataset_info.json promises more"):
-        Rlds(toy)[0]
+        RldsDataset(toy)[0]
     shard(toy).unlink()
     with pytest.raises(RldsError, match="1 of 2 train shards are missing, the first is number 0"):
-        Rlds(toy)
+        RldsDataset(toy)
     (toy / "features.json").unlink()
     with pytest.raises(FileNotFoundError, match="features.json is missing"):
-        Rlds(toy)
+        RldsDataset(toy)
 
 
 def test_unknown_format_and_no_steps(toy: Path, tmp_path: Path) -> None:
@@ -186,26 +197,26 @@ def test_unknown_format_and_no_steps(toy: Path, tmp_path: Path) -> None:
     shutil.copytree(toy, flat)
     tfds.features.FeaturesDict({"image": tfds.features.Image()}).save_config(str(flat))
     with pytest.raises(RldsError, match="has no 'steps'"):
-        Rlds(flat)[0]
+        RldsDataset(flat)[0]
     info = json.loads((toy / "dataset_info.json").read_text())
     (toy / "dataset_info.json").write_text(json.dumps({**info, "fileFormat": "riegeli"}))
     with pytest.raises(RldsError, match="file format 'riegeli'"):
-        Rlds(toy)
+        RldsDataset(toy)
 
 
 def test_broken_picture(toy: Path) -> None:
-    episode = Rlds(toy)[0]
+    episode = RldsDataset(toy)[0]
     episode._steps = [{"observation": {"image": picture(3)[:40]}}]
     with pytest.raises(RldsError, match="toy/train/0: observation/image of step 0 is not a readable image"):
         episode.image("observation/image", 0)
 
 
 def test_the_real_bridge_file(shared_data: Path) -> None:
-    folder = find(shared_data / "rlds_samples", ["bridge_dataset"])
+    folder = find_version_folder(shared_data / "rlds_samples", ["bridge_dataset"])
     assert splits(folder) == ["train"], "its val shard is promised but not there"
     file = TFRecordFile(next(folder.glob("*.tfrecord-*")))
     assert len(file) == 25 and len(file[24]) > 100_000
-    episode = Rlds(folder)[3]
+    episode = RldsDataset(folder)[3]
     assert episode.text("language_instruction") == "turn lever vertical to front"
     assert episode.values("action").shape == (10, 7)
     first, last = (episode.image("observation/image_0", t) for t in (0, 9))
@@ -232,8 +243,8 @@ def to_array_record(folder: Path, out: Path) -> Path:
 
 def test_array_record_gives_the_same_episodes(toy: Path, tmp_path: Path) -> None:
     copy = to_array_record(toy, tmp_path / "CONVERSION_DIR" / "toy" / "1.0.0")
-    one, other = Rlds(toy), Rlds(copy)
-    assert find(tmp_path, ["toy"]) == copy and splits(copy) == ["train"] and len(one) == len(other) == 3
+    one, other = RldsDataset(toy), RldsDataset(copy)
+    assert find_version_folder(tmp_path, ["toy"]) == copy and splits(copy) == ["train"] and len(one) == len(other) == 3
     for index in range(3):
         assert (
             other.shards[0].path.suffix != one.shards[0].path.suffix
@@ -243,8 +254,8 @@ def test_array_record_gives_the_same_episodes(toy: Path, tmp_path: Path) -> None
 
 
 def test_array_record_of_the_real_bridge_file(shared_data: Path, tmp_path: Path) -> None:
-    folder = find(shared_data / "rlds_samples", ["bridge_dataset"])
-    one, other = Rlds(folder), Rlds(to_array_record(folder, tmp_path / "bridge_dataset" / "1.0.0"))
+    folder = find_version_folder(shared_data / "rlds_samples", ["bridge_dataset"])
+    one, other = RldsDataset(folder), RldsDataset(to_array_record(folder, tmp_path / "bridge_dataset" / "1.0.0"))
     assert len(other) == 25
     for index in (0, 7, 24):
         assert one[index].text("language_instruction") == other[index].text("language_instruction")
@@ -260,19 +271,19 @@ def test_damaged_array_record(toy: Path, tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(
         RldsError, match=r"00000-of-00002: record 0 is corrupt \(.*hash mismatch.*\); download the shard again"
     ) as caught:
-        Rlds(copy)[0]
+        RldsDataset(copy)[0]
     assert "\n" not in str(caught.value)
     for content in (whole[:-9], b""):
         path.write_bytes(content)
         with pytest.raises(RldsError, match="00000-of-00002: the file is corrupt"):
-            Rlds(copy)[0]
+            RldsDataset(copy)[0]
     path.unlink()
     with pytest.raises(RldsError, match="no such shard"):
         ArrayRecordFile(path)[0]
     path.write_bytes(whole)
     monkeypatch.setitem(sys.modules, "array_record.python.array_record_module", None)
     with pytest.raises(RldsError, match="needs the package array-record"):
-        Rlds(copy)[2]
+        RldsDataset(copy)[2]
 
 
 def test_unknown_codec(toy: Path) -> None:
@@ -281,7 +292,7 @@ def test_unknown_codec(toy: Path) -> None:
     with pytest.raises(
         RldsError, match="features.json names a feature that tensorflow-datasets does not know .*Hologram"
     ) as caught:
-        Rlds(toy)[0]
+        RldsDataset(toy)[0]
     assert "\n" not in str(caught.value)
     with pytest.raises(RldsError, match="frame 3 is not a readable image"):
         decode(b"a codec from the future", "frame 3")

@@ -100,8 +100,8 @@ def test_only_the_artifact_is_shipped_with_its_card_and_sums(trained: dict[str, 
         "model_card.md",
         "SHA256SUMS",
     }
-    meta = artifact.meta(shipped, "gidm")
-    assert (meta["scale"], meta["step"], meta["stats"]["x"], meta["stats"]["shipped"]["from"]) == (
+    read_meta = artifact.read_meta(shipped, "gidm")
+    assert (read_meta["scale"], read_meta["step"], read_meta["stats"]["x"], read_meta["stats"]["shipped"]["from"]) == (
         "tiny",
         3,
         1,

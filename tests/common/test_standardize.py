@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from common.standardize import Standardize
+from common.standardize import RunningNorm
 
 
 def batches(count: int, size: int = 8) -> list[torch.Tensor]:
@@ -13,20 +13,20 @@ def batches(count: int, size: int = 8) -> list[torch.Tensor]:
 
 
 def test_statistics_become_those_of_the_training_data() -> None:
-    norm, data = Standardize(3), batches(60)
+    norm, data = RunningNorm(3), batches(60)
     for batch in data:
         norm(batch)
     out = norm.eval()(torch.cat(data)).flatten(0, -2)
     assert torch.allclose(out.mean(0), torch.zeros(3), atol=0.1) and torch.allclose(
         out.std(0), torch.ones(3), atol=0.05
     )
-    restored = Standardize(3).eval()
+    restored = RunningNorm(3).eval()
     restored.load_state_dict(norm.state_dict())
     assert torch.equal(restored(data[0]), norm(data[0]))
 
 
 def test_use_changes_no_statistics_and_samples_do_not_see_each_other() -> None:
-    norm, data = Standardize(3), batches(4)
+    norm, data = RunningNorm(3), batches(4)
     norm(data[0])
     norm.eval()
     before = norm.mean.clone()
@@ -37,11 +37,11 @@ def test_use_changes_no_statistics_and_samples_do_not_see_each_other() -> None:
 def test_all_places_have_their_turn_and_what_is_measured_does_not_depend_on_who_shares_a_batch() -> None:
     x = torch.zeros(4, 2, 7, 1)
     x[:, 0, 3] = 1.0  # one place of 14
-    norm = Standardize(1)
+    norm = RunningNorm(1)
     for _ in range(7):
         norm(x)
     assert norm.mean.item() == pytest.approx(1 / 14)
-    whole, halves = Standardize(3), [Standardize(3), Standardize(3)]
+    whole, halves = RunningNorm(3), [RunningNorm(3), RunningNorm(3)]
     for batch in batches(5):
         whole(batch)
         for half, part in zip(halves, batch.split(4)):
@@ -50,7 +50,7 @@ def test_all_places_have_their_turn_and_what_is_measured_does_not_depend_on_who_
 
 
 def test_a_dead_channel_stays_finite_and_gradients_pass() -> None:
-    norm = Standardize(3)
+    norm = RunningNorm(3)
     x = torch.zeros(4, 2, 3, requires_grad=True)
     norm(x).sum().backward()
     assert torch.isfinite(norm(x)).all() and torch.isfinite(x.grad).all() and x.grad.any()

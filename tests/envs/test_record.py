@@ -18,17 +18,17 @@ import pytest
 import yaml
 
 from envs import record as program
-from envs.playtable import PlayTable
+from envs.playtable import PlayTableEnv
 from envs.record import record
-from envs.recording.demonstrate import chain, numbered
+from envs.recording.demonstrate import chain, demonstrate_chain
 from envs.tasks import ELEVEN, INSTRUCTIONS
 
 FIXTURES = ["open_drawer", "close_drawer", "turn_on_led", "turn_off_led"]
 
 
-def unseeing(scene: str, monkeypatch: pytest.MonkeyPatch) -> PlayTable:
+def unseeing(scene: str, monkeypatch: pytest.MonkeyPatch) -> PlayTableEnv:
     """A table that draws no pictures."""
-    env = PlayTable(scene)
+    env = PlayTableEnv(scene)
     monkeypatch.setattr(env, "observe", lambda: {"rgb_obs": {"rgb_static": None, "rgb_gripper": None}, **env._state()})
     return env
 
@@ -41,7 +41,7 @@ def unpickled(path: Path) -> dict:
 def recording(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
     out = tmp_path_factory.mktemp("recording") / "A"
     counts = record(
-        scenes=["A", "D"], tasks=FIXTURES, episodes=8, out=out, workers=2, seed=1, videos=True, validation_share=0.2
+        scenes=["A", "D"], tasks=FIXTURES, episodes=8, out=out, workers=2, seed=1, videos=True, validation_fraction=0.2
     )
     return out, counts
 
@@ -201,7 +201,7 @@ def test_chains_go_on_from_where_they_are_and_lift(monkeypatch: pytest.MonkeyPat
 
 def test_lifts_are_shown_from_misses_too(monkeypatch: pytest.MonkeyPatch) -> None:
     env = unseeing("D", monkeypatch)
-    monkeypatch.setattr("envs.recording.displacement.BURST_SHARE", 1.0)
+    monkeypatch.setattr("envs.recording.displacement.PERTURB_PROB", 1.0)
     lifts = ["lift_red_block_table", "lift_blue_block_table", "lift_pink_block_table"]
     chains = [chain(env, lifts, 1, np.random.default_rng(seed)) for seed in range(60)]
     assert sum(failed for _, failed in chains) <= 4, "pushed off its course, the expert still lifts"
@@ -213,32 +213,32 @@ def test_lifts_are_shown_from_misses_too(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_twins_begin_alike_and_lift_what_their_sentence_names(monkeypatch: pytest.MonkeyPatch) -> None:
     env = unseeing("A", monkeypatch)
     shares = {
-        "LENGTHS": (1.0, 0.0, 0.0, 0.0, 0.0),
-        "LIFT_LAST_SHARE": 1.0,
-        "CALM_SHARE": 1.0,
-        "TWO_BLOCKS_SHARE": 1.0,
-        "SCATTERED_SHARE": 0.0,
+        "CHAIN_LENGTH_PROBS": (1.0, 0.0, 0.0, 0.0, 0.0),
+        "LIFT_LAST_PROB": 1.0,
+        "UNDISTURBED_PROB": 1.0,
+        "TWO_BLOCKS_PROB": 1.0,
+        "SCATTERED_PROB": 0.0,
     }
     for name, share in shares.items():
         monkeypatch.setattr(f"envs.recording.demonstrate.{name}", share)
     for number in (0, 2, 4):
-        (one,), (two,) = (numbered(env, ELEVEN, 5, seed=7, number=twin)[0] for twin in (number, number + 1))
+        (one,), (two,) = (demonstrate_chain(env, ELEVEN, 5, seed=7, number=twin)[0] for twin in (number, number + 1))
         assert {one.task, two.task} < {
             "lift_red_block_table",
             "lift_blue_block_table",
             "lift_pink_block_table",
         } and one.task != two.task
         assert np.array_equal(one.scene_obs[0], two.scene_obs[0]) and np.array_equal(one.robot_obs[0], two.robot_obs[0])
-    assert not np.array_equal(numbered(env, ELEVEN, 5, seed=7, number=6)[0][0].scene_obs[0], one.scene_obs[0])
+    assert not np.array_equal(demonstrate_chain(env, ELEVEN, 5, seed=7, number=6)[0][0].scene_obs[0], one.scene_obs[0])
 
 
 def test_lost_and_hovering_hands_still_carry_their_tasks_out(monkeypatch: pytest.MonkeyPatch) -> None:
     env = unseeing("A", monkeypatch)
     for name, share in (
-        ("astray.LOST_SHARE", 1.0),
-        ("astray.HOVER_SHARE", 0.5),
-        ("astray.WRONG_SIDE_SHARE", 0.5),
-        ("demonstrate.CALM_SHARE", 0.0),
+        ("astray.RANDOM_POSE_PROB", 1.0),
+        ("astray.HOVER_PROB", 0.5),
+        ("astray.WRONG_SIDE_PROB", 0.5),
+        ("demonstrate.UNDISTURBED_PROB", 0.0),
     ):
         monkeypatch.setattr(f"playtable.{name}", share)
     chains = [chain(env, ELEVEN, 1, np.random.default_rng(seed)) for seed in range(40)]
@@ -259,7 +259,7 @@ def test_lost_and_hovering_hands_still_carry_their_tasks_out(monkeypatch: pytest
 
 def test_labels_replay_open_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     env = unseeing("D", monkeypatch)
-    monkeypatch.setattr("envs.recording.demonstrate.SIGMAS", (0.0,))
+    monkeypatch.setattr("envs.recording.demonstrate.NOISE_SIGMAS", (0.0,))
     replayed = total = 0
     for seed in range(8):
         for segment in chain(env, FIXTURES, 1, np.random.default_rng(seed))[0]:
@@ -267,7 +267,7 @@ def test_labels_replay_open_loop(monkeypatch: pytest.MonkeyPatch) -> None:
             before, done = env.get_info(), False
             for action in segment.rel_actions:
                 _, info = env.step(action, render=False)
-                done = done or env.succeeded(segment.task, before, info)
+                done = done or env.check_success(segment.task, before, info)
             replayed, total = replayed + done, total + 1
     assert total >= 6 and replayed >= total - 1
 
@@ -281,7 +281,7 @@ def test_bad_requests_say_what_to_do(tmp_path: Path) -> None:
         ({"episodes": 0}, "episodes=0"),
         ({"workers": 0}, "workers=0"),
         ({"length": 9}, "length=9"),
-        ({"validation_share": 1.5}, "validation_share=1.5"),
+        ({"validation_fraction": 1.5}, "validation_fraction=1.5"),
     ):
         with pytest.raises(ValueError, match=words):
             record(**{**good, **change})

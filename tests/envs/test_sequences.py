@@ -10,7 +10,14 @@ import numpy as np
 import pytest
 
 from envs.playtable.scene import SCENES
-from envs.sequences import CATEGORIES, INITIAL_STATES, _fnv1_32, following, generate, initial_state
+from envs.sequences import (
+    INITIAL_STATES,
+    TASK_CATEGORIES,
+    _fnv1_32,
+    get_env_state_for_initial_condition,
+    get_sequences,
+    next_state,
+)
 from envs.tasks import ELEVEN, TASKS
 
 OFFICIAL_SHA256 = "90191d9ac76baecb4f292ab766bbbf3ae65dbf43a83bbe5c376d99db10fd6446"
@@ -23,7 +30,7 @@ def digest(sequences: list) -> str:
 
 @pytest.fixture(scope="module")
 def official() -> list:
-    return generate(1000)
+    return get_sequences(1000)
 
 
 def test_the_thousand_are_pinned(official: list) -> None:
@@ -36,14 +43,14 @@ def test_the_thousand_are_the_published_ones(official: list, shared_data: Path) 
 
 
 def test_a_short_run_is_the_beginning_of_a_long_one(official: list) -> None:
-    assert generate(7) == official[:7]
+    assert get_sequences(7) == official[:7]
 
 
 def test_every_sequence_is_possible_and_varied(official: list) -> None:
     for state, tasks in official:
-        assert len({CATEGORIES[task] for task in tasks}) == 5
+        assert len({TASK_CATEGORIES[task] for task in tasks}) == 5
         for task in tasks:
-            state = following(state, task)
+            state = next_state(state, task)
             assert state is not None
 
 
@@ -53,50 +60,50 @@ def test_there_are_192_initial_states() -> None:
 
 @pytest.mark.parametrize("length", [1, 2, 3, 5])
 def test_a_small_vocabulary_keeps_to_itself_and_uses_all_its_kinds(length: int) -> None:
-    kinds = len({CATEGORIES[task] for task in ELEVEN})
-    for state, tasks in generate(30, tasks=list(ELEVEN), length=length):
+    kinds = len({TASK_CATEGORIES[task] for task in ELEVEN})
+    for state, tasks in get_sequences(30, tasks=list(ELEVEN), length=length):
         assert len(tasks) == length == len(set(tasks)) and set(tasks) <= set(ELEVEN)
-        assert len({CATEGORIES[task] for task in tasks}) == min(length, kinds)
+        assert len({TASK_CATEGORIES[task] for task in tasks}) == min(length, kinds)
         for task in tasks:
-            state = following(state, task)
+            state = next_state(state, task)
             assert state is not None
 
 
 def test_five_of_the_eleven_end_with_a_lift() -> None:
-    assert all(tasks[-1].startswith("lift") for _, tasks in generate(40, tasks=list(ELEVEN)))
+    assert all(tasks[-1].startswith("lift") for _, tasks in get_sequences(40, tasks=list(ELEVEN)))
 
 
 def test_single_lifts_begin_in_many_states_with_the_block_in_sight() -> None:
-    sequences = generate(100, tasks=["lift_red_block_table", "lift_blue_block_table"], length=1)
+    sequences = get_sequences(100, tasks=["lift_red_block_table", "lift_blue_block_table"], length=1)
     assert all(state[f"{tasks[0].split('_')[1]}_block"] == "table" for state, tasks in sequences)
     assert len({str(state) for state, _ in sequences}) > 50
 
 
 def test_seeds_differ_and_repeat() -> None:
-    assert generate(20, tasks=list(ELEVEN), seed=1) == generate(20, tasks=list(ELEVEN), seed=1)
-    assert generate(20, tasks=list(ELEVEN), seed=1) != generate(20, tasks=list(ELEVEN), seed=2)
+    assert get_sequences(20, tasks=list(ELEVEN), seed=1) == get_sequences(20, tasks=list(ELEVEN), seed=1)
+    assert get_sequences(20, tasks=list(ELEVEN), seed=1) != get_sequences(20, tasks=list(ELEVEN), seed=2)
 
 
 def test_callers_cannot_spoil_the_cache() -> None:
-    generate(3, tasks=list(ELEVEN))[0][1].append("x")
-    generate(3, tasks=list(ELEVEN))[0][0]["led"] = 7
-    state, tasks = generate(3, tasks=list(ELEVEN))[0]
+    get_sequences(3, tasks=list(ELEVEN))[0][1].append("x")
+    get_sequences(3, tasks=list(ELEVEN))[0][0]["led"] = 7
+    state, tasks = get_sequences(3, tasks=list(ELEVEN))[0]
     assert len(tasks) == 5 and state["led"] in (0, 1)
 
 
 def test_bad_requests_say_what_to_do() -> None:
     with pytest.raises(ValueError, match="fly"):
-        generate(1, tasks=["fly"])
+        get_sequences(1, tasks=["fly"])
     with pytest.raises(ValueError, match="length=6"):
-        generate(1, length=6)
+        get_sequences(1, length=6)
     with pytest.raises(ValueError, match="choose 1 to 2"):
-        generate(1, tasks=["open_drawer", "close_drawer"], length=3)
+        get_sequences(1, tasks=["open_drawer", "close_drawer"], length=3)
     with pytest.raises(ValueError, match="no sequence of 2"):
-        generate(1, tasks=["lift_red_block_table", "lift_blue_block_table"], length=2)
+        get_sequences(1, tasks=["lift_red_block_table", "lift_blue_block_table"], length=2)
 
 
 def test_the_tasks_of_the_rules_are_calvins() -> None:
-    assert set(CATEGORIES) == set(TASKS) and len(set(CATEGORIES.values())) == 11
+    assert set(TASK_CATEGORIES) == set(TASKS) and len(set(TASK_CATEGORIES.values())) == 11
 
 
 def test_the_hash_is_pyhashs_fnv() -> None:
@@ -114,7 +121,7 @@ def test_scene_d_has_calvins_poses() -> None:
         "pink_block": "slider_right",
         "grasped": 0,
     }
-    robot, scene = initial_state(state, SCENES["D"])
+    robot, scene = get_env_state_for_initial_condition(state, SCENES["D"])
     assert robot.shape == (15,) and scene.shape == (24,)
     np.testing.assert_allclose(robot[:6], [0.02586889, -0.2313129, 0.5712808, 3.09045411, -0.02908596, 1.50013585])
     np.testing.assert_allclose(scene[:6], [0.28, 0.22, 0, 0.088, 1, 1])
@@ -124,14 +131,14 @@ def test_scene_d_has_calvins_poses() -> None:
     np.testing.assert_allclose(
         scene[[12, 11, 17, 23]], [0.229995412, 1.8859410064, 1.4881434377, 1.4683986863], atol=1e-9
     )
-    np.testing.assert_array_equal(scene, initial_state(state, SCENES["D"])[1])
+    np.testing.assert_array_equal(scene, get_env_state_for_initial_condition(state, SCENES["D"])[1])
 
 
 @pytest.mark.parametrize("name", SCENES)
 def test_other_scenes_put_blocks_where_their_fixtures_leave_room(name: str) -> None:
     scene = SCENES[name]
     for state in INITIAL_STATES:
-        _, obs = initial_state(state, scene)
+        _, obs = get_env_state_for_initial_condition(state, scene)
         for row, block in enumerate(scene.block_names):
             x, y, _ = obs[6 + 6 * row : 9 + 6 * row]
             place = state[f"{block.removeprefix('block_')}_block"]
@@ -146,4 +153,4 @@ def test_other_scenes_put_blocks_where_their_fixtures_leave_room(name: str) -> N
 
 def test_a_state_without_room_is_refused() -> None:
     with pytest.raises(ValueError, match="grasped"):
-        initial_state({**INITIAL_STATES[0], "red_block": "grasped"}, SCENES["D"])
+        get_env_state_for_initial_condition({**INITIAL_STATES[0], "red_block": "grasped"}, SCENES["D"])

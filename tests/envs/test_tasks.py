@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import yaml
 
-from envs.tasks import ELEVEN, INSTRUCTIONS, SETS, TASKS, check_tasks, succeeded
+from envs.tasks import ELEVEN, INSTRUCTIONS, SETS, TASKS, check_success, check_tasks
 
 ROBOT, TABLE = 0, 1
 UIDS = {"block_red": 2, "block_blue": 3, "block_pink": 4}
@@ -73,7 +73,7 @@ def test_an_unknown_task_is_named() -> None:
     with pytest.raises(ValueError, match="'open_window'"):
         check_tasks(["open_drawer", "open_window"])
     with pytest.raises(ValueError, match="open_window"):
-        succeeded("open_window", info(), info())
+        check_success("open_window", info(), info())
 
 
 @pytest.mark.parametrize(
@@ -90,45 +90,47 @@ def test_doors_must_pass_their_threshold_in_the_right_direction(
 ) -> None:
     step = 0.001 if after > before else -0.001
     start = info(doors={joint: before})
-    assert succeeded(task, start, info(doors={joint: after + step}))
-    assert not succeeded(task, start, info(doors={joint: after - step}))
-    assert not succeeded(task, info(doors={joint: after + step}), start)
+    assert check_success(task, start, info(doors={joint: after + step}))
+    assert not check_success(task, start, info(doors={joint: after - step}))
+    assert not check_success(task, info(doors={joint: after + step}), start)
 
 
 @pytest.mark.parametrize("light", ["lightbulb", "led"])
 def test_lights_must_change(light: str) -> None:
     off, on = info(), info(lights={light: 1})
-    assert succeeded(f"turn_on_{light}", off, on) and succeeded(f"turn_off_{light}", on, off)
-    assert not succeeded(f"turn_on_{light}", on, on) and not succeeded(f"turn_on_{light}", on, off)
+    assert check_success(f"turn_on_{light}", off, on) and check_success(f"turn_off_{light}", on, off)
+    assert not check_success(f"turn_on_{light}", on, on) and not check_success(f"turn_on_{light}", on, off)
 
 
 def test_rotation_counts_from_60_degrees_on_the_spot_and_on_a_surface() -> None:
     def turned(degrees: float, **more: object) -> dict:
         return info(block_red={"current_orn": yaw(degrees), **more})
 
-    assert succeeded("rotate_red_block_left", info(), turned(61)) and not succeeded(
+    assert check_success("rotate_red_block_left", info(), turned(61)) and not check_success(
         "rotate_red_block_left", info(), turned(59)
     )
-    assert succeeded("rotate_red_block_right", info(), turned(-61)) and not succeeded(
+    assert check_success("rotate_red_block_right", info(), turned(-61)) and not check_success(
         "rotate_red_block_right", info(), turned(61)
     )
-    assert not succeeded("rotate_blue_block_left", info(), turned(61))
-    assert not succeeded("rotate_red_block_left", info(), turned(61, current_pos=at(0.31)))
-    assert not succeeded("rotate_red_block_left", info(), turned(61, contacts=touch((ROBOT, 9))))
+    assert not check_success("rotate_blue_block_left", info(), turned(61))
+    assert not check_success("rotate_red_block_left", info(), turned(61, current_pos=at(0.31)))
+    assert not check_success("rotate_red_block_left", info(), turned(61, contacts=touch((ROBOT, 9))))
     start = info(block_red={"current_orn": yaw(150)})
-    assert succeeded("rotate_red_block_left", start, turned(-140))  # over the wrap: 70 degrees further
+    assert check_success("rotate_red_block_left", start, turned(-140))  # over the wrap: 70 degrees further
     tipped = [float(np.sin(np.pi / 4)), 0.0, 0.0, float(np.cos(np.pi / 4))]
-    assert not succeeded("rotate_red_block_left", info(), info(block_red={"current_orn": tipped}))
+    assert not check_success("rotate_red_block_left", info(), info(block_red={"current_orn": tipped}))
 
 
 def test_push_needs_a_decimetre_and_the_surface_it_stood_on() -> None:
     far, near = info(block_red={"current_pos": at(0.305)}), info(block_red={"current_pos": at(0.295)})
-    assert succeeded("push_red_block_right", info(), far) and not succeeded("push_red_block_right", info(), near)
-    assert succeeded("push_red_block_left", far, info()) and not succeeded("push_red_block_left", info(), far)
+    assert check_success("push_red_block_right", info(), far) and not check_success(
+        "push_red_block_right", info(), near
+    )
+    assert check_success("push_red_block_left", far, info()) and not check_success("push_red_block_left", info(), far)
     held = info(block_red={"current_pos": at(0.305), "contacts": touch((ROBOT, 9))})
-    assert not succeeded("push_red_block_right", info(), held)
+    assert not check_success("push_red_block_right", info(), held)
     against = info(block_red={"current_pos": at(0.305), "contacts": touch((TABLE, -1), (3, -1), (ROBOT, 9))})
-    assert succeeded("push_red_block_right", info(), against)
+    assert check_success("push_red_block_right", info(), against)
 
 
 @pytest.mark.parametrize(("place", "link", "rise"), [("table", -1, 0.05), ("slider", 0, 0.03), ("drawer", 1, 0.05)])
@@ -139,10 +141,10 @@ def test_lift_needs_height_the_right_start_and_the_hand_alone(place: str, link: 
     def lifted(by: float, *contacts: tuple[int, int]) -> dict:
         return info(block_blue={"current_pos": at(0.3, 0.46 + by), "contacts": touch(*(contacts or [(ROBOT, 9)]))})
 
-    assert succeeded(task, start, lifted(rise + 0.001)) and not succeeded(task, start, lifted(rise - 0.001))
-    assert not succeeded(task, start, lifted(0.1, (ROBOT, 9), (3, -1)))
-    assert not succeeded(task, info(block_blue={"contacts": touch((TABLE, 5))}), lifted(0.1))
-    assert not succeeded(task, info(block_blue={"contacts": touch((TABLE, link), (ROBOT, 9))}), lifted(0.1))
+    assert check_success(task, start, lifted(rise + 0.001)) and not check_success(task, start, lifted(rise - 0.001))
+    assert not check_success(task, start, lifted(0.1, (ROBOT, 9), (3, -1)))
+    assert not check_success(task, info(block_blue={"contacts": touch((TABLE, 5))}), lifted(0.1))
+    assert not check_success(task, info(block_blue={"contacts": touch((TABLE, link), (ROBOT, 9))}), lifted(0.1))
 
 
 @pytest.mark.parametrize(("task", "link"), [("place_in_slider", 0), ("place_in_drawer", 1)])
@@ -150,30 +152,30 @@ def test_place_starts_with_the_block_in_the_hand_and_ends_without(task: str, lin
     hand = touch((UIDS["block_pink"], -1))
     start = info(robot=hand, block_pink={"contacts": touch((ROBOT, 9))})
     done = info(block_pink={"contacts": touch((TABLE, link))})
-    assert succeeded(task, start, done)
-    assert not succeeded(task, start, info(robot=hand, block_pink={"contacts": touch((TABLE, link), (ROBOT, 9))}))
-    assert not succeeded(task, info(), done)
-    assert not succeeded(task, start, info())
+    assert check_success(task, start, done)
+    assert not check_success(task, start, info(robot=hand, block_pink={"contacts": touch((TABLE, link), (ROBOT, 9))}))
+    assert not check_success(task, info(), done)
+    assert not check_success(task, start, info())
     leaning = info(robot=hand + touch((TABLE, -1)), block_pink={"contacts": touch((ROBOT, 9))})
-    assert not succeeded(task, leaning, done)
+    assert not check_success(task, leaning, done)
 
 
 def test_stack_and_unstack_mirror_each_other() -> None:
     flat = info()
     high = info(block_red={"contacts": touch((3, -1))}, block_blue={"contacts": touch((TABLE, -1), (2, -1))})
-    assert succeeded("stack_block", flat, high) and succeeded("unstack_block", high, flat)
-    assert not succeeded("stack_block", high, high) and not succeeded("unstack_block", flat, high)
+    assert check_success("stack_block", flat, high) and check_success("unstack_block", high, flat)
+    assert not check_success("stack_block", high, high) and not check_success("unstack_block", flat, high)
     falling = info(block_red={"contacts": touch((3, -1)), "current_lin_vel": np.array([0, 0, -1.2])})
-    assert not succeeded("stack_block", flat, falling)
+    assert not check_success("stack_block", flat, falling)
     leaning = info(block_red={"contacts": touch((3, -1), (TABLE, -1))})
-    assert not succeeded("stack_block", flat, leaning)
+    assert not check_success("stack_block", flat, leaning)
 
 
 def test_push_into_drawer_goes_from_the_table_alone_to_the_drawer() -> None:
     done = info(block_red={"contacts": touch((TABLE, 1))})
-    assert succeeded("push_into_drawer", info(), done)
-    assert not succeeded("push_into_drawer", info(block_red={"contacts": touch((TABLE, -1), (ROBOT, 9))}), done)
-    assert not succeeded("push_into_drawer", info(), info())
+    assert check_success("push_into_drawer", info(), done)
+    assert not check_success("push_into_drawer", info(block_red={"contacts": touch((TABLE, -1), (ROBOT, 9))}), done)
+    assert not check_success("push_into_drawer", info(), info())
 
 
 def test_eleven_is_fixtures_and_lifts_from_the_table() -> None:

@@ -15,12 +15,12 @@ from accelerate.utils import DistributedType, set_seed
 from accelerate.utils.launch import prepare_multi_gpu_env
 
 from common.loop import Loop
-from step1_gfdm.dataset import LatentVideos
+from step1_gfdm.dataset import LatentClips
 from step1_gfdm.model import GFDM
 from step1_gfdm.objective import EDM
 
 
-class OwnNoise(GFDM):
+class PerSampleNoise(GFDM):
     """Every sample's noise is its own, so that it is the same in whichever process it lands."""
 
     def forward(self, batch):
@@ -50,14 +50,14 @@ if __name__ == "__main__":
     if sys.argv[5:]:
         shard_on_the_cpu(sys.argv[5])
     set_seed(0)
-    model = OwnNoise(f"{hub}/svd", f"{hub}/clip", objective=EDM(), image_size=64, num_frames=4, text_dropout=0.0)
-    samples = LatentVideos(data, num_frames=4, clip={"stride": 2}, latent_shape=(12, 8, 8))
+    model = PerSampleNoise(f"{hub}/svd", f"{hub}/clip", objective=EDM(), image_size=64, num_frames=4, text_dropout=0.0)
+    samples = LatentClips(data, num_frames=4, clip={"stride": 2}, latent_shape=(12, 8, 8))
     loop = Loop(
         output_dir=f"{out}/run",
         seed=3,
         max_steps=5,
         batch_size=size // processes,
-        accumulate=2,
+        grad_accum_steps=2,
         optimizer={"lr": 1e-3, "weight_decay": 1e-2},
         log_every=1,
         save_every=3,

@@ -24,7 +24,7 @@ from common.program import CONFIGS
 from step1_gfdm import convert as program
 from step1_gfdm.convert import convert
 from step1_gfdm.dataset import VideoClips, annotations, read_annotation
-from step1_gfdm.sources import Calvin, Ego4d, Folder, Listed
+from step1_gfdm.sources import CalvinSource, Ego4dSource, EpisodeEntry, FolderSource
 from tests.step3_defi.parts import write_calvin
 
 ROOT = Path(CONFIGS).parent
@@ -38,10 +38,10 @@ def film(path: Path, count: int = 12, size: tuple[int, int] = (48, 64), seed: in
     return path
 
 
-def captioned(root: Path, rows: list[str], head: str = "video,text") -> Folder:
+def captioned(root: Path, rows: list[str], head: str = "video,text") -> FolderSource:
     root.mkdir(exist_ok=True)
     (root / "captions.csv").write_text("\n".join([head, *rows]) + "\n")
-    return Folder(root)
+    return FolderSource(root)
 
 
 def source(name: str, root: Path, **options: object) -> object:
@@ -109,7 +109,7 @@ def test_a_folder_of_videos_and_parts_of_them(shared_data: Path, tmp_path: Path)
             ]
         )
     )
-    counts = convert(Folder(root), tmp_path / "out", image_size=64)
+    counts = convert(FolderSource(root), tmp_path / "out", image_size=64)
     assert counts["converted"] == 2 and counts["no caption"] == 1
     whole, part = (
         read_annotation(next((tmp_path / "out/annotation" / split).glob("*.json"))) for split in ("train", "val")
@@ -122,15 +122,15 @@ def test_a_folder_of_videos_and_parts_of_them(shared_data: Path, tmp_path: Path)
 
 def test_calvin_leaves_scene_d_out(tmp_path: Path) -> None:
     root = write_calvin(tmp_path / "in")  # recordings from frames 100, 145, 190, 235
-    found = Calvin(root).episodes()
+    found = CalvinSource(root).episodes()
     assert len(found) == 4 and not any(entry.reason for entry in found)
     np.save(
         root / "training/scene_info.npy",
         np.array({"calvin_scene_A": [100, 189], "calvin_scene_D": [190, 300]}, dtype=object),
         allow_pickle=True,
     )
-    assert [entry.reason for entry in Calvin(root).episodes()] == [None, None, "scene D", "scene D"]
-    counts = convert(Calvin(root), tmp_path / "out", image_size=16)
+    assert [entry.reason for entry in CalvinSource(root).episodes()] == [None, None, "scene D", "scene D"]
+    counts = convert(CalvinSource(root), tmp_path / "out", image_size=16)
     assert counts["converted"] == 2 and counts["scene D"] == 2 and counts["frames"] == 66
     record = read_annotation(tmp_path / "out/annotation/train/train_000000.json")
     assert (
@@ -142,12 +142,12 @@ def test_calvin_leaves_scene_d_out(tmp_path: Path) -> None:
     assert record["scene"] == "calvin_scene_A"
     np.save(root / "training/scene_info.npy", np.array({"calvin_scene_A": 100}, dtype=object), allow_pickle=True)
     with pytest.raises(CalvinFormatError, match="scene_info.npy: expected a dictionary of scenes"):
-        Calvin(root).episodes()
+        CalvinSource(root).episodes()
     (root / "training/scene_info.npy").unlink()
-    convert(Calvin(root), tmp_path / "untold", image_size=16, limit=1)
+    convert(CalvinSource(root), tmp_path / "untold", image_size=16, limit=1)
     assert "scene" not in read_annotation(tmp_path / "untold/annotation/train/train_000000.json")
     os.symlink(root / "training", root / "validation")
-    asked = Calvin(root, scene_d=True).episodes()
+    asked = CalvinSource(root, scene_d=True).episodes()
     assert Counter(entry.split for entry in asked) == {"train": 4, "val": 4} and not any(
         entry.reason for entry in asked
     )
@@ -175,7 +175,7 @@ def test_ego4d_cuts_around_the_narrated_action(tmp_path: Path) -> None:
     intervals = [{"clip_uid": "abc", "narrated_actions": actions}, {"clip_uid": None, "narrated_actions": []}]
     content = {"videos": [{"video_uid": "v", "annotated_intervals": intervals}]}
     (root / "annotations/fho_main.json").write_text(json.dumps(content))
-    counts = convert(Ego4d(root), tmp_path / "out", image_size=16, max_bad_share=0.5)
+    counts = convert(Ego4dSource(root), tmp_path / "out", image_size=16, max_unreadable_fraction=0.5)
     assert counts == {
         "converted": 2,
         "frames": 25 + 51,
@@ -215,7 +215,7 @@ def test_ego4d_cuts_whole_videos_by_their_own_frames(tmp_path: Path) -> None:
         ]
     }
     (root / "annotations/fho_main.json").write_text(json.dumps(content))
-    counts = convert(Ego4d(root), tmp_path / "out", image_size=16, max_bad_share=0.5)
+    counts = convert(Ego4dSource(root), tmp_path / "out", image_size=16, max_unreadable_fraction=0.5)
     assert counts == {"converted": 3, "frames": 2 * 31 + 19, "unreadable": 1}, "the fourth has neither file"
     for name, path, first in (
         ("gone_000", "full_scale/v", 45),
@@ -246,7 +246,7 @@ def test_bad_episodes_are_counted_and_named_and_leave_nothing(tmp_path: Path, ca
         "../secret.mp4,go",
         "mute.mp4,",
     ]
-    counts = convert(captioned(root, rows), tmp_path / "out", image_size=16, max_bad_share=1.0)
+    counts = convert(captioned(root, rows), tmp_path / "out", image_size=16, max_unreadable_fraction=1.0)
     assert counts == {
         "converted": 1,
         "frames": 12,
@@ -269,7 +269,7 @@ def test_a_run_stops_where_too_much_is_bad(tmp_path: Path) -> None:
     root = tmp_path / "in"
     film(root / "good.mp4")
     rows = ["good.mp4,go", *(f"gone{number}.mp4,go" for number in range(30))]
-    with pytest.raises(ValueError, match=r"19 of 20 episodes are unreadable, more than max_bad_share=0.1"):
+    with pytest.raises(ValueError, match=r"19 of 20 episodes are unreadable, more than max_unreadable_fraction=0.1"):
         convert(captioned(root, rows), tmp_path / "out", image_size=16)
     assert (tmp_path / "out/annotation/train/good.json").is_file()
 
@@ -372,7 +372,7 @@ def test_the_program_ends_with_one_line(tmp_path: Path) -> None:
 
 
 def test_ids_become_safe_file_names() -> None:
-    listed = program._unique([Listed("a/b:c"), Listed("a b c"), Listed("..")])
+    listed = program._unique([EpisodeEntry("a/b:c"), EpisodeEntry("a b c"), EpisodeEntry("..")])
     assert [program._file_name(entry.id) for entry in listed] == ["a_b_c", "a_b_c", "_"] and listed[
         1
     ].reason == "id taken by another episode"

@@ -5,13 +5,13 @@ import json
 import numpy as np
 import pytest
 import torch
-from videosets import write_set
+from videosets import write_video_set
 
-from common.mixture import Unreadable
-from step1_gfdm.dataset import ClipRule, LatentVideos, VideoClips, mixture
+from common.mixture import UnreadableSample
+from step1_gfdm.dataset import ClipRule, LatentClips, VideoClips, mixture
 
 SHAPE = (4, 8, 8)
-STRIDE = {"stride": 2, "start_every": 2}
+STRIDE = {"stride": 2, "step_between_clips": 2}
 
 
 def rng(seed=0):
@@ -40,8 +40,8 @@ def test_wrong_clip_rules(wrong):
 
 
 def test_samples_are_the_right_frames_text_and_camera(tmp_path):
-    videos = LatentVideos(
-        write_set(tmp_path, cameras=2, latent_shape=SHAPE),
+    videos = LatentClips(
+        write_video_set(tmp_path, cameras=2, latent_shape=SHAPE),
         num_frames=4,
         clip=STRIDE,
         views={0: 0.75, 1: 0.25},
@@ -60,23 +60,23 @@ def test_samples_are_the_right_frames_text_and_camera(tmp_path):
 
 
 def test_long_videos_are_dropped_on_request(tmp_path):
-    write_set(tmp_path, 2, length=20, latent_shape=SHAPE)
-    with_limit = LatentVideos(tmp_path, num_frames=4, clip={"span": "episode"}, max_frames=19, latent_shape=SHAPE)
+    write_video_set(tmp_path, 2, length=20, latent_shape=SHAPE)
+    with_limit = LatentClips(tmp_path, num_frames=4, clip={"span": "episode"}, max_frames=19, latent_shape=SHAPE)
     assert len(with_limit) == 0
-    assert len(LatentVideos(tmp_path, num_frames=4, clip={"span": "episode"}, max_frames=20, latent_shape=SHAPE)) == 2
+    assert len(LatentClips(tmp_path, num_frames=4, clip={"span": "episode"}, max_frames=20, latent_shape=SHAPE)) == 2
 
 
 def test_sets_without_a_val_folder_hold_videos_out(tmp_path):
-    write_set(tmp_path, 22, length=2, latent_shape=SHAPE, val_folder=False)
+    write_video_set(tmp_path, 22, length=2, latent_shape=SHAPE, val_folder=False)
     train, val = (
-        LatentVideos(tmp_path, split, num_frames=2, clip=STRIDE, latent_shape=SHAPE) for split in ("train", "val")
+        LatentClips(tmp_path, split, num_frames=2, clip=STRIDE, latent_shape=SHAPE) for split in ("train", "val")
     )
     assert len(val.files) == 2 and not set(val.files) & set(train.files) and len(train.files) == 20
 
 
 def test_real_bridge_latents(shared_data):
     """Their annotations say latent_videos/, the files lie in latent_videos_svd/."""
-    videos = LatentVideos(
+    videos = LatentClips(
         shared_data / "video_samples/bridge", "val", num_frames=16, clip={"span": "episode"}, max_frames=100
     )
     assert len(videos) == 3
@@ -84,8 +84,8 @@ def test_real_bridge_latents(shared_data):
         sample = videos.sample(index, rng())
         assert sample["latents"].shape == (16, 4, 32, 32) and 0.5 < sample["latents"].std() < 1.0
     assert {videos.sample(i, rng())["text"] for i in range(3)} >= {"put the broccoli next to the bowl"}
-    with pytest.raises(Unreadable, match=r"holds \(24, 4, 32, 32\), needs \(T, 12, 8, 8\)"):
-        LatentVideos(
+    with pytest.raises(UnreadableSample, match=r"holds \(24, 4, 32, 32\), needs \(T, 12, 8, 8\)"):
+        LatentClips(
             shared_data / "video_samples/bridge",
             "val",
             num_frames=16,
@@ -105,10 +105,10 @@ def test_real_videos(shared_data, name, frames):
 
 
 def broken(tmp_path, change):
-    write_set(tmp_path, 1, latent_shape=SHAPE)
+    write_video_set(tmp_path, 1, latent_shape=SHAPE)
     file = tmp_path / "annotation/train/0.json"
     change(tmp_path, file, json.loads(file.read_text()))
-    return LatentVideos(tmp_path, num_frames=4, clip=STRIDE, latent_shape=SHAPE)
+    return LatentClips(tmp_path, num_frames=4, clip=STRIDE, latent_shape=SHAPE)
 
 
 def save(value):
@@ -149,35 +149,35 @@ class Evil:
 def test_bad_samples_are_named(tmp_path, change, says):
     videos = broken(tmp_path, change)
     assert len(videos) > 0
-    with pytest.raises(Unreadable, match=says) as caught:
+    with pytest.raises(UnreadableSample, match=says) as caught:
         videos.sample(0, rng())
     assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_a_camera_too_many_is_named(tmp_path):
-    write_set(tmp_path, 1, latent_shape=SHAPE)
-    with pytest.raises(Unreadable, match="has 1 cameras, camera 1 is asked for; set this set's views"):
-        LatentVideos(tmp_path, num_frames=4, clip=STRIDE, latent_shape=SHAPE, views={1: 1.0}).sample(0, rng())
+    write_video_set(tmp_path, 1, latent_shape=SHAPE)
+    with pytest.raises(UnreadableSample, match="has 1 cameras, camera 1 is asked for; set this set's views"):
+        LatentClips(tmp_path, num_frames=4, clip=STRIDE, latent_shape=SHAPE, views={1: 1.0}).sample(0, rng())
 
 
 def test_missing_video_is_named(tmp_path):
-    write_set(tmp_path, 1)
+    write_video_set(tmp_path, 1)
     (tmp_path / "videos/train/0/0.mp4").unlink()
-    with pytest.raises(Unreadable, match="no such video"):
+    with pytest.raises(UnreadableSample, match="no such video"):
         VideoClips(tmp_path, "train", num_frames=4, clip=STRIDE, image_size=32).sample(0, rng())
 
 
 def test_absent_folders_say_what_to_run(tmp_path):
     with pytest.raises(FileNotFoundError, match="scripts/playtable_record.sh"):
-        LatentVideos(tmp_path / "nowhere", num_frames=4, clip=STRIDE)
-    write_set(tmp_path, 1)
+        LatentClips(tmp_path / "nowhere", num_frames=4, clip=STRIDE)
+    write_video_set(tmp_path, 1)
     with pytest.raises(FileNotFoundError, match="scripts/step1_prepare_data_latent.sh data="):
-        LatentVideos(tmp_path, num_frames=4, clip=STRIDE)
+        LatentClips(tmp_path, num_frames=4, clip=STRIDE)
 
 
 def test_mixture_draws_by_weight_and_keeps_a_part_of_human_video(tmp_path):
-    write_set(tmp_path / "robot", 2, latent_shape=SHAPE)
-    write_set(tmp_path / "ego", 10, latent_shape=SHAPE)
+    write_video_set(tmp_path / "robot", 2, latent_shape=SHAPE)
+    write_video_set(tmp_path / "ego", 10, latent_shape=SHAPE)
     sets = {
         "robot": {"weight": 3, "clip": STRIDE},
         "human": {"folder": "ego", "weight": 1, "clip": {"span": "episode"}, "human": True},

@@ -5,11 +5,11 @@ import json
 import numpy as np
 import pytest
 import torch
-from videosets import write_set
+from videosets import write_video_set
 
 from common.video import read_frames, resize
 from step1_gfdm import encode, vae
-from step1_gfdm.dataset import LatentVideos
+from step1_gfdm.dataset import LatentClips
 
 OPTIONS = {"image_size": 64, "chunk": 8}
 
@@ -24,7 +24,7 @@ def latents(root):
 
 
 def test_encodes_what_the_vae_says_and_training_reads_it(tmp_path, space):
-    root = write_set(tmp_path, 2, cameras=2, stated=False)
+    root = write_video_set(tmp_path, 2, cameras=2, stated=False)
     assert encode.encode_set(root, root, space, sample=False, **OPTIONS) == {"encoded": 4}
     assert list(latents(root)) == [f"latent_videos/train/{e}/{c}.pt" for e in (0, 1) for c in (0, 1)]
     whole = space.encode(resize(read_frames(root / "videos/train/1/1.mp4"), 64) * 2 - 1)
@@ -32,7 +32,7 @@ def test_encodes_what_the_vae_says_and_training_reads_it(tmp_path, space):
     assert stored.dtype == torch.float32 and stored.shape == (20, space.channels, 8, 8)
     torch.testing.assert_close(stored, whole, atol=1e-5, rtol=1e-5)
     assert json.loads((root / "annotation/train/0.json").read_text())["video_length"] == 20
-    videos = LatentVideos(root, num_frames=4, clip={"span": "episode"}, latent_shape=(space.channels, 8, 8))
+    videos = LatentClips(root, num_frames=4, clip={"span": "episode"}, latent_shape=(space.channels, 8, 8))
     assert torch.equal(
         videos.sample(1, np.random.default_rng(0))["latents"][0],
         torch.load(root / "latent_videos/train/1/0.pt", weights_only=True)[0],
@@ -40,7 +40,7 @@ def test_encodes_what_the_vae_says_and_training_reads_it(tmp_path, space):
 
 
 def test_goes_on_where_it_stopped_with_the_same_result(tmp_path, space):
-    whole, broken = write_set(tmp_path / "a", 3), write_set(tmp_path / "b", 3)
+    whole, broken = write_video_set(tmp_path / "a", 3), write_video_set(tmp_path / "b", 3)
     encode.encode_set(whole, whole, space, **OPTIONS)
     encode.encode_set(broken, broken, space, **OPTIONS)
     first, second, third = latents(broken).values()
@@ -54,14 +54,14 @@ def test_goes_on_where_it_stopped_with_the_same_result(tmp_path, space):
 
 
 def test_another_scale_is_encoded_again(tmp_path, space):
-    root = write_set(tmp_path, 1)
+    root = write_video_set(tmp_path, 1)
     encode.encode_set(root, root, space, **OPTIONS)
     assert encode.encode_set(root, root, space, image_size=32) == {"encoded": 1}
     assert torch.load(next(iter(latents(root).values())), weights_only=True).shape[-1] == 4
 
 
 def test_bad_videos_are_counted_named_and_leave_nothing(tmp_path, space, capsys):
-    root = write_set(tmp_path, 4)
+    root = write_video_set(tmp_path, 4)
     (root / "videos/train/0/0.mp4").unlink()
     torn = root / "videos/train/1/0.mp4"
     torn.write_bytes(torn.read_bytes()[:300])
@@ -82,7 +82,7 @@ def test_bad_videos_are_counted_named_and_leave_nothing(tmp_path, space, capsys)
 
 
 def test_a_failing_write_leaves_nothing(tmp_path, space, monkeypatch):
-    root = write_set(tmp_path, 1)
+    root = write_video_set(tmp_path, 1)
 
     def full(path, content):
         path.touch()
@@ -96,7 +96,7 @@ def test_a_failing_write_leaves_nothing(tmp_path, space, monkeypatch):
 
 
 def test_groups_and_workers_change_nothing_but_the_batches(tmp_path, space):
-    roots = [write_set(tmp_path / name, 5) for name in ("alone", "together", "ahead")]
+    roots = [write_video_set(tmp_path / name, 5) for name in ("alone", "together", "ahead")]
     for root, options in zip(roots, ({"group": 1}, {"group": 3}, {"group": 3, "workers": 2})):
         assert encode.encode_set(root, root, space, **options, **OPTIONS) == {"encoded": 5}
     alone, together, ahead = (
@@ -107,13 +107,13 @@ def test_groups_and_workers_change_nothing_but_the_batches(tmp_path, space):
 
 
 def test_compact_latents_are_read_like_any(tmp_path, space):
-    exact, compact = write_set(tmp_path / "a", 1), write_set(tmp_path / "b", 1)
+    exact, compact = write_video_set(tmp_path / "a", 1), write_video_set(tmp_path / "b", 1)
     encode.encode_set(exact, exact, space, **OPTIONS)
     encode.encode_set(compact, compact, space, store=torch.bfloat16, **OPTIONS)
     (stored,) = latents(compact).values()
     assert torch.load(stored, weights_only=True).dtype == torch.bfloat16
     read = [
-        LatentVideos(root, num_frames=4, clip={"span": "episode"}, latent_shape=(space.channels, 8, 8)).sample(
+        LatentClips(root, num_frames=4, clip={"span": "episode"}, latent_shape=(space.channels, 8, 8)).sample(
             0, np.random.default_rng(0)
         )["latents"]
         for root in (exact, compact)
@@ -122,21 +122,21 @@ def test_compact_latents_are_read_like_any(tmp_path, space):
 
 
 def test_a_run_stops_where_too_much_is_bad(tmp_path, space):
-    root = write_set(tmp_path, 24)
+    root = write_video_set(tmp_path, 24)
     for number in range(6):
         (root / f"videos/train/{number}/0.mp4").unlink()
     with pytest.raises(ValueError, match=r"6 of 2\d videos are unreadable"):
-        encode.encode_set(root, root, space, max_bad_share=0.1, **OPTIONS)
+        encode.encode_set(root, root, space, max_unreadable_fraction=0.1, **OPTIONS)
     assert len(latents(root)) >= 14
 
 
 def test_another_folder_and_ranks(tmp_path, space):
-    data, out = write_set(tmp_path / "data", 3), tmp_path / "out"
+    data, out = write_video_set(tmp_path / "data", 3), tmp_path / "out"
     for rank in (0, 1):
         encode.encode_set(data, out, space, rank=rank, world=2, **OPTIONS)
     assert len(latents(out)) == 3 and not latents(data)
     found = [
-        LatentVideos(out, split, num_frames=4, clip={"span": "episode"}, latent_shape=(space.channels, 8, 8))
+        LatentClips(out, split, num_frames=4, clip={"span": "episode"}, latent_shape=(space.channels, 8, 8))
         for split in ("train", "val")
     ]
     assert list(map(len, found)) == [2, 1]  # the copy has no val folder

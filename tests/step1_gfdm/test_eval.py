@@ -8,14 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from videosets import write_set
+from videosets import write_video_set
 
 from common.metrics import psnr
-from step1_gfdm import perception
+from step1_gfdm import perceptual_metrics
 from step1_gfdm.dataset import VideoClips
 from step1_gfdm.eval import COPY, LIMIT, Scores, film, table
-from step1_gfdm.perception import Missing, VideoEye, frechet, frechet_ci
-from step1_gfdm.probe import Read, read_out
+from step1_gfdm.perceptual_metrics import MetricUnavailable, VideoFeatureExtractor, frechet, frechet_ci
+from step1_gfdm.probe import ProbeData, fit_probes
 
 
 def videos(count: int = 12) -> dict[str, torch.Tensor]:
@@ -52,9 +52,9 @@ def test_scores_by_clip_and_by_frame() -> None:
 
 
 def test_the_eye_ranks_forecasts_and_is_named(hub: Path) -> None:
-    eye = VideoEye(hub / "dinov2", 32, torch.device("cpu"))
-    assert str(hub) in eye.name
-    scores = Scores({"psnr": psnr}, eye)
+    feature_extractor = VideoFeatureExtractor(hub / "dinov2", 32, torch.device("cpu"))
+    assert str(hub) in feature_extractor.name
+    scores = Scores({"psnr": psnr}, feature_extractor)
     scores.add(videos(16))
     summary = scores.summarize()
     assert summary["good"]["frechet"]["mean"] < summary[COPY]["frechet"]["mean"] and "Fréchet" in table(summary, 16)
@@ -70,15 +70,15 @@ def test_frechet_is_that_of_gaussians() -> None:
 
 
 def test_weights_that_are_missing_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(Missing, match="Fréchet distance is left out.*none"):
-        VideoEye(tmp_path / "none", 32, torch.device("cpu"))
+    with pytest.raises(MetricUnavailable, match="Fréchet distance is left out.*none"):
+        VideoFeatureExtractor(tmp_path / "none", 32, torch.device("cpu"))
 
     def offline(*_: object, **__: object) -> None:
         raise OSError("no net")
 
-    monkeypatch.setattr(perception, "learned_perceptual_image_patch_similarity", offline)
-    with pytest.raises(Missing, match="torchvision's alex weights .*no net"):
-        perception.lpips("alex")
+    monkeypatch.setattr(perceptual_metrics, "learned_perceptual_image_patch_similarity", offline)
+    with pytest.raises(MetricUnavailable, match="torchvision's alex weights .*no net"):
+        perceptual_metrics.lpips("alex")
 
 
 def test_film_is_a_grid() -> None:
@@ -87,7 +87,7 @@ def test_film_is_a_grid() -> None:
 
 
 def test_clips_hand_out_readings(tmp_path: Path) -> None:
-    root = write_set(tmp_path, 2)
+    root = write_video_set(tmp_path, 2)
     file = root / "annotation/train/1.json"
     file.write_text(
         json.dumps({**json.loads(file.read_text()), "state": [[float(frame), 0.0, 0.0] for frame in range(20)]})
@@ -101,7 +101,7 @@ def test_the_probe_finds_motion_where_it_is() -> None:
     displacement = torch.randn(300, 3, generator=generator) * 0.05
     noise = torch.randn(300, 200, generator=generator)
     telling = noise + displacement @ torch.randn(3, 200, generator=generator) * 20
-    results = read_out(Read({"features": telling, "present": noise}, displacement))
+    results = fit_probes(ProbeData({"features": telling, "present": noise}, displacement))
     for kind in ("linear", "mlp"):
         assert (
             results["features"][kind][1] > 0.5
@@ -109,6 +109,6 @@ def test_the_probe_finds_motion_where_it_is() -> None:
             and results["difference"][kind][1] > 0.3
         )
     curved = torch.cat([displacement.sign() * (displacement.abs() * 20) ** 3, noise[:, :10]], dim=1)
-    assert read_out(Read({"features": curved, "present": noise}, displacement))["features"]["mlp"][0] > 0.3
+    assert fit_probes(ProbeData({"features": curved, "present": noise}, displacement))["features"]["mlp"][0] > 0.3
     with pytest.raises(ValueError, match="a probe of 10 clips"):
-        read_out(Read({"features": telling[:10], "present": noise[:10]}, displacement[:10]))
+        fit_probes(ProbeData({"features": telling[:10], "present": noise[:10]}, displacement[:10]))

@@ -92,7 +92,7 @@ def test_denoise_steps_and_conditioning_switches_change_the_features(hub):
         {"objective": DDPM()},
     ):
         assert not torch.equal(make(hub, **change).eval().imagine(IMAGES[:1], TEXT[:1]), base), change
-    assert make(hub, taps=(1,)).num_tokens == 64
+    assert make(hub, up_block_indices=(1,)).num_tokens == 64
     wide = make(hub, unet={"block_out_channels": [64, 64, 96]})
     assert wide.feature_dim == 160 and wide.imagine(IMAGES[:1], TEXT[:1]).shape == (1, 4, 64, 160)
 
@@ -158,9 +158,9 @@ def test_condition_is_the_unscaled_first_frame_second_on_channels(gfdm):
 
 @torch.no_grad()
 def test_generate(gfdm):
-    video = gfdm.generate(IMAGES[:2], TEXT[:2], steps=2, guidance=3.0)
+    video = gfdm.generate(IMAGES[:2], TEXT[:2], steps=2, guidance_scale=3.0)
     assert video.shape == (2, 4, 3, 64, 64) and video.min() >= 0 and video.max() <= 1
-    assert torch.equal(video, gfdm.generate(IMAGES[:2], TEXT[:2], steps=2, guidance=3.0))
+    assert torch.equal(video, gfdm.generate(IMAGES[:2], TEXT[:2], steps=2, guidance_scale=3.0))
     assert not torch.equal(video, gfdm.generate(IMAGES[:2], TEXT[:2], steps=2))
 
 

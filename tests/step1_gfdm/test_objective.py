@@ -25,9 +25,13 @@ def perfect_edm(clean):
 
 def perfect_ddpm(objective, clean):
     def net(x_in, timestep):
-        alpha_bar = objective.alpha_bar[timestep.long()].view(-1, 1, 1, 1, 1).float()
-        noise = (x_in - alpha_bar.sqrt() * clean) / (1 - alpha_bar).sqrt()
-        return noise if objective.prediction == "epsilon" else alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * clean
+        alphas_cumprod = objective.alphas_cumprod[timestep.long()].view(-1, 1, 1, 1, 1).float()
+        noise = (x_in - alphas_cumprod.sqrt() * clean) / (1 - alphas_cumprod).sqrt()
+        return (
+            noise
+            if objective.prediction == "epsilon"
+            else alphas_cumprod.sqrt() * noise - (1 - alphas_cumprod).sqrt() * clean
+        )
 
     return net
 
@@ -88,7 +92,7 @@ def test_edm_trains_on_vpps_noise_levels():
 def test_first_step_is_unit_noise_at_sigma_700_whatever_the_schedule():
     noise = torch.randn(SHAPE)
     for steps in (2, 20):
-        x, time = EDM().approach(None, noise, schedule_steps=steps)
+        x, time = EDM().network_input_after(None, noise, schedule_steps=steps)
         torch.testing.assert_close(x, noise)
         assert time.tolist() == pytest.approx([1.6378] * 3, abs=1e-4)
 
@@ -113,7 +117,7 @@ def test_edm_sampler_equals_diffusers_euler(steps):
     if (
         steps == 1
     ):  # diffusers' Karras ramp starts at sigma_max for any count but cannot be set to one step in every version
-        assert EDM().levels(1) == [pytest.approx(700.0)]
+        assert EDM().noise_levels(1) == [pytest.approx(700.0)]
         torch.testing.assert_close(EDM().denoise_once(net, noise), EDM().sample(net, noise, steps=1))
         return
     scheduler.set_timesteps(steps)
@@ -137,7 +141,7 @@ def test_ddpm_sampler_equals_diffusers_ddim(prediction):
     )
     scheduler.set_timesteps(10)
     objective = DDPM(prediction=prediction)
-    assert objective.levels(10) == scheduler.timesteps.tolist()
+    assert objective.noise_levels(10) == scheduler.timesteps.tolist()
     net = lambda x, t: torch.tanh(x) + t.view(-1, 1, 1, 1, 1) * 1e-4  # noqa: E731
     x = noise = torch.randn(SHAPE)
     for time in scheduler.timesteps:
@@ -156,16 +160,16 @@ def test_approach_is_the_beginning_of_sample():
             return torch.tanh(x)
 
         objective.sample(net, noise, steps=6)
-        x, time = objective.approach(lambda x, t: torch.tanh(x), noise, schedule_steps=6, taken=4)
+        x, time = objective.network_input_after(lambda x, t: torch.tanh(x), noise, schedule_steps=6, num_steps=4)
         torch.testing.assert_close((x, time), seen[4])
 
 
 def test_refusals():
     with pytest.raises(ValueError, match="raise schedule_steps"):
-        EDM().approach(None, torch.randn(SHAPE), schedule_steps=5, taken=5)
+        EDM().network_input_after(None, torch.randn(SHAPE), schedule_steps=5, num_steps=5)
     with pytest.raises(ValueError, match="epsilon"):
         DDPM(prediction="x0")
     with pytest.raises(ValueError, match="beta_schedule"):
         DDPM(beta_schedule="cosine")
     with pytest.raises(ValueError, match="1000 noise levels"):
-        DDPM().levels(1001)
+        DDPM().noise_levels(1001)

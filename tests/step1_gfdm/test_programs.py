@@ -16,7 +16,7 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException, InstantiationException
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
-from videosets import write_set
+from videosets import write_video_set
 
 from common import artifact
 from common.loop import Loop
@@ -129,7 +129,7 @@ def trained(hub, run, tmp_path_factory):
     work = tmp_path_factory.mktemp("work")
     (work / "ckpts/hub").mkdir(parents=True)
     (work / "ckpts/hub/tiny").symlink_to(hub)
-    write_set(work / "data/playtable/A/videos_set", 4, length=40, cameras=2, val_folder=False)
+    write_video_set(work / "data/playtable/A/videos_set", 4, length=40, cameras=2, val_folder=False)
     said = {
         "encode": run(
             "step1_gfdm.encode",
@@ -140,7 +140,7 @@ def trained(hub, run, tmp_path_factory):
         )
     }
     (work / "data/playtable/ABC").symlink_to("A")
-    write_set(work / "data/playtable/hand/videos_set", 4, length=40, val_folder=False)
+    write_video_set(work / "data/playtable/hand/videos_set", 4, length=40, val_folder=False)
     run(
         "step1_gfdm.encode",
         "scale=tiny",
@@ -167,7 +167,7 @@ def trained(hub, run, tmp_path_factory):
         "guidance=[1,2]",
         "lpips=null",
         "eye=ckpts/hub/tiny/dinov2",
-        "eye_size=64",
+        "feature_extractor_size=64",
         "probe=8",
         cwd=work,
     )
@@ -181,10 +181,10 @@ def test_a_model_comes_out_of_three_commands(trained):
     assert [row["step"] for row in rows if "train/loss" in row] == [1, 2, 3, 4, 5, 6] and any(
         "val/loss" in row for row in rows
     )
-    meta = artifact.meta(work / "ckpts/gfdm/squares", "gfdm")
+    read_meta = artifact.read_meta(work / "ckpts/gfdm/squares", "gfdm")
     assert (
-        meta["stats"]["clips"] == dict.fromkeys(("robot", "hand"), {"stride": 10, "start_every": 2})
-        and meta["scale"] == "tiny"
+        read_meta["stats"]["clips"] == dict.fromkeys(("robot", "hand"), {"stride": 10, "step_between_clips": 2})
+        and read_meta["scale"] == "tiny"
     )
 
 
@@ -329,7 +329,7 @@ def distance(one, two):
 
 
 def test_two_processes_whole_or_sharded_train_as_one_with_the_same_global_batch(tmp_path, hub):
-    write_set(tmp_path / "set", 6, latent_shape=(12, 8, 8))
+    write_video_set(tmp_path / "set", 6, latent_shape=(12, 8, 8))
     for file in (tmp_path / "set/latent_videos").rglob("*.pt"):  # the set's own latents tell nothing of what is learned
         torch.save(torch.randn(20, 12, 8, 8, generator=torch.Generator().manual_seed(int(file.parent.name))), file)
     alone, rows = launched(tmp_path / "one", hub, 1)

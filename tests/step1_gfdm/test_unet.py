@@ -39,19 +39,21 @@ def inputs(unet, side=16, frames=4, batch=2, tokens=20):
 @pytest.mark.parametrize("taps", [(0,), (0, 1), (1,), (1, 2), (0, 3)])
 @pytest.mark.parametrize("side", [16, 12])
 @torch.no_grad()
-def test_truncated_equals_hooks_on_the_full_pass(unet, taps, side):
+def test_truncated_equals_hooks_on_the_full_pass(unet, up_block_indices, side):
     sample, time, text, ids = inputs(unet, side)
     caught = {}
-    handles = [unet.up_blocks[t].register_forward_hook(lambda m, i, o, t=t: caught.__setitem__(t, o)) for t in taps]
+    handles = [
+        unet.up_blocks[t].register_forward_hook(lambda m, i, o, t=t: caught.__setitem__(t, o)) for t in up_block_indices
+    ]
     unet(sample, time, encoder_hidden_states=text, added_time_ids=ids)
     for handle in handles:
         handle.remove()
-    grid = caught[max(taps)].shape[-2:]
-    expected = torch.cat([F.interpolate(caught[t], size=grid, mode="nearest") for t in taps], 1)
+    grid = caught[max(up_block_indices)].shape[-2:]
+    expected = torch.cat([F.interpolate(caught[t], size=grid, mode="nearest") for t in up_block_indices], 1)
     expected = expected.view(2, 4, expected.shape[1], -1).transpose(2, 3)
-    got = svd_unet.features(unet, sample, time, text=text, time_ids=ids, taps=taps)
+    got = svd_unet.features(unet, sample, time, text=text, time_ids=ids, up_block_indices=up_block_indices)
     assert torch.equal(got, expected)
-    assert got.shape == (2, 4, *svd_unet.feature_shape(unet, taps, side))
+    assert got.shape == (2, 4, *svd_unet.feature_shape(unet, up_block_indices, side))
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
 import torch
 
-from common.standins import Reconstruct, blank_vae
+from common.standins import VAELoss, build_tiny_vae
 from step1_gfdm import vae
 
 
@@ -11,7 +11,7 @@ def test_shapes_scale_and_chunks(hub):
     images = torch.rand(5, 3, 64, 64) * 2 - 1
     latents = space.encode(images)
     assert latents.shape == (5, space.channels, 8, 8) and latents.dtype == torch.float32
-    torch.testing.assert_close(latents, space.encode(images, chunk=2), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(latents, space.encode(images, chunk_size=2), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(latents, space.module.encode(images).latent_dist.mode() * space.scale)
     drawn = [space.encode(images, sample=True, generator=torch.Generator().manual_seed(s)) for s in (0, 0, 1)]
     assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
@@ -21,12 +21,14 @@ def test_shapes_scale_and_chunks(hub):
 
 
 def test_the_stand_in_decodes_clips_as_it_decodes_pictures():
-    model = Reconstruct(blank_vae())
+    model = VAELoss(build_tiny_vae())
     optimizer = torch.optim.AdamW(model.parameters(), 2e-3, weight_decay=0.0)
     for _ in range(3):
         model({"image": torch.rand(2, 3, 32, 32) * 2 - 1})["loss"].backward()
         optimizer.step()
         optimizer.zero_grad()
-    space = vae.LatentSpace(model.vae)
+    space = vae.FrozenVAE(model.vae)
     latents = torch.randn(1, 4, space.channels, 4, 4)
-    torch.testing.assert_close(space.decode(latents, chunk=4), space.decode(latents, chunk=1), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        space.decode(latents, chunk_size=4), space.decode(latents, chunk_size=1), atol=1e-4, rtol=1e-4
+    )

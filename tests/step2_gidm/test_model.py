@@ -11,7 +11,7 @@ from common import artifact
 from common.frozen import dinov2, t5_text
 from common.metrics import perplexity
 from step2_gidm.baselines import MLPInverse, TransformerInverse
-from step2_gidm.model import GIDM, clean
+from step2_gidm.model import GIDM, normalize_text
 from step2_gidm.quantizer import Binning, Continuous, GaussianMixture, VectorQuantizer
 from tests.step2_gidm.parts import DIM, Eyes, Meta, Words, make, moving
 
@@ -33,8 +33,8 @@ def test_protocol(kind: str, quantizer: str, text_in: list[str]) -> None:
     now, future = model.embed(batch["frames"][:, 0]), model.embed(batch["frames"][:, 1])
     assert now.shape == (5, model.num_tokens, model.embed_dim)
     action = model.infer(now, future, batch["text"])
-    assert action.continuous.shape == action.quantized.shape == (5, model.num_actions, model.latent_dim)
-    assert model.lift(action.quantized).shape == (5, model.num_actions, model.embed_dim)
+    assert action.continuous.shape == action.quantized.shape == (5, model.num_action_tokens, model.latent_dim)
+    assert model.embed_action(action.quantized).shape == (5, model.num_action_tokens, model.embed_dim)
     assert model.decode(now, action.quantized, batch["text"]).shape == future.shape
     out = model.train()(batch)
     assert {"loss", "mse", "copy_mse", "codebook", "commitment"} <= set(out)
@@ -61,7 +61,7 @@ def test_the_decoder_sees_the_future_through_the_latent_action_only(kind: str, t
     batch = moving(4)
     seen = {}
     model.decoder.register_forward_hook(lambda _, args, out: seen.update(inputs=args, out=out.detach()))
-    latent = torch.randn(4, model.num_actions, model.latent_dim)
+    latent = torch.randn(4, model.num_action_tokens, model.latent_dim)
     replaced = model.quantizer.register_forward_hook(lambda _, args, out: out._replace(quantized=latent))
     model.train()(batch)
     first = seen["out"]
@@ -85,7 +85,7 @@ def test_the_encoder_is_causal() -> None:
     words = model._read(batch["text"])
     one, two = (model.encode_frames(now, f, *words) for f in (future, torch.randn_like(future)))
     assert torch.equal(one[:, 0], two[:, 0])
-    assert not torch.allclose(one[:, 1, : model.num_actions], two[:, 1, : model.num_actions])
+    assert not torch.allclose(one[:, 1, : model.num_action_tokens], two[:, 1, : model.num_action_tokens])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -114,7 +114,7 @@ def test_instruction_reaches_the_latent_action_where_it_should() -> None:
 
 
 def test_sentences_are_cleaned_in_one_place() -> None:
-    assert clean("  Put the Cup, (carefully) down! ") == "put the cup carefully down"
+    assert normalize_text("  Put the Cup, (carefully) down! ") == "put the cup carefully down"
     model = make().eval()
     now, future = torch.randn(2, 1, model.num_tokens, model.embed_dim)
     one, two = (model.infer(now, future, [text]).continuous for text in ("Open, the drawer.", "open the drawer"))
@@ -129,7 +129,7 @@ def test_bad_inputs() -> None:
     with pytest.raises(ValueError, match=r"visual tokens must be \(B, 16, 16\)"):
         model.infer(tokens[:, :4], tokens[:, :4], ["a", "b"])
     with pytest.raises(ValueError, match="pass text"):
-        model.decode(tokens, torch.zeros(2, model.num_actions, model.latent_dim))
+        model.decode(tokens, torch.zeros(2, model.num_action_tokens, model.latent_dim))
 
 
 @pytest.mark.parametrize(
@@ -169,10 +169,10 @@ def train(model: GIDM, steps: int) -> dict[str, float]:
         model.train()(moving(32, seed=step))["loss"].backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        model.on_step(step + 1)
+        model.on_step_end(step + 1)
     with torch.no_grad():
         held_out = model.eval()(moving(64, seed=10_000))
-    return model.count_metrics({"codes": held_out.pop("codes")}) | {k: v.item() for k, v in held_out.items()}
+    return model.metrics_from_counts({"codes": held_out.pop("codes")}) | {k: v.item() for k, v in held_out.items()}
 
 
 def test_it_learns_what_moves() -> None:
@@ -185,7 +185,7 @@ def test_it_learns_what_moves() -> None:
 def test_usage_and_perplexity_are_those_of_the_histograms() -> None:
     counts = torch.randint(0, 3, (2, 8))
     counts[1] = torch.tensor([0, 0, 9, 0, 0, 0, 0, 0])
-    told = make().count_metrics({"codes": counts})
+    told = make().metrics_from_counts({"codes": counts})
     assert set(told) == {f"{what}{end}" for what in ("usage", "perplexity") for end in ("", "_0", "_1")}
     for end, part in (("", counts.sum(0)), ("_0", counts[0])):
         assert told[f"usage{end}"] == (part > 0).sum() / 8 and told[f"perplexity{end}"] == pytest.approx(
@@ -229,7 +229,7 @@ def test_artifact_round_trip_with_the_real_loaders(hub: Path, tmp_path: Path) ->
 
 def test_attention_shows_the_patch_of_the_future_frame_that_a_query_looks_at() -> None:
     model = make(encoder_layers=1).eval()
-    model.encoder.positions.zero_()  # a patch is known by what it shows
+    model.encoder.pos_embed.zero_()  # a patch is known by what it shows
     block, stem = model.encoder.blocks[0], model.encoder.stem
     future = torch.randn(1, model.num_tokens, model.embed_dim).expand(2, -1, -1).clone()
     future[1] = future[1].roll(3, dims=0)

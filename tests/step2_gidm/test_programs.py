@@ -24,12 +24,12 @@ from common.loop import Loop
 from common.video import probe
 from step2_gidm import eval as evaluate
 from step2_gidm import train
+from step2_gidm.analysis import QUANTIZED
 from step2_gidm.data.dataset import mixture
-from step2_gidm.eval import draw_pairs, film, look, measure, summarize, table
-from step2_gidm.meaning import QUANTIZED
+from step2_gidm.eval import draw_pairs, encode_pairs, film, measure, summarize, table
 from step2_gidm.model import GIDM
 from step2_gidm.quantizer import VectorQuantizer
-from tests.common.test_rlds import write_set
+from tests.common.test_rlds import write_video_set
 from tests.step2_gidm.data.test_dataset import video_set
 from tests.step2_gidm.parts import make, moving
 from tests.step3_defi.parts import write_calvin
@@ -243,7 +243,7 @@ def test_logged_code_use_is_that_of_the_model_on_all_held_out_pairs(tmp_path: Pa
     said = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()][-1]
     with torch.no_grad():
         counts = model(every)["codes"]
-    assert {key.removeprefix("val/"): value for key, value in code_use(said).items()} == model.count_metrics(
+    assert {key.removeprefix("val/"): value for key, value in code_use(said).items()} == model.metrics_from_counts(
         {"codes": counts}
     )
     assert said["val/usage"] > 4 / 128
@@ -290,7 +290,7 @@ def launched(folder: Path, sets: Path, processes: int) -> dict[str, tuple[dict[s
 
 
 def test_two_processes_train_as_one_with_the_same_global_batch(tmp_path: Path) -> None:
-    write_set(tmp_path / "toy" / "1.0.0", shards=(6, 7))
+    write_video_set(tmp_path / "toy" / "1.0.0", shards=(6, 7))
     alone, pair = (launched(tmp_path / str(processes), tmp_path / "toy" / "1.0.0", processes) for processes in (1, 2))
     for kind, (weights, rows) in alone.items():
         others, found = pair[kind]
@@ -314,7 +314,7 @@ def test_measure_knows_a_perfect_and_a_blind_model() -> None:
     model = make().eval()
     pairs = [Squares().sample(i, np.random.default_rng(0)) for i in range(10)]
     model.decode = lambda now, latent, text=None: now
-    seen = look(model, pairs, batch_size=4)
+    seen = encode_pairs(model, pairs, batch_size=4)
     errors, codes = measure(model, pairs, seen, batch_size=4), seen.codes.numpy()
     assert np.allclose(errors["mse"], errors["copy_mse"]) and np.allclose(errors["gap"], 0) and codes.shape == (10, 2)
     summary = summarize(errors, codes, 8)
@@ -334,7 +334,7 @@ def test_pairs_need_data() -> None:
 
 def test_films_of_every_kind_of_set(tmp_path: Path) -> None:
     toy = {
-        "rlds": write_set(tmp_path / "toy" / "1.0.0"),
+        "rlds": write_video_set(tmp_path / "toy" / "1.0.0"),
         "fps": 1,
         "image": "observation/image",
         "text": "instruction",
@@ -375,7 +375,7 @@ def test_train_then_eval_from_the_command_line(hub: Path, tmp_path: Path, monkey
     ]
     run(train, *where, *build, *short)
     folder = tmp_path / "ckpts/gidm/toy"
-    assert artifact.meta(folder, "gidm")["step"] == 3 and artifact.meta(folder)["scale"] == "tiny"
+    assert artifact.read_meta(folder, "gidm")["step"] == 3 and artifact.read_meta(folder)["scale"] == "tiny"
     run(evaluate, *where, "scale=tiny", f"path={folder}", "pairs=6", "pictures=1", "~data.sets.hand")
     results = json.loads((folder / "eval/results.json").read_text())
     assert results["pairs"] == 6 and len(results["samples"]) == 6 and results["gidm_sha256"] == artifact.sha256(folder)
@@ -431,7 +431,7 @@ def test_train_then_eval_from_the_command_line(hub: Path, tmp_path: Path, monkey
 def test_a_training_that_can_read_nothing_ends_with_one_line(
     workers: int, hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = write_set(tmp_path / "toy" / "1.0.0", shards=(6, 7))
+    folder = write_video_set(tmp_path / "toy" / "1.0.0", shards=(6, 7))
     build = [
         f"gidm.vision.path={hub / 'dinov2'}",
         f"gidm.text.path={hub / 't5'}",

@@ -36,7 +36,7 @@ def test_protocol(name: str) -> None:
     assert set(out.stats) == {"codebook", "commitment"}
     (out.quantized.sum() + out.loss).backward()
     assert torch.isfinite(z.grad).all() and (z.grad != 0).all()
-    assert isinstance(quantizer.on_step(1), dict)
+    assert isinstance(quantizer.on_step_end(1), dict)
 
 
 @pytest.mark.parametrize("name", MAKERS)
@@ -45,7 +45,7 @@ def test_no_step_waits_for_the_device(name: str) -> None:
         quantizer = MAKERS[name]().train()
         out = quantizer(torch.randn(7, 4, quantizer.dim, requires_grad=True))
         (out.loss + out.quantized.sum()).backward()
-        assert quantizer.on_step(1) == {}
+        assert quantizer.on_step_end(1) == {}
 
 
 def test_vq_takes_the_nearest_code_and_passes_gradients_straight_through() -> None:
@@ -80,9 +80,9 @@ def test_dead_codes_restart_on_the_schedule_onto_the_batch() -> None:
     z = torch.randn(16, 2, 4) + 10
     used = quantizer(z).codes.unique()
     before = quantizer.codebook.detach().clone()
-    assert quantizer.on_step(1) == {} and quantizer.on_step(2) == {}
+    assert quantizer.on_step_end(1) == {} and quantizer.on_step_end(2) == {}
     quantizer(z)
-    assert quantizer.on_step(3) == {"restarted": float(8 - len(used))}
+    assert quantizer.on_step_end(3) == {"restarted": float(8 - len(used))}
     after = quantizer.codebook.detach()
     assert torch.equal(after[used], before[used])
     fresh = torch.ones(8, dtype=torch.bool)
@@ -94,9 +94,9 @@ def test_dead_codes_restart_on_the_schedule_onto_the_batch() -> None:
 def test_no_restart_in_eval_or_after_the_end() -> None:
     quantizer = VectorQuantizer(8, 4, restart_every=1, restart_until=5).train()
     quantizer(torch.randn(4, 2, 4) + 10)
-    assert quantizer.on_step(6) == {}
+    assert quantizer.on_step_end(6) == {}
     quantizer.eval()(torch.randn(4, 2, 4))
-    assert quantizer.on_step(1) == {}
+    assert quantizer.on_step_end(1) == {}
 
 
 @pytest.mark.parametrize("kind", [VectorQuantizer, GaussianMixture])
@@ -105,11 +105,11 @@ def test_usage_survives_a_resume(kind: type) -> None:
     two.load_state_dict(one.state_dict())
     early, late = torch.randn(4, 2, 4) + 3, torch.randn(4, 2, 4) - 3
     one(early)
-    one.on_step(1)
+    one.on_step_end(1)
     two.load_state_dict(one.state_dict())
     for quantizer in (one, two):
         quantizer(late)
-        assert quantizer.on_step(4)["restarted"] > 0
+        assert quantizer.on_step_end(4)["restarted"] > 0
     for name, value in one.state_dict().items():
         assert torch.equal(value, two.state_dict()[name]), name
 
@@ -130,7 +130,7 @@ torch.manual_seed(rank)
 seen = places.detach()[[rank, rank + 1]]  # each rank uses two codes, one of them shared
 for step in (1, 2):
     quantizer(seen[None] + 0.01 * torch.randn(4, 2, 3))
-    report = quantizer.on_step(step)
+    report = quantizer.on_step_end(step)
 torch.save({"state": quantizer.state_dict(), "report": report}, f"{folder}/{rank}.pt")
 dist.destroy_process_group()
 """
@@ -162,7 +162,7 @@ def test_mixture_learns_where_the_data_is() -> None:
         optimizer.zero_grad()
         quantizer(z).loss.backward()
         optimizer.step()
-        quantizer.on_step(step + 1)
+        quantizer.on_step_end(step + 1)
     out = quantizer(z)
     assert (out.quantized - z).norm(dim=-1).mean() < 0.5
     assert perplexity(code_counts(out.codes, 12)) > 3.5
@@ -178,7 +178,7 @@ def test_mixture_at_the_papers_size_leaves_no_cluster_without_a_component() -> N
         optimizer.zero_grad()
         quantizer(z).loss.backward()
         optimizer.step()
-        quantizer.on_step(step + 1)
+        quantizer.on_step_end(step + 1)
     z = (centres.repeat(4, 1) + 0.03 * torch.randn(256, 128))[:, None]
     out = quantizer.eval()(z)
     assert len(out.codes.unique()) >= 48
@@ -189,7 +189,7 @@ def test_restarted_components_take_the_batchs_spread() -> None:
     quantizer = GaussianMixture(8, 4, restart_every=1).train()
     z = 0.2 * torch.randn(64, 2, 4) + 3
     used = quantizer(z).codes.unique()
-    assert quantizer.on_step(1) == {"restarted": float(8 - len(used))} and len(used) < 8
+    assert quantizer.on_step_end(1) == {"restarted": float(8 - len(used))} and len(used) < 8
     fresh = torch.ones(8, dtype=torch.bool)
     fresh[used] = False
     spread = z.flatten(0, 1).std(0, correction=0)
@@ -240,13 +240,13 @@ def test_quantizer_computes_in_fp32_under_autocast() -> None:
 @pytest.mark.parametrize("make", [VectorQuantizer, GaussianMixture])
 def test_frozen_codes_neither_learn_nor_restart_and_still_draw_latents(make: type) -> None:
     quantizer = make(8, 4, restart_every=1).train()
-    quantizer.freeze_codes()
+    quantizer.freeze_codebook()
     before = {name: parameter.clone() for name, parameter in quantizer.named_parameters()}
     z = torch.randn(16, 2, 4, requires_grad=True)
     out = quantizer(z)
     out.loss.backward()
     assert z.grad.any() and not any(parameter.requires_grad for parameter in quantizer.parameters())
-    assert quantizer.on_step(1) == {}
+    assert quantizer.on_step_end(1) == {}
     assert all(torch.equal(parameter, before[name]) for name, parameter in quantizer.named_parameters())
 
 
@@ -255,27 +255,27 @@ def test_a_smaller_z_makes_no_smaller_loss_where_z_is_normalised() -> None:
     mean falls."""
     torch.manual_seed(0)
     z, codes = torch.randn(64, 2, 4), torch.randn(8, 4)
-    for normalize in (2, 0):
-        quantizer = VectorQuantizer(8, 4, normalize=normalize).train()
+    for normalize_tokens in (2, 0):
+        quantizer = VectorQuantizer(8, 4, normalize_tokens=normalize_tokens).train()
         quantizer.codebook.data = codes
         losses = [float(quantizer(scale * z).loss.detach()) for scale in (1.0, 0.1)]
-        assert (abs(losses[1] / losses[0] - 1) < 1e-2) == bool(normalize), losses
+        assert (abs(losses[1] / losses[0] - 1) < 1e-2) == bool(normalize_tokens), losses
 
 
 def test_z_does_not_drift_where_it_is_normalised() -> None:
     """A loss that pulls z somewhere cannot get there by moving all of it: the gradient passes through the
     statistics."""
     z = torch.nn.Parameter(torch.randn(64, 2, 4))
-    quantizer = VectorQuantizer(8, 4, normalize=2, delay=1000).train()
+    quantizer = VectorQuantizer(8, 4, normalize_tokens=2, delay=1000).train()
     pull = torch.randn(2, 4)
     (quantizer(z).quantized * pull).sum().backward()
     assert z.grad.sum(0).abs().max() < 1e-4
 
 
 def test_frozen_codes_keep_the_statistics_that_they_were_made_with() -> None:
-    quantizer = VectorQuantizer(8, 4, normalize=2).train()
+    quantizer = VectorQuantizer(8, 4, normalize_tokens=2).train()
     quantizer(torch.randn(64, 2, 4))
-    quantizer.freeze_codes()
+    quantizer.freeze_codebook()
     quantizer.train()
     before = quantizer.norm.running_var.clone()
     z = torch.randn(1, 2, 4) * 100
@@ -288,7 +288,7 @@ def test_queries_are_normalised_each_by_itself() -> None:
     nearest."""
     torch.manual_seed(0)
     z, offset = torch.randn(64, 2, 4), torch.tensor([50.0, -50.0]).view(1, 2, 1)
-    plain, shifted = (VectorQuantizer(8, 4, normalize=2) for _ in range(2))
+    plain, shifted = (VectorQuantizer(8, 4, normalize_tokens=2) for _ in range(2))
     shifted.load_state_dict(plain.state_dict())
     torch.testing.assert_close(plain.train()(z).quantized, shifted.train()(z + offset).quantized, rtol=1e-3, atol=1e-3)
 
@@ -307,7 +307,7 @@ def test_codes_are_delayed_in_training_alone_and_finetuning_does_not_start_over(
     other.load_state_dict(quantizer.state_dict())
     fresh = VectorQuantizer(12, 5, delay=2)
     frozen = VectorQuantizer(12, 5, delay=2)
-    frozen.freeze_codes()
+    frozen.freeze_codebook()
     for later in (quantizer, other, fresh.eval(), frozen):
         out = later(z)
         assert torch.allclose(out.quantized, later.codebook[out.codes], atol=1e-6)

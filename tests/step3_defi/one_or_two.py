@@ -10,20 +10,20 @@ import torch
 from accelerate import PartialState
 
 from step3_defi import train
-from step3_defi.edm import EDM
+from step3_defi.edm import ActionEDM
 from tests.step3_defi.parts import configure
 
 
-class OwnNoise(EDM):
+class PerSampleNoise(ActionEDM):
     """Every sample's noise is its own, so that it is the same in whichever process it lands."""
 
-    def errors(self, network, actions, *, generator=None):
+    def squared_errors(self, network, actions, *, generator=None):
         seeds = [zlib.crc32(row.numpy().tobytes()) for row in actions]
         with torch.random.fork_rng():
             drawn = []
             for number, seed in enumerate(seeds):
                 torch.manual_seed(seed + number % 4)  # policy.noise_draws
-                drawn.append((self.draw_sigma(1), torch.randn_like(actions[:1])))
+                drawn.append((self.sample_noise_levels(1), torch.randn_like(actions[:1])))
         sigma, noise = (torch.cat(parts) for parts in zip(*drawn))
         c_skip, c_out, c_in = self.scalings(sigma)
         noisy = actions + sigma.view(-1, 1, 1) * noise
@@ -49,7 +49,7 @@ if __name__ == "__main__":
             "loop.warmup_steps=1",
             "loop.precision=no",
             "loop.ema_decay=null",
-            "policy.edm._target_=tests.step3_defi.one_or_two.OwnNoise",
+            "policy.edm._target_=tests.step3_defi.one_or_two.PerSampleNoise",
             "wandb.mode=disabled",
             "policy.alignment_steps=0",
             *sys.argv[4:],

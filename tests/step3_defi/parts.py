@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from common.contracts import LatentAction
 from common.program import CONFIGS
 from step3_defi.adapter import ActionAdapter
-from step3_defi.edm import EDM
+from step3_defi.edm import ActionEDM
 from step3_defi.model import DeFI
 from step3_defi.projector import Projector
 from step3_defi.video_former import VideoFormer
@@ -75,7 +75,7 @@ class FakeGFDM(nn.Module):
         self.dropout = nn.Dropout(0.5)  # eval mode shows
         self.calls = 0
 
-    def freeze_untapped(self) -> None:
+    def freeze_unused_blocks(self) -> None:
         """Everything is tapped."""
 
     def imagine(self, image: Tensor, text: list[str], *, seed: int = 0) -> Tensor:
@@ -89,11 +89,11 @@ class FakeGFDM(nn.Module):
 class FakeGIDM(nn.Module):
     """An inverse model with the interface of step 2 and a nearest-code bottleneck."""
 
-    embed_dim, num_tokens, num_actions, num_codes = 8, 16, 2, 6
+    embed_dim, num_tokens, num_action_tokens, num_codes = 8, 16, 2, 6
 
     def __init__(self) -> None:
         super().__init__()
-        self.encoder = nn.Linear(2 * self.embed_dim, self.num_actions * 4)
+        self.encoder = nn.Linear(2 * self.embed_dim, self.num_action_tokens * 4)
         self.codebook = nn.Parameter(torch.randn(6, 4))
         self.action_up = nn.Linear(4, self.embed_dim)
         self.decoder = nn.Linear(4, 4)
@@ -107,24 +107,24 @@ class FakeGIDM(nn.Module):
 
     def infer(self, now: Tensor, future: Tensor, text: list[str]) -> LatentAction:
         assert len(text) == len(now) and now.shape == future.shape
-        z = self.encoder(torch.cat([now, future], dim=-1).mean(1)).unflatten(1, (self.num_actions, 4))
+        z = self.encoder(torch.cat([now, future], dim=-1).mean(1)).unflatten(1, (self.num_action_tokens, 4))
         codes = torch.cdist(z.detach().flatten(0, 1), self.codebook.detach()).argmin(1).view(z.shape[:2])
         chosen = self.codebook[codes]
         commitment = 0.25 * (z - chosen.detach()).square().mean()
         loss = commitment if self.beta_only else commitment + (chosen - z.detach()).square().mean()
         return LatentAction(z, z + (chosen - z).detach(), loss, codes)
 
-    def lift(self, quantized: Tensor) -> Tensor:
+    def embed_action(self, quantized: Tensor) -> Tensor:
         return self.action_up(quantized)
 
     def drop_decoder(self) -> None:
         del self.decoder
 
-    def freeze_codes(self) -> None:
+    def freeze_codebook(self) -> None:
         self.beta_only = True
         self.codebook.requires_grad_(False)
 
-    def on_step(self, step: int, accelerator: Any = None) -> dict[str, float]:
+    def on_step_end(self, step: int, accelerator: Any = None) -> dict[str, float]:
         self.restarted.append(step)
         return {"restarted": 1.0}
 
@@ -142,10 +142,17 @@ def build(**changes: Any) -> DeFI:
         "gfdm": FakeGFDM(),
         "gidm": FakeGIDM(),
         "goal": FakeGoal(),
-        "edm": EDM(steps=4),
+        "edm": ActionEDM(steps=4),
         "projector": partial(Projector),
         "video_former": partial(
-            VideoFormer, dim=16, hidden=None, queries=2, depth=1, spatial_heads=2, spatial_head_dim=8, temporal_heads=2
+            VideoFormer,
+            dim=16,
+            embed_hidden_dim=None,
+            queries=2,
+            depth=1,
+            spatial_heads=2,
+            spatial_head_dim=8,
+            temporal_heads=2,
         ),
         "adapter": partial(ActionAdapter, dim=16, layers=2, heads=2, horizon=10, action_dim=7, dropout=0.0),
         "views": ("static", "gripper"),

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from step3_defi.adapter import ActionAdapter
-from step3_defi.edm import EDM, seeded_noise
+from step3_defi.edm import ActionEDM, seeded_noise
 from tests.step3_defi.parts import wake
 
 
@@ -75,7 +75,7 @@ def test_starts_as_zero_and_names_foreign_streams() -> None:
 
 def test_perfect_denoiser_is_reached_and_sampled() -> None:
     """For data that is one point, the ideal network turns the loss to zero, and the sampler finds the point."""
-    edm, point = EDM(steps=10), torch.rand(4, 10, 7) * 2 - 1
+    edm, point = ActionEDM(steps=10), torch.rand(4, 10, 7) * 2 - 1
 
     def ideal(scaled: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
         c_skip, c_out, c_in = edm.scalings(sigma)
@@ -87,7 +87,7 @@ def test_perfect_denoiser_is_reached_and_sampled() -> None:
 
 def test_sampler_follows_gaussian_data() -> None:
     """For N(mean, s^2) the ideal denoiser is linear; samples have the spread of the data, up to what ten steps miss."""
-    edm, mean, spread = EDM(steps=40), 0.3, 0.2
+    edm, mean, spread = ActionEDM(steps=40), 0.3, 0.2
 
     def ideal(scaled: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
         c_skip, c_out, c_in = edm.scalings(sigma)
@@ -100,18 +100,18 @@ def test_sampler_follows_gaussian_data() -> None:
     edm.temperature = 0.0
     assert (edm.sample(ideal, torch.randn(500, 10, 7)) - mean).abs().max() < 0.001, "without noise it walks to the mean"
     with pytest.raises(ValueError, match="temperature=-1"):
-        EDM(temperature=-1.0)
+        ActionEDM(temperature=-1.0)
 
 
 def test_noise_levels() -> None:
     torch.manual_seed(0)
-    sigma = EDM().draw_sigma(40_000)
+    sigma = ActionEDM().sample_noise_levels(40_000)
     assert sigma.min() >= 0.001 and sigma.max() <= 80 and abs(sigma.median() - 0.5) < 0.02
     assert abs((sigma < 0.5 * math.e**0.5).float().mean() - 1 / (1 + math.exp(-1))) < 0.01  # logistic, scale 0.5
-    schedule = EDM(steps=10).schedule()
+    schedule = ActionEDM(steps=10).get_sigmas()
     assert len(schedule) == 11 and schedule[0] == 80 and abs(schedule[-2] - 0.001) < 1e-6 and schedule[-1] == 0
     assert torch.allclose(schedule[1:10] / schedule[:9], schedule[1] / schedule[0], atol=1e-4)
-    assert EDM(sample_sigma_min=1.0).schedule()[-2] == 1.0
+    assert ActionEDM(sample_sigma_min=1.0).get_sigmas()[-2] == 1.0
 
 
 def test_noise_of_a_row_depends_on_its_seed_only() -> None:

@@ -129,7 +129,7 @@ def test_what_it_cannot_do_is_one_line(tree: Path, batch: dict[str, Any]) -> Non
 
 def test_alignment_takes_the_pairs_out_of_the_clip(tree: Path, batch: dict[str, Any]) -> None:
     model = build(tree, "policy.alignment_weight=1", "policy.pair_frames=[0,2]").eval()
-    target = model.look(
+    target = model.encode_observation(
         batch["views"], batch["text"], {name: clip[:, [0, 2]] for name, clip in model._clips(batch).items()}
     )["target"]
     assert torch.equal(target[:, 0, 0], model.gidm.embed((batch["views"]["static"] + 1) / 2))
@@ -138,7 +138,7 @@ def test_alignment_takes_the_pairs_out_of_the_clip(tree: Path, batch: dict[str, 
 
 def test_trains_saves_whole_and_acts_as_a_defi(tree: Path, tmp_path: Path, batch: dict[str, Any]) -> None:
     folder = run(tree, "joint", "experiment=defi/joint", "loop.max_steps=2", "loop.eval_every=2")
-    assert artifact.meta(folder, "defi")["parents"] == {}
+    assert artifact.read_meta(folder, "defi")["parents"] == {}
     robot = policy.load(folder)
     kept = robot.model.state_dict()
     assert (

@@ -86,7 +86,7 @@ def test_what_is_missing_is_one_line(tree: Path, tmp_path: Path) -> None:
 def test_shares_tell_motion_from_gripper() -> None:
     own, wrong = torch.ones(4, 10, 7), torch.ones(4, 10, 7)
     wrong[..., 6] = 8.0
-    found = {name: float(value) for name, value in reliance.shares(wrong, own).items()}
+    found = {name: float(value) for name, value in reliance.loss_increase(wrong, own).items()}
     assert found == {"all": pytest.approx(1.0), "motion": pytest.approx(0.0), "gripper": pytest.approx(7.0)}
 
 
@@ -96,9 +96,10 @@ def test_replacing_a_stream_costs_nothing_only_where_it_is_not_read() -> None:
     wake(model)
     torch.nn.init.zeros_(model.adapter.streams["latent"][1].weight)
     torch.nn.init.zeros_(model.adapter.streams["latent"][1].bias)
-    seen = model.look(batch["views"], batch["text"])
+    seen = model.encode_observation(batch["views"], batch["text"])
     costs = {
-        name: float(shares["all"]) for name, shares in model.reliance(seen, batch["text"], batch["actions"]).items()
+        name: float(loss_increase["all"])
+        for name, loss_increase in model.reliance(seen, batch["text"], batch["actions"]).items()
     }
     assert costs["swap_latent"] == costs["mean_latent"] == 0
     assert all(

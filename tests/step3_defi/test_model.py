@@ -17,10 +17,10 @@ from common.frozen import clip_text, dinov2, t5_text
 from step1_gfdm import DinoFuture
 from step2_gidm.model import GIDM
 from step2_gidm.quantizer import VectorQuantizer
-from step3_defi.edm import EDM
+from step3_defi.edm import ActionEDM
 from step3_defi.model import PARTS, DeFI
-from step3_defi.projector import ImaginedPresent
-from step3_defi.released.vpp import NoInverse, NoProjector
+from step3_defi.projector import ImaginedPresentProjector
+from step3_defi.released.vpp import NullInverseDynamics, NullProjector
 from step3_defi.released.vpp_adapter import VPPAdapter
 from tests.step3_defi.parts import FakeGFDM, FakeGIDM, FakeGoal, build, make_batch, wake
 
@@ -45,9 +45,10 @@ def test_forward_gives_finite_losses_and_code_use() -> None:
     assert all(torch.isfinite(value).all() for value in out.values())
     assert torch.isclose(out["loss"], out["action_loss"] + model.bottleneck_weight * out["bottleneck_loss"])
     assert (
-        out["codes"].shape == (2, 6) and (out["codes"].sum(1) == 3 * len(model.pairs_of) * len(model.pair_frames)).all()
+        out["codes"].shape == (2, 6)
+        and (out["codes"].sum(1) == 3 * len(model.pair_view_indices) * len(model.pair_frames)).all()
     )
-    told = model.count_metrics({"codes": torch.tensor([[4, 0, 0, 0, 0, 0], [0, 2, 0, 2, 0, 0]])})
+    told = model.metrics_from_counts({"codes": torch.tensor([[4, 0, 0, 0, 0, 0], [0, 2, 0, 2, 0, 0]])})
     assert told == {"codes_used": 3.0, "perplexity": pytest.approx(2 * 2**0.5)}
 
 
@@ -102,7 +103,7 @@ def test_latent_actions_survive_a_thousand_steps_of_finetuning(hub: Path) -> Non
         heads=2,
         encoder_layers=1,
         decoder_layers=1,
-        quantizer=VectorQuantizer(16, 8, restart_every=20, normalize=4),
+        quantizer=VectorQuantizer(16, 8, restart_every=20, normalize_tokens=4),
     )
     optimizer = torch.optim.AdamW([p for p in gidm.parameters() if p.requires_grad], lr=3e-3)
     generator = torch.Generator().manual_seed(0)
@@ -111,7 +112,7 @@ def test_latent_actions_survive_a_thousand_steps_of_finetuning(hub: Path) -> Non
         optimizer.zero_grad()
         gidm({"id": [""] * 16, "frames": frames, "text": ["go"] * 16})["loss"].backward()
         optimizer.step()
-        gidm.on_step(step + 1)
+        gidm.on_step_end(step + 1)
     codes = gidm.quantizer.codebook.detach().clone()
     model = build(
         gidm=gidm, alignment_weight=1.0, streams=("latent",), pair_frames=(3,), trainable=ROWS["gidm_adapter"]
@@ -127,7 +128,7 @@ def test_latent_actions_survive_a_thousand_steps_of_finetuning(hub: Path) -> Non
         futures = {name: view[:, None] for name, view in views.items()}
         batches.append(
             {
-                "frozen": model.eval().look(views, ["go"] * 16, futures),
+                "frozen": model.eval().encode_observation(views, ["go"] * 16, futures),
                 "text": ["go"] * 16,
                 "id": [""] * 16,
                 "actions": torch.rand(16, 10, 7, generator=generator),
@@ -147,7 +148,7 @@ def test_latent_actions_survive_a_thousand_steps_of_finetuning(hub: Path) -> Non
         optimizer.zero_grad()
         model(batches[step % 8])["loss"].backward()
         optimizer.step()
-        assert model.on_step(step + 1) == {}
+        assert model.on_step_end(step + 1) == {}
     after, used_after = measured()
     assert torch.equal(model.gidm.quantizer.codebook, codes)
     assert after > 0.5 * deviation and used_after >= used / 2 and used > 1
@@ -155,10 +156,10 @@ def test_latent_actions_survive_a_thousand_steps_of_finetuning(hub: Path) -> Non
 
 def test_codes_restart_only_where_finetuning_asks_for_it() -> None:
     model = build()
-    assert model.on_step(20) == {} and not model.gidm.restarted
-    assert build(codebook="learned").on_step(20) == {}
+    assert model.on_step_end(20) == {} and not model.gidm.restarted
+    assert build(codebook="learned").on_step_end(20) == {}
     asked = build(codebook="learned", restart_codes=True)
-    assert asked.on_step(20) == {"restarted": 1.0} and asked.gidm.restarted == [20]
+    assert asked.on_step_end(20) == {"restarted": 1.0} and asked.gidm.restarted == [20]
     with pytest.raises(ValueError, match="only learned codes can restart"):
         build(restart_codes=True)
 
@@ -167,8 +168,8 @@ def test_no_stream_reaches_the_adapter_constant() -> None:
     """A stream that hardly varies beside its offset, as the landed latent did at 0.015 of 1.37, is heard like the
     others."""
     model, batch = build(), make_batch(8)
-    lift = model.gidm.lift
-    model.gidm.lift = lambda quantized: 1.37 + 0.1 * lift(quantized)
+    lift = model.gidm.embed_action
+    model.gidm.embed_action = lambda quantized: 1.37 + 0.1 * lift(quantized)
     for _ in range(3):
         model(batch)
     out = model.eval()(batch)
@@ -183,13 +184,13 @@ def test_alignment_comes_first_and_then_the_action_loss_beside_it() -> None:
     first["loss"].backward()
     moved = {part for part in PARTS for p in getattr(model, part).parameters() if p.grad is not None and p.grad.any()}
     assert moved == {"projector"} and all(p.grad is not None for p in model.parameters() if p.requires_grad)
-    model.on_step(1)
+    model.on_step_end(1)
     assert "action_loss" not in model(batch) and "action_loss" in model.eval()(batch)
-    model.train().on_step(2)
+    model.train().on_step_end(2)
     assert {"action_loss", "alignment_loss", "copy_loss"} <= model(batch).keys()
     resumed = build(alignment_weight=1.0, alignment_steps=2)
     resumed.load_state_dict(model.state_dict())
-    resumed.on_start(2)
+    resumed.on_train_begin(2)
     assert "action_loss" in resumed(batch)
     with pytest.raises(ValueError, match="alignment_steps=2"):
         build(alignment_steps=2)
@@ -223,8 +224,8 @@ def test_all_views_in_one_pass_of_the_forward_model() -> None:
 
 def test_pairs_of_one_view_leave_the_future_of_all_views_to_the_adapter() -> None:
     one, all_views = build(pair_views=["static"]), build()
-    shape = {name: table.shape[0] for name, table in one.adapter.places.items()}
-    everywhere = {name: table.shape[0] for name, table in all_views.adapter.places.items()}
+    shape = {name: table.shape[0] for name, table in one.adapter.stream_pos_embed.items()}
+    everywhere = {name: table.shape[0] for name, table in all_views.adapter.stream_pos_embed.items()}
     assert shape["future"] == everywhere["future"] == 2 * 2 * 4 and 2 * shape["latent"] == everywhere["latent"]
     wake(one)
     batch = make_batch()
@@ -256,7 +257,7 @@ SMALL_VPP = {
 
 
 def test_an_imagined_present_reads_frames_0_and_5_of_one_view_and_no_dinov2() -> None:
-    model, batch = build(projector=ImaginedPresent, **SMALL_VPP), make_batch()
+    model, batch = build(projector=ImaginedPresentProjector, **SMALL_VPP), make_batch()
     model.gidm.embed = None  # nobody calls it
     seen = model.precompute(batch["views"], batch["text"])
     assert seen.keys() == {"features"}
@@ -271,21 +272,23 @@ def test_an_imagined_present_reads_frames_0_and_5_of_one_view_and_no_dinov2() ->
     assert torch.allclose(direct["loss"], model({**batch, "frozen": seen})["loss"], rtol=2e-3)
     direct["loss"].backward()
     assert all(p.grad is not None for name, p in model.named_parameters() if p.requires_grad)
-    assert model.projector.moments.grad.abs().sum((1, 2)).min() > 0
+    assert model.projector.time_pos_embed.grad.abs().sum((1, 2)).min() > 0
 
 
 def test_without_an_inverse_model_video_tokens_are_all_there_is() -> None:
     changes = {**SMALL_VPP, "streams": ("video",)}
-    model, batch = build(gidm=NoInverse(), projector=NoProjector, **changes), make_batch()
+    model, batch = build(gidm=NullInverseDynamics(), projector=NullProjector, **changes), make_batch()
     out = model(batch)
     assert model.adapter.streams.keys() == {"video"} and out["bottleneck_loss"] == 0 and "codes" not in out
     out["loss"].backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
     assert model.eval().sample(batch["views"], batch["text"]).shape == (3, 10, 7)
     with pytest.raises(ValueError, match="no inverse model"):
-        build(gidm=NoInverse(), projector=NoProjector, **changes, alignment_weight=1.0)(make_batch(futures=1))
+        build(gidm=NullInverseDynamics(), projector=NullProjector, **changes, alignment_weight=1.0)(
+            make_batch(futures=1)
+        )
     with pytest.raises(ValueError, match="latent.*no tokens"):
-        build(gidm=NoInverse(), projector=NoProjector, **SMALL_VPP)
+        build(gidm=NullInverseDynamics(), projector=NullProjector, **SMALL_VPP)
 
 
 def test_cache_equals_no_cache() -> None:
@@ -450,7 +453,7 @@ def test_sampling_is_seeded_and_rows_are_independent() -> None:
 
 def test_it_learns_what_pictures_tell() -> None:
     """Two pictures under one sentence, one action each: the sampled actions part."""
-    model, levels = build(noise_draws=16, edm=EDM(steps=10)), torch.tensor([-0.7, 0.7])
+    model, levels = build(noise_draws=16, edm=ActionEDM(steps=10)), torch.tensor([-0.7, 0.7])
     views = {name: levels.view(2, 1, 1, 1).expand(2, 3, 16, 16) for name in ("static", "gripper")}
     batch = {
         "id": ["dark", "bright"],
@@ -498,9 +501,9 @@ def test_official_has_the_releases_sizes(row: str) -> None:
     assert round(sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6, 2) == 156.84
     assert (
         model.pair_frames == (5,)
-        and model.pairs_of == [0]
+        and model.pair_view_indices == [0]
         and model.adapter.streams.keys() == {"video", "latent"}
-        and not model.sees_now
+        and not model.uses_present_tokens
     )
 
 
@@ -514,7 +517,7 @@ def test_vpp_has_its_own_sizes(row: str) -> None:
 def test_full_scale_builds_to_the_papers_sizes() -> None:
     """Table 10."""
     gidm = FakeGIDM()
-    gidm.embed_dim, gidm.num_actions = 768, 4
+    gidm.embed_dim, gidm.num_action_tokens = 768, 4
     model = full_scale(gidm)
     counts = {
         name: sum(p.numel() for p in getattr(model, name).parameters())
@@ -524,6 +527,6 @@ def test_full_scale_builds_to_the_papers_sizes() -> None:
     assert (
         counts["adapter"] == pytest.approx(40.9e6, rel=0.02)
         and len(model.adapter.blocks) == 12
-        and model.adapter.order.shape == (10, 384)
+        and model.adapter.action_pos_embed.shape == (10, 384)
     )
     assert model.edm.steps == 10 and model.pair_frames == (5, 10, 15)

@@ -24,9 +24,9 @@ def test_a_policy_records_its_scale_and_carries_it_along(tree: Path, tmp_path: P
     folder = run(tree, "scaled")
     whole = policy.load(folder).save_pretrained(tmp_path / "whole")
     assert (
-        artifact.meta(folder)["scale"]
-        == artifact.meta(folder / policy.BEST)["scale"]
-        == artifact.meta(whole)["scale"]
+        artifact.read_meta(folder)["scale"]
+        == artifact.read_meta(folder / policy.BEST)["scale"]
+        == artifact.read_meta(whole)["scale"]
         == "tiny"
     )
 

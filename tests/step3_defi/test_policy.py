@@ -18,7 +18,7 @@ from step3_defi.policy import DeFIPolicy
 from tests.step3_defi.parts import SENTENCES, build, wake
 
 
-def observe(seed: int, **shapes) -> dict:
+def get_obs(seed: int, **shapes) -> dict:
     rng = np.random.default_rng(seed)
     pictures = {
         "rgb_static": rng.integers(0, 255, (200, 200, 3), np.uint8),
@@ -35,49 +35,49 @@ def ready(**changes) -> DeFIPolicy:
 
 def test_actions_obey_the_action_space_and_a_plan_tells_what_was_clipped() -> None:
     robot = ready()
-    plan = robot.plan([observe(0), observe(1)], SENTENCES)
+    plan = robot.plan([get_obs(0), get_obs(1)], SENTENCES)
     assert plan.shape == (2, 10, 7) and np.abs(plan[..., :6]).max() > 1 and set(np.unique(plan[..., 6])) <= {-1.0, 1.0}
-    acted = np.stack([robot.act(observe(0), SENTENCES[0]) for _ in range(10)])
-    assert np.array_equal(acted, robot.plan([observe(0)], SENTENCES[:1])[0].clip(-1, 1))
+    acted = np.stack([robot.act(get_obs(0), SENTENCES[0]) for _ in range(10)])
+    assert np.array_equal(acted, robot.plan([get_obs(0)], SENTENCES[:1])[0].clip(-1, 1))
 
 
 def test_plan_depends_on_neither_batch_nor_past() -> None:
     robot = ready()
-    together = robot.plan([observe(0), observe(1), observe(2)], [*SENTENCES, SENTENCES[0]])
-    alone = robot.plan([observe(1)], [SENTENCES[1]])
+    together = robot.plan([get_obs(0), get_obs(1), get_obs(2)], [*SENTENCES, SENTENCES[0]])
+    alone = robot.plan([get_obs(1)], [SENTENCES[1]])
     assert np.allclose(together[1:2], alone, atol=1e-4)
-    assert not np.allclose(ready(seed=1).plan([observe(1)], [SENTENCES[1]])[..., :6], alone[..., :6], atol=1e-3)
+    assert not np.allclose(ready(seed=1).plan([get_obs(1)], [SENTENCES[1]])[..., :6], alone[..., :6], atol=1e-3)
 
 
 def test_chunk_is_carried_out_then_planned_anew() -> None:
     robot, calls = ready(execute=4), []
     plan = robot.plan
     robot.plan = lambda observations, texts: calls.append(texts[0]) or plan(observations, texts)
-    acted = [robot.act(observe(0), SENTENCES[0]) for _ in range(9)]
+    acted = [robot.act(get_obs(0), SENTENCES[0]) for _ in range(9)]
     assert len(calls) == 3 and acted[0].shape == (7,)
-    assert np.array_equal(np.stack(acted[:4]), plan([observe(0)], SENTENCES[:1])[0, :4].clip(-1, 1))
+    assert np.array_equal(np.stack(acted[:4]), plan([get_obs(0)], SENTENCES[:1])[0, :4].clip(-1, 1))
 
 
 def test_new_instruction_and_reset_drop_the_chunk() -> None:
     robot, calls = ready(), []
     robot.plan = lambda observations, texts: calls.append(texts[0]) or np.zeros((1, 10, 7), np.float32)
     for sentence in (SENTENCES[0], SENTENCES[0], SENTENCES[1], SENTENCES[1]):
-        robot.act(observe(0), sentence)
+        robot.act(get_obs(0), sentence)
     assert calls == SENTENCES
     robot.reset()
-    robot.act(observe(0), SENTENCES[1])
+    robot.act(get_obs(0), SENTENCES[1])
     assert len(calls) == 3
 
 
 def test_bad_requests_say_what_is_wrong() -> None:
     with pytest.raises(ValueError, match="plans 10"):
         ready(execute=11)
-    blind = observe(0)
+    blind = get_obs(0)
     del blind["rgb_obs"]["rgb_gripper"]
     with pytest.raises(ValueError, match="the observation has no rgb_obs/rgb_gripper; the policy looks through"):
         ready().plan([blind], ["go"])
     with pytest.raises(ValueError, match="1 observations and 2 instructions"):
-        ready().plan([observe(0)], ["go", "go"])
+        ready().plan([get_obs(0)], ["go", "go"])
 
 
 @pytest.mark.parametrize(
@@ -101,10 +101,10 @@ def test_bad_requests_say_what_is_wrong() -> None:
     ],
 )
 def test_observations_of_another_kind_are_one_line(spoil: Callable[[dict], object], said: str) -> None:
-    seen = observe(1)
+    seen = get_obs(1)
     spoil(seen)
     with pytest.raises(ValueError, match=f"^the observation: {said}") as caught:
-        ready().plan([observe(0), seen], ["go", "go"])
+        ready().plan([get_obs(0), seen], ["go", "go"])
     assert "\n" not in str(caught.value)
     if "rgb" in said:
         with pytest.raises(ValueError, match="^the observation of sequence 7, sub-task 2, plan 3: rgb_obs"):
@@ -114,19 +114,19 @@ def test_observations_of_another_kind_are_one_line(spoil: Callable[[dict], objec
 @pytest.mark.parametrize("text", ["", "  \n"])
 def test_an_empty_sentence_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="there is nothing in it; say what to do"):
-        ready().plan([observe(0)], [text])
+        ready().plan([get_obs(0)], [text])
 
 
 def test_characters_that_no_piece_stands_for_are_named(shared_data: Path) -> None:
     """T5's own vocabulary; CLIP's spells everything in bytes."""
     robot = ready()
     robot.model.gidm.text = TextEncoder(nn.Linear(1, 1), AutoTokenizer.from_pretrained(shared_data / "tokenizers/t5"))
-    assert len(robot.plan([observe(0)], ["put the café cup in the drawer, please!"])) == 1
+    assert len(robot.plan([get_obs(0)], ["put the café cup in the drawer, please!"])) == 1
     with pytest.raises(
         ValueError,
         match="'open 引き出し': the policy's text encoders do not know 'き', 'し', '出', '引'; say it in plain English",
     ):
-        robot.plan([observe(0)], ["open 引き出し"])
+        robot.plan([get_obs(0)], ["open 引き出し"])
 
 
 class Half(nn.Module):

@@ -27,7 +27,7 @@ def test_differences_are_paired_by_seed(tmp_path: Path) -> None:
         run(tmp_path, "base", seed, loss)
         run(tmp_path, "row", seed, loss * (1.10 + 0.01 * seed))
     run(tmp_path, "row", 7, 5.0)  # a seed that the base lacks
-    result, table = seeds.compare(seeds.gather(tmp_path), "base", ["action_loss", "swap_latent"])
+    result, table = seeds.compare(seeds.read_runs(tmp_path), "base", ["action_loss", "swap_latent"])
     mean, low, high = result["row"]["against_base_percent"]
     assert (
         mean == pytest.approx(11.0)
@@ -46,10 +46,10 @@ def test_one_seed_has_no_interval() -> None:
 def test_what_cannot_be_compared_is_named(tmp_path: Path) -> None:
     run(tmp_path, "base", 0, 0.1)
     with pytest.raises(ValueError, match="base=other is none of the rows: base"):
-        seeds.compare(seeds.gather(tmp_path), "other", ["action_loss"])
+        seeds.compare(seeds.read_runs(tmp_path), "other", ["action_loss"])
     run(tmp_path, "row", 0, 0.1, step=700)
     with pytest.raises(ValueError, match=r"end at steps \[600, 700\]"):
-        seeds.gather(tmp_path)
+        seeds.read_runs(tmp_path)
     (tmp_path / "row" / "0" / "metrics.jsonl").write_text(json.dumps({"step": 5, "train/loss": 1.0}) + "\n")
     with pytest.raises(ValueError, match="holds no validation"):
-        seeds.gather(tmp_path)
+        seeds.read_runs(tmp_path)

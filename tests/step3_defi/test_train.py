@@ -17,8 +17,8 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 from common import artifact
+from common.distributed import processes
 from common.loop import Loop
-from common.processes import processes
 from step3_defi import DeFI, policy, train
 from step3_defi.released.vpp_adapter import VPPAdapter
 from tests.step3_defi.parts import PARENT_CONFIGS, configure
@@ -47,11 +47,11 @@ def run(tree: Path, name: str, *overrides: str) -> Path:
 
 def test_trains_saves_and_acts(tree: Path, tmp_path: Path) -> None:
     folder = run(tree, "first")
-    meta = artifact.meta(folder, "defi")
-    assert meta["step"] == 3 and meta["parents"] == {
+    read_meta = artifact.read_meta(folder, "defi")
+    assert read_meta["step"] == 3 and read_meta["parents"] == {
         kind: artifact.sha256(tree / f"ckpts/{kind}/tiny") for kind in PARENT_CONFIGS
     }
-    assert len(meta["stats"]["actions"]["std"]) == 7
+    assert len(read_meta["stats"]["actions"]["std"]) == 7
     keys = load_file(folder / "weights.safetensors").keys()
     assert not [k for k in keys if k.startswith("gfdm") or "decoder" in k] and any(k.startswith("gidm") for k in keys)
     robot = policy.load(folder, execute=5)
@@ -85,7 +85,7 @@ def test_a_broken_run_goes_on_to_the_same_weights_bit_for_bit(tree: Path, monkey
             run(tree, "broken", *options)
     broken = run(tree, "broken", *options)
     for place in ("", policy.BEST):
-        assert artifact.meta(broken / place)["step"] == artifact.meta(whole / place)["step"]
+        assert artifact.read_meta(broken / place)["step"] == artifact.read_meta(whole / place)["step"]
         expected, found = (load_file(folder / place / "weights.safetensors") for folder in (whole, broken))
         assert expected.keys() == found.keys() and all(
             torch.equal(value, found[key]) for key, value in expected.items()
@@ -102,7 +102,7 @@ def test_the_best_policy_is_kept_beside_the_last(tree: Path, monkeypatch: pytest
 
     monkeypatch.setattr(DeFI, "forward", made_up)
     folder = run(tree, "kept", "loop.max_steps=6", "loop.eval_every=2", "loop.eval_batches=1")
-    assert (artifact.meta(folder)["step"], artifact.meta(folder / policy.BEST)["step"]) == (6, 4) and next(
+    assert (artifact.read_meta(folder)["step"], artifact.read_meta(folder / policy.BEST)["step"]) == (6, 4) and next(
         losses, None
     ) is None
     monkeypatch.undo()
@@ -170,9 +170,9 @@ def test_a_policy_may_start_from_another_ones_weights(tree: Path) -> None:
     cfg = configure("step3_defi", f"paths.ckpts={tree}/ckpts", "policy/trainable=adapter", "policy.noise_draws=2")
     config = OmegaConf.to_container(cfg.policy, resolve=True)
     config["gfdm"]["path"] = config["gidm"]["path"] = "nowhere"
-    config = train.start_config(start, config)
+    config = train.config_from_init(start, config)
     model = instantiate(config)
-    train.take(model, start)
+    train.load_init_weights(model, start)
     before, views = policy.load(start).model, {view: torch.rand(2, 3, 64, 64) * 2 - 1 for view in ("static", "gripper")}
     expected, found = (m.eval().sample(views, ["open the drawer", "go"], seed=[1, 2]) for m in (before, model))
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)  # `load` has sentences encoded one by one
@@ -189,8 +189,10 @@ def test_training_goes_on_from_a_start(tree: Path) -> None:
     )
     far = [float((second[key] - first[key]).abs().max()) for key in first if key.startswith("adapter")]
     assert 0 < max(far) < 1e-4 < float((fresh["adapter.out.weight"] - first["adapter.out.weight"]).abs().max())
-    record = artifact.meta(more)
-    assert record["stats"]["init"] == artifact.sha256(start) and record["parents"] == artifact.meta(start)["parents"]
+    record = artifact.read_meta(more)
+    assert (
+        record["stats"]["init"] == artifact.sha256(start) and record["parents"] == artifact.read_meta(start)["parents"]
+    )
 
 
 def test_a_start_of_another_policy_is_named(tree: Path) -> None:
@@ -288,7 +290,7 @@ def test_every_trained_parameter_gets_a_gradient(tree: Path) -> None:
         model = instantiate(OmegaConf.to_container(cfg.policy, resolve=True)).train()
         pictures = {view: torch.rand(2, 3, 64, 64) * 2 - 1 for view in model.views}
         futures = {view: torch.rand(2, len(model.pair_frames), 3, 64, 64) * 2 - 1 for view in model.views}
-        model.on_start(model.alignment_steps)
+        model.on_train_begin(model.alignment_steps)
         model(
             {
                 "id": ["a", "b"],

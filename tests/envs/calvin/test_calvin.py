@@ -15,10 +15,10 @@ from envs import record as program
 from envs import sequences
 from envs.calvin import env as calvin
 from envs.calvin import simulator as calvin_sim
-from envs.calvin.env import Calvin
+from envs.calvin.env import CalvinEnv
 from envs.calvin.simulator import CalvinError
 from envs.playtable.env import NEUTRAL_ROBOT_OBS, PlayTableState
-from envs.sequences import INITIAL_STATES, initial_state
+from envs.sequences import INITIAL_STATES, get_env_state_for_initial_condition
 from envs.tasks import TASKS
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -44,8 +44,8 @@ def _fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.fixture
-def env() -> Iterator[Calvin]:
-    env = Calvin("D")
+def env() -> Iterator[CalvinEnv]:
+    env = CalvinEnv("D")
     yield env
     env.close()
 
@@ -61,12 +61,12 @@ def worlds() -> dict:
 # ---- the environment
 
 
-def test_pictures_are_drawn_only_when_they_are_looked_at(env: Calvin) -> None:
+def test_pictures_are_drawn_only_when_they_are_looked_at(env: CalvinEnv) -> None:
     before = drawn()
     observation = env.reset(INITIAL_STATES[3])
     assert set(observation) == set(env.step(FORWARD, render=False)[0]) == {"robot_obs", "scene_obs"}
     assert drawn() == before
-    pictures = env.observe()["rgb_obs"]
+    pictures = env.get_obs()["rgb_obs"]
     assert drawn() == before + 2
     assert {name: (picture.shape, picture.dtype) for name, picture in pictures.items()} == {
         "rgb_static": ((200, 200, 3), np.uint8),
@@ -75,8 +75,8 @@ def test_pictures_are_drawn_only_when_they_are_looked_at(env: Calvin) -> None:
     assert "rgb_obs" in env.step(FORWARD)[0] and drawn() == before + 4
 
 
-def test_a_symbolic_state_becomes_calvins_vectors(env: Calvin) -> None:
-    robot_obs, scene_obs = initial_state(INITIAL_STATES[7], env.scene)
+def test_a_symbolic_state_becomes_calvins_vectors(env: CalvinEnv) -> None:
+    robot_obs, scene_obs = get_env_state_for_initial_condition(INITIAL_STATES[7], env.scene)
     observation = env.reset(INITIAL_STATES[7])
     np.testing.assert_array_equal(observation["scene_obs"], scene_obs)
     np.testing.assert_array_equal(observation["robot_obs"][:3], robot_obs[:3])
@@ -84,14 +84,14 @@ def test_a_symbolic_state_becomes_calvins_vectors(env: Calvin) -> None:
         env.reset(INITIAL_STATES[7], scene_obs=scene_obs)
 
 
-def test_an_action_is_copied_and_its_gripper_is_a_sign(env: Calvin) -> None:
+def test_an_action_is_copied_and_its_gripper_is_a_sign(env: CalvinEnv) -> None:
     env.reset(INITIAL_STATES[0])
     action = np.array([0.5, 0, 0, 0, 0, 0, -0.2])
     kept, before = action.copy(), env.target_pose()[0]
     env.step(action, render=False)
     np.testing.assert_array_equal(action, kept)
     np.testing.assert_allclose(env.target_pose()[0] - before, [0.01, 0, 0])
-    assert env.gripper_command == -1
+    assert env.gripper_action == -1
     for bad in (np.zeros(6), np.full(7, np.nan)):
         with pytest.raises(ValueError, match="action"):
             env.step(bad)
@@ -99,13 +99,13 @@ def test_an_action_is_copied_and_its_gripper_is_a_sign(env: Calvin) -> None:
 
 @pytest.mark.parametrize("loads", [2, 50])
 def test_what_follows_a_reset_does_not_know_what_was_before(
-    env: Calvin, monkeypatch: pytest.MonkeyPatch, loads: int
+    env: CalvinEnv, monkeypatch: pytest.MonkeyPatch, loads: int
 ) -> None:
-    monkeypatch.setattr(calvin, "LOADS_A_CONNECTION", loads)
+    monkeypatch.setattr(calvin, "MAX_LOADS_PER_CONNECTION", loads)
     runs = []
     for _ in range(5):
         first = env.reset(INITIAL_STATES[0])
-        assert env.gripper_command == 1
+        assert env.gripper_action == 1
         runs.append(
             np.array([first["robot_obs"], *(env.step(-FORWARD, render=False)[0]["robot_obs"] for _ in range(3))])
         )
@@ -113,75 +113,79 @@ def test_what_follows_a_reset_does_not_know_what_was_before(
     assert all(np.array_equal(run, runs[0]) for run in runs) and np.ptp(runs[0][:, 0]) > 0
 
 
-def test_the_grippers_last_command_comes_from_the_state(env: Calvin) -> None:
+def test_the_grippers_last_command_comes_from_the_state(env: CalvinEnv) -> None:
     shut = NEUTRAL_ROBOT_OBS.copy()
     shut[14] = -1
-    assert env.reset(robot_obs=shut)["robot_obs"][14] == -1 and env.gripper_command == -1
+    assert env.reset(robot_obs=shut)["robot_obs"][14] == -1 and env.gripper_action == -1
     assert env.reset()["robot_obs"][14] == 1
 
 
-def test_random_resets_differ_and_follow_the_seed(env: Calvin, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calvin, "LOADS_A_CONNECTION", 2)
+def test_random_resets_differ_and_follow_the_seed(env: CalvinEnv, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calvin, "MAX_LOADS_PER_CONNECTION", 2)
     draws = [env.reset()["scene_obs"] for _ in range(4)]
     env.close()
-    again = Calvin("D", seed=0)
+    again = CalvinEnv("D", seed=0)
     assert len({draw.tobytes() for draw in draws}) == 4
     np.testing.assert_array_equal(draws, [again.reset()["scene_obs"] for _ in range(4)])
     again.close()
 
 
-def test_the_oracle_is_calvins_own(env: Calvin) -> None:
+def test_the_oracle_is_calvins_own(env: CalvinEnv) -> None:
     env.reset(INITIAL_STATES[0])
     start = env.get_info()
     for _ in range(7):
         assert (
-            not env.succeeded("open_drawer", start, env.step(FORWARD, render=False)[1])
-            or env.joint_reading("base__drawer") > 0.12
+            not env.check_success("open_drawer", start, env.step(FORWARD, render=False)[1])
+            or env.joint_position("base__drawer") > 0.12
         )
-    assert env.succeeded("open_drawer", start, env.get_info()) and not env.succeeded(
+    assert env.check_success("open_drawer", start, env.get_info()) and not env.check_success(
         "close_drawer", start, env.get_info()
     )
     with pytest.raises(ValueError, match="fly"):
-        env.succeeded("fly", start, start)
+        env.check_success("fly", start, start)
 
 
-def test_the_privileged_state_is_playtables(env: Calvin) -> None:
-    _, scene_obs = initial_state(INITIAL_STATES[0], env.scene)
+def test_the_privileged_state_is_playtables(env: CalvinEnv) -> None:
+    _, scene_obs = get_env_state_for_initial_condition(INITIAL_STATES[0], env.scene)
     scene_obs[:6] = [0.28, 0.1, 0.0, 0.05, 1, 0]
     scene_obs[6:12] = [0.1, -0.1, 0.46, 0, 0, np.pi / 2]
     env.reset(scene_obs=scene_obs)
     state = PlayTableState(env)
     assert state.blocks == ("block_red", "block_blue", "block_pink") and state.fixtures.drawer_x == 0.18
-    assert [state.joint(name) for name in ("base__slide", "base__drawer", "base__switch")] == [0.28, 0.1, 0.05]
-    assert state.light("lightbulb") == 1 and state.light("led") == 0 and state.opening() == 0.08
-    position, axes = state.block("block_red")
+    assert [state.joint_position(name) for name in ("base__slide", "base__drawer", "base__switch")] == [0.28, 0.1, 0.05]
+    assert (
+        state.light_state("lightbulb") == 1 and state.light_state("led") == 0 and state.gripper_opening_width() == 0.08
+    )
+    position, axes = state.block_pose("block_red")
     np.testing.assert_allclose(position, [0.1, -0.1, 0.46])
     np.testing.assert_allclose(axes, [[0, -1, 0], [1, 0, 0], [0, 0, 1]], atol=1e-12)
-    assert state.touching("block_red") == {"robot", "block_blue"}
-    assert state.touching("block_blue") == {"plank_link", "block_red"} and state.touching("block_pink") == {"floor"}
-    np.testing.assert_allclose(state.tcp()[0], state.target()[0])
+    assert state.get_contacts("block_red") == {"robot", "block_blue"}
+    assert state.get_contacts("block_blue") == {"plank_link", "block_red"} and state.get_contacts("block_pink") == {
+        "floor"
+    }
+    np.testing.assert_allclose(state.tcp_pose()[0], state.target_pose()[0])
     env.expert(0).reset("open_drawer")
 
 
 def test_a_scene_that_is_not_the_published_one_is_refused() -> None:
     with pytest.raises(CalvinError, match="lists the blocks block_red, block_blue, block_pink, not block_blue"):
-        Calvin("C")
+        CalvinEnv("C")
     with pytest.raises(ValueError, match="A, B, C, D"):
-        Calvin("E")
+        CalvinEnv("E")
 
 
-def test_one_world_in_a_process(env: Calvin) -> None:
+def test_one_world_in_a_process(env: CalvinEnv) -> None:
     with pytest.raises(CalvinError, match="one world"):
-        Calvin("A")
+        CalvinEnv("A")
     env.close()
     env.close()
-    Calvin("A").close()
+    CalvinEnv("A").close()
 
 
 def test_it_is_silent(capfd: pytest.CaptureFixture) -> None:
     gc.collect()  # what earlier tests did not close speaks when it is collected
     capfd.readouterr()
-    env = Calvin("A")
+    env = CalvinEnv("A")
     env.reset()
     env.close()
     del env
@@ -191,22 +195,22 @@ def test_it_is_silent(capfd: pytest.CaptureFixture) -> None:
 # ---- sequences, versions, renderer
 
 
-def test_the_default_sequences_are_checked(env: Calvin, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert env.sequences(12) == sequences.generate(12)
-    real = sequences.generate
+def test_the_default_sequences_are_checked(env: CalvinEnv, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert env.sequences(12) == sequences.get_sequences(12)
+    real = sequences.get_sequences
     monkeypatch.setattr(sequences, "generate", lambda *args, **options: real(*args, **{**options, "seed": 1}))
     env.sequences(12, seed=1)
     with pytest.raises(RuntimeError, match="first 10 sequences are not CALVIN's"):
         env.sequences(12)
 
 
-def test_versions_name_what_moves_scores(env: Calvin) -> None:
+def test_versions_name_what_moves_scores(env: CalvinEnv) -> None:
     versions = env.versions()
     assert versions["simulator"].startswith("calvin_env 0123456789ab, pybullet 9.9.9, numpy ")
     assert versions["renderer"] == "pybullet TinyRenderer (CPU)" and len(versions["reference_frame"]) == 16
     env.close()
-    (same := Calvin("D")).close()
-    (larger := Calvin("D", gripper_size=96)).close()
+    (same := CalvinEnv("D")).close()
+    (larger := CalvinEnv("D", gripper_size=96)).close()
     assert same.versions() == versions != larger.versions()
 
 
@@ -223,8 +227,8 @@ def test_versions_name_what_moves_scores(env: Calvin) -> None:
 )
 def test_egl_draws_where_there_is_a_gpu(monkeypatch: pytest.MonkeyPatch, wish: str, device: str, egl: bool) -> None:
     monkeypatch.setenv("FAKE_EGL", device)
-    env = Calvin("D", renderer=wish)
-    assert env.choices() == {"renderer": "egl" if egl else "cpu"}
+    env = CalvinEnv("D", renderer=wish)
+    assert env.resolved_options() == {"renderer": "egl" if egl else "cpu"}
     assert worlds()[0].use_egl is egl and (f"pybullet EGL, {device}, 4.5" == env.versions()["renderer"]) is egl
     env.close()
 
@@ -233,10 +237,10 @@ def test_egl_draws_where_there_is_a_gpu(monkeypatch: pytest.MonkeyPatch, wish: s
 def test_a_wished_egl_that_does_not_start_is_an_error(monkeypatch: pytest.MonkeyPatch, device: str, words: str) -> None:
     monkeypatch.setenv("FAKE_EGL", device)
     with pytest.raises(CalvinError, match=words) as error:
-        Calvin("D", renderer="egl")
+        CalvinEnv("D", renderer="egl")
     assert "renderer=cpu" in str(error.value) and "\n" not in str(error.value)
     with pytest.raises(ValueError, match="renderer=gpu: choose one of auto, egl, cpu"):
-        Calvin("D", renderer="gpu")
+        CalvinEnv("D", renderer="gpu")
 
 
 # ---- what is missing
@@ -247,22 +251,22 @@ def test_without_calvin_env_one_line_names_the_steps(monkeypatch: pytest.MonkeyP
         with monkeypatch.context() as patch:
             patch.setitem(sys.modules, name, None)
             with pytest.raises(CalvinError, match=f'not installed .*{name}.*README.md, "Real CALVIN"') as error:
-                Calvin("D")
+                CalvinEnv("D")
             assert "\n" not in str(error.value)
 
 
 def test_an_incomplete_calvin_env_says_what_is_wrong(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("NO_GIT", "1")
     with pytest.raises(CalvinError, match="no readable git checkout"):
-        Calvin("D")
+        CalvinEnv("D")
     with monkeypatch.context() as patch:
         calvin_sim.load()
         patch.setattr(sys.modules["calvin_env"], "__file__", None)  # as of a folder without __init__.py
         with pytest.raises(CalvinError, match="fake_calvin/calvin_env hides the installed"):
-            Calvin("D")
+            CalvinEnv("D")
     monkeypatch.setattr(calvin_sim, "root", lambda package: tmp_path)
     with pytest.raises(CalvinError, match="without its folders conf/ and data/"):
-        Calvin("D")
+        CalvinEnv("D")
 
 
 @pytest.mark.parametrize(
@@ -301,7 +305,7 @@ def test_the_recorder_closes_a_world_before_it_opens_the_next(monkeypatch: pytes
 
 @pytest.mark.parametrize("named", [None, list(TASKS)])
 def test_sequences_that_are_not_calvins_are_refused(
-    env: Calvin, monkeypatch: pytest.MonkeyPatch, named: list[str] | None
+    env: CalvinEnv, monkeypatch: pytest.MonkeyPatch, named: list[str] | None
 ) -> None:
     monkeypatch.setattr(sequences, "OFFICIAL_SHA256", dict.fromkeys(sequences.OFFICIAL_SHA256, "0"))
     with pytest.raises(RuntimeError, match="not CALVIN's"):

@@ -12,11 +12,11 @@ from omegaconf import OmegaConf
 
 from envs.calvin import env as calvin
 from envs.calvin import simulator as calvin_sim
-from envs.calvin.env import Calvin
+from envs.calvin.env import CalvinEnv
 from envs.playtable.env import NEUTRAL_ROBOT_OBS, PlayTableState
 from envs.playtable.scene import SCENES
 from envs.recording.demonstrate import chain
-from envs.sequences import generate
+from envs.sequences import get_sequences
 from envs.tasks import ELEVEN, TASKS
 
 
@@ -24,20 +24,20 @@ from envs.tasks import ELEVEN, TASKS
 def installed() -> Path:
     """calvin_env's checkout."""
     try:
-        return calvin_sim.root(calvin_sim.load()[1])
+        return calvin_sim.root(calvin_sim.import_calvin_env()[1])
     except calvin_sim.CalvinError as error:
         pytest.skip(str(error))
 
 
 @pytest.fixture
-def env(installed: Path, request: pytest.FixtureRequest) -> Iterator[Calvin]:
+def env(installed: Path, request: pytest.FixtureRequest) -> Iterator[CalvinEnv]:
     """Scene D, or the one that a test asks for."""
-    env = Calvin(getattr(request, "param", "D"), renderer="cpu")
+    env = CalvinEnv(getattr(request, "param", "D"), renderer="cpu")
     yield env
     env.close()
 
 
-def wandering(env: Calvin, steps: int = 60, seed: int = 0) -> np.ndarray:
+def wandering(env: CalvinEnv, steps: int = 60, seed: int = 0) -> np.ndarray:
     rng, action, seen = np.random.default_rng(seed), np.zeros(7), []
     for step in range(steps):
         if step % 10 == 0:
@@ -47,12 +47,12 @@ def wandering(env: Calvin, steps: int = 60, seed: int = 0) -> np.ndarray:
 
 
 @pytest.mark.parametrize("env", "ABCD", indirect=True)
-def test_playtables_geometry_is_calvins(env: Calvin) -> None:
+def test_playtables_geometry_is_calvins(env: CalvinEnv) -> None:
     bullet, table, scene = env._bullet, env._table, env.scene.name
     env.reset()
     places = {name: bullet.getLinkState(table.uid, number)[4] for number, name in env._links.items() if number >= 0}
     fixtures = SCENES[scene].fixtures
-    assert places["slide_link"][0] + env.joint_reading("base__slide") == pytest.approx(fixtures.slide_x0, abs=1e-3)
+    assert places["slide_link"][0] + env.joint_position("base__slide") == pytest.approx(fixtures.slide_x0, abs=1e-3)
     assert places["drawer_link"][0] == pytest.approx(fixtures.drawer_x, abs=1e-6)
     assert places["switch_link"][0] == pytest.approx(fixtures.switch_x, abs=1e-6)
     np.testing.assert_allclose(places["button_link"], fixtures.button, atol=1e-6)
@@ -71,7 +71,7 @@ def test_playtables_geometry_is_calvins(env: Calvin) -> None:
 
 
 def test_the_configuration_is_the_datasets(installed: Path, shared_data: Path) -> None:
-    theirs = OmegaConf.load(shared_data / "calvin_meta" / "merged_config.yaml")
+    theirs = OmegaConf.import_calvin_env(shared_data / "calvin_meta" / "merged_config.yaml")
     ours = calvin_sim.configuration(installed, "D", static_size=200, gripper_size=84, egl=True)
     theirs.data_path = ours.data_path
     for part in ("robot", "cameras.static", "cameras.gripper", "scene.objects", "scene.surfaces"):
@@ -82,7 +82,7 @@ def test_the_configuration_is_the_datasets(installed: Path, shared_data: Path) -
         assert OmegaConf.select(ours, key) == OmegaConf.select(theirs, key), key
 
 
-def test_the_neutral_pose_and_stored_vectors_are_reproduced(env: Calvin) -> None:
+def test_the_neutral_pose_and_stored_vectors_are_reproduced(env: CalvinEnv) -> None:
     np.testing.assert_allclose(env.reset()["robot_obs"], NEUTRAL_ROBOT_OBS, atol=1e-5)
     wandering(env)
     for _ in range(20):  # velocities are no part of the vectors
@@ -92,9 +92,9 @@ def test_the_neutral_pose_and_stored_vectors_are_reproduced(env: Calvin) -> None
     np.testing.assert_allclose(again["scene_obs"], seen["scene_obs"], atol=5e-3)  # a reset makes one step of physics
 
 
-def test_what_follows_a_state_is_the_same_to_the_bit(env: Calvin, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calvin, "LOADS_A_CONNECTION", 4)
-    (one, _), (two, _) = generate(2)
+def test_what_follows_a_state_is_the_same_to_the_bit(env: CalvinEnv, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calvin, "MAX_LOADS_PER_CONNECTION", 4)
+    (one, _), (two, _) = get_sequences(2)
     env.reset(one)
     first = wandering(env)
     for looks in (False, True, False):
@@ -102,19 +102,19 @@ def test_what_follows_a_state_is_the_same_to_the_bit(env: Calvin, monkeypatch: p
         wandering(env, seed=1)
         env.reset(one)
         if looks:
-            env.observe()
+            env.get_obs()
         np.testing.assert_array_equal(wandering(env), first)
     assert np.ptp(first[:, :3], axis=0).min() > 0.01
 
 
-def test_the_oracle_knows_the_same_tasks(env: Calvin) -> None:
+def test_the_oracle_knows_the_same_tasks(env: CalvinEnv) -> None:
     assert set(env._oracle.tasks) == set(TASKS)
 
 
 @pytest.mark.parametrize(
     "task", ["open_drawer", "move_slider_left", "turn_on_lightbulb", "turn_on_led", "lift_red_block_table"]
 )
-def test_playtables_expert_solves_calvins_tasks(env: Calvin, task: str) -> None:
+def test_playtables_expert_solves_calvins_tasks(env: CalvinEnv, task: str) -> None:
     state = {
         "led": 0,
         "lightbulb": 0,
@@ -127,25 +127,31 @@ def test_playtables_expert_solves_calvins_tasks(env: Calvin, task: str) -> None:
     }
     env.reset(state)
     expert, start = env.expert(0), env.get_info()
-    assert not env.succeeded(task, start, start)
+    assert not env.check_success(task, start, start)
     expert.reset(task)
-    assert any(env.succeeded(task, start, env.step(expert.act(), render=False)[1]) for _ in range(240))
+    assert any(env.check_success(task, start, env.step(expert.act(), render=False)[1]) for _ in range(240))
 
 
-def test_the_privileged_state_reads_a_held_block(env: Calvin) -> None:
-    env.reset(next(state for state, _ in generate(20) if state["blue_block"] == "table"))
+def test_the_privileged_state_reads_a_held_block(env: CalvinEnv) -> None:
+    env.reset(next(state for state, _ in get_sequences(20) if state["blue_block"] == "table"))
     expert, state, start = env.expert(0), PlayTableState(env), env.get_info()
-    assert state.touching("block_blue") == {"base_link"}
+    assert state.get_contacts("block_blue") == {"base_link"}
     expert.reset("lift_blue_block_table")
-    while not env.succeeded("lift_blue_block_table", start, env.step(expert.act(), render=False)[1]):
-        assert state.touching("block_blue")
-    assert state.touching("block_blue") == {"robot"} and state.gripper() == -1 and 0.03 < state.opening() < 0.05
-    assert expert.held() == "block_blue" and np.linalg.norm(state.tcp()[0] - state.block("block_blue")[0]) < 0.03
+    while not env.check_success("lift_blue_block_table", start, env.step(expert.act(), render=False)[1]):
+        assert state.get_contacts("block_blue")
+    assert (
+        state.get_contacts("block_blue") == {"robot"}
+        and state.gripper_action() == -1
+        and 0.03 < state.gripper_opening_width() < 0.05
+    )
+    assert (
+        expert.held() == "block_blue" and np.linalg.norm(state.tcp_pose()[0] - state.block_pose("block_blue")[0]) < 0.03
+    )
 
 
-def test_pictures_show_the_table(env: Calvin) -> None:
-    env.reset(next(state for state, _ in generate(50) if state["red_block"] == state["blue_block"] == "table"))
-    pictures = env.observe()["rgb_obs"]
+def test_pictures_show_the_table(env: CalvinEnv) -> None:
+    env.reset(next(state for state, _ in get_sequences(50) if state["red_block"] == state["blue_block"] == "table"))
+    pictures = env.get_obs()["rgb_obs"]
     static = pictures["rgb_static"].astype(int)
     assert {name: (picture.shape, picture.dtype) for name, picture in pictures.items()} == {
         "rgb_static": ((200, 200, 3), np.uint8),
@@ -157,7 +163,7 @@ def test_pictures_show_the_table(env: Calvin) -> None:
     assert env.versions()["renderer"].startswith("pybullet TinyRenderer")
 
 
-def test_demonstrations_are_recorded_in_it(env: Calvin) -> None:
+def test_demonstrations_are_recorded_in_it(env: CalvinEnv) -> None:
     segments, _ = chain(env, ELEVEN, 1, np.random.default_rng(3))
     assert len(segments) == 1 and segments[0].rgb_static[0].shape == (200, 200, 3)
     assert segments[0].absolute_actions().shape == (len(segments[0]), 7)

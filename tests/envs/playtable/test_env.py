@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from envs.playtable import PlayTable
+from envs.playtable import PlayTableEnv
 from envs.playtable.env import NEUTRAL_ROBOT_OBS, PlayTableState
 from envs.playtable.mjcf import LOOK_AT, LOOK_FROM, LOOK_UP
 from envs.playtable.render import RenderError
-from tests.envs.hand import OUT_OF_FRONT, UP_FRONT, Hand, pointing
+from tests.envs.pose_controller import OUT_OF_FRONT, UP_FRONT, PoseController, downward_euler
 
 STILL = np.array([0, 0, 0, 0, 0, 0, 1.0])
 
@@ -34,14 +34,14 @@ def wandering(count: int, seed: int = 0) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def env():
-    env = PlayTable("D")
+    env = PlayTableEnv("D")
     yield env
     env.close()
 
 
-def start(env: PlayTable, **kwargs) -> Hand:
+def start(env: PlayTableEnv, **kwargs) -> PoseController:
     env.reset(robot_obs=NEUTRAL_ROBOT_OBS, scene_obs=scene_vector(**kwargs))
-    return Hand(env)
+    return PoseController(env)
 
 
 # ---- vectors and determinism
@@ -56,7 +56,7 @@ def test_neutral_observation_is_calvins(env):
 
 @pytest.mark.parametrize("scene", "ABCD")
 def test_reset_reproduces_stored_vectors(scene):
-    env = PlayTable(scene)
+    env = PlayTableEnv(scene)
     env.reset()
     for action in wandering(60, seed=3):
         obs, _ = env.step(action, render=False)
@@ -69,7 +69,7 @@ def test_reset_reproduces_stored_vectors(scene):
 def test_same_state_and_actions_give_the_same_bits(env):
     vector = scene_vector()
 
-    def trajectory(world: PlayTable) -> np.ndarray:
+    def trajectory(world: PlayTableEnv) -> np.ndarray:
         world.reset(robot_obs=NEUTRAL_ROBOT_OBS, scene_obs=vector)
         steps = [world.step(action, render=False)[0] for action in wandering(80)]
         return np.array([np.concatenate((obs["robot_obs"], obs["scene_obs"])) for obs in steps])
@@ -77,17 +77,17 @@ def test_same_state_and_actions_give_the_same_bits(env):
     first = trajectory(env)
     assert np.ptp(first[:, :3], axis=0).max() > 0.02
     np.testing.assert_array_equal(first, trajectory(env))
-    np.testing.assert_array_equal(first, trajectory(PlayTable("D", seed=5)))
+    np.testing.assert_array_equal(first, trajectory(PlayTableEnv("D", seed=5)))
 
 
 def test_seed_decides_the_random_starts_and_blocks_stay_apart():
-    same, other = PlayTable("B", seed=1), PlayTable("B", seed=2)
-    again = PlayTable("B", seed=1)
+    same, other = PlayTableEnv("B", seed=1), PlayTableEnv("B", seed=2)
+    again = PlayTableEnv("B", seed=1)
     for _ in range(5):
         vector = same.reset()["scene_obs"]
         np.testing.assert_array_equal(vector, again.reset()["scene_obs"])
         assert np.abs(vector - other.reset()["scene_obs"]).max() > 1e-3
-        assert not any("block" in name for block in same.scene.blocks for name in same.touching(block))
+        assert not any("block" in name for block in same.scene.blocks for name in same.get_contacts(block))
         assert same._data.contact.dist.min(initial=0.0) > -1e-4
 
 
@@ -101,12 +101,12 @@ def test_action_moves_the_commanded_pose_and_stays_untouched(env):
     after, turned_after = env.target_pose()
     np.testing.assert_allclose(after - before, 0.02 * action[:3], atol=1e-12)
     np.testing.assert_allclose(turned_after - turned, 0.05 * action[3:6], atol=1e-12)
-    assert env.gripper_command == -1 and env.get_info()["robot_info"]["gripper_action"] == -1
+    assert env.gripper_action == -1 and env.get_info()["robot_info"]["gripper_action"] == -1
 
 
 def test_arm_arrives_where_it_is_told(env):
     hand = start(env)
-    hand.to((0.15, -0.2, 0.55), pointing(yaw=0.7))
+    hand.move_to((0.15, -0.2, 0.55), downward_euler(yaw=0.7))
     hand.wait(10)
     (at, _), (goal, _) = env.tcp_pose(), env.target_pose()
     assert np.abs(at - goal).max() < 1e-3
@@ -118,7 +118,7 @@ def test_blocks_rest_on_the_table_and_are_told_so(env):
     hand.wait(60)
     info = hand.info["scene_info"]["movable_objects"]
     for name, on in (("block_red", "base_link"), ("block_blue", "base_link"), ("block_pink", "plank_link")):
-        assert env.touching(name) == {on}
+        assert env.get_contacts(name) == {on}
         assert info[name]["current_pos"][2] == pytest.approx(0.46, abs=5e-4)
         moved = np.asarray(info[name]["current_pos"])[:2] - np.asarray(before[name]["current_pos"])[:2]
         assert np.abs(moved).max() < 5e-4
@@ -160,7 +160,7 @@ def test_info_is_a_snapshot(env):
     hand = start(env)
     before = env.get_info()
     kept = np.array(before["robot_info"]["tcp_pos"])
-    hand.to((0.1, -0.25, 0.5))
+    hand.move_to((0.1, -0.25, 0.5))
     np.testing.assert_array_equal(before["robot_info"]["tcp_pos"], kept)
 
 
@@ -181,124 +181,124 @@ def test_a_grasped_block_stays_in_the_hand(env, block):
     places = [(0.33, -0.05, 0.46), (0.38, -0.12, 0.46), (-0.24, 0.0924, 0.461)]
     places[env.scene.block_names.index(block)] = (0.05, -0.12, 0.46)
     hand = start(env, places=places)
-    hand.to((0.05, -0.12, 0.56), pointing())
-    hand.to((0.05, -0.12, 0.46), speed=0.5)
-    hand.wait(8, grip=-1)
-    assert env.gripper_opening() == pytest.approx(0.04, abs=2e-3)
-    hand.to((0.05, -0.12, 0.62))
-    assert env.touching(block) == {"robot"}
+    hand.move_to((0.05, -0.12, 0.56), downward_euler())
+    hand.move_to((0.05, -0.12, 0.46), speed=0.5)
+    hand.wait(8, gripper_action=-1)
+    assert env.gripper_opening_width() == pytest.approx(0.04, abs=2e-3)
+    hand.move_to((0.05, -0.12, 0.62))
+    assert env.get_contacts(block) == {"robot"}
     grasp = env.block_pose(block)[0] - env.tcp_pose()[0]
-    hand.to((0.2, -0.25, 0.68), speed=1.0)
-    hand.to((0.05, -0.12, 0.66), speed=1.0)
+    hand.move_to((0.2, -0.25, 0.68), speed=1.0)
+    hand.move_to((0.05, -0.12, 0.66), speed=1.0)
     hand.wait(60)
-    assert env.touching(block) == {"robot"}
+    assert env.get_contacts(block) == {"robot"}
     assert np.abs(env.block_pose(block)[0] - env.tcp_pose()[0] - grasp).max() < 3e-3
-    hand.wait(15, grip=1)
+    hand.wait(15, gripper_action=1)
     hand.wait(20)
-    assert "robot" not in env.touching(block) and env.block_pose(block)[0][2] < 0.5
+    assert "robot" not in env.get_contacts(block) and env.block_pose(block)[0][2] < 0.5
 
 
 def test_a_block_goes_from_the_drawer_into_the_cabinet_and_out(env):
     x = env.scene.fixtures.drawer_x
     hand = start(env, places=[(x, -0.28, 0.36), (0.3, -0.05, 0.46), (0.05, -0.05, 0.46)], drawer=0.22)
     hand.wait(5)
-    assert env.touching("block_red") == {"drawer_link"}
-    hand.to((x, -0.28, 0.55), pointing())
-    hand.to((x, -0.28, 0.36), speed=0.5)
-    hand.wait(8, grip=-1)
-    hand.to((x, -0.28, 0.65))
-    assert env.touching("block_red") == {"robot"}
-    place, lean = np.array([-0.24, 0.085, 0.47]), pointing(0.45)
+    assert env.get_contacts("block_red") == {"drawer_link"}
+    hand.move_to((x, -0.28, 0.55), downward_euler())
+    hand.move_to((x, -0.28, 0.36), speed=0.5)
+    hand.wait(8, gripper_action=-1)
+    hand.move_to((x, -0.28, 0.65))
+    assert env.get_contacts("block_red") == {"robot"}
+    place, lean = np.array([-0.24, 0.085, 0.47]), downward_euler(0.45)
     back = np.array([0.0, -np.sin(0.45), np.cos(0.45)])
-    hand.to((-0.24, -0.15, 0.65), lean)
-    hand.to(place + 0.12 * back)
-    hand.to(place, speed=0.4)
-    hand.wait(6, grip=1)
-    hand.to(place + 0.1 * back)
+    hand.move_to((-0.24, -0.15, 0.65), lean)
+    hand.move_to(place + 0.12 * back)
+    hand.move_to(place, speed=0.4)
+    hand.wait(6, gripper_action=1)
+    hand.move_to(place + 0.1 * back)
     hand.wait(5)
-    assert env.touching("block_red") == {"plank_link"}
+    assert env.get_contacts("block_red") == {"plank_link"}
     at = env.block_pose("block_red")[0]
-    hand.to(at + 0.1 * back)
-    hand.to(at, speed=0.5)
-    hand.wait(8, grip=-1)
-    hand.to(env.target_pose()[0] + [0, -0.03, 0.06], speed=0.4)
-    hand.to(env.target_pose()[0] + [0, -0.14, 0.14])
-    assert env.touching("block_red") == {"robot"} and env.block_pose("block_red")[0][2] > 0.6
+    hand.move_to(at + 0.1 * back)
+    hand.move_to(at, speed=0.5)
+    hand.wait(8, gripper_action=-1)
+    hand.move_to(env.target_pose()[0] + [0, -0.03, 0.06], speed=0.4)
+    hand.move_to(env.target_pose()[0] + [0, -0.14, 0.14])
+    assert env.get_contacts("block_red") == {"robot"} and env.block_pose("block_red")[0][2] > 0.6
 
 
 @pytest.mark.parametrize("scene", "ABCD")
 def test_drawer_opens_behind_its_bar_and_shuts(scene):
-    env = PlayTable(scene)
+    env = PlayTableEnv(scene)
     hand = start(env)
-    hand.wait(1, grip=-1)
-    x, lean = env.scene.fixtures.drawer_x, pointing(0.25)
-    hand.to((x, -0.21, 0.55), lean)
-    hand.to((x, -0.212, 0.375), speed=0.5)
-    assert env.joint_reading("base__drawer") < 2e-3
-    hand.to((x, -0.452, 0.375), speed=0.5)
-    assert env.joint_reading("base__drawer") == pytest.approx(0.22, abs=5e-3)
-    hand.to((x, -0.42, 0.55))
-    hand.to((x, -0.55, 0.55), pointing())
-    hand.to((x, -0.55, 0.37))
-    hand.to((x, -0.25, 0.37), speed=0.5)
-    assert env.joint_reading("base__drawer") == pytest.approx(0.0, abs=2e-3)
+    hand.wait(1, gripper_action=-1)
+    x, lean = env.scene.fixtures.drawer_x, downward_euler(0.25)
+    hand.move_to((x, -0.21, 0.55), lean)
+    hand.move_to((x, -0.212, 0.375), speed=0.5)
+    assert env.joint_position("base__drawer") < 2e-3
+    hand.move_to((x, -0.452, 0.375), speed=0.5)
+    assert env.joint_position("base__drawer") == pytest.approx(0.22, abs=5e-3)
+    hand.move_to((x, -0.42, 0.55))
+    hand.move_to((x, -0.55, 0.55), downward_euler())
+    hand.move_to((x, -0.55, 0.37))
+    hand.move_to((x, -0.25, 0.37), speed=0.5)
+    assert env.joint_position("base__drawer") == pytest.approx(0.0, abs=2e-3)
 
 
 @pytest.mark.parametrize("scene", "ABCD")
 @pytest.mark.parametrize("left", [True, False])
 def test_the_slider_follows_a_push_on_its_handle(scene, left):
-    env = PlayTable(scene)
+    env = PlayTableEnv(scene)
     limit = env.scene.limits["base__slide"]
     hand = start(env, slider=0.0 if left else limit)
-    hand.wait(1, grip=-1)
+    hand.wait(1, gripper_action=-1)
     x = env.scene.fixtures.slide_x0 + 0.14 - (0.0 if left else limit)
     side = 0.055 if left else -0.055
-    hand.to((x + side, -0.12, 0.6), pointing(0.45))
-    hand.to((x + side, -0.005, 0.515), speed=0.5)
-    before = env.joint_reading("base__slide")
-    hand.to((x + side - np.sign(side) * 0.3, -0.005, 0.515), speed=0.5)
-    moved = env.joint_reading("base__slide") - before
+    hand.move_to((x + side, -0.12, 0.6), downward_euler(0.45))
+    hand.move_to((x + side, -0.005, 0.515), speed=0.5)
+    before = env.joint_position("base__slide")
+    hand.move_to((x + side - np.sign(side) * 0.3, -0.005, 0.515), speed=0.5)
+    moved = env.joint_position("base__slide") - before
     assert moved > 0.2 if left else moved < -0.2
 
 
 @pytest.mark.parametrize("scene", "AB")
 def test_the_lever_sets_the_bulb(scene):
-    env = PlayTable(scene)
+    env = PlayTableEnv(scene)
     bar = np.array([env.scene.fixtures.switch_x, 0.023, 0.525])
     hand = start(env)
-    hand.wait(1, grip=-1)
-    hand.to((bar[0], -0.13, 0.6), pointing(0.45))
+    hand.wait(1, gripper_action=-1)
+    hand.move_to((bar[0], -0.13, 0.6), downward_euler(0.45))
     low = bar - 0.055 * UP_FRONT
-    hand.to(low + 0.1 * OUT_OF_FRONT, pointing(0.9))
-    hand.to(low, speed=0.5)
+    hand.move_to(low + 0.1 * OUT_OF_FRONT, downward_euler(0.9))
+    hand.move_to(low, speed=0.5)
     assert env.lights["lightbulb"] == 0
-    hand.to(low + 0.12 * UP_FRONT, speed=0.5)
-    assert env.joint_reading("base__switch") > 0.044 and env.lights["lightbulb"] == 1
+    hand.move_to(low + 0.12 * UP_FRONT, speed=0.5)
+    assert env.joint_position("base__switch") > 0.044 and env.lights["lightbulb"] == 1
 
     hand = start(env, switch=0.088, lightbulb=1.0)
-    hand.wait(20, grip=-1)
-    assert env.joint_reading("base__switch") == pytest.approx(0.088, abs=1e-4) and env.lights["lightbulb"] == 1
+    hand.wait(20, gripper_action=-1)
+    assert env.joint_position("base__switch") == pytest.approx(0.088, abs=1e-4) and env.lights["lightbulb"] == 1
     high = bar + (0.088 + 0.055) * UP_FRONT
-    hand.to((bar[0], -0.08, 0.66), pointing(0.5))
-    hand.to(high + 0.06 * OUT_OF_FRONT)
-    hand.to(high, speed=0.5)
-    hand.to(high - 0.13 * UP_FRONT, speed=0.5)
-    assert env.joint_reading("base__switch") < 0.044 and env.lights["lightbulb"] == 0
+    hand.move_to((bar[0], -0.08, 0.66), downward_euler(0.5))
+    hand.move_to(high + 0.06 * OUT_OF_FRONT)
+    hand.move_to(high, speed=0.5)
+    hand.move_to(high - 0.13 * UP_FRONT, speed=0.5)
+    assert env.joint_position("base__switch") < 0.044 and env.lights["lightbulb"] == 0
 
 
 @pytest.mark.parametrize("lit", [0, 1])
 def test_one_press_of_the_button_toggles_the_led(env, lit):
     x, y, _ = env.scene.fixtures.button
     hand = start(env, led=float(lit))
-    hand.wait(30, grip=-1)
+    hand.wait(30, gripper_action=-1)
     assert env.lights["led"] == lit
-    hand.to((x, y, 0.56), pointing())
-    hand.to((x, y, 0.46), speed=0.5)
-    assert env.joint_reading("base__button") > 0.01 and env.lights["led"] == 1 - lit
+    hand.move_to((x, y, 0.56), downward_euler())
+    hand.move_to((x, y, 0.46), speed=0.5)
+    assert env.joint_position("base__button") > 0.01 and env.lights["led"] == 1 - lit
     hand.wait(20)
     assert env.lights["led"] == 1 - lit
-    hand.to((x, y, 0.56))
-    assert env.joint_reading("base__button") < 0.002 and env.lights["led"] == 1 - lit
+    hand.move_to((x, y, 0.56))
+    assert env.joint_position("base__button") < 0.002 and env.lights["led"] == 1 - lit
 
 
 # ---- pictures
@@ -306,10 +306,10 @@ def test_one_press_of_the_button_toggles_the_led(env, lit):
 
 @pytest.fixture(scope="module")
 def seen():
-    env = PlayTable("D")
+    env = PlayTableEnv("D")
     env.reset(robot_obs=NEUTRAL_ROBOT_OBS, scene_obs=scene_vector())
     try:
-        env.observe()
+        env.get_obs()
     except RenderError as error:
         pytest.skip(str(error))
     yield env
@@ -327,8 +327,8 @@ def test_pictures_have_calvins_shapes_and_come_only_when_asked(seen):
 
 
 def test_picture_sizes_follow_the_arguments(seen):
-    env = PlayTable("A", static_size=256, gripper_size=64)
-    pictures = env.observe()["rgb_obs"]
+    env = PlayTableEnv("A", static_size=256, gripper_size=64)
+    pictures = env.get_obs()["rgb_obs"]
     assert pictures["rgb_static"].shape == (256, 256, 3) and pictures["rgb_gripper"].shape == (64, 64, 3)
     env.close()
 
@@ -336,7 +336,7 @@ def test_picture_sizes_follow_the_arguments(seen):
 def test_a_block_is_seen_where_the_static_camera_projects_it(seen):
     place = np.array([0.3, -0.1, 0.46])
     seen.reset(robot_obs=NEUTRAL_ROBOT_OBS, scene_obs=scene_vector())
-    picture = seen.observe()["rgb_obs"]["rgb_static"].astype(int)
+    picture = seen.get_obs()["rgb_obs"]["rgb_static"].astype(int)
     ahead = np.subtract(LOOK_AT, LOOK_FROM) / np.linalg.norm(np.subtract(LOOK_AT, LOOK_FROM))
     right = np.cross(ahead, LOOK_UP)
     right /= np.linalg.norm(right)
@@ -353,7 +353,7 @@ def test_a_block_is_seen_where_the_static_camera_projects_it(seen):
 def test_lights_are_seen(seen):
     def counts(**lights: float) -> tuple[int, int]:
         seen.reset(robot_obs=NEUTRAL_ROBOT_OBS, scene_obs=scene_vector(**lights))
-        red, green, blue = np.moveaxis(seen.observe()["rgb_obs"]["rgb_static"].astype(int), -1, 0)
+        red, green, blue = np.moveaxis(seen.get_obs()["rgb_obs"]["rgb_static"].astype(int), -1, 0)
         return int(((green > 180) & (red < 100)).sum()), int(((red > 200) & (green > 180) & (blue < 110)).sum())
 
     assert counts() == (0, 0)
@@ -363,7 +363,7 @@ def test_lights_are_seen(seen):
 
 def test_close_twice_is_fine_and_versions_name_the_renderer(seen):
     assert seen.versions()["renderer"] in ("egl", "osmesa") and "mujoco" in seen.versions()["simulator"]
-    env = PlayTable("D")
+    env = PlayTableEnv("D")
     assert env.versions()["renderer"] == "none"
     env.close()
     env.close()
@@ -373,7 +373,7 @@ def test_close_twice_is_fine_and_versions_name_the_renderer(seen):
 def test_an_unfit_backend_is_named_in_one_line(monkeypatch, backend):
     monkeypatch.setenv("MUJOCO_GL", backend)
     with pytest.raises(RenderError, match=f"MUJOCO_GL={backend}.*egl or osmesa"):
-        PlayTable("D").observe()
+        PlayTableEnv("D").get_obs()
 
 
 # ---- bad input
@@ -403,7 +403,7 @@ def test_bad_resets_are_refused(env):
     with pytest.raises(ValueError, match="not both"):
         env.reset({"led": 0}, scene_obs=np.zeros(24))
     with pytest.raises(ValueError, match="static_size=0"):
-        PlayTable("D", static_size=0)
+        PlayTableEnv("D", static_size=0)
 
 
 def test_wild_actions_do_not_break_the_world(env):
@@ -420,24 +420,28 @@ def test_privileged_state_reads_the_present(env):
     hand = start(env, drawer=0.22)
     state = PlayTableState(env)
     assert state.blocks == ("block_red", "block_blue", "block_pink")
-    assert state.joint("base__drawer") == pytest.approx(0.22) and state.limit("base__drawer") == 0.22
-    assert state.light("led") == 0 and state.gripper() == 1 and state.opening() == pytest.approx(0.08, abs=1e-4)
-    np.testing.assert_allclose(state.block("block_blue")[0], (0.3, -0.1, 0.46), atol=1e-9)
-    np.testing.assert_allclose(state.block("block_blue")[1][:, 0], (0, 1, 0), atol=1e-9)
-    hand.to((0.1, -0.2, 0.55), pointing())
-    np.testing.assert_allclose(state.target()[0], (0.1, -0.2, 0.55), atol=1e-9)
-    assert np.abs(state.tcp()[0] - state.target()[0]).max() < 5e-3
-    target = state.target()[0]
+    assert state.joint_position("base__drawer") == pytest.approx(0.22) and state.joint_limit("base__drawer") == 0.22
+    assert (
+        state.light_state("led") == 0
+        and state.gripper_action() == 1
+        and state.gripper_opening_width() == pytest.approx(0.08, abs=1e-4)
+    )
+    np.testing.assert_allclose(state.block_pose("block_blue")[0], (0.3, -0.1, 0.46), atol=1e-9)
+    np.testing.assert_allclose(state.block_pose("block_blue")[1][:, 0], (0, 1, 0), atol=1e-9)
+    hand.move_to((0.1, -0.2, 0.55), downward_euler())
+    np.testing.assert_allclose(state.target_pose()[0], (0.1, -0.2, 0.55), atol=1e-9)
+    assert np.abs(state.tcp_pose()[0] - state.target_pose()[0]).max() < 5e-3
+    target = state.target_pose()[0]
     target[:] = 0
-    assert state.target()[0][2] == pytest.approx(0.55)
+    assert state.target_pose()[0][2] == pytest.approx(0.55)
 
 
 def test_a_program_that_never_closes_ends_in_silence() -> None:
     """However early another library made the first finalizer of the program."""
     program = (
         "import weakref\nclass Early: pass\nearly = Early()\nweakref.finalize(early, int)\nfrom playtable import "
-        "PlayTable\n"
-        "worlds = [PlayTable('A'), PlayTable('D')]\nfor world in worlds: world.reset(); world.observe()"
+        "PlayTableEnv\n"
+        "worlds = [PlayTableEnv('A'), PlayTableEnv('D')]\nfor world in worlds: world.reset(); world.observe()"
     )
     ended = subprocess.run(
         [sys.executable, "-c", program],

@@ -9,27 +9,27 @@ import av
 import numpy as np
 import pytest
 
-from envs.playtable import PlayTable, human
-from envs.playtable.mjcf import build
+from envs.playtable import PlayTableEnv, human
+from envs.playtable.mjcf import compile_model
 from envs.playtable.scene import get_scene
 from envs.record import record
-from envs.recording.demonstrate import numbered
+from envs.recording.demonstrate import demonstrate_chain
 from envs.tasks import INSTRUCTIONS
 from step1_gfdm.dataset import VideoClips
 from step2_gidm.data.transitions import VideoTransitions
 
-HAND = {"_target_": "envs.playtable.PlayTable", "embodiment": "hand"}
+HAND = {"_target_": "envs.playtable.PlayTableEnv", "embodiment": "hand"}
 
 
-def played(embodiment: str) -> tuple[PlayTable, np.ndarray]:
+def played(embodiment: str) -> tuple[PlayTableEnv, np.ndarray]:
     """A table on which the expert opened the drawer, and all readings (T, 39) on the way."""
-    env = PlayTable("A", embodiment=embodiment)
+    env = PlayTableEnv("A", embodiment=embodiment)
     expert, start, rows = env.expert(seed=1), env.get_info(), []
     expert.reset("open_drawer")
     for _ in range(120):
         state, info = env.step(expert.act(), render=False)
         rows.append(np.concatenate([state["robot_obs"], state["scene_obs"]]))
-        if env.succeeded("open_drawer", start, info):
+        if env.check_success("open_drawer", start, info):
             return env, np.array(rows)
     raise AssertionError("the drawer stayed shut")
 
@@ -38,7 +38,7 @@ def test_the_hand_moves_as_the_robot_does_and_looks_unlike_it() -> None:
     robot, moves = played("robot")
     hand, same = played("hand")
     np.testing.assert_allclose(moves, same, rtol=0, atol=1e-6)  # how many geoms there are alters the order of sums
-    pictures = [env.observe()["rgb_obs"] for env in (robot, hand)]
+    pictures = [env.get_obs()["rgb_obs"] for env in (robot, hand)]
     for camera, share in (("rgb_static", 0.02), ("rgb_gripper", 0.1)):
         one, two = (picture[camera].astype(int) for picture in pictures)
         assert (np.abs(one - two).max(-1) > 30).mean() > share, camera
@@ -46,22 +46,24 @@ def test_the_hand_moves_as_the_robot_does_and_looks_unlike_it() -> None:
 
 @pytest.mark.parametrize("shown", [False, True])
 def test_only_one_of_the_two_is_seen(shown: bool) -> None:
-    model = build(get_scene("B"), hand=shown)
+    model = compile_model(get_scene("B"), human_arm=shown)
     first, last = model.body("link0").id, model.body("finger_right").id
     looks = {
         model.mat(int(model.geom_matid[geom])).name
         for geom in range(model.ngeom)
         if first <= model.geom_bodyid[geom] <= last and model.geom_group[geom] < 3
     }
-    assert looks == set(human.COLOURS) if shown else looks and not looks & set(human.COLOURS)
-    assert not shown or sum(model.geom_contype == 2) == sum(build(get_scene("B")).geom_contype == 2)
+    assert looks == set(human.MATERIAL_RGB) if shown else looks and not looks & set(human.MATERIAL_RGB)
+    assert not shown or sum(model.geom_contype == 2) == sum(compile_model(get_scene("B")).geom_contype == 2)
 
 
 def test_the_expert_succeeds_as_a_hand_in_motions_of_its_own() -> None:
     tasks = ["open_drawer", "turn_on_led", "lift_red_block_table", "lift_blue_block_table", "move_slider_left"]
     chains = {
         body: [
-            numbered(PlayTable("A", embodiment=body, static_size=8, gripper_size=8), tasks, 2, seed=0, number=number)
+            demonstrate_chain(
+                PlayTableEnv("A", embodiment=body, static_size=8, gripper_size=8), tasks, 2, seed=0, number=number
+            )
             for number in range(4)
         ]
         for body in ("robot", "hand")
@@ -77,7 +79,7 @@ def test_the_expert_succeeds_as_a_hand_in_motions_of_its_own() -> None:
 
 def test_an_unknown_embodiment_is_refused() -> None:
     with pytest.raises(ValueError, match=r"embodiment='paw': choose one of robot, hand"):
-        PlayTable("A", embodiment="paw")
+        PlayTableEnv("A", embodiment="paw")
 
 
 def test_a_recording_of_a_hand_is_a_video_set_without_motions(tmp_path: Path) -> None:
@@ -88,7 +90,7 @@ def test_a_recording_of_a_hand_is_a_video_set_without_motions(tmp_path: Path) ->
         "episodes": 8,
         "workers": 1,
         "env": HAND,
-        "validation_share": 0.2,
+        "validation_fraction": 0.2,
     }
     counts = record(**request, out=out, videos=True)
     root = out / "videos_set"
@@ -106,7 +108,7 @@ def test_a_recording_of_a_hand_is_a_video_set_without_motions(tmp_path: Path) ->
         with av.open(str(root / note["videos"][0]["video_path"])) as film:
             assert film.streams.video[0].average_rate == note["fps"] == 30
             assert sum(1 for _ in film.decode(video=0)) == note["video_length"]
-    clips = VideoClips(root, "train", num_frames=4, clip={"stride": 10, "start_every": 2}, image_size=32)
+    clips = VideoClips(root, "train", num_frames=4, clip={"stride": 10, "step_between_clips": 2}, image_size=32)
     assert clips.sample(0, np.random.default_rng(0))["frames"].shape == (4, 3, 32, 32) and clips.states(0) is None
     pairs = VideoTransitions(root, "train", image_size=32, view=None)
     assert pairs.sample(0, np.random.default_rng(0))["frames"].shape == (2, 3, 32, 32)

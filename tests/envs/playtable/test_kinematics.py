@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 
 from envs.playtable.kinematics import (
-    LOWER,
-    UPPER,
-    Arm,
+    JOINT_LOWER,
+    JOINT_UPPER,
+    ArmKinematics,
     euler_from_matrix,
     matrix_from_euler,
     quaternion_from_matrix,
-    rotation_vector,
+    rotvec_from_matrix,
 )
-from envs.playtable.mjcf import build
+from envs.playtable.mjcf import compile_model
 from envs.playtable.scene import ROBOT_BASE, get_scene
 from envs.sequences import NEUTRAL_JOINTS
 
@@ -23,8 +23,8 @@ CALVIN_NEUTRAL_TCP = [0.02586889, -0.2313129, 0.5712808, 3.09045411, -0.02908596
 
 
 @pytest.fixture
-def arm() -> Arm:
-    return Arm(ROBOT_BASE, NEUTRAL_JOINTS)
+def arm() -> ArmKinematics:
+    return ArmKinematics(ROBOT_BASE, NEUTRAL_JOINTS)
 
 
 def test_neutral_pose_is_calvins(arm):
@@ -34,9 +34,9 @@ def test_neutral_pose_is_calvins(arm):
 
 
 def test_forward_agrees_with_the_simulated_arm(arm):
-    model = build(get_scene("D"))
+    model = compile_model(get_scene("D"))
     data = mujoco.MjData(model)
-    for joints in np.random.default_rng(0).uniform(LOWER, UPPER, (10, 7)):
+    for joints in np.random.default_rng(0).uniform(JOINT_LOWER, JOINT_UPPER, (10, 7)):
         for i, value in enumerate(joints):
             data.joint(f"arm_{i + 1}").qpos = value
         mujoco.mj_kinematics(model, data)
@@ -51,7 +51,7 @@ def test_jacobian_is_the_derivative(arm):
     step = 1e-6
     for i in range(7):
         moved, turned, _ = arm.forward(joints + step * np.eye(7)[i])
-        change = np.concatenate((moved - position, rotation_vector(turned @ rotation.T))) / step
+        change = np.concatenate((moved - position, rotvec_from_matrix(turned @ rotation.T))) / step
         np.testing.assert_allclose(jacobian[:, i], change, atol=1e-5)
 
 
@@ -68,7 +68,7 @@ def test_rotations_return_to_themselves():
 def test_half_turns_have_a_rotation_vector(axis):
     euler = np.zeros(3)
     euler[axis] = np.pi
-    assert np.abs(rotation_vector(matrix_from_euler(euler)))[axis] == pytest.approx(np.pi)
+    assert np.abs(rotvec_from_matrix(matrix_from_euler(euler)))[axis] == pytest.approx(np.pi)
 
 
 def test_gimbal_lock_keeps_the_rotation():
@@ -87,17 +87,17 @@ def test_inverse_follows_a_path_within_the_limits(arm):
             position = position + np.clip(goal - position, -0.02, 0.02)
             euler = euler + np.clip([np.pi - euler[0], -euler[1], yaw - euler[2]], -0.05, 0.05)
             joints = arm.inverse(position, matrix_from_euler(euler), joints)
-            assert (joints >= LOWER).all() and (joints <= UPPER).all()
+            assert (joints >= JOINT_LOWER).all() and (joints <= JOINT_UPPER).all()
         reached, rotation, _ = arm.forward(joints)
         assert np.abs(reached - goal).max() < 1e-3
-        assert np.abs(rotation_vector(matrix_from_euler(euler) @ rotation.T)).max() < 5e-3
+        assert np.abs(rotvec_from_matrix(matrix_from_euler(euler) @ rotation.T)).max() < 5e-3
 
 
 def test_out_of_reach_gives_the_nearest_pose_without_leaving_the_limits(arm):
     joints = np.array(NEUTRAL_JOINTS)
     for _ in range(60):
         joints = arm.inverse(np.array([2.0, 0.0, 0.5]), np.diag([1.0, -1.0, -1.0]), joints)
-        assert np.isfinite(joints).all() and (joints >= LOWER).all() and (joints <= UPPER).all()
+        assert np.isfinite(joints).all() and (joints >= JOINT_LOWER).all() and (joints <= JOINT_UPPER).all()
     assert arm.forward(joints)[0][0] > 0.3
 
 

@@ -6,7 +6,7 @@ import mujoco
 import numpy as np
 import pytest
 
-from envs.playtable.mjcf import build
+from envs.playtable.mjcf import compile_model
 from envs.playtable.scene import SCENES, get_scene
 
 FACTS = {
@@ -21,7 +21,7 @@ FACTS = {
 @pytest.fixture(scope="module", params=sorted(FACTS))
 def built(request):
     scene = get_scene(request.param)
-    model = build(scene)
+    model = compile_model(scene)
     data = mujoco.MjData(model)
     mujoco.mj_forward(model, data)
     return scene, model, data
@@ -85,7 +85,7 @@ def test_no_geom_is_a_mesh_and_there_are_few(built):
 
 
 def test_scenes_look_different():
-    means = [build(scene).tex_data.reshape(-1)[:200_000].mean() for scene in SCENES.values()]
+    means = [compile_model(scene).tex_data.reshape(-1)[:200_000].mean() for scene in SCENES.values()]
     assert len({round(float(mean), 1) for mean in means}) == 4
 
 

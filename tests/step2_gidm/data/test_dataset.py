@@ -15,19 +15,19 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from common import rlds
 from common.calvin_format import CalvinFormatError, read_annotations, read_recordings
-from common.mixture import LeftOut, Unreadable
+from common.mixture import FilteredSample, UnreadableSample
 from common.video import write_mp4
 from step1_gfdm.dataset import VideoClips
 from step2_gidm.data import dataset
-from step2_gidm.data.dataset import mixture, open_x
+from step2_gidm.data.dataset import mixture, build_open_x_mixture
 from step2_gidm.data.oxe import HUMAN_SHARE, HUMAN_TRANSITIONS, OXE, official_windows
 from step2_gidm.data.pairs import Transitions, perturb
 from step2_gidm.data.transitions import CalvinTransitions, RldsTransitions, VideoTransitions
-from tests.common.test_rlds import record, write_set
+from tests.common.test_rlds import record, write_video_set
 from tests.step3_defi.parts import write_calvin
 
 PAIRS = {"image_size": 32}
-TOY = {"image": "observation/image", "text": "instruction", "encoding": "code_points"}  # what write_set writes
+TOY = {"image": "observation/image", "text": "instruction", "encoding": "code_points"}  # what write_video_set writes
 
 
 def video_set(
@@ -51,7 +51,7 @@ def video_set(
 def test_gap_is_a_second_by_the_sets_own_clock(fps: float, gap_seconds: float, n: int) -> None:
     pairs = Transitions(image_size=8, gap_seconds=gap_seconds)
     rng = np.random.default_rng(0)
-    drawn = {pairs.draw("x", 40, fps, rng)[0] for _ in range(2000)}
+    drawn = {pairs.sample_frame_indices("x", 40, fps, rng)[0] for _ in range(2000)}
     assert {end - start for start, end in drawn} == {n}
     assert {start for start, _ in drawn} == set(range(40 - n)), (
         "every start inside the episode is drawn, none is clamped"
@@ -60,52 +60,52 @@ def test_gap_is_a_second_by_the_sets_own_clock(fps: float, gap_seconds: float, n
 
 def test_short_episodes_give_their_longest_pair_or_are_reported() -> None:
     rng = np.random.default_rng(0)
-    assert Transitions(image_size=8).draw("x", 7, 10, rng) == [(0, 6)]
-    with pytest.raises(LeftOut, match="x: 5 frames are too few for pairs 10 apart"):
-        Transitions(image_size=8).draw("x", 5, 10, rng)
-    with pytest.raises(Unreadable):
-        Transitions(image_size=8, min_gap=1.0).draw("x", 10, 10, rng)
-    with pytest.raises(Unreadable, match="1 frames"):
-        Transitions(image_size=8).draw("x", 1, 1, rng)
+    assert Transitions(image_size=8).sample_frame_indices("x", 7, 10, rng) == [(0, 6)]
+    with pytest.raises(FilteredSample, match="x: 5 frames are too few for pairs 10 apart"):
+        Transitions(image_size=8).sample_frame_indices("x", 5, 10, rng)
+    with pytest.raises(UnreadableSample):
+        Transitions(image_size=8, min_gap=1.0).sample_frame_indices("x", 10, 10, rng)
+    with pytest.raises(UnreadableSample, match="1 frames"):
+        Transitions(image_size=8).sample_frame_indices("x", 1, 1, rng)
 
 
 def test_jitter_varies_the_gap_within_its_bounds() -> None:
     rng = np.random.default_rng(0)
     pairs = Transitions(image_size=8, jitter=0.2)
-    gaps = {end - start for start, end in pairs.draw("x", 100, 30, rng, 500)}
+    gaps = {end - start for start, end in pairs.sample_frame_indices("x", 100, 30, rng, 500)}
     assert min(gaps) == 24 and max(gaps) == 36
     wide = Transitions(image_size=8, jitter=0.6)
-    gaps = [end - start for start, end in wide.draw("x", 1000, 10, rng, 2000)]
+    gaps = [end - start for start, end in wide.sample_frame_indices("x", 1000, 10, rng, 2000)]
     assert min(gaps) == 5 and max(gaps) == 16, "no drawn gap makes a long episode too short"
-    assert {wide.draw("x", 7, 10, rng)[0] for _ in range(300)} <= {(0, 6), (0, 5), (1, 6)}
-    with pytest.raises(Unreadable, match="x: 5 frames are too few"):
-        wide.draw("x", 5, 10, rng)
+    assert {wide.sample_frame_indices("x", 7, 10, rng)[0] for _ in range(300)} <= {(0, 6), (0, 5), (1, 6)}
+    with pytest.raises(UnreadableSample, match="x: 5 frames are too few"):
+        wide.sample_frame_indices("x", 5, 10, rng)
 
 
 def test_several_pairs_of_an_episode_are_spread_over_it() -> None:
     pairs, rng = Transitions(image_size=8), np.random.default_rng(0)
-    assert sorted(pairs.draw("x", 14, 10, rng, 4)) == [(0, 10), (1, 11), (2, 12), (3, 13)], (
+    assert sorted(pairs.sample_frame_indices("x", 14, 10, rng, 4)) == [(0, 10), (1, 11), (2, 12), (3, 13)], (
         "as many as there are: every one"
     )
-    counts = np.bincount([start for _ in range(3000) for start, _ in pairs.draw("x", 15, 10, rng, 3)], minlength=5)
+    counts = np.bincount([start for _ in range(3000) for start, _ in pairs.sample_frame_indices("x", 15, 10, rng, 3)], minlength=5)
     assert np.allclose(counts / counts.sum(), 0.2, atol=0.02)
-    assert all(len({start for start, _ in pairs.draw("x", 17, 10, rng, 5)}) == 5 for _ in range(200))
-    assert {start for start, _ in pairs.draw("x", 12, 10, rng, 5)} == {0, 1}
+    assert all(len({start for start, _ in pairs.sample_frame_indices("x", 17, 10, rng, 5)}) == 5 for _ in range(200))
+    assert {start for start, _ in pairs.sample_frame_indices("x", 12, 10, rng, 5)} == {0, 1}
 
 
 def test_official_gap_is_a_window_that_the_episode_cuts_off() -> None:
     pairs, rng = Transitions(image_size=8, gap="official", window=10), np.random.default_rng(0)
-    drawn = {pairs.draw("x", 12, 30, rng)[0] for _ in range(1000)}
+    drawn = {pairs.sample_frame_indices("x", 12, 30, rng)[0] for _ in range(1000)}
     assert drawn == {(t, min(t + 9, 11)) for t in range(12)}
-    assert Transitions(image_size=8, gap="official").draw("x", 1, 30, rng) == [(0, 0)], (
+    assert Transitions(image_size=8, gap="official").sample_frame_indices("x", 1, 30, rng) == [(0, 0)], (
         "the release keeps frames beside themselves"
     )
     with pytest.raises(ValueError, match="unknown gap 'offical'; use one of seconds, official"):
         Transitions(image_size=8, gap="offical")
     with pytest.raises(ValueError, match="a window of 1 frames holds no pair"):
         Transitions(image_size=8, gap="official", window=1)
-    with pytest.raises(Unreadable, match="without frames"):
-        Transitions(image_size=8, gap="official").draw("x", 0, 30, rng)
+    with pytest.raises(UnreadableSample, match="without frames"):
+        Transitions(image_size=8, gap="official").sample_frame_indices("x", 0, 30, rng)
 
 
 def test_official_windows_follow_the_lists_of_the_release() -> None:
@@ -120,12 +120,12 @@ def test_official_windows_follow_the_lists_of_the_release() -> None:
 @pytest.mark.parametrize("fps, distance", [(30, 15), (2, 1), (1, 1)])
 def test_official_ego4d_pairs_lie_half_a_second_apart_at_any_rate(tmp_path: Path, fps: float, distance: int) -> None:
     human = video_set(tmp_path / "ego4d", 3, length=20, fps=fps)
-    clips = open_x(tmp_path, human_root=human, names=[], gap="official", image_size=32).sets[0]
-    drawn = {clips.draw("x", 20, fps, np.random.default_rng(seed))[0] for seed in range(300)}
+    clips = build_open_x_mixture(tmp_path, human_root=human, names=[], gap="official", image_size=32).sets[0]
+    drawn = {clips.sample_frame_indices("x", 20, fps, np.random.default_rng(seed))[0] for seed in range(300)}
     assert drawn == {(t, min(t + distance, 19)) for t in range(20)}
-    assert clips.walk(0, 1)["frames"].mean((2, 3, 4)).mul(255 / 8).round().diff(dim=1).item() == distance
-    with pytest.raises(Unreadable, match="frame rate is unknown"):
-        clips.draw("x", 20, 0, np.random.default_rng(0))
+    assert clips.episode_pairs(0, 1)["frames"].mean((2, 3, 4)).mul(255 / 8).round().diff(dim=1).item() == distance
+    with pytest.raises(UnreadableSample, match="frame rate is unknown"):
+        clips.sample_frame_indices("x", 20, 0, np.random.default_rng(0))
 
 
 def test_video_pairs_are_the_frames_they_say(tmp_path: Path) -> None:
@@ -167,7 +167,7 @@ def test_labelled_pairs_say_what_they_are_of(tmp_path: Path) -> None:
         "training batches have the same keys everywhere"
     )
     file.write_text(json.dumps({**json.loads(file.read_text()), "state": [[0.0]] * 3}))
-    with pytest.raises(Unreadable, match="3 readings of the robot for 20 frames"):
+    with pytest.raises(UnreadableSample, match="3 readings of the robot for 20 frames"):
         samples.sample(1, rng)
 
 
@@ -198,33 +198,33 @@ def test_scenes_are_told_apart_within_a_set(tmp_path: Path) -> None:
 
 
 def test_a_walk_shows_the_pairs_of_a_clip_in_order(tmp_path: Path) -> None:
-    clip = VideoTransitions(video_set(tmp_path / "toy"), **PAIRS).walk(0, 5)
+    clip = VideoTransitions(video_set(tmp_path / "toy"), **PAIRS).episode_pairs(0, 5)
     brightness = (clip["frames"].mean((2, 3, 4)) * 255 / 8).round()
     assert (
         brightness[:, 0].tolist() == [0, 2, 4, 7, 9]
         and (brightness[:, 1] - brightness[:, 0] == 10).all()
         and clip["text"] == "Sentence 0"
     )
-    assert len(VideoTransitions(video_set(tmp_path / "toy"), **PAIRS).walk(0, 50)["frames"]) == 10, (
+    assert len(VideoTransitions(video_set(tmp_path / "toy"), **PAIRS).episode_pairs(0, 50)["frames"]) == 10, (
         "no pair is shown twice"
     )
-    with pytest.raises(Unreadable, match="too few"):
-        VideoTransitions(video_set(tmp_path / "short", length=3), **PAIRS).walk(0, 5)
+    with pytest.raises(UnreadableSample, match="too few"):
+        VideoTransitions(video_set(tmp_path / "short", length=3), **PAIRS).episode_pairs(0, 5)
 
 
 def test_every_kind_of_set_walks(tmp_path: Path) -> None:
-    toy = RldsTransitions(write_set(tmp_path / "toy" / "1.0.0", shards=(2, 1)), fps=1, augment=True, **TOY, **PAIRS)
-    clip = toy.walk(1, 2)
+    toy = RldsTransitions(write_video_set(tmp_path / "toy" / "1.0.0", shards=(2, 1)), fps=1, augment=True, **TOY, **PAIRS)
+    clip = toy.episode_pairs(1, 2)
     assert (clip["frames"].mean((2, 3, 4)) * 255).round().tolist() == [[10, 11], [12, 13]] and clip["text"] == "päck"
-    assert len(toy.walk(1, 50)["frames"]) == 3 and clip["id"] == "toy/1"
+    assert len(toy.episode_pairs(1, 50)["frames"]) == 3 and clip["id"] == "toy/1"
     root = write_calvin(tmp_path / "calvin", recordings=2) / "training"
     samples = CalvinTransitions(root, fps=10, view=None, **PAIRS)
-    note, clip = samples.segments[0], samples.walk(0, 3)
+    note, clip = samples.segments[0], samples.episode_pairs(0, 3)
     for pair, start in zip(clip["frames"], (note.start, note.start + 11, note.end - 10), strict=True):
         for image, frame in zip(pair, (start, start + 10)):
             with np.load(root / f"episode_{frame:07d}.npz") as archive:
                 assert abs(archive["rgb_static"].mean() / 255 - image.mean()) < 0.02
-    cut = VideoTransitions(video_set(tmp_path / "clips"), gap="official", window=15, **PAIRS).walk(0, 50)
+    cut = VideoTransitions(video_set(tmp_path / "clips"), gap="official", window=15, **PAIRS).episode_pairs(0, 50)
     gaps = (cut["frames"].mean((2, 3, 4)) * 255 / 8).round().diff(dim=1)
     assert len(gaps) == 6 and (gaps == 14).all(), "a film of windows that the episode does not cut off"
 
@@ -245,7 +245,7 @@ def test_a_set_that_has_only_a_val_split_is_shared_out_when_told_to(tmp_path: Pa
     folder = video_set(tmp_path / "toy", 5, length=3, split="val")
     with pytest.raises(FileNotFoundError, match="annotation/train: no json here; there is val: only=val shares it out"):
         VideoTransitions(folder, **PAIRS)
-    train, val = (VideoTransitions(folder, split, only="val", **PAIRS) for split in ("train", "val"))
+    train, val = (VideoTransitions(folder, split, only_split="val", **PAIRS) for split in ("train", "val"))
     assert [file.stem for file in train.files] == list("0123") and [file.stem for file in val.files] == ["4"]
     assert len(VideoTransitions(folder, "val", **PAIRS)) == 5, "not told to, it is the val split"
 
@@ -253,7 +253,7 @@ def test_a_set_that_has_only_a_val_split_is_shared_out_when_told_to(tmp_path: Pa
 def test_fractions_lie_inside_one_another_and_are_the_forward_models(tmp_path: Path) -> None:
     folder = video_set(tmp_path / "toy", 19, length=2)
     kept = {share: VideoTransitions(folder, fraction=share, **PAIRS) for share in (0.0, 0.01, 0.2, 0.4, 0.8, 1.0)}
-    assert [len(each) for each in kept.values()] == [0, 1, 4, 7, 14, 18] and {each.whole for each in kept.values()} == {
+    assert [len(each) for each in kept.values()] == [0, 1, 4, 7, 14, 18] and {each.unfiltered_length for each in kept.values()} == {
         18
     }
     for less, more in itertools.pairwise(kept.values()):
@@ -277,10 +277,10 @@ def test_bad_clips_are_one_line(tmp_path: Path) -> None:
     for index, message in enumerate(
         ["has no 'texts'", "is not JSON", "has no 'videos'", "no such video", "toy/4: .*4/0.mp4"]
     ):
-        with pytest.raises(Unreadable, match=message) as caught:
+        with pytest.raises(UnreadableSample, match=message) as caught:
             samples.sample(index, np.random.default_rng(0))
         assert "\n" not in str(caught.value)
-    with pytest.raises(Unreadable, match="has 1 views, view 1 was asked for"):
+    with pytest.raises(UnreadableSample, match="has 1 views, view 1 was asked for"):
         VideoTransitions(folder, view=1, **PAIRS).sample(4, np.random.default_rng(0))
 
 
@@ -395,15 +395,15 @@ def test_bad_calvin_is_one_line(tmp_path: Path) -> None:
     samples = CalvinTransitions(root, fps=32, **PAIRS)  # a pair has the whole annotation
     frame = root / f"episode_{samples.segments[1].end:07d}.npz"
     frame.write_bytes(frame.read_bytes()[:100])
-    with pytest.raises(Unreadable, match=r"calvin/training/\d+/static\+32: .*npz: truncated or damaged"):
+    with pytest.raises(UnreadableSample, match=r"calvin/training/\d+/static\+32: .*npz: truncated or damaged"):
         samples.sample(1, rng)
     frame.unlink()
-    with pytest.raises(Unreadable, match="is missing"):
+    with pytest.raises(UnreadableSample, match="is missing"):
         samples.sample(1, rng)
-    with pytest.raises(Unreadable, match="33 frames are too few for pairs 90 apart"):
+    with pytest.raises(UnreadableSample, match="33 frames are too few for pairs 90 apart"):
         CalvinTransitions(root, fps=90, **PAIRS).sample(1, rng)
     samples.segments[0] = replace(samples.segments[0], text=" ")
-    with pytest.raises(LeftOut, match="without a sentence"):
+    with pytest.raises(FilteredSample, match="without a sentence"):
         samples.sample(0, rng)
     with pytest.raises(ValueError, match="unknown view 'wrist'; use static, gripper or null"):
         CalvinTransitions(root, view="wrist", **PAIRS)
@@ -437,7 +437,7 @@ def test_open_x_finds_sets_by_table(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         folder.mkdir(parents=True)
         (folder / "dataset_info.json").write_text("{}")
     human = video_set(tmp_path / "ego4d", 3)
-    mix = open_x(tmp_path, human_root=human, names=["fractal", "dobbe", "austin_buds"], image_size=32)
+    mix = build_open_x_mixture(tmp_path, human_root=human, names=["fractal", "dobbe", "austin_buds"], image_size=32)
     assert mix.names == ["fractal", "dobbe", "austin_buds", "ego4d"]
     assert mix.shares == pytest.approx(np.array([16.3, 2.0, 0.4, 3.5]) / 22.2)
     assert (
@@ -446,18 +446,18 @@ def test_open_x_finds_sets_by_table(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         and made["dobbe"]["image"] == "observation/wrist_image"
     )
     assert made["fractal20220817_data"]["text"] == "observation/natural_language_instruction"
-    assert open_x(tmp_path, human_root="nowhere", names=["dobbe"], human_fraction=0, length=9, image_size=32).names == [
+    assert build_open_x_mixture(tmp_path, human_root="nowhere", names=["dobbe"], human_fraction=0, length=9, image_size=32).names == [
         "dobbe"
     ]
     assert OXE["bc_z"].version == OXE["bridge"].version == "0.1.0"
     (tmp_path / "CONVERSION_DIR" / "bc_z" / "1.0.1").mkdir(parents=True)
     (tmp_path / "CONVERSION_DIR" / "bc_z" / "1.0.1" / "dataset_info.json").write_text("{}")
     with pytest.raises(FileNotFoundError, match="bc_z: version 0.1.0 is wanted, there is 1.0.1"):
-        open_x(tmp_path, human_root=human, names=["bc_z"], image_size=32)
+        build_open_x_mixture(tmp_path, human_root=human, names=["bc_z"], image_size=32)
     with pytest.raises(FileNotFoundError, match="kuka"):
-        open_x(tmp_path, human_root=human, names=["kuka"], image_size=32)
+        build_open_x_mixture(tmp_path, human_root=human, names=["kuka"], image_size=32)
     with pytest.raises(ValueError, match="unknown Open X-Embodiment sets \\['dob'\\]"):
-        open_x(tmp_path, human_root=human, names=["dob"], image_size=32)
+        build_open_x_mixture(tmp_path, human_root=human, names=["dob"], image_size=32)
 
 
 def bridge(shared_data: Path, **options: object) -> RldsTransitions:
@@ -489,22 +489,22 @@ def test_corrupt_record_is_reported_by_id(shared_data: Path, tmp_path: Path) -> 
     data = bytearray(shard.read_bytes())
     data[5000] ^= 0xFF
     shard.write_bytes(bytes(data))
-    with pytest.raises(Unreadable, match=r"bridge_dataset/0: .*record 0 is corrupt \(crc differs\)"):
+    with pytest.raises(UnreadableSample, match=r"bridge_dataset/0: .*record 0 is corrupt \(crc differs\)"):
         RldsTransitions(folder, fps=5, image="observation/image_0", **PAIRS).sample(0, np.random.default_rng(0))
-    with pytest.raises(Unreadable, match="no feature 'observation/image'"):
+    with pytest.raises(UnreadableSample, match="no feature 'observation/image'"):
         RldsTransitions(folder, fps=5, **PAIRS).sample(1, np.random.default_rng(0))
-    with pytest.raises(Unreadable, match="10 frames are too few for pairs 30 apart"):
+    with pytest.raises(UnreadableSample, match="10 frames are too few for pairs 30 apart"):
         RldsTransitions(folder, fps=30, image="observation/image_0", **PAIRS).sample(1, np.random.default_rng(0))
 
 
 def test_an_episode_without_a_sentence_is_reported(tmp_path: Path) -> None:
-    folder = write_set(tmp_path / "toy" / "1.0.0")
+    folder = write_video_set(tmp_path / "toy" / "1.0.0")
     samples = RldsTransitions(folder, fps=1, **TOY, **PAIRS)
     assert samples.sample(0, np.random.default_rng(0))["text"] == "päck"
     for path in folder.glob("*.tfrecord-*"):
         file = rlds.TFRecordFile(path)
         path.write_bytes(b"".join(record(silent(file[i])) for i in range(len(file))))
-    with pytest.raises(LeftOut, match="toy/0: no instruction under instruction"):
+    with pytest.raises(FilteredSample, match="toy/0: no instruction under instruction"):
         RldsTransitions(folder, fps=1, **TOY, **PAIRS).sample(0, np.random.default_rng(0))
 
 
@@ -512,17 +512,17 @@ def test_a_sentence_is_read_as_the_table_says_and_a_contradiction_is_one_line(tm
     assert {name for name, row in OXE.items() if row.encoding == "code_points"} == {"language_table"} and OXE[
         "language_table"
     ].text.endswith("/instruction")
-    folder, rng = write_set(tmp_path / "toy" / "1.0.0"), np.random.default_rng(0)
+    folder, rng = write_video_set(tmp_path / "toy" / "1.0.0"), np.random.default_rng(0)
     assert RldsTransitions(folder, fps=1, text="observation/wide", **PAIRS).sample(0, rng)["text"] == "ab\0c"
     with pytest.raises(
-        Unreadable,
+        UnreadableSample,
         match=r"toy/train/0: instruction is not encoded as text, it holds int32 of shape \(8,\); name its encoding",
     ) as caught:
         RldsTransitions(folder, fps=1, **{**TOY, "encoding": "text"}, **PAIRS).sample(0, rng)
     assert "\n" not in str(caught.value)
-    with pytest.raises(Unreadable, match="observation/wide is not encoded as code_points, it holds bytes"):
+    with pytest.raises(UnreadableSample, match="observation/wide is not encoded as code_points, it holds bytes"):
         RldsTransitions(folder, fps=1, **{**TOY, "text": "observation/wide"}, **PAIRS).sample(0, rng)
-    with pytest.raises(Unreadable, match=r"action is not encoded as code_points, it holds float32 of shape \(2,\)"):
+    with pytest.raises(UnreadableSample, match=r"action is not encoded as code_points, it holds float32 of shape \(2,\)"):
         RldsTransitions(folder, fps=1, **{**TOY, "text": "action"}, **PAIRS).sample(0, rng)
     with pytest.raises(ValueError, match="unknown encoding 'ascii' of sentences; use text, code_points"):
         RldsTransitions(folder, fps=1, **{**TOY, "encoding": "ascii"}, **PAIRS)
@@ -540,13 +540,13 @@ def test_empty_shards_are_passed_over_and_an_empty_set_is_named(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     toy = {"fps": 1, **TOY}
-    samples = RldsTransitions(write_set(tmp_path / "some" / "1.0.0", shards=(0, 2, 0, 2)), **toy, **PAIRS)
+    samples = RldsTransitions(write_video_set(tmp_path / "some" / "1.0.0", shards=(0, 2, 0, 2)), **toy, **PAIRS)
     assert len(samples) == 3 and [
-        samples.walk(i, 1)["frames"][0, 0].mean().mul(255).round().item() for i in range(3)
+        samples.episode_pairs(i, 1)["frames"][0, 0].mean().mul(255).round().item() for i in range(3)
     ] == [0, 10, 20]
     sets = {
         "some": {"rlds": tmp_path / "some/1.0.0", **toy},
-        "none": {"rlds": write_set(tmp_path / "none" / "1.0.0", shards=(0,)), **toy},
+        "none": {"rlds": write_video_set(tmp_path / "none" / "1.0.0", shards=(0,)), **toy},
     }
     with pytest.raises(ValueError, match="set 'none': rlds=.*none/1.0.0 gives no train episodes"):
         mixture(sets, **PAIRS)

@@ -14,13 +14,13 @@ import torch
 from torch import nn
 
 from common import rlds
-from common.batches import Batches, loader
+from common.sampler import DistributedBatchSampler, loader
 from common.loop import Loop
-from common.mixture import Draws, Mixture
+from common.mixture import SeededDataset, Mixture
 from step2_gidm.data.dataset import mixture
-from step2_gidm.data.stream import Plan, Stream
+from step2_gidm.data.stream import ReadSchedule, StreamingMixture
 from step2_gidm.data.transitions import RldsTransitions
-from tests.common.test_rlds import record, write_set
+from tests.common.test_rlds import record, write_video_set
 from tests.step2_gidm.data.test_dataset import PAIRS, silent, video_set
 
 EPISODES, ROOM = 12, 3  # of four frames at 1 Hz: three pairs each
@@ -29,25 +29,25 @@ TOY = {"fps": 1, "image": "observation/image", "text": "instruction", "encoding"
 
 @pytest.fixture
 def toy(tmp_path: Path) -> Path:
-    return write_set(tmp_path / "toy" / "1.0.0", shards=(6, 7))  # the thirteenth is held out
+    return write_video_set(tmp_path / "toy" / "1.0.0", shards=(6, 7))  # the thirteenth is held out
 
 
-def stream(folder: Path, *, length: int = EPISODES * ROOM, **options: object) -> Stream:
+def stream(folder: Path, *, length: int = EPISODES * ROOM, **options: object) -> StreamingMixture:
     return mixture(
         {"toy": {"rlds": folder, **TOY}}, length=length, stream={"block": 6, "pairs": ROOM, **options}, **PAIRS
     )
 
 
 def batches(
-    samples: Stream, *, rank: int = 0, world: int = 1, start: int = 0, stop: int = 12, streams: int = 1, size: int = 3
-) -> Batches:
-    return Batches(
-        len(samples), size, seed=5, rank=rank, world=world, start=start, stop=stop, block=samples.block, streams=streams
+    samples: StreamingMixture, *, rank: int = 0, world: int = 1, start: int = 0, stop: int = 12, num_readers: int = 1, size: int = 3
+) -> DistributedBatchSampler:
+    return DistributedBatchSampler(
+        len(samples), size, seed=5, rank=rank, world=world, start=start, stop=stop, block=samples.block, num_readers=num_readers
     )
 
 
-def read(samples: Stream, workers: int = 0, **options: object) -> list[dict]:
-    return list(loader(samples, batches(samples, streams=max(1, workers), **options), workers=workers, pin=False))
+def read(samples: StreamingMixture, workers: int = 0, **options: object) -> list[dict]:
+    return list(loader(samples, batches(samples, num_readers=max(1, workers), **options), workers=workers, pin=False))
 
 
 def ids(found: list[dict]) -> list[str]:
@@ -66,7 +66,7 @@ def test_ranks_and_workers_share_out_every_pair(toy: Path, workers: int) -> None
 def test_a_worker_reads_blocks_of_its_own_one_after_another(toy: Path) -> None:
     samples, lanes = stream(toy), {}
     for rank in range(2):
-        dealt = batches(samples, rank=rank, world=2, streams=3, stop=36)
+        dealt = batches(samples, rank=rank, world=2, num_readers=3, stop=36)
         for number, batch in enumerate(dealt):
             (block,) = {epoch * samples.blocks + index // samples.block for epoch, index in batch}
             lanes.setdefault((rank, number % 3), []).append(block)
@@ -84,8 +84,8 @@ def test_resumed_in_mid_block_and_in_other_processes_it_is_the_same(toy: Path) -
     for start in (1, 7):  # inside a block, and where workers change places
         for late, batch in zip(read(stream(toy), workers=2, start=start, stop=14), whole[start:], strict=True):
             assert late["id"] == batch["id"] and torch.equal(late["frames"], batch["frames"])
-    here = Draws(stream(toy), seed=5)
-    for keys, batch in zip(batches(stream(toy), streams=2, stop=14), whole, strict=True):
+    here = SeededDataset(stream(toy), seed=5)
+    for keys, batch in zip(batches(stream(toy), num_readers=2, stop=14), whole, strict=True):
         assert [here[key]["id"] for key in keys] == batch["id"]
 
 
@@ -99,8 +99,8 @@ def test_an_epoch_is_drawn_anew(toy: Path) -> None:
 
 def test_each_record_is_read_once(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = []
-    real = rlds.Rlds.__getitem__
-    monkeypatch.setattr(rlds.Rlds, "__getitem__", lambda self, index: opened.append(index) or real(self, index))
+    real = rlds.RldsDataset.__getitem__
+    monkeypatch.setattr(rlds.RldsDataset, "__getitem__", lambda self, index: opened.append(index) or real(self, index))
     read(stream(toy))
     assert len(opened) == EPISODES + 2 and set(Counter(opened[:EPISODES]).values()) == {1}, (
         "one block of two runs is read ahead"
@@ -114,7 +114,7 @@ def test_memory_is_bounded_and_the_bound_changes_nothing_else(toy: Path, caplog:
         for pair in RldsTransitions(toy, **TOY, **PAIRS).pairs(i, np.random.default_rng(0), ROOM)
     ]
     roomy, tight = stream(toy), stream(toy, buffer_gb=2.5 * max(sizes) / 1e9)
-    draws = {"roomy": Draws(roomy, 5), "tight": Draws(tight, 5)}
+    draws = {"roomy": SeededDataset(roomy, 5), "tight": SeededDataset(tight, 5)}
     caplog.clear()
     for keys in batches(roomy, stop=36):
         for key in keys:
@@ -131,10 +131,10 @@ def test_memory_is_bounded_and_the_bound_changes_nothing_else(toy: Path, caplog:
 
 
 def test_sets_come_by_weight_and_episodes_all_once_before_any_again(tmp_path: Path, toy: Path) -> None:
-    few = write_set(tmp_path / "few" / "1.0.0", shards=(5,))
+    few = write_video_set(tmp_path / "few" / "1.0.0", shards=(5,))
     sets = {"toy": {"rlds": toy, "weight": 3, **TOY}, "few": {"rlds": few, "weight": 1, **TOY}}
     samples = mixture(sets, length=1200, stream={"block": 6, "pairs": ROOM}, **PAIRS)
-    plan = Plan(samples, seed=1)
+    plan = ReadSchedule(samples, seed=1)
     drawn = [plan.episode(block, run) for block in range(3 * samples.blocks) for run in range(samples.runs)]
     assert np.mean([which == 0 for which, _ in drawn]) == pytest.approx(0.75, abs=0.03)
     by_draw = {which: {} for which in range(2)}
@@ -153,7 +153,7 @@ def test_sets_come_by_weight_and_episodes_all_once_before_any_again(tmp_path: Pa
 
 def test_plan_holds_two_epochs_and_can_look_back(toy: Path) -> None:
     samples = stream(toy)
-    plan = Plan(samples, seed=1)
+    plan = ReadSchedule(samples, seed=1)
     straight = [plan.episode(block, 0) for block in range(4 * samples.blocks)]
     assert [plan.episode(block, 0) for block in reversed(range(4 * samples.blocks))] == straight[::-1] and len(
         plan.epochs
@@ -184,7 +184,7 @@ def test_episodes_without_a_sentence_and_short_ones_stop_no_run(toy: Path, tmp_p
     for path in sorted(toy.glob("*.tfrecord-*")):
         file = rlds.TFRecordFile(path)
         path.write_bytes(b"".join(record(silent(file[i]) if i < 3 else file[i]) for i in range(len(file))))
-    short = {"rlds": write_set(tmp_path / "short" / "1.0.0", shards=(6,), steps=2), "weight": 1, **TOY, "fps": 4}
+    short = {"rlds": write_video_set(tmp_path / "short" / "1.0.0", shards=(6,), steps=2), "weight": 1, **TOY, "fps": 4}
     samples = mixture(
         {"toy": {"rlds": toy, "weight": 9, **TOY}, "short": short},
         length=36,
@@ -199,7 +199,7 @@ def test_episodes_without_a_sentence_and_short_ones_stop_no_run(toy: Path, tmp_p
         match="1000 episodes in a row were left out, the last: toy/.: 2 frames are too few for pairs 4 apart",
     ):
         read(mixture({"short": short}, length=36, stream={"block": 6, "pairs": ROOM}, **PAIRS))
-    run(tmp_path / "run", samples, max_bad_share=0.0)
+    run(tmp_path / "run", samples, max_unreadable_fraction=0.0)
 
 
 def test_a_record_that_decodes_but_was_damaged_is_never_trained_on(toy: Path) -> None:
@@ -218,14 +218,14 @@ def test_a_record_that_decodes_but_was_damaged_is_never_trained_on(toy: Path) ->
 
 def test_a_picture_that_breaks_late_is_replaced_within_its_block(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = rlds.decode
-    bad = rlds.Rlds(toy)[4].encoded("observation/image", 2)
+    bad = rlds.RldsDataset(toy)[4].encoded("observation/image", 2)
 
     def decode(image: bytes, what: str) -> np.ndarray:
         return real(image[:40] if image == bad else image, what)
 
     monkeypatch.setattr(rlds, "decode", decode)
     samples = stream(toy)
-    draws = Draws(samples, 5)
+    draws = SeededDataset(samples, 5)
     for keys in batches(samples):
         for key in keys:
             sample = draws[key]
@@ -271,7 +271,7 @@ class Grey(nn.Module):
 
 
 def run(
-    folder: Path, samples: Stream, *, stop: int | None = None, workers: int = 2, max_bad_share: float = 0.9
+    folder: Path, samples: StreamingMixture, *, stop: int | None = None, workers: int = 2, max_unreadable_fraction: float = 0.9
 ) -> nn.Module:
     trainer = Loop(
         output_dir=str(folder),
@@ -282,7 +282,7 @@ def run(
         save_every=None,
         num_workers=workers,
         seed=5,
-        max_bad_share=max_bad_share,
+        max_unreadable_fraction=max_unreadable_fraction,
     )
     if stop:
         trainer._everyone_stops = lambda: trainer.progress.step == stop

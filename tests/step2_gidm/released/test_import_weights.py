@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from common import artifact
 from step2_gidm import GIDM, from_univla, import_weights
 from step2_gidm.quantizer import VectorQuantizer
-from tests.step2_gidm.released.univla_model import HEADS, Written, random_weights
+from tests.step2_gidm.released.reference_univla import HEADS, ReferenceModel, random_weights
 from tests.step2_gidm.test_programs import composed
 
 SIZE = {"width": 64, "code_width": 16, "codes": 8, "queries": 4, "blocks": 2}
@@ -77,11 +77,11 @@ def test_imported_weights_compute_what_the_formulas_say(preset: str, run: Callab
     weights = random_weights(**SIZE)
     run(lightning(tmp_path / "lam_idm.ckpt", weights), f"gidm={preset}")
     folder = tmp_path / "ckpts/gidm/theirs"
-    model, written = artifact.load(folder, "gidm"), Written(weights)
-    assert artifact.meta(folder)["scale"] == "full", "published weights are of the paper's scale"
+    model, written = artifact.load(folder, "gidm"), ReferenceModel(weights)
+    assert artifact.read_meta(folder)["scale"] == "full", "published weights are of the paper's scale"
     assert (
-        list(artifact.meta(folder)["parents"]) == ["lam_idm.ckpt"]
-        and len(artifact.meta(folder)["parents"]["lam_idm.ckpt"]) == 64
+        list(artifact.read_meta(folder)["parents"]) == ["lam_idm.ckpt"]
+        and len(artifact.read_meta(folder)["parents"]["lam_idm.ckpt"]) == 64
     )
     frames = model.embed(torch.rand(6, 3, 64, 64)).unflatten(0, (3, 2))
     action = model.infer(frames[:, 0], frames[:, 1], TEXTS)  # three sentences of different lengths in one batch
@@ -158,7 +158,7 @@ def test_what_is_left_out_is_named_and_counted(
         ("bare.pt", {"lam.dino_encoder.": 5}),
     ):
         run(tmp_path / file, f"name={file}", "foreign=skip")
-        source = artifact.meta(tmp_path / "ckpts/gidm" / file)["stats"]["imported"]
+        source = artifact.read_meta(tmp_path / "ckpts/gidm" / file)["stats"]["imported"]
         assert source["file"] == file and source["left"] == left and len(source["sha256"]) == 64
         told = capsys.readouterr().out
         assert all(f"left out: {prefix}* ({count} numbers; " in told for prefix, count in left.items())

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from common.calvin_format import CalvinFormatError, load_npy
-from common.mixture import Unreadable
+from common.mixture import UnreadableSample
 from step3_defi.data import dataset, store
-from step3_defi.data.dataset import CalvinWindows, choose_recordings
+from step3_defi.data.dataset import CalvinWindows, split_recordings
 from tests.step3_defi.parts import write_annotations, write_calvin
 
 RNG = np.random.default_rng(0)
@@ -54,7 +54,7 @@ def test_motions_past_the_end_are_still_and_keep_the_gripper(calvin: Path) -> No
     data = windows(calvin, max_pad=5)
     last = int(np.flatnonzero(data.windows[:, 0] == 0)[-1])
     assert data.windows[last, 1] == 131  # of 103..135
-    actions = data.chunk(last)
+    actions = data.action_chunk(last)
     assert torch.allclose(actions[:5, 0], 1e-3 * torch.arange(131, 136)) and not actions[5:, :6].any()
     assert (actions[5:, 6] == actions[4, 6]).all()
 
@@ -73,7 +73,7 @@ def test_packed_windows_equal_those_of_the_npz_files(calvin: Path) -> None:
 
 
 def test_a_pack_serves_every_split_share_and_view_of_its_frames(calvin: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    windows(calvin, split="train", holdout=0.25, pack=True)
+    windows(calvin, split="train", val_fraction=0.25, pack=True)
     for module in (dataset, store):
         monkeypatch.setattr(module, "read_frame", lambda *_: pytest.fail("opened an npz"))
     for changes in (
@@ -97,9 +97,9 @@ def test_frames_outside_of_annotations_are_not_read(calvin: Path) -> None:
 def test_a_folder_of_its_own_may_validate(calvin: Path) -> None:
     write_calvin(calvin.parent / "other", recordings=1, first=700)
     (calvin.parent / "other/training").rename(calvin / "validation")
-    held = windows(calvin, split="val", holdout=0, val_folder="validation")
+    held = windows(calvin, split="val", val_fraction=0, val_folder="validation")
     assert len(held) == 33 - 9 and held.id(0) == "calvin/validation/0000703"
-    assert len(windows(calvin, split="train", holdout=0, val_folder="validation")) == 4 * (33 - 9)
+    assert len(windows(calvin, split="train", val_fraction=0, val_folder="validation")) == 4 * (33 - 9)
 
 
 def test_another_language_folder(calvin: Path) -> None:
@@ -118,7 +118,7 @@ def test_futures_are_frames_ahead_and_stop_at_the_recordings_end(calvin: Path) -
 
 def test_fractions_are_nested_whole_recordings_and_validation_is_apart() -> None:
     def pick(split: str, fraction: float = 1.0) -> set[int]:
-        return set(choose_recordings(100, split, fraction=fraction, holdout=0.05, seed=3))
+        return set(split_recordings(100, split, fraction=fraction, val_fraction=0.05, seed=3))
 
     tenth, half, everything, held = pick("train", 0.1), pick("train", 0.5), pick("train"), pick("val", 0.1)
     assert tenth < half < everything and len(tenth) == round(9.5) and len(held) == 5
@@ -128,7 +128,7 @@ def test_fractions_are_nested_whole_recordings_and_validation_is_apart() -> None
 def test_a_share_of_the_data_is_all_windows_of_some_recordings(tmp_path: Path) -> None:
     root = write_calvin(tmp_path / "ten", recordings=10)
     train, tenth, half, held = (
-        windows(root, split=split, fraction=share, holdout=0.2)
+        windows(root, split=split, fraction=share, val_fraction=0.2)
         for split, share in (("train", 1.0), ("train", 0.13), ("train", 0.5), ("val", 0.13))
     )
     inside = [{(int(frame) - 100) // 45 for frame in part.windows[:, 1]} for part in (tenth, half, train, held)]
@@ -142,7 +142,7 @@ def test_a_share_of_the_data_is_all_windows_of_some_recordings(tmp_path: Path) -
 
 def test_one_recording_cannot_be_held_out() -> None:
     with pytest.raises(ValueError, match="split=all"):
-        choose_recordings(1, "train", fraction=1.0, holdout=0.1, seed=0)
+        split_recordings(1, "train", fraction=1.0, val_fraction=0.1, seed=0)
 
 
 @pytest.mark.parametrize(
@@ -164,7 +164,7 @@ def test_missing_key_names_file_and_key(calvin: Path) -> None:
     with np.load(path) as archive:
         np.savez(path, **{key: archive[key] for key in archive.files if key != "rgb_gripper"})
     data = windows(calvin)
-    with pytest.raises(Unreadable, match="episode_0000110.npz.*rgb_gripper"):
+    with pytest.raises(UnreadableSample, match="episode_0000110.npz.*rgb_gripper"):
         data.sample(7, RNG)
 
 
@@ -172,11 +172,11 @@ def test_truncated_npz_is_one_unreadable_sample(calvin: Path) -> None:
     data = windows(calvin)
     path = calvin / "training" / "episode_0000110.npz"
     path.write_bytes(path.read_bytes()[:200])
-    with pytest.raises(Unreadable, match="truncated or damaged"):
+    with pytest.raises(UnreadableSample, match="truncated or damaged"):
         data.sample(7, RNG)
     for content in (b"", b"no zip at all"):
         path.write_bytes(content)
-        with pytest.raises(Unreadable, match="episode_0000110.npz: truncated or damaged"):
+        with pytest.raises(UnreadableSample, match="episode_0000110.npz: truncated or damaged"):
             data.sample(7, RNG)
 
 
@@ -201,7 +201,7 @@ def test_wrong_pictures_name_their_file(calvin: Path, picture: np.ndarray) -> No
     with np.load(path) as archive:
         arrays = {**archive, "rgb_static": picture}
     np.savez(path, **arrays)
-    with pytest.raises(Unreadable, match="episode_0000110.npz: rgb_static has shape"):
+    with pytest.raises(UnreadableSample, match="episode_0000110.npz: rgb_static has shape"):
         data.sample(7, RNG)
     with pytest.raises(CalvinFormatError, match="episode_0000110.npz: rgb_static has shape"):
         windows(calvin, pack=True)

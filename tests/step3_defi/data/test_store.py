@@ -37,12 +37,12 @@ def content(folder: Path) -> dict[str, bytes]:
 def test_holds_motions_of_all_frames_and_every_bit_of_the_pictured(calvin: Path, tmp_path: Path) -> None:
     ours = pickle.loads(pickle.dumps(pack(calvin, tmp_path)))
     for frame in FRAMES:
-        assert ours.motions(np.array([frame]))[0] == pytest.approx(
+        assert ours.read_actions(np.array([frame]))[0] == pytest.approx(
             read_frame(calvin / "training", frame, ["rel_actions"])["rel_actions"]
         )
     for frame in FRAMES[::3][::-1].tolist():
         truth = read_frame(calvin / "training", frame, KEYS)
-        assert all(np.array_equal(ours.pictures(frame, KEYS)[key], truth[key]) for key in KEYS)
+        assert all(np.array_equal(ours.read_images(frame, KEYS)[key], truth[key]) for key in KEYS)
     assert not ours.holds(FRAMES, FRAMES[1:2], KEYS) and ours.holds(FRAMES[5:9], FRAMES[3:4], KEYS[:1])
 
 
@@ -167,7 +167,7 @@ def test_damage_to_a_finished_pack_is_named(calvin: Path, tmp_path: Path) -> Non
     ours = pack(calvin, tmp_path)
     (ours.folder / "00001.safetensors").unlink()
     with pytest.raises(store.PackError, match="00001.safetensors: not readable"):
-        ours.pictures(int(FRAMES[9]), KEYS)
+        ours.read_images(int(FRAMES[9]), KEYS)
     (ours.folder / store.INDEX).write_bytes(b"x")
     with pytest.raises(store.PackError, match="index.safetensors: not readable"):
         pack(calvin, tmp_path)

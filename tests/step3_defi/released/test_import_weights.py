@@ -16,9 +16,9 @@ from torch import Tensor
 from common import artifact
 from step3_defi import import_weights, policy, train
 from step3_defi.edm import seeded_noise
-from step3_defi.released.names import LEFT, from_release
+from step3_defi.released.names import IGNORED_PREFIXES, from_release
 from tests.step3_defi.parts import configure
-from tests.step3_defi.released.published import Written, random_policy
+from tests.step3_defi.released.reference_policy import ReferenceModel, random_policy
 
 HEADS = (2, 2, 2)
 TEXTS = ["Open the drawer!", "push the red block to the left", "go"]
@@ -99,10 +99,10 @@ def test_an_imported_policy_acts_as_the_formulas_say(
         )
     tensors = weights(tree, inverse=preset == "official")
     folder = run(saved(tmp_path / "0012345.pt", tensors), f"acts_{preset}", f"policy={preset}", "foreign=skip")
-    model, written = policy.load(folder).model, Written(tensors, HEADS)
+    model, written = policy.load(folder).model, ReferenceModel(tensors, HEADS)
     views = {name: torch.rand(3, 3, 64, 64) * 2 - 1 for name in ("static", "gripper")}
     features = model.precompute(views, TEXTS)["features"].float()
-    model.look = lambda *_, **__: {"features": features}  # in fp16, as both see them
+    model.encode_observation = lambda *_, **__: {"features": features}  # in fp16, as both see them
     before_codes = []
     if preset == "official":
         model.gidm.to_latent.register_forward_hook(lambda _, args, out: before_codes.extend(out))
@@ -157,8 +157,10 @@ def test_finetuning_goes_on_from_an_imported_policy(
         if key.startswith(("adapter", "video_former"))
     }
     assert 0 < max(far.values()) < 1e-4  # one step away, so not from anew
-    record = artifact.meta(folder, "defi")
-    assert record["stats"]["init"] == artifact.sha256(start) and record["parents"] == artifact.meta(start)["parents"]
+    record = artifact.read_meta(folder, "defi")
+    assert (
+        record["stats"]["init"] == artifact.sha256(start) and record["parents"] == artifact.read_meta(start)["parents"]
+    )
     assert policy.load(folder).model.sample(
         {name: torch.zeros(1, 3, 64, 64) for name in ("static", "gripper")}, ["go"]
     ).shape == (1, 10, 7)
@@ -169,7 +171,7 @@ def test_what_is_left_out_is_named_and_counted(
 ) -> None:
     tensors = weights(tree)
     folder = run(saved(tmp_path / "last.pt", tensors), "left", "foreign=skip")
-    record = artifact.meta(folder, "defi")
+    record = artifact.read_meta(folder, "defi")
     left = record["stats"]["imported"]["left"]
     assert left == {
         "language_goal.": 1,
@@ -203,9 +205,9 @@ def test_an_svd_folder_serves_as_forward_model(tree: Path, run: Callable[..., Pa
         "svd.taps=[0,1,2]",
     )
     model = policy.load(folder).model
-    assert artifact.meta(folder)["scale"] == "tiny"  # as asked for; published weights are imported at full
-    assert artifact.meta(folder)["parents"] == {} and model.gfdm.module._time_ids.tolist() == [[4.0, 127.0, 0.0]]
-    assert not model.gidm.clean_text and model.edm.schedule()[-2] == 1.0
+    assert artifact.read_meta(folder)["scale"] == "tiny"  # as asked for; published weights are imported at full
+    assert artifact.read_meta(folder)["parents"] == {} and model.gfdm.module._time_ids.tolist() == [[4.0, 127.0, 0.0]]
+    assert not model.gidm.clean_text and model.edm.get_sigmas()[-2] == 1.0
 
 
 def test_what_does_not_fit_is_one_line_and_leaves_nothing(tree: Path, run: Callable[..., Path], tmp_path: Path) -> None:
@@ -248,13 +250,13 @@ def test_what_does_not_fit_is_one_line_and_leaves_nothing(tree: Path, run: Calla
 
 
 def test_names_are_those_of_the_facts() -> None:
-    """Nothing is lost or made: every number of a file lands under our names or in LEFT."""
+    """Nothing is lost or made: every number of a file lands under our names or in UNUSED_PREFIXES."""
     tensors = random_policy(features=6, frames=4, queries=2, dim=8, former_inner=8, width=8, visual=8, goal=5, layers=3)
     before = {name: tensor.clone() for name, tensor in tensors.items()}
     release = from_release(tensors)
     assert (
         all(torch.equal(tensors[name], before[name]) for name in before)
-        and set(release.left) <= set(LEFT)
+        and set(release.left) <= set(IGNORED_PREFIXES)
         and release.inverse
     )
     taken = sum(tensor.numel() for name, tensor in release.state.items() if name != "gidm.quantizer.counts")

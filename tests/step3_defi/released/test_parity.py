@@ -210,7 +210,7 @@ def test_parity_with_the_public_code(
         actions = public.eval_forward({"rgb_obs": {"rgb_static": picture, "rgb_gripper": picture}}, {"lang_text": TEXT})
 
     imagined = features[0].flatten(3).transpose(2, 3)[None]  # (B, V, F, L, C)
-    model.look = lambda *_, **__: {"features": imagined}
+    model.encode_observation = lambda *_, **__: {"features": imagined}
     before_codes = []
     if preset == "official":
         model.gidm.to_latent.register_forward_hook(lambda _, args, out: before_codes.append(out))
@@ -221,7 +221,7 @@ def test_parity_with_the_public_code(
         "encoded context": (context.tokens, seen["encoded context"][1][:, :10]),
     }
     if preset == "official":
-        now, future = model.projector.pair(imagined, model.pair_frames, 256)
+        now, future = model.projector.project_pairs(imagined, model.pair_frames, 256)
         projected, out = torch.cat([now, future], dim=2)[:, 0], seen["inverse"][1]
         action = model.gidm.infer(projected[:, 0], projected[:, 1], [TEXT])
         assert torch.equal(action.codes, out["indices"])
@@ -237,7 +237,7 @@ def test_parity_with_the_public_code(
     first = seen["decoder"][0][0]  # embedded noisy actions of the first step
     network = model.adapter(noise * 80 / (80**2 + 0.25) ** 0.5, torch.tensor([80.0]), context)
     pairs |= {
-        "embedded actions": (model.adapter.embed(noise * 80 / (80**2 + 0.25) ** 0.5), first),
+        "embedded actions": (model.adapter.action_embedder(noise * 80 / (80**2 + 0.25) ** 0.5), first),
         "decoder": (network, inner.action_pred(seen["decoder"][1])),
         "sample": (model.sample({}, [TEXT], seed=SEED), actions),
     }
@@ -253,7 +253,7 @@ def test_parity_with_the_public_code(
         state = {"state_images": streams["video"].expand(2, -1, -1)}
     loss, _ = public.model.loss(state, truth, goal.expand(2, -1)[:, None], drawn, sigma, *told)
     with monkeypatch.context() as patch:
-        patch.setattr(model.edm, "draw_sigma", lambda *_, **__: sigma)
+        patch.setattr(model.edm, "sample_noise_levels", lambda *_, **__: sigma)
         patch.setattr(torch, "randn", lambda *_, **__: drawn)
         twice = model.adapter.encode(
             goal.expand(2, -1), {name: tokens.expand(2, -1, -1) for name, tokens in streams.items()}

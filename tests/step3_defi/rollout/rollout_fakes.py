@@ -76,7 +76,7 @@ class FakeEnv:
     def step(self, action: np.ndarray, *, render: bool = True) -> tuple[dict, dict]:
         assert action.shape == (7,)
         if render:
-            self.observe()
+            self.get_obs()
         self.steps += 1
         time.sleep(self.pace)
         if self.steps == 20 and self.index in self.trouble:
@@ -84,7 +84,7 @@ class FakeEnv:
         self.progress += float(action[0])
         return {"robot_obs": np.full(15, self.progress)}, self.get_info()
 
-    def observe(self) -> dict:
+    def get_obs(self) -> dict:
         self._note("render")
         pictures = {
             "rgb_static": np.full((200, 200, 3), int(self.progress) % 256, np.uint8),
@@ -98,7 +98,7 @@ class FakeEnv:
     def instruction(self, task: str) -> str:
         return f"please do {task}"
 
-    def succeeded(self, task: str, start: dict, now: dict) -> bool:
+    def check_success(self, task: str, start: dict, now: dict) -> bool:
         return now["progress"] - start["progress"] >= int(task.rsplit("_", 1)[1]) - 1e-9
 
     def expert(self, seed: int = 0) -> FakeExpert:
@@ -107,7 +107,7 @@ class FakeEnv:
     def versions(self) -> dict[str, str]:
         return {"simulator": f"fake {self.version}", "renderer": self.renderer, **self.frame}
 
-    def choices(self) -> dict[str, str]:
+    def resolved_options(self) -> dict[str, str]:
         return {"renderer": self.renderer}
 
     def close(self) -> None:
@@ -178,7 +178,7 @@ class RowPolicy(SteadyPolicy):
         return np.stack([np.full((self.length, 7), pace) for pace in paces])
 
 
-class JudgedPolicy(SteadyPolicy):
+class InstructionDependentPolicy(SteadyPolicy):
     """The expert's actions, but backwards where the sentence ends in _250. It forecasts a grey level more a step, but
     nothing new where it ends in _999."""
 

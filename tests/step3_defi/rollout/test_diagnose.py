@@ -15,14 +15,23 @@ from omegaconf import OmegaConf
 from common import artifact
 from common.video import read_frames
 from step3_defi.diagnose import diagnose
-from step3_defi.released.vpp import NoInverse
-from step3_defi.rollout.diagnosis import Critic, Subtask, above_copy, action_errors, check_rule, judge, split, table
-from step3_defi.rollout.replay import Plan, Recorder, Replay, followed
-from step3_defi.rollout.simulators import RolloutError, Simulators
+from step3_defi.released.vpp import NullInverseDynamics
+from step3_defi.rollout.diagnosis import (
+    FailureScorer,
+    Subtask,
+    action_metrics,
+    assign_verdicts,
+    check_criteria,
+    error_over_copy_db,
+    split,
+    table,
+)
+from step3_defi.rollout.replay import PlanRecorder, RecordedPlan, Replay, policy_continuation
+from step3_defi.rollout.simulators import RolloutError, SimulatorPool
 from step3_defi.rollout.worker import Branch
 from tests.step3_defi.parts import configure
 from tests.step3_defi.rollout import test_eval, test_rollout
-from tests.step3_defi.rollout.rollout_fakes import JudgedPolicy, NoisyPolicy, make_tasks
+from tests.step3_defi.rollout.rollout_fakes import InstructionDependentPolicy, NoisyPolicy, make_tasks
 
 CHAINS = [[30, 60], [40, 999], [30, 250], [50, 50]]
 SETTINGS = {
@@ -31,28 +40,28 @@ SETTINGS = {
     "within": 120,
     "ahead": 30,
     "steps": 1,
-    "judged_by": {"forecast": "forecast", "action": "action"},
+    "criteria": {"forecast": "forecast", "action": "action"},
     "quantile": 0.9,
     "workers": 2,
     "films": 1,
 }
 
 
-class WithoutInverse(JudgedPolicy):
+class WithoutInverse(InstructionDependentPolicy):
     """As VPP has it."""
 
     def __init__(self, folder: str = "", **settings: Any):
         super().__init__(folder, **settings)
-        self.model.gidm = NoInverse()
+        self.model.gidm = NullInverseDynamics()
 
 
-def branch(past: int, **more: Any) -> Branch:
-    return Branch(0, {"index": 0}, "task0_30", np.ones((past, 7)), 30, 10, seed=0, **more)
+def branch(prefix_actions: int, **more: Any) -> Branch:
+    return Branch(0, {"index": 0}, "task0_30", np.ones((prefix_actions, 7)), 30, 10, seed=0, **more)
 
 
 def test_a_branch_goes_back_and_on_with_the_expert_or_with_what_was_done() -> None:
     asked = [branch(7), branch(50), branch(50, following=np.full((30, 7), 2.0)), branch(0)]
-    with Simulators(test_rollout.config(), count=2) as simulators:
+    with SimulatorPool(test_rollout.config(), count=2) as simulators:
         found = dict(simulators.branch(asked))
     assert sorted(found) == [0, 1, 2, 3]
     levels = [[int(pictures["rgb_static"][0, 0, 0]) for pictures in found[i]["frames"]] for i in range(4)]
@@ -67,7 +76,7 @@ def test_a_branch_goes_back_and_on_with_the_expert_or_with_what_was_done() -> No
 def test_a_simulator_that_fails_on_the_way_back_names_the_moment(tmp_path: Path) -> None:
     trouble = {"trouble": [(0, "raise", 1)], "trials": str(tmp_path)}
     with (
-        Simulators(test_rollout.config(**trouble), count=1) as simulators,
+        SimulatorPool(test_rollout.config(**trouble), count=1) as simulators,
         pytest.raises(RolloutError, match="sequence 0 .*gone back to step 50.*block fell"),
     ):
         list(simulators.branch([branch(50)]))
@@ -84,21 +93,21 @@ def test_the_way_back_is_what_was_carried_out() -> None:
             "seed": 5,
         }
     }
-    recorder = Recorder(NoisyPolicy(execute=8), every=2, within=30)
+    recorder = PlanRecorder(NoisyPolicy(execute=8), every=2, max_step=30)
     replay = Replay(records, failures=1, horizon=100)
-    with Simulators(test_rollout.config(), count=1) as simulators:
+    with SimulatorPool(test_rollout.config(), count=1) as simulators:
         result = next(simulators.rollout(replay.chains(slots=1), recorder))
-    assert replay.strayed([result]) == {0}
+    assert replay.diverged([result]) == {0}
     replay.records[0]["steps_to_success"] = result["steps_to_success"]
-    assert not replay.strayed([result]) and result["steps_to_success"][-1] is None
-    moments = replay.moments(0, recorder, ahead=20, every=10)
+    assert not replay.diverged([result]) and result["steps_to_success"][-1] is None
+    moments = replay.moments(0, recorder, continuation_steps=20, every=10)
     assert {key[1:] for key in moments} >= {(0, 0), (0, 2), (1, 0), (1, 2)} and (1, 4) not in {
         key[1:] for key in moments
     }
     for key, way in moments.items():
-        assert way.past[:, 0].sum() == pytest.approx(recorder.plans[key].observation["robot_obs"][0]), key
+        assert way.prefix_actions[:, 0].sum() == pytest.approx(recorder.plans[key].observation["robot_obs"][0]), key
         assert way.task == records[0]["tasks"][key[1]]
-    on = followed(moments[0, 1, 2], (0, 1, 2), recorder)
+    on = policy_continuation(moments[0, 1, 2], (0, 1, 2), recorder)
     assert np.array_equal(on.following[:8], recorder.plans[0, 1, 2].actions) and on.following.shape == (20, 7)
     assert recorder.plans[0, 1, 1].observation is None  # pictures are kept of judged moments only
 
@@ -115,12 +124,14 @@ def test_replay_stops_at_the_failures_that_were_asked_for() -> None:
 def test_errors_are_zero_for_the_expert_and_grow_away_from_it() -> None:
     rng = np.random.default_rng(0)
     expert = rng.uniform(-1, 1, (30, 7))
-    same, away = action_errors(expert[:8], expert), action_errors(-expert[:8], expert)
+    same, away = action_metrics(expert[:8], expert), action_metrics(-expert[:8], expert)
     assert same == {"action": 0.0, "direction": pytest.approx(1.0), "gripper": 0.0}
     assert away["direction"] == pytest.approx(-1.0) and away["gripper"] == 1.0
     assert away["action"] == pytest.approx(2 * np.sqrt(np.square(expert[:8, :6]).sum(1).mean()))
     now, truth = torch.zeros(3, 8, 8), torch.ones(3, 8, 8)
-    assert above_copy(now, truth, now) == 0 and above_copy(0.9 * truth, truth, now) == pytest.approx(-20, abs=1e-3)
+    assert error_over_copy_db(now, truth, now) == 0 and error_over_copy_db(0.9 * truth, truth, now) == pytest.approx(
+        -20, abs=1e-3
+    )
 
 
 def subtask(solved: bool, forecast: float, action: float, task: str = "open_drawer") -> Subtask:
@@ -137,7 +148,7 @@ def test_verdicts_are_held_against_the_successes() -> None:
         subtask(False, -5, 0.2),
         subtask(False, -5, 3.0),
     ]
-    limits = judge([*good, *bad], forecast="forecast", action="action", quantile=0.9)
+    limits = assign_verdicts([*good, *bad], forecast="forecast", action="action", quantile=0.9)
     assert limits == {"forecast": pytest.approx(-0.9), "action": pytest.approx(0.81)}
     assert [s.verdict for s in bad] == ["forecast", "action", "both", "neither", "action"]
     assert {verdict: cell["count"] for verdict, cell in split(bad).items()} == {
@@ -153,18 +164,18 @@ def test_verdicts_are_held_against_the_successes() -> None:
         and "| successes, for comparison | 10 | 1 (10 %" in text
     )
     with pytest.raises(ValueError, match="no sub-task .* succeeded"):
-        judge(bad, forecast="forecast", action="action", quantile=0.9)
+        assign_verdicts(bad, forecast="forecast", action="action", quantile=0.9)
     with pytest.raises(ValueError, match="pixels.*forecast_tokens"):
-        check_rule(forecast="pixels", action="action", quantile=0.9)
+        check_criteria(forecast="pixels", action="action", quantile=0.9)
     with pytest.raises(ValueError, match="quantile=1"):
-        check_rule(forecast="forecast", action="action", quantile=1)
+        check_criteria(forecast="forecast", action="action", quantile=1)
 
 
 def test_a_forward_model_without_pictures_is_refused() -> None:
-    model = JudgedPolicy().model
+    model = InstructionDependentPolicy().model
     del model.forward_model.generate
     with pytest.raises(ValueError, match="no pictures"):
-        Critic(model)
+        FailureScorer(model)
 
 
 def test_a_vpp_policy_is_held_to_pixels_and_actions(tree: Path) -> None:
@@ -172,10 +183,10 @@ def test_a_vpp_policy_is_held_to_pixels_and_actions(tree: Path) -> None:
     model = instantiate(
         OmegaConf.to_container(configure("step3_defi", f"paths.ckpts={tree}/ckpts", "policy=vpp").policy, resolve=True)
     ).eval()
-    assert isinstance(model.gidm, NoInverse)
+    assert isinstance(model.gidm, NullInverseDynamics)
     pictures = np.random.default_rng(0).integers(0, 255, (2, 200, 200, 3), np.uint8)
-    plan = Plan(np.zeros((10, 7)), "open the drawer", {"rgb_obs": {"rgb_static": pictures[0]}})
-    scores = Critic(model).score(plan, {"frames": [{"rgb_static": pictures[1]}], "actions": np.ones((30, 7))})
+    plan = RecordedPlan(np.zeros((10, 7)), "open the drawer", {"rgb_obs": {"rgb_static": pictures[0]}})
+    scores = FailureScorer(model).score(plan, {"frames": [{"rgb_static": pictures[1]}], "actions": np.ones((30, 7))})
     assert scores.keys() == {"forecast", "action", "direction", "gripper"} and np.isfinite(list(scores.values())).all()
 
 
@@ -184,7 +195,10 @@ def rolled(tmp_path: Path, request: pytest.FixtureRequest) -> tuple[Path, Path]:
     """A policy's folder, and a rollout of it that fails twice: once it sees no future, once it acts backwards."""
     path = artifact.save(torch.nn.Linear(1, 1), tmp_path / "policy", kind="defi", config={})
     planner = OmegaConf.create(
-        {"_target_": getattr(request, "param", "tests.step3_defi.rollout.rollout_fakes.JudgedPolicy"), "execute": 8}
+        {
+            "_target_": getattr(request, "param", "tests.step3_defi.rollout.rollout_fakes.InstructionDependentPolicy"),
+            "execute": 8,
+        }
     )
     test_eval.run(
         tmp_path / "run", str(path), env={"chains": CHAINS}, planner=planner, sequences=4, length=2, horizon=280
@@ -216,13 +230,13 @@ def test_the_program_tells_forecast_from_action(rolled: tuple[Path, Path], tmp_p
 def test_the_program_judges_a_policy_without_inverse_model_by_pixels(rolled: tuple[Path, Path], tmp_path: Path) -> None:
     run, path = rolled
     with pytest.raises(
-        ValueError, match=r"judged_by names \['forecast_tokens'\]: choose among \['forecast', 'action', 'gripper'\]"
+        ValueError, match=r"criteria names \['forecast_tokens'\]: choose among \['forecast', 'action', 'gripper'\]"
     ):
         diagnose(
             run=run,
             path=path,
             out=tmp_path / "out",
-            **{**SETTINGS, "judged_by": {"forecast": "forecast_tokens", "action": "action"}},
+            **{**SETTINGS, "criteria": {"forecast": "forecast_tokens", "action": "action"}},
         )
     results = diagnose(run=run, path=path, out=tmp_path / "out", **{**SETTINGS, "films": 0})
     assert {s["task"]: s["verdict"] for s in results["subtasks"] if not s["solved"]} == {

@@ -23,7 +23,7 @@ from step3_defi.eval import evaluate, plain_keys
 from step3_defi.rollout import journal, stats
 from step3_defi.rollout.journal import Journal, JournalError
 from step3_defi.rollout.replay import Replay
-from step3_defi.rollout.simulators import RolloutError, Simulators
+from step3_defi.rollout.simulators import RolloutError, SimulatorPool
 from tests.step3_defi.rollout.rollout_fakes import RowPolicy
 
 CHAINS = [[30, 250, 300, 500, 30], [30, 999, 30, 30, 30], [300, 300, 300, 300, 300]]
@@ -225,7 +225,7 @@ def test_clipped_actions_are_counted_over_a_resume(tmp_path: Path, policy: str) 
 
 def test_two_runs_do_not_share_a_journal(tmp_path: Path, policy: str) -> None:
     with (
-        journal.alone(tmp_path),
+        journal.exclusive_lock(tmp_path),
         pytest.raises(
             JournalError, match="another run is writing its journal; wait for its end, or choose another out="
         ),
@@ -261,8 +261,8 @@ def test_two_processes_make_one_result(tmp_path: Path, policy: str) -> None:
     }
     assert not list(shared.glob("rollouts.*.jsonl"))
     replay = Replay(journal.read(shared / "rollouts.jsonl"), failures=9, horizon=720)
-    with Simulators({"_target_": f"{FAKES}.FakeEnv", "chains": CHAINS}, count=2) as simulators:
-        assert not replay.strayed(simulators.rollout(replay.chains(slots=2), RowPolicy())), (
+    with SimulatorPool({"_target_": f"{FAKES}.FakeEnv", "chains": CHAINS}, count=2) as simulators:
+        assert not replay.diverged(simulators.rollout(replay.chains(slots=2), RowPolicy())), (
             "diagnose plans in the rows of the run"
         )
 
@@ -295,7 +295,7 @@ def test_a_killed_run_of_two_processes_goes_on_in_one(tmp_path: Path, policy: st
     out.mkdir()
     shutil.copy(tmp_path / "straight/settings.json", out)
     (out / "rollouts.1.jsonl").write_bytes(whole[3] + whole[4][:20])
-    assert all(journal.Claims(out).take(index) for index in range(5)) and not journal.Claims(out).take(4)
+    assert all(journal.Claims(out).acquire(index) for index in range(5)) and not journal.Claims(out).acquire(4)
     run(out, policy, env={"scene": "D"})
     assert files(out) == files(tmp_path / "straight") and not (out / ".claims").exists()
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from step3_defi.rollout import gpu, handle
-from step3_defi.rollout.simulators import Simulators
-from step3_defi.rollout.worker import Survey
+from step3_defi.rollout.simulators import SimulatorPool
+from step3_defi.rollout.worker import SequencesRequest
 
 FOUR = (0, 1, 2, 3, None)  # the last one is Mesa's
 
@@ -38,7 +38,7 @@ def both(number: int, *visible: str) -> dict[str, str]:
 def test_each_rank_draws_on_its_gpu(
     environment: dict[str, str], numbers: tuple[int | None, ...], added: dict[str, str]
 ) -> None:
-    assert gpu.drawing(environment, numbers) == added
+    assert gpu.egl_environment(environment, numbers) == added
 
 
 @pytest.mark.parametrize(
@@ -55,18 +55,18 @@ def test_each_rank_draws_on_its_gpu(
 def test_nothing_changes_where_egl_does_not_list_the_gpu(
     environment: dict[str, str], numbers: tuple[int | None, ...]
 ) -> None:
-    assert gpu.drawing(environment, numbers) == {}
+    assert gpu.egl_environment(environment, numbers) == {}
 
 
 def test_a_machine_without_cuda_devices_lists_none() -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU here")
-    assert set(gpu.cuda_numbers()) <= {None}
+    assert set(gpu.egl_cuda_indices()) <= {None}
 
 
 @pytest.mark.parametrize("there", [True, False])
 def test_simulators_are_told_where_there_is_a_gpu(there: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(handle, "cuda_numbers", lambda: FOUR)
+    monkeypatch.setattr(handle, "egl_cuda_indices", lambda: FOUR)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
     for name, value in {
         "LOCAL_RANK": "3",
@@ -80,6 +80,6 @@ def test_simulators_are_told_where_there_is_a_gpu(there: bool, monkeypatch: pyte
         "chains": [[30]],
         "version": "egl ${oc.env:EGL_VISIBLE_DEVICES,none} ${oc.env:MUJOCO_EGL_DEVICE_ID,none}",
     }
-    with Simulators(env, count=1) as simulators:
-        assert simulators.survey(Survey(1, None, 1, 0))["world"] == "fake-D"
+    with SimulatorPool(env, count=1) as simulators:
+        assert simulators.survey(SequencesRequest(1, None, 1, 0))["world"] == "fake-D"
     assert simulators.versions["simulator"] == ("fake egl 3 3" if there else "fake egl none none")

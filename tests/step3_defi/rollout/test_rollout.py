@@ -15,8 +15,8 @@ import pytest
 
 from step3_defi.policy import DeFIPolicy
 from step3_defi.rollout.journal import Claims
-from step3_defi.rollout.simulators import RolloutError, Simulators, plan
-from step3_defi.rollout.worker import Chain, Survey
+from step3_defi.rollout.simulators import RolloutError, SimulatorPool, plan
+from step3_defi.rollout.worker import Chain, SequencesRequest
 from tests.step3_defi.parts import SENTENCES, build, wake
 from tests.step3_defi.rollout.rollout_fakes import NoisyPolicy, RowPolicy, SteadyPolicy, make_tasks
 
@@ -39,11 +39,11 @@ def run(
     policy: Any = None,
     *,
     workers: int = 1,
-    patience: float = 60,
+    response_timeout: float = 60,
     claim: Any = None,
     **arguments: Any,
 ) -> dict[int, Any]:
-    with Simulators(config(**arguments), count=workers, patience=patience) as simulators:
+    with SimulatorPool(config(**arguments), count=workers, response_timeout=response_timeout) as simulators:
         return {r["index"]: r for r in simulators.rollout(work, policy, claim)}
 
 
@@ -94,7 +94,9 @@ def test_processes_share_work_as_they_get_free_and_come_to_the_same(tmp_path: Pa
     work, claims = chains(count=12, slots=2, horizon=60), Claims(tmp_path)
     straight = run(work, RowPolicy(), workers=2)
     with ThreadPoolExecutor() as pool:
-        slow, fast = pool.map(lambda pace: run(work, RowPolicy(), workers=2, pace=pace, claim=claims.take), (0.02, 0.0))
+        slow, fast = pool.map(
+            lambda pace: run(work, RowPolicy(), workers=2, pace=pace, claim=claims.acquire), (0.02, 0.0)
+        )
     assert not slow.keys() & fast.keys() and {**slow, **fast} == straight
     assert 1 <= len(slow) < len(fast)
 
@@ -127,8 +129,8 @@ def test_films_hold_every_second_frame_with_a_caption() -> None:
 
 
 def test_survey() -> None:
-    with Simulators(config(scene="A"), count=2) as simulators:
-        survey = simulators.survey(Survey(4, None, 2, 9))
+    with SimulatorPool(config(scene="A"), count=2) as simulators:
+        survey = simulators.survey(SequencesRequest(4, None, 2, 9))
     assert survey["world"] == "fake-A" and simulators.versions["simulator"] == "fake 1"
     assert survey["sequences"][3] == ({"index": 3, "seed": 9}, make_tasks([30, 250]))
 
@@ -141,7 +143,7 @@ def test_sequences_of_simulators_that_fail_once_are_tried_again_and_come_to_the_
     work, policy = chains(agent, count=9, slots=3, horizon=400), NoisyPolicy()
     straight = run(work, policy, workers=3)
     trouble = [(0, "kill", 1), (2, "kill", 1), (4, "hang", 1), (5, "raise", 1), (8, "kill", 1)]
-    assert run(work, policy, workers=3, patience=4, trouble=trouble, trials=str(tmp_path)) == straight
+    assert run(work, policy, workers=3, response_timeout=4, trouble=trouble, trials=str(tmp_path)) == straight
     assert sorted(int(mark.name) for mark in tmp_path.iterdir()) == [0, 2, 4, 5, 8], "every trouble came"
 
 
@@ -157,7 +159,12 @@ def test_a_sequence_whose_simulator_fails_twice_is_told_apart(
     kind: str, why: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     results = run(
-        chains(count=4, slots=2), SteadyPolicy(), workers=2, patience=2, trouble=[(1, kind, 9)], trials=str(tmp_path)
+        chains(count=4, slots=2),
+        SteadyPolicy(),
+        workers=2,
+        response_timeout=2,
+        trouble=[(1, kind, 9)],
+        trials=str(tmp_path),
     )
     assert sorted(results) == [0, 1, 2, 3] and [index for index in results if "failure" in results[index]] == [1]
     assert re.fullmatch(r"simulator \d, sequence 1 \(task0_30.*\): " + why, results[1]["failure"])
@@ -182,7 +189,7 @@ def test_silence_is_measured_between_signs_of_life_and_not_over_a_chain() -> Non
     """The expert asks for nothing: its chain of 1110 steps takes longer than the patience."""
     work = chains("expert", count=1)
     began = time.monotonic()
-    assert run(work, patience=1.5, pace=0.002)[0]["steps_to_success"] == [30, 250, 300, 500, 30]
+    assert run(work, response_timeout=1.5, pace=0.002)[0]["steps_to_success"] == [30, 250, 300, 500, 30]
     assert time.monotonic() - began > 2
 
 
@@ -197,15 +204,15 @@ def test_actions_out_of_range_are_clipped_and_counted() -> None:
 
 
 def test_a_simulator_that_dies_before_it_answers_is_replaced() -> None:
-    with Simulators(config(), count=1) as simulators:
+    with SimulatorPool(config(), count=1) as simulators:
         simulators.workers[0].process.kill()
-        assert simulators.survey(Survey(1, None, 5, 0))["world"] == "fake-D"
+        assert simulators.survey(SequencesRequest(1, None, 5, 0))["world"] == "fake-D"
 
 
 def test_a_simulator_that_does_not_start_says_why() -> None:
     with (
         pytest.raises(RolloutError, match="no GL: install"),
-        Simulators(config(refuse="no GL: install libosmesa6"), count=1),
+        SimulatorPool(config(refuse="no GL: install libosmesa6"), count=1),
     ):
         pass
 
@@ -214,7 +221,7 @@ def test_what_the_first_simulator_chooses_all_draw_with(tmp_path: Path) -> None:
     """Also one that takes a dead one's place; alone each later one would fall back to the CPU."""
     (tmp_path / "starts").mkdir()
     trouble = {"trouble": [(1, "kill", 1)], "trials": str(tmp_path)}
-    with Simulators(config(renderer="auto", starts=str(tmp_path / "starts"), **trouble), count=3) as simulators:
+    with SimulatorPool(config(renderer="auto", starts=str(tmp_path / "starts"), **trouble), count=3) as simulators:
         assert len(list(simulators.rollout(chains(count=4, slots=3), SteadyPolicy()))) == 4
     assert simulators.versions["renderer"] == "egl" and len(list((tmp_path / "starts").iterdir())) == 4
 
@@ -240,8 +247,8 @@ def test_a_simulator_that_draws_differently_ends_the_run(workers: int, tmp_path:
 
 
 def test_processes_end_with_their_context() -> None:
-    with Simulators(config(), count=2) as simulators:
-        simulators.survey(Survey(1, None, 5, 0))
+    with SimulatorPool(config(), count=2) as simulators:
+        simulators.survey(SequencesRequest(1, None, 5, 0))
     assert [worker.process.poll() for worker in simulators.workers] == [0, 0]
 
 

@@ -122,6 +122,6 @@ def test_table_stands_beside_the_paper() -> None:
     )
     assert "| mine | 75.0 [" in table and "**2.25** [" in table
     assert "another" not in stats.paper_label("calvin-D")
-    assert sum(stats.PAPER.values()) == pytest.approx(stats.PAPER_AVG_LEN, abs=0.005)
+    assert sum(stats.PAPER_CHAIN_SR.values()) == pytest.approx(stats.PAPER_AVG_LEN, abs=0.005)
     single = stats.chain_table({"mine": stats.chain_stats(RECORDS, 360, length=1)}, length=1, paper="paper")
     assert "4.51" not in single and single.startswith("| | 1 | Avg. Len. |")

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from envs.playtable import PlayTable
+from envs.playtable import PlayTableEnv
 from envs.playtable.kinematics import euler_from_matrix, matrix_from_euler
 
 UP_FRONT = np.array([0.0, 0.5, 3**0.5 / 2])  # along the cabinet's slanted front
 OUT_OF_FRONT = np.array([0.0, -(3**0.5) / 2, 0.5])
 
 
-def pointing(tilt: float = 0.0, yaw: float = np.pi / 2) -> np.ndarray:
+def downward_euler(tilt: float = 0.0, yaw: float = np.pi / 2) -> np.ndarray:
     """Euler angles of a hand pointing down, then leaned so that the fingers point forward; roll stays near pi."""
     leaned = matrix_from_euler(np.array([tilt, 0.0, 0.0])) @ matrix_from_euler(np.array([np.pi, 0.0, yaw]))
     euler = euler_from_matrix(leaned)
@@ -19,20 +19,20 @@ def pointing(tilt: float = 0.0, yaw: float = np.pi / 2) -> np.ndarray:
     return euler
 
 
-class Hand:
+class PoseController:
     """Moves the commanded pose of an environment in straight lines; `grip` is -1 or 1."""
 
-    def __init__(self, env: PlayTable) -> None:
+    def __init__(self, env: PlayTableEnv) -> None:
         self.env = env
-        self.grip = 1.0
+        self.gripper_action = 1.0
         self.info = env.get_info()
 
-    def wait(self, steps: int, grip: float | None = None) -> None:
-        self.grip = self.grip if grip is None else grip
+    def wait(self, steps: int, gripper_action: float | None = None) -> None:
+        self.gripper_action = self.gripper_action if gripper_action is None else gripper_action
         for _ in range(steps):
-            _, self.info = self.env.step(np.array([0, 0, 0, 0, 0, 0, self.grip]), render=False)
+            _, self.info = self.env.step(np.array([0, 0, 0, 0, 0, 0, self.gripper_action]), render=False)
 
-    def to(self, position: object, euler: np.ndarray | None = None, speed: float = 0.6) -> None:
+    def move_to(self, position: object, euler: np.ndarray | None = None, speed: float = 0.6) -> None:
         goal = np.asarray(position, dtype=float)
         for _ in range(200):
             at, turned = self.env.target_pose()
@@ -40,6 +40,6 @@ class Hand:
             largest = np.abs(move).max()
             if largest < 1e-6:
                 break
-            action = np.append(move * min(1.0, speed / largest), self.grip)
+            action = np.append(move * min(1.0, speed / largest), self.gripper_action)
             _, self.info = self.env.step(action, render=False)
         self.wait(8)

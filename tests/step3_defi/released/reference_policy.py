@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.step2_gidm.released import univla_model
+from tests.step2_gidm.released import reference_univla
 
 FORMER, INNER = "Video_Former", "model.inner_model"
 
@@ -96,7 +96,7 @@ def random_policy(
         linear("goal_emb.0", visual, features)
         linear("goal_emb.2", visual, visual)
         linear(f"{INNER}.tok_emb_token", width, visual)
-        lam = univla_model.random_weights(width=visual, code_width=16, codes=8, queries=4, blocks=layers)
+        lam = reference_univla.random_weights(width=visual, code_width=16, codes=8, queries=4, blocks=layers)
         weights = {
             name: tensor for name, tensor in lam.items() if not name.startswith(("lam.decoder.", "lam.patch_up."))
         }
@@ -113,13 +113,15 @@ def _is_norm(name: str) -> bool:
     return any(part in name for part in (".norm", ".ln", ".2.0.")) and name.endswith("weight")
 
 
-class Written:
+class ReferenceModel:
     """The policy's formulas over such a dictionary. `heads` of the video former's two attentions and of the
     transformer."""
 
     def __init__(self, weights: dict[str, Tensor], heads: tuple[int, int, int]) -> None:
         self.w, self.heads = weights, heads
-        self.lam = univla_model.Written({name: tensor for name, tensor in weights.items() if name.startswith("lam.")})
+        self.lam = reference_univla.ReferenceModel(
+            {name: tensor for name, tensor in weights.items() if name.startswith("lam.")}
+        )
 
     def sample(
         self, features: Tensor, goal: Tensor, words: Tensor, noise: Tensor, *, future: int, steps: int = 10

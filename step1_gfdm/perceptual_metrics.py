@@ -18,7 +18,7 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from common.frozen import DinoV2, dinov2
 
 
-class Missing(RuntimeError):
+class MetricUnavailable(RuntimeError):
     """The weights of an eye are not on this machine; the message says which and where they come from."""
 
 
@@ -33,14 +33,14 @@ def lpips(net: str) -> Callable[[Tensor, Tensor], Tensor]:
     try:
         distance(torch.zeros(1, 3, 64, 64), torch.zeros(1, 3, 64, 64))
     except OSError as error:  # torchvision looks for its backbone in torch's hub folder, then on the net
-        raise Missing(
+        raise MetricUnavailable(
             f"LPIPS is left out: torchvision's {net} weights are not in {torch.hub.get_dir()} and cannot be fetched "
             f"({error})"
         ) from error
     return distance
 
 
-class VideoEye:
+class VideoFeatureExtractor:
     """A video as one vector: DINOv2's tokens averaged over each frame; their mean over time and the mean of their
     changes."""
 
@@ -48,7 +48,7 @@ class VideoEye:
         try:
             self.vision: DinoV2 = dinov2(path, image_size).to(device)
         except FileNotFoundError as error:
-            raise Missing(f"the Fréchet distance is left out: {error}") from error
+            raise MetricUnavailable(f"the Fréchet distance is left out: {error}") from error
         self.name = f"DINOv2 from {path}"
 
     @torch.no_grad()

@@ -2,7 +2,7 @@
 
 A gap takes (id, frames of the episode, frames a second, rng) and gives (distance, number of first frames to choose
 from). It raises
-LeftOut for an episode that is too short for a pair, Unreadable where the clip is broken.
+FilteredSample for an episode that is too short for a pair, Unreadable where the clip is broken.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from common.mixture import LeftOut, Unreadable
+from common.mixture import FilteredSample, UnreadableSample
 
 
-class Seconds:
+class SecondsGap:
     """`seconds` times the set's frame rate, at least one step; where `seconds` is a list, every pair draws one of them.
 
     `jitter` varies the gap by up to that fraction. Both frames lie inside the episode. No pair spans less than `least`
@@ -41,13 +41,13 @@ class Seconds:
         )
         least = max(1, round(self.least * gap))
         if length - 1 < least:
-            raise LeftOut(id, f"{length} frames are too few for pairs {gap} apart (min_gap={self.least})")
+            raise FilteredSample(id, f"{length} frames are too few for pairs {gap} apart (min_gap={self.least})")
         wanted = round(gap * (1 + self.jitter * rng.uniform(-1, 1)))
         n = min(max(wanted, least), length - 1)
         return n, length - n
 
 
-class Windows:
+class WindowGap:
     """The release's: the first and last frame of a window of `window` frames, whatever the set's clock.
 
     `window_seconds` stands for it where a set keeps other frames than the release did (Ego4D: every 15th). A window
@@ -63,15 +63,15 @@ class Windows:
     def __call__(self, id: str, length: int, fps: float, rng: np.random.Generator) -> tuple[int, int]:
         """See the module."""
         if length < 1:
-            raise Unreadable(id, "an episode without frames")
+            raise UnreadableSample(id, "an episode without frames")
         return self.window - 1 if self.seconds is None else _steps(id, self.seconds, fps), length
 
 
 def _steps(id: str, seconds: float, fps: float) -> int:
     """Frames in so many seconds, at least one."""
     if fps <= 0:
-        raise Unreadable(id, "its frame rate is unknown; give the set fps=")
+        raise UnreadableSample(id, "its frame rate is unknown; give the set fps=")
     return max(1, round(fps * seconds))
 
 
-GAPS = {"seconds": Seconds, "official": Windows}
+GAPS = {"seconds": SecondsGap, "official": WindowGap}

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 
-def shares(sets: Mapping[str, Mapping[str, Any]], human_fraction: float) -> dict[str, float]:
+def kept_fractions(sets: Mapping[str, Mapping[str, Any]], human_fraction: float) -> dict[str, float]:
     """The part of each set that a mixture keeps, 0 to 1. Raises ValueError for a fraction that is none, or that no set
     could follow."""
     if not 0 <= human_fraction <= 1:
@@ -30,7 +30,7 @@ def shares(sets: Mapping[str, Mapping[str, Any]], human_fraction: float) -> dict
     return {name: human_fraction if options.get("human") else 1.0 for name, options in sets.items()}
 
 
-def keep(files: Sequence[Path], share: float) -> list[Path]:
+def subset_videos(files: Sequence[Path], share: float) -> list[Path]:
     """`share` of the videos with these annotations, at least one unless it is 0, in their order; smaller shares lie
     inside larger ones."""
     count = max(round(share * len(files)), 1 if share else 0)
@@ -40,7 +40,7 @@ def keep(files: Sequence[Path], share: float) -> list[Path]:
 
 
 @contextmanager
-def opened(name: str, share: float) -> Iterator[None]:
+def explain_missing_set(name: str, share: float) -> Iterator[None]:
     """Around the opening of a set. Where nothing of it is drawn it is opened to count its clips, and need not be there
     if an epoch's length is given."""
     try:

@@ -8,7 +8,7 @@ import torch
 from common.video import write_mp4
 
 
-def write_set(
+def write_video_set(
     root, episodes=3, *, length=20, cameras=1, latent_shape=None, split="train", size=64, stated=True, val_folder=True
 ):
     """A video set of moving squares; with `latent_shape`, latents whose every value is the frame number. An empty val

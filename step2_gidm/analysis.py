@@ -16,12 +16,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common.metrics import bootstrap_ci
-from common.probe import Parts, r2_ci, read_errors, spread
-from step2_gidm.model import InverseModel, clean
+from common.probe import ProbeSplit, mean_baseline_errors, probe_errors, r2_ci
+from step2_gidm.model import InverseModel, normalize_text
 
 CONTINUOUS, QUANTIZED = "latent action, continuous", "latent action, quantized"
 # an encoder that reads the sentence hands it on: what do the frames alone give?
-UNTOLD = "latent action, continuous, sentence withheld"
+NO_TEXT = "latent action, continuous, sentence withheld"
 TOKENS, PIXELS = "difference of DINOv2 tokens", "difference of pixels"
 SENTENCE, RANDOM = "sentence alone", "random codes (dealt from other pairs)"
 CONTROLS = (TOKENS, PIXELS, SENTENCE, RANDOM)
@@ -31,11 +31,11 @@ READINGS = 15  # of CALVIN's robot_obs: place (0 to 2), opening of the gripper (
 Interval = dict[str, float]
 
 
-class Missing(ValueError):
+class MissingLabels(ValueError):
     """The data lack what a part of the evaluation needs; the message says what."""
 
 
-class Seen(NamedTuple):
+class EncodedPairs(NamedTuple):
     """Pairs as the model sees them."""
 
     now: Tensor  # (P, N, E)
@@ -43,7 +43,7 @@ class Seen(NamedTuple):
     continuous: Tensor  # (P, K, d)
     quantized: Tensor  # (P, K, d)
     codes: Tensor | None  # (P, K)
-    untold: Tensor | None  # (P, K, d), continuous, inferred with an empty sentence; None where the encoder reads none
+    no_text: Tensor | None  # (P, K, d), continuous, inferred with an empty sentence; None where the encoder reads none
 
 
 class Labels(NamedTuple):
@@ -59,28 +59,28 @@ class Labels(NamedTuple):
 
 
 @torch.no_grad()
-def look(model: InverseModel, pairs: Sequence[Mapping[str, Any]]) -> Seen:
+def encode_pairs(model: InverseModel, pairs: Sequence[Mapping[str, Any]]) -> EncodedPairs:
     """One batch of pairs through the inverse model."""
     frames = torch.stack([pair["frames"] for pair in pairs]).to(next(model.parameters()).device)
     now, future = model.embed(frames.flatten(0, 1)).unflatten(0, frames.shape[:2]).unbind(1)
     action = model.infer(now, future, [pair["text"] for pair in pairs])
     codes = None if action.codes is None else action.codes.cpu()
-    untold = (
+    no_text = (
         model.infer(now, future, [""] * len(pairs)).continuous.float().cpu() if "encoder" in model.text_in else None
     )
-    return Seen(
+    return EncodedPairs(
         now.float().cpu(),
         future.float().cpu(),
         action.continuous.float().cpu(),
         action.quantized.float().cpu(),
         codes,
-        untold,
+        no_text,
     )
 
 
-def join(parts: Sequence[Seen]) -> Seen:
+def join(parts: Sequence[EncodedPairs]) -> EncodedPairs:
     """Batches one after another."""
-    return Seen(*(None if values[0] is None else torch.cat(values) for values in zip(*parts)))
+    return EncodedPairs(*(None if values[0] is None else torch.cat(values) for values in zip(*parts)))
 
 
 def labels(pairs: Sequence[Mapping[str, Any]]) -> Labels:
@@ -101,16 +101,16 @@ def labels(pairs: Sequence[Mapping[str, Any]]) -> Labels:
     )
 
 
-def inputs(model: InverseModel, seen: Seen, pairs: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+def inputs(model: InverseModel, encoded: EncodedPairs, pairs: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
     """What neighbours are sought in and motion is read from, each (P, D)."""
-    change = (seen.future - seen.now).transpose(1, 2).unflatten(2, model.vision.grid)
+    change = (encoded.future - encoded.now).transpose(1, 2).unflatten(2, model.vision.grid)
     frames = torch.stack([pair["frames"] for pair in pairs])
     side = min(GRID, *model.vision.grid)
-    untold = {} if seen.untold is None else {UNTOLD: seen.untold.flatten(1)}
+    no_text = {} if encoded.no_text is None else {NO_TEXT: encoded.no_text.flatten(1)}
     return {
-        CONTINUOUS: seen.continuous.flatten(1),
-        QUANTIZED: seen.quantized.flatten(1),
-        **untold,
+        CONTINUOUS: encoded.continuous.flatten(1),
+        QUANTIZED: encoded.quantized.flatten(1),
+        **no_text,
         TOKENS: F.adaptive_avg_pool2d(change, side).flatten(1),
         PIXELS: F.adaptive_avg_pool2d(frames[:, 1] - frames[:, 0], min(PIXEL_GRID, frames.shape[-1])).flatten(1),
     }
@@ -119,7 +119,7 @@ def inputs(model: InverseModel, seen: Seen, pairs: Sequence[Mapping[str, Any]]) 
 @torch.no_grad()
 def sentences(model: InverseModel, texts: Sequence[str]) -> Tensor:
     """(P, D): the mean of the text encoder's tokens, of the sentences as the model reads them."""
-    tokens, mask = model.text([clean(text) if model.clean_text else text for text in texts])
+    tokens, mask = model.text([normalize_text(text) if model.clean_text else text for text in texts])
     return ((tokens * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)).float().cpu()
 
 
@@ -164,7 +164,7 @@ def retrieve(found: Mapping[str, np.ndarray], known: Labels) -> dict[str, Any]:
         name: scale for name, scale in scales.items() if scale[2].any() and len(np.unique(known.episode[scale[2]])) > 1
     }
     if not scales:
-        raise Missing(
+        raise MissingLabels(
             "retrieval is left out: no two episodes share a sentence, and no readings of the robot tell how they moved"
         )
     results: dict[str, Any] = {name: {} for name in scales}
@@ -191,14 +191,14 @@ def by_episode(values: np.ndarray, episodes: np.ndarray) -> Interval:
     return dict(zip(("mean", "low", "high"), bootstrap_ci(np.bincount(group, values) / np.bincount(group))))
 
 
-def split(fit: np.ndarray, test: np.ndarray, seed: int, choose: float = 0.25) -> Parts:
+def split(fit: np.ndarray, test: np.ndarray, seed: int, choose: float = 0.25) -> ProbeSplit:
     """Parts of the rows [fit; test] by the names of their episodes: a share of the episodes of `fit` chooses, those of
     `test` never fit."""
     own = ~np.isin(fit, test)
     names = np.unique(fit[own])
     chosen = np.random.default_rng(seed).permutation(names)[: max(1, round(choose * len(names)))]
     choosing = np.isin(fit, chosen)
-    return Parts(np.flatnonzero(own & ~choosing), np.flatnonzero(own & choosing), len(fit) + np.arange(len(test)))
+    return ProbeSplit(np.flatnonzero(own & ~choosing), np.flatnonzero(own & choosing), len(fit) + np.arange(len(test)))
 
 
 def read_motion(
@@ -225,7 +225,7 @@ def read_motion(
             truth = torch.from_numpy(
                 np.concatenate([getattr(known, target)[rows] for known, rows in zip((fit_known, test_known), chosen)])
             )
-            scale = spread(truth, parts)
+            scale = mean_baseline_errors(truth, parts)
             if scale.mean() < 1e-10:  # nothing moves
                 continue
             x = {
@@ -233,7 +233,7 @@ def read_motion(
                 for name in fit
             }
             x[RANDOM] = x[QUANTIZED][torch.from_numpy(np.random.default_rng(seed).permutation(len(truth)))]
-            errors = read_errors(x, truth, parts, columns=columns, seed=seed)
+            errors = probe_errors(x, truth, parts, columns=columns, seed=seed)
             rows = {
                 name: dict(zip(("mean", "low", "high"), r2_ci(values, scale, episodes[1])))
                 for name, values in errors.items()
@@ -252,7 +252,7 @@ def read_motion(
                 "lead": leads,
             }
     if not results:
-        raise Missing(
+        raise MissingLabels(
             "read-outs of the robot's motion are left out: too few pairs hold readings of the robot ('state' in the "
             "annotations)"
         )
@@ -271,7 +271,7 @@ class Transfer(NamedTuple):
 def transfers(known: Labels, seed: int) -> Transfer:
     """Every pair that has both partners. Raises Missing."""
     if len(np.unique(known.scene)) < 2:
-        raise Missing("transfer is left out: all pairs are of one scene; give data.sets of several")
+        raise MissingLabels("transfer is left out: all pairs are of one scene; give data.sets of several")
     rng, rows = np.random.default_rng(seed), []
     apart = (known.scene[:, None] != known.scene) & comparable(known)
     same = known.text[:, None] == known.text
@@ -285,34 +285,36 @@ def transfers(known: Labels, seed: int) -> Transfer:
         if len(partners) == 2:
             rows.append((i, *partners, rng.choice(np.flatnonzero(apart[i]))))
     if len(rows) < 2:
-        raise Missing(
+        raise MissingLabels(
             "transfer is left out: scenes share no sentence, so that nothing says what an action should do there"
         )
     return Transfer(*np.array(rows).T)
 
 
 @torch.no_grad()
-def carry(model: InverseModel, seen: Seen, known: Labels, target: np.ndarray, source: np.ndarray) -> Tensor:
+def decode_transferred(
+    model: InverseModel, encoded: EncodedPairs, known: Labels, target: np.ndarray, source: np.ndarray
+) -> Tensor:
     """The latent actions of `source` (M,) decoded in the frames of `target` (M,) -> tokens (M, N, E)."""
     device = next(model.parameters()).device
     return (
-        model.decode(seen.now[target].to(device), seen.quantized[source].to(device), known.text[target].tolist())
+        model.decode(encoded.now[target].to(device), encoded.quantized[source].to(device), known.text[target].tolist())
         .float()
         .cpu()
     )
 
 
 def measure_transfer(
-    model: InverseModel, seen: Seen, known: Labels, pairs: Transfer, *, batch_size: int
+    model: InverseModel, encoded: EncodedPairs, known: Labels, pairs: Transfer, *, batch_size: int
 ) -> dict[str, Any]:
     """Cosine of the decoded change of tokens with the change that happened there, with 95 % intervals over episodes."""
     cosines: dict[str, list[Tensor]] = {"own": [], "same": [], "other": [], "shuffled": []}
     for start in tqdm(range(0, len(pairs.target), batch_size), desc="transfer"):
         actions = Transfer(*(rows[start : start + batch_size] for rows in pairs))
         target = actions.target
-        now, truth = seen.now[target], (seen.future[target] - seen.now[target]).flatten(1)
+        now, truth = encoded.now[target], (encoded.future[target] - encoded.now[target]).flatten(1)
         for name, action in zip(cosines, (target, actions.source, actions.other, actions.shuffled)):
-            change = (carry(model, seen, known, target, action) - now).flatten(1)
+            change = (decode_transferred(model, encoded, known, target, action) - now).flatten(1)
             cosines[name].append(F.cosine_similarity(change, truth))
     values = {name: torch.cat(parts).double().numpy() for name, parts in cosines.items()}
     values |= {"gain": values["same"] - values["shuffled"], "sentence_gain": values["same"] - values["other"]}
@@ -322,12 +324,12 @@ def measure_transfer(
     }
 
 
-def nearest_frame(seen: Seen, known: Labels, tokens: Tensor, target: int) -> tuple[int, int]:
+def nearest_frame(encoded: EncodedPairs, known: Labels, tokens: Tensor, target: int) -> tuple[int, int]:
     """(pair, moment) of the real frame of the target's scene and camera whose tokens (N, E) are nearest; its present
     frame does not count."""
     pool = np.flatnonzero((known.scene == known.scene[target]) & (known.view == known.view[target]))
-    frames = torch.stack([seen.now[pool], seen.future[pool]], dim=1).flatten(2)  # (pool, moments, N E)
-    present = (frames == seen.now[target].flatten()).all(2)
+    frames = torch.stack([encoded.now[pool], encoded.future[pool]], dim=1).flatten(2)  # (pool, moments, N E)
+    present = (frames == encoded.now[target].flatten()).all(2)
     distances = (frames - tokens.flatten()).square().mean(2).masked_fill(present, torch.inf)
     pair, moment = divmod(int(distances.argmin()), 2)
     return int(pool[pair]), moment

@@ -58,7 +58,7 @@ def random_weights(
     }
 
 
-class Written:
+class ReferenceModel:
     """The model's formulas over such a dictionary."""
 
     def __init__(self, weights: dict[str, Tensor]) -> None:

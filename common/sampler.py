@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Sampler
 
-from common.mixture import Draws, SampleSet, collate
+from common.mixture import SampleSet, SeededDataset, collate
 
 WITHIN_BLOCK = 4  # a generator of its own: keys of a sample's have three numbers
 VALIDATION_EPOCH = 2**31  # draws of the held-out set never meet draws of training
 
 
-class Batches(Sampler[list[tuple[int, int]]]):
+class DistributedBatchSampler(Sampler[list[tuple[int, int]]]):
     """Batches of (epoch, index) keys for one rank, from batch number `start` to `stop`.
 
     A set of `block`s is dealt block by block: lanes, one for each rank and each of its `streams` (the workers of its
@@ -39,7 +39,7 @@ class Batches(Sampler[list[tuple[int, int]]]):
         start: int,
         stop: int,
         block: int | None = None,
-        streams: int = 1,
+        num_readers: int = 1,
     ) -> None:
         if block and not batch_size <= block <= length:
             raise ValueError(
@@ -48,7 +48,7 @@ class Batches(Sampler[list[tuple[int, int]]]):
             )
         self.length, self.batch_size, self.seed = length, batch_size, seed
         self.rank, self.world, self.start, self.stop = rank, world, start, stop
-        self.block, self.streams = block, streams
+        self.block, self.num_readers = block, num_readers
 
     @staticmethod
     def per_epoch(length: int, batch_size: int, world: int) -> int:
@@ -58,7 +58,7 @@ class Batches(Sampler[list[tuple[int, int]]]):
     @property
     def lanes(self) -> int:
         """How many blocks are read side by side, over all ranks."""
-        return self.world * self.streams
+        return self.world * self.num_readers
 
     def __len__(self) -> int:
         return self.stop - self.start
@@ -80,9 +80,9 @@ class Batches(Sampler[list[tuple[int, int]]]):
     def _dealt(self) -> Iterator[list[tuple[int, int]]]:
         per_block = self.block // self.batch_size  # samples of a block past its last whole batch are not drawn
         for number in range(self.start, self.stop):
-            turn, position = divmod(number // self.streams, per_block)
+            turn, position = divmod(number // self.num_readers, per_block)
             epoch, block = divmod(
-                turn * self.lanes + self.rank * self.streams + number % self.streams, self.length // self.block
+                turn * self.lanes + self.rank * self.num_readers + number % self.num_readers, self.length // self.block
             )
             order = block * self.block + np.random.default_rng((self.seed, epoch, block, WITHIN_BLOCK)).permutation(
                 self.block
@@ -92,7 +92,7 @@ class Batches(Sampler[list[tuple[int, int]]]):
             ]
 
 
-def held_out(
+def validation_batches(
     length: int, batch_size: int, *, seed: int, rank: int, world: int, most: int
 ) -> list[tuple[list[tuple[int, int]], float]]:
     """At most `most` batches of keys for one rank, each with its weight in the mean over ranks of the weighted sums:
@@ -116,11 +116,11 @@ def held_out(
     ]
 
 
-def loader(samples: SampleSet, batches: Batches, *, workers: int, pin: bool) -> DataLoader:
+def loader(samples: SampleSet, batches: DistributedBatchSampler, *, workers: int, pin: bool) -> DataLoader:
     """What a rank trains on: its batches of a sample set, read ahead by `workers` processes."""
     # its own generator: an iterator's base seed would otherwise advance the model's noise at every resume
     return DataLoader(
-        Draws(samples, batches.seed, stride=batches.lanes),
+        SeededDataset(samples, batches.seed, stride=batches.lanes),
         batch_sampler=batches,
         collate_fn=collate,
         num_workers=workers,

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from common.figures import pyplot, save
+from common.figures import pyplot, save_figure
 from common.video import write_mp4
-from step2_gidm.meaning import Labels, Seen, Transfer, carry, nearest_frame
+from step2_gidm.analysis import EncodedPairs, Labels, Transfer, decode_transferred, nearest_frame
 from step2_gidm.model import GIDM, InverseModel
 
 SAME, OTHER = "tab:green", "tab:red"
@@ -73,7 +73,7 @@ def draw_attention(model: GIDM, pair: Mapping[str, Any], path: Path) -> None:
     """One PNG of a pair under each query's attention (Fig. 12)."""
     overlay = Overlay(attention_maps(model, [pair], 1), pair["frames"].shape[-1], pair["text"])
     overlay.show(0, pair["frames"])
-    save(overlay.figure, path)
+    save_figure(overlay.figure, path)
 
 
 def film_attention(model: GIDM, clip: Mapping[str, Any], path: Path, *, fps: float, batch_size: int) -> None:
@@ -107,14 +107,14 @@ def draw_neighbours(path: Path, pairs: Sequence[Mapping[str, Any]], found: np.nd
                 )
     for axis, name in zip(axes[0], ["query: now | future", *(f"neighbour {i + 1}" for i in range(found.shape[1]))]):
         axis.set_title(f"{name}\n{axis.get_title()}", fontsize=8, color=axis.title.get_color())
-    save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_transfer(
     path: Path,
     model: InverseModel,
     pairs: Sequence[Mapping[str, Any]],
-    seen: Seen,
+    encoded: EncodedPairs,
     known: Labels,
     partners: Transfer,
     rows: Sequence[int],
@@ -134,14 +134,14 @@ def draw_transfer(
     for axis, name in zip(axes[0], names):
         axis.set_title(name, fontsize=9)
     target, source = partners.target[rows], partners.source[rows]
-    for line, t, s, tokens in zip(axes, target, source, carry(model, seen, known, target, source)):
-        pair, moment = nearest_frame(seen, known, tokens, int(t))
+    for line, t, s, tokens in zip(axes, target, source, decode_transferred(model, encoded, known, target, source)):
+        pair, moment = nearest_frame(encoded, known, tokens, int(t))
         images = [*pairs[s]["frames"], pairs[t]["frames"][0], pairs[pair]["frames"][moment], pairs[t]["frames"][1]]
         for axis, image in zip(line, images):
             axis.imshow(image.permute(1, 2, 0).numpy())
             axis.set(xticks=[], yticks=[])
         line[0].set_ylabel(_short(pairs[t]["text"], 24), fontsize=8)
-    save(figure, path)
+    save_figure(figure, path)
 
 
 def _twin(frames: Tensor) -> np.ndarray:
