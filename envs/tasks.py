@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from common.errors import UserError
+
 Info = dict[str, Any]
 Predicate = Callable[[Info, Info], bool]
 
@@ -187,15 +189,35 @@ ELEVEN: tuple[str, ...] = (
     *("turn_on_lightbulb", "turn_off_lightbulb", "turn_on_led", "turn_off_led"),
     *TABLE_LIFT_TASKS,
 )
-SETS: dict[str, tuple[str, ...]] = {"all": TASKS, "eleven": ELEVEN}
+# The sets that a config may name. `eleven`: the eight tasks of the fixtures and the three lifts from the table.
+# `lifts`: the three lifts from the table alone; with length=1 each of them starts from the neutral pose of the arm.
+TASK_SETS: dict[str, tuple[str, ...]] = {"all": TASKS, "eleven": ELEVEN, "lifts": TABLE_LIFT_TASKS}
 
 
 def check_tasks(tasks: Iterable[str]) -> tuple[str, ...]:
-    """The same names as a tuple; raises ValueError for one that is no task."""
+    """Return the same names as a tuple. Raises UserError for a name that is not one of CALVIN's 34 tasks."""
     tasks = tuple(tasks)
     for task in tasks:
         if task not in INSTRUCTIONS:
-            raise ValueError(f"unknown task {task!r}: CALVIN's tasks are {', '.join(TASKS)}")
+            raise UserError(f"unknown task {task!r}: CALVIN's tasks are {', '.join(TASKS)}")
+    return tasks
+
+
+def resolve_tasks(value: str | Iterable[str]) -> tuple[str, ...]:
+    """Return the tasks that the config key `tasks` stands for: the name of a set in TASK_SETS, or a list of tasks.
+
+    Raises UserError for an unknown set, an unknown task and an empty list.
+    """
+    if isinstance(value, str):
+        if value not in TASK_SETS:
+            raise UserError(
+                f"tasks={value} is not a set of tasks: choose one of {', '.join(TASK_SETS)}, "
+                "or give a list of tasks such as tasks=[open_drawer,close_drawer]"
+            )
+        return TASK_SETS[value]
+    tasks = check_tasks(value or ())
+    if not tasks:
+        raise UserError(f"tasks is empty: choose one of {', '.join(TASK_SETS)}, or give a list of tasks")
     return tasks
 
 
