@@ -35,7 +35,7 @@ def attempt(env: TabletopEnv, task: str, *, seed: int, sigma: float) -> tuple[in
     expert = env.expert(seed)
     for _ in range(4):
         env.step(np.array([0, 0, 0, 0, 0, 0, 1.0]), render=False)
-    for goal in [start.before, task] if start.before else [task]:
+    for goal in [start.setup_task, task] if start.setup_task else [task]:
         before, steps = env.get_info(), 0
         expert.reset(goal)
         while True:

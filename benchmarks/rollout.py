@@ -100,7 +100,7 @@ def main() -> None:
     env = instantiate(config)
     chains = [
         Chain(index, state, list(tasks), "policy", options.horizon, 0, slot=index % options.workers)
-        for index, (state, tasks) in enumerate(env.sequences(options.sequences, seed=0))
+        for index, (state, tasks) in enumerate(env.get_sequences(options.sequences, seed=0))
     ]
     taken: dict[str, list[float]] = {}
     with SimulatorPool(config, count=options.workers) as simulators:

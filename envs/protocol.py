@@ -11,6 +11,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
+CONTROL_FREQ = 30  # Hz, control steps and recorded frames per second
+MAX_REL_POS, MAX_REL_ORN = 0.02, 0.05  # m and rad that an action entry of 1 moves the commanded pose by (CALVIN)
+
 
 @dataclass(frozen=True)
 class Fixtures:
@@ -84,7 +87,7 @@ class Env(Protocol):
 
     name: str  # the world and scene that reports print, for instance "playtable-D"
 
-    def sequences(
+    def get_sequences(
         self, count: int, *, tasks: list[str] | None = None, length: int = 5, seed: int = 0
     ) -> list[tuple[dict, list[str]]]:
         """`count` pairs of (symbolic initial state, tasks in a row); `tasks` restricts the vocabulary."""
@@ -107,7 +110,7 @@ class Env(Protocol):
     def instruction(self, task: str) -> str:
         """The sentence that the policy is told."""
 
-    def check_success(self, task: str, start: dict, now: dict) -> bool:
+    def check_success(self, task: str, start_info: dict, end_info: dict) -> bool:
         """The oracle: was `task` carried out between two infos?"""
 
     def expert(self, seed: int = 0) -> Expert:
@@ -116,7 +119,7 @@ class Env(Protocol):
     def versions(self) -> dict[str, str]:
         """Simulator and renderer with their versions, for the result file."""
 
-    def choices(self) -> dict[str, Any]:
+    def resolved_options(self) -> dict[str, Any]:
         """Arguments of its constructor in place of what it chose by itself, a renderer: another one made with them
         draws alike."""
 

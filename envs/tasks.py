@@ -184,6 +184,7 @@ _ROWS = _table()
 TASKS: tuple[str, ...] = tuple(_ROWS)
 INSTRUCTIONS: dict[str, str] = {task: sentence for task, (sentence, _) in _ROWS.items()}
 TABLE_LIFT_TASKS: tuple[str, ...] = tuple(f"lift_{colour}_block_table" for colour in BLOCK_COLORS)
+HELD_BLOCK_TASKS: tuple[str, ...] = ("place_in_slider", "place_in_drawer", "stack_block")  # start with a block in the hand
 ELEVEN: tuple[str, ...] = (
     *("open_drawer", "close_drawer", "move_slider_left", "move_slider_right"),
     *("turn_on_lightbulb", "turn_off_lightbulb", "turn_on_led", "turn_off_led"),

@@ -103,7 +103,7 @@ def test_a_row_does_not_stand_on_a_model_of_another_scale(root: Path) -> None:
     [
         ("tiny", "envs.playtable.PlayTableEnv", 11, ("A", 100, 360, 8)),
         ("small", "envs.playtable.PlayTableEnv", 11, ("A", 100, 360, 8)),
-        ("full", "envs.calvin.env.Calvin", None, ("D", 1000, 720, 10)),
+        ("full", "envs.calvin.env.CalvinEnv", None, ("D", 1000, 720, 10)),
     ],
 )
 def test_a_scale_is_rolled_out_in_what_it_was_trained_for(

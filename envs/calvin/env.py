@@ -153,7 +153,7 @@ class CalvinEnv:
         if self._loads == MAX_LOADS_PER_CONNECTION:
             self._connect()
             return
-        self._sim.import_calvin_env()
+        self._sim.load()
         self._loads += 1
         self._setup_references()
 
@@ -182,7 +182,7 @@ class CalvinEnv:
 
     # ---- the benchmark
 
-    def sequences(
+    def get_sequences(
         self, count: int, *, tasks: list[str] | None = None, length: int = 5, seed: int = 0
     ) -> list[tuple[dict, list[str]]]:
         """`count` pairs of (symbolic initial state, tasks in a row). Raises RuntimeError where the default ones are not

@@ -47,7 +47,7 @@ class CalvinError(RuntimeError):
     """calvin_env is absent, or its renderer does not start."""
 
 
-class Renderer(NamedTuple):
+class RendererChoice(NamedTuple):
     """What draws: for calvin_env, and for the result file."""
 
     egl: bool
@@ -116,20 +116,20 @@ def configuration(folder: Path, scene: str, *, static_size: int, gripper_size: i
     """calvin_env's own configuration of the dataset's robot, scene "A" to "D" and the two cameras of a policy."""
     conf = folder / "conf"
     robot = OmegaConf.merge(
-        OmegaConf.import_calvin_env(conf / "robot" / "panda.yaml"),
-        OmegaConf.import_calvin_env(conf / "robot" / "panda_longer_finger.yaml"),
+        OmegaConf.load(conf / "robot" / "panda.yaml"),
+        OmegaConf.load(conf / "robot" / "panda_longer_finger.yaml"),
     )
     del robot["defaults"]
     cameras = {
-        name: OmegaConf.import_calvin_env(conf / "cameras" / "cameras" / f"{name}.yaml")
+        name: OmegaConf.load(conf / "cameras" / "cameras" / f"{name}.yaml")
         for name in ("static", "gripper")
     }
     for name, size in (("static", static_size), ("gripper", gripper_size)):
         cameras[name].width = cameras[name].height = size
-    env = OmegaConf.import_calvin_env(conf / "env" / "play_table_env.yaml")
+    env = OmegaConf.load(conf / "env" / "play_table_env.yaml")
     # scene_info is what the oracle compares
     env.update(use_scene_info=True, use_egl=egl, show_gui=False)
-    scene_config = OmegaConf.import_calvin_env(conf / "scene" / f"calvin_scene_{scene}.yaml")
+    scene_config = OmegaConf.load(conf / "scene" / f"calvin_scene_{scene}.yaml")
     return OmegaConf.create(
         {
             "env": env,
@@ -160,13 +160,13 @@ def create_simulator(config: DictConfig, seed: int) -> Any:
 def close_simulator(simulator: Any) -> None:
     """End a simulator, and see to it that its destructor does not end the next one."""
     with quiet():
-        simulator.p.close_simulator(physicsClientId=simulator.cid)
+        simulator.p.disconnect(physicsClientId=simulator.cid)
     simulator.close = lambda: None
 
 
 def oracle(folder: Path) -> Any:
     """CALVIN's `Tasks`, which compares two infos."""
-    return hydra.utils.instantiate(OmegaConf.import_calvin_env(folder / "conf" / "tasks" / "new_playtable_tasks.yaml"))
+    return hydra.utils.instantiate(OmegaConf.load(folder / "conf" / "tasks" / "new_playtable_tasks.yaml"))
 
 
 def version(package: ModuleType) -> str:
@@ -180,12 +180,12 @@ def version(package: ModuleType) -> str:
     return f"calvin_env {commit[:12]}, pybullet {importlib.metadata.version('pybullet')}, numpy {importlib.metadata.version('numpy')}"
 
 
-def choose_renderer(wish: str) -> Renderer:
+def choose_renderer(wish: str) -> RendererChoice:
     """ "egl" or "cpu" as wished; "auto" is EGL where it renders on a GPU. Raises CalvinError where a wished EGL does
     not start."""
     if wish not in RENDERERS:
         raise ValueError(f"renderer={wish}: choose one of {', '.join(RENDERERS)}")
-    cpu = Renderer(False, "pybullet TinyRenderer (CPU)")
+    cpu = RendererChoice(False, "pybullet TinyRenderer (CPU)")
     if wish == "cpu":
         return cpu
     try:
@@ -201,7 +201,7 @@ def choose_renderer(wish: str) -> Renderer:
             "(renderer=egl takes Mesa)"
         )
         return cpu
-    return Renderer(True, f"pybullet EGL, {device}")
+    return RendererChoice(True, f"pybullet EGL, {device}")
 
 
 def egl_device() -> str:

@@ -12,7 +12,6 @@ import numpy as np
 
 from envs.expert.motions import (
     FORWARD,
-    MAX_REL_POS,
     MAX_TRACKING_ERROR,
     NEAR_FRONT,
     YAW_RANGE,
@@ -25,10 +24,9 @@ from envs.expert.motions import (
     lean,
     straightened,
 )
-from envs.protocol import PrivilegedState
-from envs.tasks import TABLE_LIFT_TASKS, check_tasks
+from envs.protocol import MAX_REL_POS, PrivilegedState
+from envs.tasks import HELD_BLOCK_TASKS, TABLE_LIFT_TASKS, check_tasks
 
-HELD_BLOCK_TASKS = ("place_in_slider", "place_in_drawer", "stack_block")
 PATIENCE = 12  # steps to stand still after a plan before it is tried again
 TURN = np.radians(76)  # a rotation counts from 60 degrees
 ENOUGH = np.radians(64)  # of it in one hold
@@ -116,7 +114,7 @@ class ScriptedExpert(MotionPrimitives):
     def open_drawer(self) -> ActionStream:
         bar = -0.212 - self.state.joint_position("base__drawer")
         x, euler = self.state.fixtures.drawer_x + self._off(0.05), gripper_euler(tilt=0.2)
-        yield from self.above(x, bar, euler, height=0.55, gripper_action=-1)
+        yield from self.move_above(x, bar, euler, height=0.55, gripper_action=-1)
         yield from self.move_to([x, bar, 0.375], euler, speed=0.85, no_noise=True)
         yield from self.move_to(
             [x, -0.212 - self.state.joint_limit("base__drawer") - 0.02, 0.375], euler, speed=0.85, push_on=True
@@ -125,7 +123,7 @@ class ScriptedExpert(MotionPrimitives):
     def close_drawer(self) -> ActionStream:
         front = -0.32 - self.state.joint_position("base__drawer")
         x, euler = self.state.fixtures.drawer_x + self._off(0.05), gripper_euler()
-        yield from self.above(x, front, euler, height=0.55, gripper_action=-1)
+        yield from self.move_above(x, front, euler, height=0.55, gripper_action=-1)
         yield from self.move_to([x, front, 0.37], euler, speed=0.85, no_stop=True)
         yield from self.move_to([x, -0.235, 0.37], euler, speed=0.8, push_on=True)
 
@@ -134,7 +132,7 @@ class ScriptedExpert(MotionPrimitives):
         end = self.handle(self.state.joint_limit("base__slide") if left else 0.0)
         side = 0.052 if left else -0.052
         euler = gripper_euler(tilt=CABINET_TILT)
-        yield from self.above(handle + side, -0.12, euler, gripper_action=-1)
+        yield from self.move_above(handle + side, -0.12, euler, gripper_action=-1)
         yield from self.move_to([handle + side, -0.09, 0.53], euler, no_stop=True)
         yield from self.move_to([handle + side, -0.005, 0.515], euler, speed=0.8, no_noise=True)
         yield from self.move_to([end + side * 0.3, -0.005, 0.515], euler, speed=0.8, push_on=True)
@@ -150,7 +148,7 @@ class ScriptedExpert(MotionPrimitives):
     def turn_on_lightbulb(self) -> ActionStream:
         bar, euler = self._switch_bar(), gripper_euler(tilt=0.9)
         low = bar - 0.055 * UP_SLOPE
-        yield from self.above(bar[0], -0.13, gripper_euler(tilt=0.45), gripper_action=-1)
+        yield from self.move_above(bar[0], -0.13, gripper_euler(tilt=0.45), gripper_action=-1)
         yield from self.move_to(low + 0.10 * OUT_OF_SLOPE, euler, no_stop=True)
         yield from self.move_to(low, euler, speed=0.8, no_noise=True)
         yield from self.move_to(low + 0.12 * UP_SLOPE, euler, speed=0.8, push_on=True)
@@ -158,7 +156,7 @@ class ScriptedExpert(MotionPrimitives):
     def turn_off_lightbulb(self) -> ActionStream:
         bar, euler = self._switch_bar(), gripper_euler(tilt=0.5)
         high = bar + 0.055 * UP_SLOPE
-        yield from self.above(bar[0], -0.08, euler, height=0.66, gripper_action=-1)
+        yield from self.move_above(bar[0], -0.08, euler, height=0.66, gripper_action=-1)
         yield from self.move_to(high + 0.06 * OUT_OF_SLOPE + 0.03 * UP_SLOPE, euler, no_stop=True)
         yield from self.move_to(high, euler, speed=0.8, no_noise=True)
         yield from self.move_to(high - 0.13 * UP_SLOPE, euler, speed=0.8, push_on=True)
@@ -166,7 +164,7 @@ class ScriptedExpert(MotionPrimitives):
     def press_button(self) -> ActionStream:
         x, y, _ = self.state.fixtures.button
         x, y = x + self._off(0.01), y + self._off(0.01)
-        yield from self.above(x, y, gripper_euler(), height=0.56, gripper_action=-1)
+        yield from self.move_above(x, y, gripper_euler(), height=0.56, gripper_action=-1)
         yield from self.move_to([x, y, 0.46], gripper_euler(), speed=0.8, push_on=True, max_steps=25)
         yield from self.move_to([x, y, 0.54], gripper_euler(), no_stop=True)
 
@@ -268,7 +266,7 @@ class ScriptedExpert(MotionPrimitives):
         start = self.state.block_pose(block)[0]
         behind = start[0] - sign * (self._extent(block, 0) + 0.04)
         euler = gripper_euler(tilt=min(0.8, lean(start[1]) + 0.2 * self._trial))
-        yield from self.above(behind, start[1], euler, height=0.58, gripper_action=-1)
+        yield from self.move_above(behind, start[1], euler, height=0.58, gripper_action=-1)
         yield from self.move_to([behind, start[1], 0.464], euler, speed=0.85, no_noise=True)
         tapped = False
         for _ in range(90):
@@ -311,7 +309,7 @@ class ScriptedExpert(MotionPrimitives):
             yield from self._drag_into_drawer(block)
             return
         euler = gripper_euler(tilt=lean(behind))
-        yield from self.above(position[0], behind, euler, height=0.58, gripper_action=-1)
+        yield from self.move_above(position[0], behind, euler, height=0.58, gripper_action=-1)
         yield from self.move_to([position[0], behind, 0.466], euler, speed=0.85, no_noise=True)
         for _ in range(80):
             position, at = self.state.block_pose(block)[0], self.state.target_pose()[0]
@@ -320,7 +318,7 @@ class ScriptedExpert(MotionPrimitives):
             if abs(at[1] - self.state.tcp_pose()[0][1]) > 2 * MAX_TRACKING_ERROR:
                 raise MotionBlocked
             self._pace = min(self.cruise * 0.7, self._pace + 0.1)
-            yield self.make_action([np.clip(position[0] - at[0], -0.004, 0.004), -self._pace * 0.02, 0])
+            yield self.make_action([np.clip(position[0] - at[0], -0.004, 0.004), -self._pace * MAX_REL_POS, 0])
         yield from self.move_to(self.state.target_pose()[0] + [0, 0.04, 0.04], speed=0.85)
 
     def _drag_into_drawer(self, block: str) -> ActionStream:

@@ -10,12 +10,10 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from envs.protocol import PrivilegedState
+from envs.protocol import MAX_REL_ORN, MAX_REL_POS, PrivilegedState
 
 ActionStream = Iterator[np.ndarray]
 
-MAX_REL_POS = 0.02  # m of one unit of action
-MAX_REL_ORN = 0.05  # rad of one unit of action
 YAW_RANGE = (-0.6, 3.05)  # beyond it the real simulator's inverse kinematics flips over
 FORWARD = np.pi / 2
 MAX_TRACKING_ERROR = 0.035  # m between command and hand that free motion never shows

@@ -19,12 +19,10 @@ from envs.playtable import mjcf
 from envs.playtable.kinematics import ArmKinematics, euler_from_matrix, matrix_from_euler, quaternion_from_matrix
 from envs.playtable.render import Renderer
 from envs.playtable.scene import GRIPPER_MAX, ROBOT_BASE, get_scene
-from envs.protocol import Fixtures
+from envs.protocol import CONTROL_FREQ, MAX_REL_ORN, MAX_REL_POS, Fixtures
 from envs.sequences import NEUTRAL_JOINTS
 
-CONTROL_FREQ = 30
 SUBSTEPS = round(1 / (CONTROL_FREQ * mjcf.TIMESTEP))
-MAX_REL_POS, MAX_REL_ORN = 0.02, 0.05  # m and rad of one unit of action
 CLOSING_FORCE, OPENING_FORCE = 160.0, 4.0  # N on both fingers; opening weakly does not shove what lies beside them
 DOORS, BUTTON, SWITCH = ("base__slide", "base__drawer"), "base__button", "base__switch"
 LIGHTS = {"lightbulb": (1.0, 0.95, 0.1), "led": (0.05, 0.95, 0.15)}
@@ -91,8 +89,8 @@ class PlayTableEnv:
             *mjcf.FIXTURE_JOINTS,
             *self.scene.blocks,
         ]
-        self._qpos = {name: int(m.joint_position(name).qposadr[0]) for name in names}
-        self._qvel = {name: int(m.joint_position(name).dofadr[0]) for name in names}
+        self._qpos = {name: int(m.joint(name).qposadr[0]) for name in names}
+        self._qvel = {name: int(m.joint(name).dofadr[0]) for name in names}
         self._arm_qpos = np.array([self._qpos[f"arm_{i}"] for i in range(1, 8)])
         self._tcp = m.site("tcp").id
         self._grip = m.actuator("grip").id
@@ -331,7 +329,7 @@ class PlayTableEnv:
 
     # ---- the benchmark
 
-    def sequences(
+    def get_sequences(
         self, count: int, *, tasks: list[str] | None = None, length: int = 5, seed: int = 0
     ) -> list[tuple[dict, list[str]]]:
         """`count` pairs of (symbolic initial state, tasks in a row)."""

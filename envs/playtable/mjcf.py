@@ -258,7 +258,7 @@ def scene_xml(scene: Scene, offscreen_size: int = 256, *, human_arm: bool = Fals
 <default>
 <geom condim="4" solref="0.008 1" solimp="0.95 0.99 0.001" friction="0.7 0.005 0.0002" {_listing()}/>
 </default>
-<asset>{_assets(scene.look, human.COLOURS if human_arm else {})}</asset>
+<asset>{_assets(scene.look, human.MATERIAL_RGB if human_arm else {})}</asset>
 <worldbody>
 <light directional="true" pos="0.6 -1.2 3" dir="-0.25 0.55 -1" diffuse="0.5 0.5 0.5" specular="0.2 0.2 0.2"
  castshadow="false"/>

@@ -16,9 +16,9 @@ from envs.calvin.env import TabletopEnv
 from envs.expert.expert import ScriptedExpert, add_action_noise
 from envs.playtable.env import PlayTableState
 from envs.recording.displacement import displace
-from envs.recording.starts import HELD_BLOCK_TASKS, feasible_tasks, sample_env_state
+from envs.recording.starts import feasible_tasks, sample_env_state
 from envs.sequences import INITIAL_STATES, TASK_CATEGORIES, get_env_state_for_initial_condition
-from envs.tasks import TABLE_LIFT_TASKS
+from envs.tasks import HELD_BLOCK_TASKS, TABLE_LIFT_TASKS
 
 NOISE_SIGMAS = (0.0, 0.1, 0.25)
 CHAIN_LENGTH_PROBS = (
@@ -53,7 +53,7 @@ class Segment:
     robot_obs: list[np.ndarray] = field(default_factory=list)
     scene_obs: list[np.ndarray] = field(default_factory=list)
     rel_actions: list[np.ndarray] = field(default_factory=list)
-    after: np.ndarray | None = None  # robot_obs (15,) behind the last frame
+    final_robot_obs: np.ndarray | None = None  # robot_obs (15,) behind the last frame
 
     def __len__(self) -> int:
         return len(self.rel_actions)

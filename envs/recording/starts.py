@@ -15,11 +15,10 @@ from envs.expert.motions import EMPTY, GRASPABLE
 from envs.playtable.scene import ROBOT_BASE, Scene
 from envs.protocol import PrivilegedState
 from envs.sequences import DRAWER_OPEN, NEUTRAL_ROBOT_OBS, SWITCH_ON
-from envs.tasks import check_tasks
+from envs.tasks import HELD_BLOCK_TASKS, check_tasks
 
 ACROSS_FROM = -0.085  # m, y up to which the hand may stand across the front
 BESIDE_WALL = 0.055  # m from a wall or door that a finger needs beside a block's middle
-HELD_BLOCK_TASKS = ("place_in_slider", "place_in_drawer", "stack_block")
 REACH = 0.75  # m over the ground from the robot's base: as far as a hand goes that hovers over the table
 GAP = 0.115  # m between the centres of two blocks that do not hinder the hand
 
@@ -136,7 +135,7 @@ class EnvState:
 
     robot_obs: np.ndarray
     scene_obs: np.ndarray
-    before: str | None = None
+    setup_task: str | None = None
 
 
 def _fixtures(task: str, scene: Scene, rng: np.random.Generator) -> np.ndarray:

@@ -29,7 +29,7 @@ FIXTURES = ["open_drawer", "close_drawer", "turn_on_led", "turn_off_led"]
 def unseeing(scene: str, monkeypatch: pytest.MonkeyPatch) -> PlayTableEnv:
     """A table that draws no pictures."""
     env = PlayTableEnv(scene)
-    monkeypatch.setattr(env, "observe", lambda: {"rgb_obs": {"rgb_static": None, "rgb_gripper": None}, **env._state()})
+    monkeypatch.setattr(env, "get_obs", lambda: {"rgb_obs": {"rgb_static": None, "rgb_gripper": None}, **env._state()})
     return env
 
 
@@ -235,12 +235,12 @@ def test_twins_begin_alike_and_lift_what_their_sentence_names(monkeypatch: pytes
 def test_lost_and_hovering_hands_still_carry_their_tasks_out(monkeypatch: pytest.MonkeyPatch) -> None:
     env = unseeing("A", monkeypatch)
     for name, share in (
-        ("astray.RANDOM_POSE_PROB", 1.0),
-        ("astray.HOVER_PROB", 0.5),
-        ("astray.WRONG_SIDE_PROB", 0.5),
+        ("displacement.RANDOM_POSE_PROB", 1.0),
+        ("displacement.HOVER_PROB", 0.5),
+        ("displacement.WRONG_SIDE_PROB", 0.5),
         ("demonstrate.UNDISTURBED_PROB", 0.0),
     ):
-        monkeypatch.setattr(f"playtable.{name}", share)
+        monkeypatch.setattr(f"envs.recording.{name}", share)
     chains = [chain(env, ELEVEN, 1, np.random.default_rng(seed)) for seed in range(40)]
     assert sum(failed for _, failed in chains) <= 3
     places = np.array([segment.robot_obs[0][:3] for segments, _ in chains for segment in segments])

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import yaml
 
-from envs.tasks import ELEVEN, INSTRUCTIONS, SETS, TASKS, check_success, check_tasks
+from common.errors import UserError
+from envs.tasks import ELEVEN, INSTRUCTIONS, TASK_SETS, TASKS, check_success, check_tasks, resolve_tasks
 
 ROBOT, TABLE = 0, 1
 UIDS = {"block_red": 2, "block_blue": 3, "block_pink": 4}
@@ -58,10 +59,16 @@ def test_there_are_calvins_34_tasks_each_with_its_own_sentence() -> None:
     assert INSTRUCTIONS["lift_pink_block_drawer"] == "Take the pink block from the drawer"
 
 
-@pytest.mark.parametrize("name", SETS)
-def test_the_config_groups_hold_the_same_sets(name: str) -> None:
-    path = Path(__file__).parents[2] / "configs" / "tasks" / f"{name}.yaml"
-    assert yaml.safe_load(path.read_text())["tasks"] == list(SETS[name])
+def test_a_set_of_tasks_is_named_or_listed() -> None:
+    assert {name: len(resolve_tasks(name)) for name in TASK_SETS} == {"all": 34, "eleven": 11, "lifts": 3}
+    assert resolve_tasks(["open_drawer", "turn_on_led"]) == ("open_drawer", "turn_on_led")
+    for value, message in (
+        ("twelve", r"tasks=twelve is not a set .*all, eleven, lifts.*tasks=\[open_drawer,close_drawer\]"),
+        (["open_drawer", "sing"], "unknown task 'sing'"),
+        ([], "tasks is empty: choose one of all, eleven, lifts"),
+    ):
+        with pytest.raises(UserError, match=message):
+            resolve_tasks(value)
 
 
 def test_names_agree_with_calvins_own_configuration(shared_data: Path) -> None:

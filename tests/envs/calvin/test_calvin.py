@@ -196,12 +196,12 @@ def test_it_is_silent(capfd: pytest.CaptureFixture) -> None:
 
 
 def test_the_default_sequences_are_checked(env: CalvinEnv, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert env.sequences(12) == sequences.get_sequences(12)
+    assert env.get_sequences(12) == sequences.get_sequences(12)
     real = sequences.get_sequences
-    monkeypatch.setattr(sequences, "generate", lambda *args, **options: real(*args, **{**options, "seed": 1}))
-    env.sequences(12, seed=1)
+    monkeypatch.setattr(sequences, "get_sequences", lambda *args, **options: real(*args, **{**options, "seed": 1}))
+    env.get_sequences(12, seed=1)
     with pytest.raises(RuntimeError, match="first 10 sequences are not CALVIN's"):
-        env.sequences(12)
+        env.get_sequences(12)
 
 
 def test_versions_name_what_moves_scores(env: CalvinEnv) -> None:
@@ -260,7 +260,7 @@ def test_an_incomplete_calvin_env_says_what_is_wrong(monkeypatch: pytest.MonkeyP
     with pytest.raises(CalvinError, match="no readable git checkout"):
         CalvinEnv("D")
     with monkeypatch.context() as patch:
-        calvin_sim.load()
+        calvin_sim.import_calvin_env()
         patch.setattr(sys.modules["calvin_env"], "__file__", None)  # as of a folder without __init__.py
         with pytest.raises(CalvinError, match="fake_calvin/calvin_env hides the installed"):
             CalvinEnv("D")
@@ -294,7 +294,7 @@ def _installed() -> bool:
 
 
 def test_the_recorder_closes_a_world_before_it_opens_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = {"_target_": "envs.calvin.env.Calvin", "scene": "D", "renderer": "cpu"}
+    settings = {"_target_": "envs.calvin.env.CalvinEnv", "scene": "D", "renderer": "cpu"}
     monkeypatch.setattr(program, "_worlds", {})
     first = program._world("A", settings)
     assert first.name == "calvin-A" and program._world("A", settings) is first
@@ -309,4 +309,4 @@ def test_sequences_that_are_not_calvins_are_refused(
 ) -> None:
     monkeypatch.setattr(sequences, "OFFICIAL_SHA256", dict.fromkeys(sequences.OFFICIAL_SHA256, "0"))
     with pytest.raises(RuntimeError, match="not CALVIN's"):
-        env.sequences(max(sequences.OFFICIAL_SHA256), tasks=named)
+        env.get_sequences(max(sequences.OFFICIAL_SHA256), tasks=named)

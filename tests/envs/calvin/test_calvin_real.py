@@ -71,7 +71,7 @@ def test_playtables_geometry_is_calvins(env: CalvinEnv) -> None:
 
 
 def test_the_configuration_is_the_datasets(installed: Path, shared_data: Path) -> None:
-    theirs = OmegaConf.import_calvin_env(shared_data / "calvin_meta" / "merged_config.yaml")
+    theirs = OmegaConf.load(shared_data / "calvin_meta" / "merged_config.yaml")
     ours = calvin_sim.configuration(installed, "D", static_size=200, gripper_size=84, egl=True)
     theirs.data_path = ours.data_path
     for part in ("robot", "cameras.static", "cameras.gripper", "scene.objects", "scene.surfaces"):
@@ -145,7 +145,7 @@ def test_the_privileged_state_reads_a_held_block(env: CalvinEnv) -> None:
         and 0.03 < state.gripper_opening_width() < 0.05
     )
     assert (
-        expert.held() == "block_blue" and np.linalg.norm(state.tcp_pose()[0] - state.block_pose("block_blue")[0]) < 0.03
+        expert.held_block() == "block_blue" and np.linalg.norm(state.tcp_pose()[0] - state.block_pose("block_blue")[0]) < 0.03
     )
 
 

@@ -58,8 +58,8 @@ def test_each_task_is_solved_in_most_random_starts(worlds: dict[str, PlayTableEn
         start = sample_env_state(task, env.scene, np.random.default_rng(100 + number))
         env.reset(robot_obs=start.robot_obs, scene_obs=start.scene_obs)
         expert = env.expert(number)
-        if start.before:
-            carry_out(env, expert, start.before)
+        if start.setup_task:
+            carry_out(env, expert, start.setup_task)
         solved += carry_out(env, expert, task) is not None
     assert solved >= 3  # of four; benchmarks/expert_table.py has the full table
 
@@ -146,7 +146,7 @@ def test_random_starts_allow_their_task(worlds: dict[str, PlayTableEnv], scene: 
         for seed in range(2):
             start = sample_env_state(task, env.scene, np.random.default_rng(seed))
             env.reset(robot_obs=start.robot_obs, scene_obs=start.scene_obs)
-            wanted = start.before or task
+            wanted = start.setup_task or task
             if wanted not in feasible_tasks(PlayTableState(env)):
                 missing.append((task, seed))
     assert len(missing) <= 2, missing  # lifts beside a neighbour that just fits

@@ -439,9 +439,9 @@ def test_privileged_state_reads_the_present(env):
 def test_a_program_that_never_closes_ends_in_silence() -> None:
     """However early another library made the first finalizer of the program."""
     program = (
-        "import weakref\nclass Early: pass\nearly = Early()\nweakref.finalize(early, int)\nfrom playtable import "
+        "import weakref\nclass Early: pass\nearly = Early()\nweakref.finalize(early, int)\nfrom envs.playtable import "
         "PlayTableEnv\n"
-        "worlds = [PlayTableEnv('A'), PlayTableEnv('D')]\nfor world in worlds: world.reset(); world.observe()"
+        "worlds = [PlayTableEnv('A'), PlayTableEnv('D')]\nfor world in worlds: world.reset(); world.get_obs()"
     )
     ended = subprocess.run(
         [sys.executable, "-c", program],
