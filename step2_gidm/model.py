@@ -13,164 +13,42 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from common.contracts import LatentAction, TransitionBatch
+from common.errors import UserError
 from common.frozen import DinoV2, T5TextEncoder
 from common.metrics import code_counts, perplexity
 from step2_gidm.quantizer import Quantizer, QuantizerOutput
 from step2_gidm.transformer import SpatialTransformer, SpatioTemporalTransformer, attention_weights
 
-# B batch, N visual tokens of a frame, E their width, K latent-action tokens, d their width, L text tokens, D model
-# width
+# B batch, N visual tokens of a frame, E their width, K latent-action tokens, d their width, C codes, L text tokens,
+# D width of the transformers
 
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 class InverseModel(nn.Module):
-    """What every inverse model of Table 7 shares: frozen eyes and text, a bottleneck, the decoder and the objective.
+    """What the inverse models of Table 7 share: frozen encoders, a bottleneck, the decoder and the objective.
 
-    A subclass says in `encode` how two moments become K vectors of width `read_dim`. `text_in` names the parts that
-    read
-    the instruction: the paper's encoder only, or encoder and decoder as in the release. With `clean_text` sentences
-    are lower-cased and lose their punctuation here, so that pretraining and policies cannot differ. With `residual` the
-    decoder predicts what changes and starts from no change; the release predicts the future tokens outright, and
-    spends its first thousands of steps on copying the background.
-    """
+    A subclass builds its encoder in `build_encoder` and applies it in `encode`. The defaults are the paper's
+    (Table 10). What the paper leaves open follows UniVLA, on which A.3 says it builds: the number of heads and of
+    queries and the depth of the decoder.
 
-    def __init__(
-        self,
-        *,
-        vision: DinoV2,
-        text: T5TextEncoder,
-        quantizer: Quantizer,
-        dim: int,
-        heads: int,
-        decoder_layers: int,
-        queries: int,
-        text_in: Collection[str],
-        clean_text: bool,
-        residual: bool,
-        read_dim: int,
-    ) -> None:
-        super().__init__()
-        unknown = set(text_in) - {"encoder", "decoder"}
-        if unknown:
-            raise ValueError(f"text_in names {sorted(unknown)}; it may hold encoder and decoder")
-        self.vision, self.text, self.quantizer = vision, text, quantizer
-        self.embed_dim, self.num_tokens = vision.dim, vision.num_tokens
-        self.num_action_tokens, self.latent_dim, self.num_codes = queries, quantizer.dim, quantizer.size or 0
-        self.text_in, self.clean_text, self.residual = frozenset(text_in), clean_text, residual
-        if text_in:
-            self.text_proj = nn.Linear(text.dim, dim)
-        self.to_latent = nn.Linear(read_dim, quantizer.dim)
-        self.action_up = nn.Linear(quantizer.dim, self.embed_dim)
-        self.patch_up = nn.Linear(self.embed_dim, self.embed_dim)
-        self.decoder = SpatialTransformer(
-            self.embed_dim,
-            dim,
-            out_dim=self.embed_dim,
-            tokens=queries + self.num_tokens,
-            layers=decoder_layers,
-            heads=heads,
-        )
-        if residual:
-            nn.init.zeros_(self.decoder.out.weight)
-            nn.init.zeros_(self.decoder.out.bias)
+    Args:
+        vision: frozen image encoder (DINOv2).
+        text: frozen text encoder (T5).
+        quantizer: the bottleneck, one of step2_gidm.quantizer.
+        queries: K, the number of latent-action tokens.
+        text_in: the parts that read the instruction. The paper names the encoder only; in the release the decoder
+            reads it as well.
+        clean_text: whether sentences are lower-cased and lose their punctuation. It is done here rather than in the
+            data, so that pretraining and policies cannot differ.
+        residual: whether the decoder predicts the change of the tokens, starting from no change. The release predicts
+            the future tokens themselves and spends its first thousands of steps on copying the background.
 
-    def encode(self, now: Tensor, future: Tensor, text: Tensor | None, text_mask: Tensor | None) -> Tensor:
-        """(B, N, E) twice, text (B, L, D) with mask (B, L) -> (B, K, read_dim)."""
-        raise NotImplementedError
-
-    def embed(self, image: Tensor) -> Tensor:
-        """(B, 3, H, W) in [0, 1] -> (B, N, E) frozen visual tokens."""
-        return self.vision(image)
-
-    def infer(self, now: Tensor, future: Tensor, text: list[str]) -> LatentAction:
-        """Visual tokens (B, N, E) of two moments and B instructions -> K latent-action tokens."""
-        z, bottleneck = self._infer(now, future, text)
-        return LatentAction(z, bottleneck.quantized, bottleneck.loss, bottleneck.codes)
-
-    def embed_action(self, quantized: Tensor) -> Tensor:
-        """(B, K, d) -> (B, K, E): latent actions at the width of visual tokens."""
-        return self.action_up(quantized)
-
-    def decode(self, now: Tensor, quantized: Tensor, text: list[str] | None = None) -> Tensor:
-        """Current tokens (B, N, E) and latent actions (B, K, d) -> predicted future tokens (B, N, E).
-
-        `text` is read only where `text_in` holds "decoder", and is needed there.
-        """
-        if self.decoder is None:
-            raise ValueError("this inverse model has dropped its decoder; load the step 2 artifact to reconstruct")
-        if "decoder" in self.text_in and text is None:
-            raise ValueError("this model's decoder reads the instruction (text_in); pass text")
-        words = self._read(text) if "decoder" in self.text_in else (None, None)
-        tokens = torch.cat([self.embed_action(quantized), self.patch_up(now)], dim=1)
-        predicted = self.decoder(tokens, *words)[:, quantized.shape[1] :]
-        return now + predicted if self.residual else predicted
-
-    def drop_decoder(self) -> None:
-        """Drop what only pretraining needs; a policy keeps `embed`, `infer` and `lift` (A.3)."""
-        self.decoder = self.patch_up = None
-
-    def freeze_codebook(self) -> None:
-        """Keep the codes that pretraining made: finetuning only draws latents to them."""
-        self.quantizer.freeze_codebook()
-
-    def forward(self, batch: TransitionBatch) -> dict[str, Tensor]:
-        """Losses and statistics of Alg. 1. `copy_mse` is the error of predicting no change; in eval mode `gap` is how
-        much
-        the error rises when latent actions are dealt to other samples of the batch. `codes` (K, C) counts them by
-        query, for
-        `metrics_from_counts`, where there are codes."""
-        frames, text = batch["frames"], batch["text"]
-        now, future = self.embed(frames.flatten(0, 1)).unflatten(0, frames.shape[:2]).unbind(1)
-        _, action = self._infer(now, future, text)
-        mse = F.mse_loss(self.decode(now, action.quantized, text).float(), future)
-        out = {"loss": mse + action.loss, "mse": mse, "copy_mse": F.mse_loss(now, future), **action.stats}
-        if action.codes is not None:
-            out["codes"] = code_counts(action.codes, self.num_codes)
-        if not self.training:
-            shuffled = self.decode(now, action.quantized.roll(1, dims=0), text).float()
-            out["gap"] = F.mse_loss(shuffled, future) - mse
-        return out
-
-    def metrics_from_counts(self, counts: dict[str, Tensor]) -> dict[str, float]:
-        """From the `codes` (K, C) of many batches: share of the codes in use and perplexity, over all queries and by
-        query (`usage_0`, ...)."""
-        parts = {"": counts["codes"].sum(0)} | {f"_{query}": part for query, part in enumerate(counts["codes"])}
-        measures = {"usage": lambda part: (part > 0).float().mean(), "perplexity": perplexity}
-        return {
-            f"{name}{end}": float(measure(part)) for end, part in parts.items() for name, measure in measures.items()
-        }
-
-    def on_step_end(self, step: int, accelerator: Any = None) -> dict[str, float]:
-        """After every optimizer step: the bottleneck may restart dead codes, on a schedule of steps."""
-        return self.quantizer.on_step_end(step)
-
-    def _infer(self, now: Tensor, future: Tensor, text: list[str]) -> tuple[Tensor, QuantizerOutput]:
-        if now.shape != future.shape or now.shape[1:] != (self.num_tokens, self.embed_dim):
-            raise ValueError(
-                f"visual tokens must be (B, {self.num_tokens}, {self.embed_dim}) twice, got "
-                f"{tuple(now.shape)} and {tuple(future.shape)}"
-            )
-        words = self._read(text) if "encoder" in self.text_in else (None, None)
-        z = self.to_latent(self.encode(now, future, *words))
-        return z, self.quantizer(z)
-
-    def _read(self, text: list[str]) -> tuple[Tensor, Tensor]:
-        if self.clean_text:
-            text = [normalize_text(sentence) for sentence in text]
-        tokens, mask = self.text(text)
-        return self.text_proj(tokens), mask
-
-
-class GIDM(InverseModel):
-    """The paper's inverse model: learnable queries beside both frames, read at the future frame, vector-quantized.
-
-    Defaults are the paper's (Table 10); what it leaves open follows UniVLA, on which A.3 says it builds: heads,
-    queries,
-    depth of the decoder, and the queries' place (before the patches of both frames).
+    Raises UserError where `text_in` names an unknown part.
     """
 
     def __init__(
@@ -180,7 +58,7 @@ class GIDM(InverseModel):
         text: T5TextEncoder,
         quantizer: Quantizer,
         dim: int = 768,
-        heads: int = 12,
+        num_heads: int = 12,
         encoder_layers: int = 16,
         decoder_layers: int = 16,
         queries: int = 4,
@@ -188,22 +66,151 @@ class GIDM(InverseModel):
         clean_text: bool = True,
         residual: bool = True,
     ) -> None:
-        super().__init__(
-            vision=vision,
-            text=text,
-            quantizer=quantizer,
-            dim=dim,
-            heads=heads,
-            decoder_layers=decoder_layers,
-            queries=queries,
-            text_in=text_in,
-            clean_text=clean_text,
-            residual=residual,
-            read_dim=dim,
+        super().__init__()
+        unknown = set(text_in) - {"encoder", "decoder"}
+        if unknown:
+            raise UserError(f"text_in names {sorted(unknown)}; it may hold encoder and decoder")
+        self.vision, self.text, self.quantizer = vision, text, quantizer
+        self.embed_dim, self.num_tokens = vision.dim, vision.num_tokens
+        self.num_action_tokens, self.num_codes = queries, quantizer.size or 0
+        self.text_in, self.clean_text, self.residual = frozenset(text_in), clean_text, residual
+        if text_in:
+            self.text_proj = nn.Linear(text.dim, dim)
+        self.to_latent = nn.Linear(dim, quantizer.dim)
+        self.action_up = nn.Linear(quantizer.dim, self.embed_dim)
+        self.patch_up = nn.Linear(self.embed_dim, self.embed_dim)
+        self.decoder = SpatialTransformer(
+            self.embed_dim,
+            dim,
+            out_dim=self.embed_dim,
+            num_tokens=queries + self.num_tokens,
+            num_layers=decoder_layers,
+            num_heads=num_heads,
         )
-        self.queries = nn.Parameter(torch.empty(queries, self.embed_dim).uniform_(-1, 1))
+        if residual:
+            nn.init.zeros_(self.decoder.out.weight)
+            nn.init.zeros_(self.decoder.out.bias)
+        self.build_encoder(dim, num_layers=encoder_layers, num_heads=num_heads)
+
+    def build_encoder(self, dim: int, *, num_layers: int, num_heads: int) -> None:
+        """Create the modules and parameters that `encode` uses."""
+        raise NotImplementedError
+
+    def encode(self, now: Tensor, future: Tensor, text: Tensor | None, text_mask: Tensor | None) -> Tensor:
+        """Tokens (B, N, E) of the present and of the future, text (B, L, D) with its mask (B, L) -> (B, K, D)."""
+        raise NotImplementedError
+
+    def embed(self, image: Tensor) -> Tensor:
+        """(B, 3, H, W) in [0, 1] -> (B, N, E) frozen visual tokens."""
+        return self.vision(image)
+
+    def embed_pair(self, frames: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, 2, 3, H, W) in [0, 1] -> frozen visual tokens of the present and of the future, each (B, N, E)."""
+        tokens = self.embed(rearrange(frames, "b t c h w -> (b t) c h w"))  # (2 B, N, E)
+        now, future = rearrange(tokens, "(b t) n e -> t b n e", t=2)
+        return now, future
+
+    def infer(self, now: Tensor, future: Tensor, text: list[str]) -> LatentAction:
+        """Visual tokens (B, N, E) of two moments and B instructions -> K latent-action tokens."""
+        z, bottleneck = self._encode_and_quantize(now, future, text)
+        return LatentAction(z, bottleneck.quantized, bottleneck.loss, bottleneck.codes)
+
+    def embed_action(self, quantized: Tensor) -> Tensor:
+        """(B, K, d) -> (B, K, E): latent actions at the width of visual tokens."""
+        return self.action_up(quantized)
+
+    def decode(self, now: Tensor, quantized: Tensor, text: list[str] | None = None) -> Tensor:
+        """Present tokens (B, N, E) and latent actions (B, K, d) -> predicted future tokens (B, N, E).
+
+        `text` is needed, and read, only where `text_in` holds "decoder".
+        """
+        if self.decoder is None:
+            raise ValueError("this inverse model has dropped its decoder; load the step 2 artifact to reconstruct")
+        if "decoder" in self.text_in and text is None:
+            raise ValueError("this model's decoder reads the instruction (text_in); pass text")
+        words = self.encode_text(text) if "decoder" in self.text_in else (None, None)
+        x = torch.cat([self.embed_action(quantized), self.patch_up(now)], dim=1)  # (B, K + N, E)
+        predicted = self.decoder(x, *words)[:, quantized.shape[1] :]  # (B, N, E)
+        return now + predicted if self.residual else predicted
+
+    def encode_text(self, text: list[str]) -> tuple[Tensor, Tensor]:
+        """B instructions -> text tokens (B, L, D) and their mask (B, L), True where there is a token."""
+        if self.clean_text:
+            text = [normalize_text(sentence) for sentence in text]
+        tokens, mask = self.text(text)
+        return self.text_proj(tokens), mask
+
+    def drop_decoder(self) -> None:
+        """Remove what only pretraining needs. A policy uses `embed`, `infer` and `embed_action` (A.3)."""
+        self.decoder = self.patch_up = None
+
+    def freeze_codebook(self) -> None:
+        """Keep the codes of pretraining: from now on, the loss of the bottleneck only pulls latents towards them."""
+        self.quantizer.freeze_codebook()
+
+    def forward(self, batch: TransitionBatch) -> dict[str, Tensor]:
+        """The losses and metrics of Alg. 1, each a scalar, and `codes`.
+
+        `copy_mse` is the error of predicting no change. `gap`, in eval mode only, is the rise of the error when each
+        sample is decoded with the latent action of another sample of the batch. `codes` (K, C) counts how often each
+        query used each code, for `metrics_from_counts`; a continuous bottleneck has none.
+        """
+        text = batch["text"]
+        now, future = self.embed_pair(batch["frames"])  # (B, N, E) each
+        _, action = self._encode_and_quantize(now, future, text)
+        mse = F.mse_loss(self.decode(now, action.quantized, text).float(), future)
+        out = {"loss": mse + action.loss, "mse": mse, "copy_mse": F.mse_loss(now, future), **action.stats}
+        if action.codes is not None:
+            out["codes"] = code_counts(action.codes, self.num_codes)  # (K, C)
+        if not self.training:
+            shuffled = self.decode(now, action.quantized.roll(1, dims=0), text).float()  # (B, N, E)
+            out["gap"] = F.mse_loss(shuffled, future) - mse
+        return out
+
+    def metrics_from_counts(self, counts: dict[str, Tensor]) -> dict[str, float]:
+        """The share of codes in use and their perplexity, from the `codes` (K, C) summed over many batches.
+
+        `usage` and `perplexity` are over all queries; `usage_0`, `perplexity_0` and so on are those of one query.
+        """
+        parts = {"": counts["codes"].sum(0)} | {f"_{query}": part for query, part in enumerate(counts["codes"])}
+        measures = {"usage": lambda part: (part > 0).float().mean(), "perplexity": perplexity}
+        return {
+            f"{name}{suffix}": float(measure(part))
+            for suffix, part in parts.items()
+            for name, measure in measures.items()
+        }
+
+    def on_step_end(self, step: int, accelerator: Any = None) -> dict[str, float]:
+        """Called after every optimizer step: the bottleneck may restart unused codes. Returns metrics to log."""
+        return self.quantizer.on_step_end(step)
+
+    def _encode_and_quantize(self, now: Tensor, future: Tensor, text: list[str]) -> tuple[Tensor, QuantizerOutput]:
+        """Visual tokens (B, N, E) of two moments -> z (B, K, d) and what the bottleneck makes of it."""
+        if now.shape != future.shape or now.shape[1:] != (self.num_tokens, self.embed_dim):
+            raise ValueError(
+                f"visual tokens must be (B, {self.num_tokens}, {self.embed_dim}) twice, got "
+                f"{tuple(now.shape)} and {tuple(future.shape)}"
+            )
+        words = self.encode_text(text) if "encoder" in self.text_in else (None, None)
+        z = self.to_latent(self.encode(now, future, *words))  # (B, K, d)
+        return z, self.quantizer(z)
+
+
+class GIDM(InverseModel):
+    """The paper's inverse model: learnable queries join the tokens of both frames and are read at the future frame.
+
+    The queries stand before the patches, as in UniVLA.
+    """
+
+    def build_encoder(self, dim: int, *, num_layers: int, num_heads: int) -> None:
+        """See InverseModel."""
+        self.queries = nn.Parameter(torch.empty(self.num_action_tokens, self.embed_dim).uniform_(-1, 1))
         self.encoder = SpatioTemporalTransformer(
-            self.embed_dim, dim, tokens=queries + self.num_tokens, layers=encoder_layers, heads=heads
+            self.embed_dim,
+            dim,
+            num_tokens=self.num_action_tokens + self.num_tokens,
+            num_layers=num_layers,
+            num_heads=num_heads,
         )
 
     def encode(self, now: Tensor, future: Tensor, text: Tensor | None, text_mask: Tensor | None) -> Tensor:
@@ -212,30 +219,32 @@ class GIDM(InverseModel):
 
     def encode_frames(self, now: Tensor, future: Tensor, text: Tensor | None, text_mask: Tensor | None) -> Tensor:
         """Every token of both frames after the encoder, queries first: (B, 2, K + N, D)."""
-        queries = self.queries.expand(len(now), 2, -1, -1).to(now.dtype)
-        return self.encoder(torch.cat([queries, torch.stack([now, future], dim=1)], dim=2), text, text_mask)
+        queries = repeat(self.queries, "k e -> b t k e", b=len(now), t=2).to(now.dtype)
+        x = torch.cat([queries, torch.stack([now, future], dim=1)], dim=2)  # (B, 2, K + N, E)
+        return self.encoder(x, text, text_mask)
 
     @torch.no_grad()
     def attention(self, now: Tensor, future: Tensor, text: list[str], *, layer: int = -1) -> Tensor:
-        """Where the queries look in the future frame (Fig. 12): (B, K, N), mean over heads, sums to one over
-        patches."""
-        seen: dict[str, Any] = {}
+        """The attention of each query to the patches of the future frame in one layer (Fig. 12): (B, K, N).
+
+        It is the mean over the heads, and sums to one over the patches.
+        """
+        captured: dict[str, Any] = {}
         spatial = self.encoder.blocks[layer].spatial
         hook = spatial.register_forward_pre_hook(
-            lambda _, args, kwargs: seen.update(x=args[0], **kwargs), with_kwargs=True
+            lambda _, args, kwargs: captured.update(x=args[0], **kwargs), with_kwargs=True
         )
         try:
-            self._infer(now, future, text)
+            self._encode_and_quantize(now, future, text)
         finally:
             hook.remove()
-        mask = (
-            None if seen["key_mask"] is None else seen["key_mask"][1::2]
-        )  # frames alternate: the odd rows are o_{t+n}
-        weights = attention_weights(spatial, seen["x"][1::2], mask).mean(1)
-        maps = weights[:, : self.num_action_tokens, self.num_action_tokens : self.num_action_tokens + self.num_tokens]
+        future_of = lambda rows: None if rows is None else rearrange(rows, "(b t) ... -> t b ...", t=2)[1]
+        weights = attention_weights(spatial, future_of(captured["x"]), future_of(captured["key_mask"]))
+        weights = weights.mean(1)  # (B, K + N + L, K + N + L)
+        maps = weights[:, : self.num_action_tokens, self.num_action_tokens :][..., : self.num_tokens]  # (B, K, N)
         return maps / maps.sum(-1, keepdim=True)
 
 
 def normalize_text(sentence: str) -> str:
-    """Lower case, no punctuation, single spaces: how the lineage feeds T5."""
+    """Lower case, no punctuation, single spaces: the form in which UniVLA and the release give sentences to T5."""
     return " ".join(sentence.lower().translate(_NO_PUNCTUATION).split())

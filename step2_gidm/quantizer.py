@@ -1,8 +1,7 @@
 """Four bottlenecks between the inverse model and its decoder (Sec. 3.2, Table 8).
 
-All share one protocol: `forward(z (B, K, dim)) -> QuantizerOutput` and `on_step_end(step)`, which the training loop calls after
-every optimizer step. A `delay` lets the decoder read z itself at first. The paper compares the four without defining
-them; each definition stands in its class.
+All of them follow the `Quantizer` protocol. The paper compares the four without defining them; each class states our
+definition.
 """
 
 from __future__ import annotations
@@ -12,46 +11,50 @@ from typing import NamedTuple, Protocol
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
+from common.errors import UserError
 from common.metrics import code_counts
 from common.standardize import RunningNorm
 
 # B batch, K latent-action tokens, C codes, d width of a code
 
-LOG_SCALE = 3  # of a Gaussian's deviation, at most, either way
+MAX_LOG_SCALE = 3  # bound on the absolute logarithm of a Gaussian's standard deviation
 
 
 class QuantizerOutput(NamedTuple):
     """What a bottleneck makes of z."""
 
-    quantized: Tensor  # (B, K, d), gradients reach z
+    quantized: Tensor  # (B, K, d), straight-through: gradients reach z
     loss: Tensor  # ()
-    codes: Tensor | None  # (B, K) indices, None where there are none
-    stats: dict[str, Tensor]  # codebook and commitment
+    codes: Tensor | None  # (B, K) indices, None for a continuous bottleneck
+    stats: dict[str, Tensor]  # the two parts of the loss for the log: codebook and commitment, each ()
 
 
 class Quantizer(Protocol):
-    """What a model asks of its bottleneck."""
+    """What the inverse model asks of its bottleneck."""
 
-    dim: int
-    size: int | None  # how many codes there are
+    dim: int  # d
+    size: int | None  # C, None for a continuous bottleneck
 
-    def __call__(self, z: Tensor) -> QuantizerOutput: ...
+    def __call__(self, z: Tensor) -> QuantizerOutput:
+        """Latent actions z (B, K, d)."""
 
-    def on_step_end(self, step: int) -> dict[str, float]: ...
+    def on_step_end(self, step: int) -> dict[str, float]:
+        """Called by the training loop after optimizer step number `step`; returns metrics to log."""
 
-    def freeze_codebook(self) -> None: ...
+    def freeze_codebook(self) -> None:
+        """From now on the codes neither learn nor restart, and the loss is the commitment alone."""
 
 
 class DelayedQuantizer(nn.Module):
-    """A bottleneck that takes over late: for the first `delay` batches of training the decoder reads z itself, to which
-    only the table adapts.
+    """A bottleneck that takes effect late: during the first `delay` batches of training the decoder reads z itself.
 
-    Quantized from the start, z first learns what is easiest to tell apart, the camera and the scene, and the commitment
-    holds it there:
-    motion is a small difference within such a cluster. Finetuning does not start over: the count is saved, and frozen
-    codes wait for nothing.
+    During the delay only the codes adapt to z. When z is quantized from the start, it first learns what is easiest to
+    tell apart, the camera and the scene, and the commitment loss keeps it there, because motion is a small difference
+    within such a cluster. The number of batches is saved, so finetuning does not start the delay again. A frozen
+    codebook has no delay.
     """
 
     def __init__(self, delay: int) -> None:
@@ -61,13 +64,15 @@ class DelayedQuantizer(nn.Module):
             self.register_buffer("batches", torch.zeros((), dtype=torch.long))
 
     def freeze_codebook(self) -> None:
-        """From now on the table neither learns nor restarts, and the loss is the commitment alone."""
+        """See Quantizer."""
         self.frozen = True
         self.requires_grad_(False)
 
-    def share(self) -> Tensor | float:
-        """0 as long as the bottleneck waits, else 1; a tensor where that has to be counted, so that no step waits for
-        the device."""
+    def quantization_weight(self) -> Tensor | float:
+        """Count a batch of training; 0 during the delay, 1 after it.
+
+        It is a tensor where batches are counted, so that no step waits for the device.
+        """
         if not self.delay or self.frozen or not self.training:
             return 1.0
         self.batches += 1
@@ -75,31 +80,33 @@ class DelayedQuantizer(nn.Module):
 
 
 class RestartableCodebook(DelayedQuantizer):
-    """A table of `codes`. Those that nobody used for `restart_every` steps move onto vectors of the latest batch; 0
-    never restarts."""
+    """A codebook whose unused codes restart.
+
+    Every `restart_every` steps, until step `restart_until` if there is one, the codes that were not used since the last
+    restart move onto vectors of the latest batch. With `restart_every` 0 they never restart.
+    """
 
     def __init__(self, codes: int, dim: int, restart_every: int, restart_until: int | None, delay: int) -> None:
         super().__init__(delay)
         self.dim, self.size, self.restart_every, self.restart_until = dim, codes, restart_every, restart_until
-        # summed over ranks in on_step_end, and saved: a resumed run restarts the codes that an unbroken one does
+        # Summed over the ranks in on_step_end, and saved: a resumed run restarts the same codes as an unbroken one.
         self.register_buffer("counts", torch.zeros(codes, dtype=torch.long))
-        self._recent: Tensor | None = None
-        self._latest: Tensor | None = None
+        self._new_counts: Tensor | None = None
+        self._last_batch: Tensor | None = None
 
-    def restart(self, dead: Tensor, vectors: Tensor, spread: Tensor) -> None:
-        """Move the codes `dead` (M) onto `vectors` (M, d); `spread` (d) is the deviation of the batch that they come
-        from."""
+    def restart(self, dead: Tensor, vectors: Tensor, std: Tensor) -> None:
+        """Move the codes with indices `dead` (M,) onto `vectors` (M, d); `std` (d,) is that of the vectors' batch."""
         raise NotImplementedError
 
     @torch.no_grad()
     def on_step_end(self, step: int) -> dict[str, float]:
-        """Add up usage over the ranks; on the schedule, restart dead codes with the same vectors everywhere."""
-        if self._recent is None:
+        """Add up the use of the codes over the ranks; on schedule, restart unused codes, equally on all ranks."""
+        if self._new_counts is None:
             return {}
         if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(self._recent)
-        self.counts += self._recent
-        self._recent = None
+            dist.all_reduce(self._new_counts)
+        self.counts += self._new_counts
+        self._new_counts = None
         stopped = self.restart_until is not None and step > self.restart_until
         if self.frozen or not self.restart_every or step % self.restart_every or stopped:
             return {}
@@ -109,21 +116,25 @@ class RestartableCodebook(DelayedQuantizer):
             self.restart(dead, *self._replacements(len(dead), step))
         return {"restarted": float(len(dead))}
 
-    def _note(self, codes: Tensor, z: Tensor) -> None:
+    def _count(self, codes: Tensor, z: Tensor) -> None:
+        """In training, count the use of `codes` (B, K) and keep z (B, K, d) for restarts."""
         if self.training:
             counts = code_counts(codes, self.size).sum(0)
-            self._recent = counts if self._recent is None else self._recent + counts
-            self._latest = z.detach().flatten(0, 1)
+            self._new_counts = counts if self._new_counts is None else self._new_counts + counts
+            self._last_batch = rearrange(z.detach(), "b k d -> (b k) d")
 
     def _replacements(self, count: int, step: int) -> tuple[Tensor, Tensor]:
-        """`count` vectors of rank 0's latest batch, each a little off so that twins part, and its deviation; the draw
-        depends on `step` only."""
-        latest = self._latest
+        """`count` vectors (count, d) of rank 0's latest batch and the standard deviation (d,) of that batch.
+
+        Each vector is slightly perturbed, so that two codes at the same vector separate. The draw depends on `step`
+        only.
+        """
+        batch = self._last_batch  # (M, d)
         generator = torch.Generator().manual_seed(step)
-        order = torch.cat([torch.randperm(len(latest), generator=generator) for _ in range(-(-count // len(latest)))])
-        noise = torch.randn(count, self.dim, generator=generator).to(latest.device)
-        vectors = latest[order[:count].to(latest.device)] + 0.01 * latest.std(correction=0) * noise
-        drawn = torch.cat([vectors, latest.std(0, correction=0, keepdim=True)])
+        order = torch.cat([torch.randperm(len(batch), generator=generator) for _ in range(-(-count // len(batch)))])
+        noise = torch.randn(count, self.dim, generator=generator).to(batch.device)
+        vectors = batch[order[:count].to(batch.device)] + 0.01 * batch.std(correction=0) * noise
+        drawn = torch.cat([vectors, batch.std(0, correction=0, keepdim=True)])  # (count + 1, d)
         if dist.is_available() and dist.is_initialized():
             dist.broadcast(drawn, src=0)
         return drawn[:-1], drawn[-1]
@@ -132,21 +143,17 @@ class RestartableCodebook(DelayedQuantizer):
 class VectorQuantizer(RestartableCodebook):
     """VQ-VAE (van den Oord et al., 2017): the nearest of `codes` learned vectors, straight-through.
 
-    loss = ||sg(z) - c||^2 + beta ||z - sg(c)||^2, means over elements, weights of UniVLA and the release. Frozen codes
-    leave
-    beta ||z - sg(c)||^2.
+    loss = ||sg(z) - c||^2 + beta ||z - sg(c)||^2, means over the elements, with the weights of UniVLA and the release.
+    With frozen codes only beta ||z - sg(c)||^2 is left.
 
-    With `normalize`, the number K of latent-action tokens, every number of every token is brought to mean 0 and
-    deviation 1 over the batch,
-    and in use over the training data, before z is compared with the codes; otherwise the K tokens differ by more than
-    actions make
-    them differ. Codes sit at the means of what they stand for, so without it a smaller z makes a smaller loss: in
-    finetuning, where no
-    reconstruction holds against it, latent actions shrank until they said nothing. The gradient passes through the
-    batch's statistics:
-    when it did not, nothing held z itself, and its mean drifted far past its deviation. What frozen codes mean includes
-    these statistics, so
-    they freeze with them.
+    `normalize_tokens` is the number K of latent-action tokens, or 0 for no normalization. With it, every element of
+    every token is brought to mean 0 and standard deviation 1 before z is compared with the codes: over the batch in
+    training, over the training data in use. There are two reasons. Without it the K tokens differ from each other by
+    more than actions make them differ. And codes lie at the means of the vectors that they stand for, so a smaller z
+    makes a smaller loss: in finetuning, where no reconstruction opposes it, latent actions shrank until they carried
+    nothing. The gradient passes through the statistics of the batch, because otherwise nothing limits z itself and its
+    mean drifted far past its standard deviation. The meaning of frozen codes depends on these statistics, so both
+    freeze together.
     """
 
     def __init__(
@@ -168,32 +175,35 @@ class VectorQuantizer(RestartableCodebook):
         self.codebook = nn.Parameter(torch.empty(codes, dim).uniform_(-1 / codes, 1 / codes))
 
     def forward(self, z: Tensor) -> QuantizerOutput:
-        """(B, K, dim) -> the nearest codes, with gradients copied to z."""
+        """z (B, K, d) -> the nearest codes."""
+        tokens = z.shape[1]
         with torch.autocast(z.device.type, enabled=False):
-            z = self.norm(z.float().flatten(1)).view(z.shape)
-            codes = torch.cdist(z.detach().flatten(0, 1), self.codebook.detach().float()).argmin(1).view(z.shape[:2])
-            chosen = self.codebook[codes].float()
+            z = self.norm(rearrange(z.float(), "b k d -> b (k d)"))
+            z = rearrange(z, "b (k d) -> b k d", k=tokens)
+            distances = torch.cdist(rearrange(z.detach(), "b k d -> (b k) d"), self.codebook.detach().float())
+            codes = rearrange(distances.argmin(1), "(b k) -> b k", k=tokens)
+            chosen = self.codebook[codes].float()  # (B, K, d)
             codebook, commitment = F.mse_loss(chosen, z.detach()), F.mse_loss(z, chosen.detach())
-            share = self.share()
-            quantized = z + share * (chosen - z).detach()
-        self._note(codes, z)
+            weight = self.quantization_weight()
+            quantized = z + weight * (chosen - z).detach()  # (B, K, d)
+        self._count(codes, z)
         stats = {"codebook": codebook.detach(), "commitment": commitment.detach()}
-        loss = (0.0 if self.frozen else codebook) + share * self.beta * commitment
+        loss = (0.0 if self.frozen else codebook) + weight * self.beta * commitment
         return QuantizerOutput(quantized, loss, codes, stats)
 
     def train(self, mode: bool = True) -> VectorQuantizer:
-        """Statistics that were frozen stay as they are."""
+        """As in torch, but frozen statistics of the normalization stay frozen."""
         super().train(mode)
         if self.frozen:
             self.norm.eval()
         return self
 
     def freeze_codebook(self) -> None:
-        """See DelayedQuantizer; what brings z to the codes' scale freezes, too."""
+        """See Quantizer; the statistics of the normalization freeze with the codes."""
         super().freeze_codebook()
         self.norm.eval()
 
-    def restart(self, dead: Tensor, vectors: Tensor, spread: Tensor) -> None:
+    def restart(self, dead: Tensor, vectors: Tensor, std: Tensor) -> None:
         """See RestartableCodebook."""
         self.codebook[dead] = vectors.to(self.codebook.dtype)
 
@@ -202,10 +212,9 @@ class GaussianMixture(RestartableCodebook):
     """Soft assignment to `codes` learned diagonal Gaussians: the posterior mean, straight-through (our definition).
 
     r_c = softmax(log pi_c + log N(z; mu_c, sigma_c)), quantized = sum_c r_c mu_c. The mixture is fitted by maximum
-    likelihood of sg(z); `beta` times the distance to the posterior mean commits the encoder, as in VQ. In 128 numbers a
-    component
-    that is not the nearest gets no share and no gradient, so components restart as VQ's codes do, at the batch's
-    deviation.
+    likelihood of sg(z). As in VQ, `beta` times the squared distance to the posterior mean commits the encoder. In 128
+    dimensions a component that is not the nearest has practically no responsibility and no gradient, so unused
+    components restart as VQ's codes do, with the standard deviation of the batch.
     """
 
     def __init__(
@@ -225,95 +234,97 @@ class GaussianMixture(RestartableCodebook):
         self.logits = nn.Parameter(torch.zeros(codes))
 
     def forward(self, z: Tensor) -> QuantizerOutput:
-        """(B, K, dim) -> posterior means; codes are the likeliest components."""
+        """z (B, K, d) -> posterior means; `codes` are the most likely components."""
+        tokens = z.shape[1]
         with torch.autocast(z.device.type, enabled=False):
             z = z.float()
-            log_joint = self._log_joint(z.detach().flatten(0, 1))  # (B K, C)
-            share = log_joint.detach().softmax(1)
-            mean = (share @ self.means.detach()).view_as(z)
+            log_joint = self._log_joint(rearrange(z.detach(), "b k d -> (b k) d"))  # (B K, C)
+            responsibilities = log_joint.detach().softmax(1)  # (B K, C)
+            mean = rearrange(responsibilities @ self.means.detach(), "(b k) d -> b k d", k=tokens)
             fit = -log_joint.logsumexp(1).mean() / self.dim
             commitment = F.mse_loss(z, mean)
-            reached = self.share()
-            quantized = z + reached * (mean - z).detach()
-        codes = share.argmax(1).view(z.shape[:2])
-        self._note(codes, z)
+            weight = self.quantization_weight()
+            quantized = z + weight * (mean - z).detach()  # (B, K, d)
+        codes = rearrange(responsibilities.argmax(1), "(b k) -> b k", k=tokens)
+        self._count(codes, z)
         stats = {"codebook": fit.detach(), "commitment": commitment.detach()}
-        loss = (0.0 if self.frozen else fit) + reached * self.beta * commitment
+        loss = (0.0 if self.frozen else fit) + weight * self.beta * commitment
         return QuantizerOutput(quantized, loss, codes, stats)
 
     def _log_joint(self, z: Tensor) -> Tensor:
-        """(M, d) -> (M, C) log pi_c + log N(z; mu_c, sigma_c), up to a constant; written as products to spare (M, C,
-        d)."""
-        log_scales = self.log_scales.clamp(
-            -LOG_SCALE, LOG_SCALE
-        )  # a component that sits on one point would win without bound
-        precision = (-2 * log_scales).exp()
+        """z (M, d) -> (M, C) log pi_c + log N(z; mu_c, sigma_c), up to a constant.
+
+        The squared distance is expanded into products, so that no (M, C, d) tensor is needed.
+        """
+        # Without the bound, a component that sits on a single point would gain likelihood without end.
+        log_scales = self.log_scales.clamp(-MAX_LOG_SCALE, MAX_LOG_SCALE)  # (C, d)
+        precision = (-2 * log_scales).exp()  # (C, d)
         distance = (
             z.square() @ precision.T - 2 * z @ (self.means * precision).T + (self.means.square() * precision).sum(1)
-        )
+        )  # (M, C)
         return self.logits.log_softmax(0) - log_scales.sum(1) - 0.5 * distance
 
-    def restart(self, dead: Tensor, vectors: Tensor, spread: Tensor) -> None:
-        """See RestartableCodebook; restarted components are as likely as the others are on average."""
+    def restart(self, dead: Tensor, vectors: Tensor, std: Tensor) -> None:
+        """See RestartableCodebook; a restarted component gets the mean weight of all components."""
         self.means[dead] = vectors
-        self.log_scales[dead] = spread.log().clamp(-LOG_SCALE, LOG_SCALE)  # past them no gradient comes back
+        self.log_scales[dead] = std.log().clamp(-MAX_LOG_SCALE, MAX_LOG_SCALE)  # outside, the gradient is zero
         self.logits[dead] = self.logits.mean()
 
 
 class Binning(DelayedQuantizer):
-    """Simple binning: the nearest of `bins` even levels in each of `dim` numbers, straight-through (our definition).
+    """Simple binning: the nearest of `bins` equidistant levels in each of `dim` elements, straight-through (our
+    definition).
 
-    Every number is brought to mean 0 and deviation 1 over all positions by running statistics, and by erf(x / sqrt 2)
-    into [-1, 1]: there
-    a normal number falls into all bins equally often, where a bare tanh puts most of a narrow one into the centre bin.
-    No learned
-    table and no loss. Levels are the centres of equal bins of [-1, 1]. The joint index over the numbers is the code: 5
-    bins x 3 numbers
-    are 125 codes, the information of a 128-code book. Frozen codes change nothing here: what is measured of z goes on
-    following z, so that its
-    bins stay in even use.
+    Running statistics bring every element to mean 0 and standard deviation 1 over all tokens, and erf(x / sqrt 2) maps
+    it into [-1, 1]. There a normally distributed element falls into all bins equally often, whereas a plain tanh puts
+    most of a narrow one into the central bin. The levels are the centres of equal bins of [-1, 1]. There is no learned
+    codebook and no loss. The joint index over the elements is the code: 5 bins x 3 elements are 125 codes, about as
+    many as the 128 of VQ. `freeze_codebook` has no effect on the running statistics: they go on following z, so that
+    the bins stay evenly used.
+
+    Raises UserError where there are too many joint codes to number.
     """
 
     def __init__(self, bins: int, dim: int, delay: int = 0) -> None:
         super().__init__(delay)
         if bins**dim >= 2**62:
-            raise ValueError(f"binning into {bins} bins x {dim} numbers has no joint index; use fewer of either")
+            raise UserError(f"binning into {bins} bins x {dim} numbers has no joint index; use fewer of either")
         self.bins, self.dim, self.size = bins, dim, bins**dim
         self.standardize = RunningNorm(dim, token_stride=1)
         self.register_buffer("radix", bins ** torch.arange(dim), persistent=False)
 
     def forward(self, z: Tensor) -> QuantizerOutput:
-        """(B, K, dim) -> bin centres in (-1, 1)."""
-        even = (self.standardize(z.float()) * 0.5**0.5).erf()
-        index = ((even.detach() + 1) * self.bins / 2).long().clamp(0, self.bins - 1)
-        centres = (2 * index + 1) / self.bins - 1
-        codes = (index * self.radix).sum(-1)
+        """z (B, K, d) -> the centres of its bins, in (-1, 1)."""
+        uniform = (self.standardize(z.float()) * 0.5**0.5).erf()  # (B, K, d) in [-1, 1]
+        index = ((uniform.detach() + 1) * self.bins / 2).long().clamp(0, self.bins - 1)  # (B, K, d)
+        centres = (2 * index + 1) / self.bins - 1  # (B, K, d)
+        codes = (index * self.radix).sum(-1)  # (B, K)
+        quantized = uniform + self.quantization_weight() * (centres - uniform).detach()  # (B, K, d)
         stats = {"codebook": z.new_zeros(()), "commitment": z.new_zeros(())}
-        return QuantizerOutput(even + self.share() * (centres - even).detach(), z.new_zeros(()), codes, stats)
+        return QuantizerOutput(quantized, z.new_zeros(()), codes, stats)
 
     def on_step_end(self, step: int) -> dict[str, float]:
-        """Nothing to restart: levels are fixed."""
+        """See Quantizer. The levels are fixed, so there is nothing to restart."""
         return {}
 
 
 class Continuous(nn.Module):
-    """Continuous latent action: no bottleneck but the width, and no codes; so there is nothing that a `delay` could put
-    off."""
+    """Continuous latent action: no bottleneck but the width, and no codes."""
 
     size = None
 
-    def __init__(self, dim: int, delay: int = 0) -> None:
+    def __init__(self, dim: int) -> None:
         super().__init__()
         self.dim = dim
 
     def forward(self, z: Tensor) -> QuantizerOutput:
-        """(B, K, dim) -> z itself."""
+        """z (B, K, d) -> z itself."""
         zero = z.new_zeros(())
         return QuantizerOutput(z, zero, None, {"codebook": zero, "commitment": zero})
 
     def on_step_end(self, step: int) -> dict[str, float]:
-        """Nothing to restart."""
+        """See Quantizer. There is nothing to restart."""
         return {}
 
     def freeze_codebook(self) -> None:
-        """There are none."""
+        """See Quantizer. There are no codes."""
