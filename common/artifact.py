@@ -26,12 +26,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from common import files
+from common import files, rows
 from common.checkpoint import state_dict_mismatch
 
 FORMAT = 1
 KINDS = {"gfdm": "step1_gfdm", "gidm": "step2_gidm", "defi": "step3_defi"}
-EXPERIMENTS = Path(__file__).resolve().parents[1] / "configs/experiment"
 HERE = "${here}"
 SUMS, MODEL_CARD = "SHA256SUMS", "model_card.md"
 BESIDE = ("resume", "parents", "best")  # folders inside an artifact's that are no part of it
@@ -177,7 +176,7 @@ def read_meta(path: str | Path, kind: str | None = None) -> dict[str, Any]:
             "defi": "scripts/step3_train_calvin.sh",
         }
         name = Path(path).name
-        row = f"experiment={kind}/{name} " if (EXPERIMENTS / str(kind) / f"{name}.yaml").is_file() else ""
+        row = f"experiment={kind}/{name} " if f"{kind}/{name}" in rows.load() else ""
         hint = f"; make one with {maker[kind]} {row}name={name}" if kind in maker else ""
         raise ArtifactError(f"{path}: no artifact here (meta.json is missing){hint}")
     record = json.loads(file.read_text())
