@@ -100,7 +100,7 @@ def test_latent_actions_survive_a_thousand_steps_of_finetuning(hub: Path) -> Non
         vision=dinov2(hub / "dinov2", 32),
         text=t5_text(hub / "t5"),
         dim=16,
-        heads=2,
+        num_heads=2,
         encoder_layers=1,
         decoder_layers=1,
         quantizer=VectorQuantizer(16, 8, restart_every=20, normalize_tokens=4),
