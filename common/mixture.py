@@ -13,27 +13,13 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from torch.utils.data import Dataset, default_collate
 
+from common.errors import FilteredSample, UnreadableSample, UserError
+
 RULE_TRIES = 50  # times as many as of damaged ones: a rule may well leave out most of a set
 
 
-class UnreadableSample(ValueError):
-    """One sample cannot be read. It is counted, reported by id and replaced by another draw."""
-
-    def __init__(self, id: str, reason: str) -> None:
-        super().__init__(f"{id}: {reason}")
-        self.id, self.reason = id, reason
-
-    def __reduce__(self) -> tuple:
-        return type(self), (self.id, self.reason)
-
-
-class FilteredSample(UnreadableSample):
-    """One sample is whole, but a rule does not admit it (no sentence, too short). It is replaced, too, but counted
-    apart, and stops no run."""
-
-
-class TooManyUnreadable(RuntimeError):
-    """So much cannot be read that the data need a look before training goes on."""
+class TooManyUnreadable(UserError):
+    """So many samples cannot be read that the data must be repaired before the training goes on."""
 
 
 class Skipped(NamedTuple):

@@ -29,7 +29,7 @@ from common.distributed import processes
 from common.files import write_text
 from common.metrics import bootstrap_ci, perplexity
 from common.mixture import Mixture, SampleSet, UnreadableSample
-from common.program import EXPECTED, program
+from common.program import EXPECTED, program, root_cause
 from step2_gidm import analysis
 from step2_gidm.analysis import QUANTIZED, SENTENCE, EncodedPairs, MissingLabels
 from step2_gidm.model import GIDM, InverseModel
@@ -234,10 +234,10 @@ def training_inputs(model: InverseModel, cfg: DictConfig) -> tuple[dict[str, Ten
     try:
         samples = instantiate(cfg.data, split="train", labelled=True, augment=False, stream=None)
     except InstantiationException as error:
-        if not isinstance(error.__cause__, EXPECTED):
+        if not isinstance(root_cause(error), EXPECTED):
             raise
         raise MissingLabels(
-            f"read-outs of the robot's motion are left out: no training episodes to fit on ({error.__cause__})"
+            f"read-outs of the robot's motion are left out: no training episodes to fit on ({root_cause(error)})"
         ) from error
     pairs, _ = draw_pairs(samples, cfg.probe, cfg.seed + 1)
     parts = [
