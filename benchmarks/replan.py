@@ -3,7 +3,7 @@
     python -m benchmarks.replan [scale=tiny|small|full] [repeats=10] [warm_up=2] [batch=1] [compile=false] [device=cpu]
     ...
 
-Ours: DeFIPolicy.plan, as a rollout calls it. Plain: the same policy with its views one by one through the whole UNet,
+Ours: DeFIPolicy.predict_action_chunk, as a rollout calls it. Plain: the same policy with its views one by one through the whole UNet,
 every sentence
 encoded at every call, eager. Both share their random weights and take turns. `scale=full` has the published geometry
 (SVD, CLIP, T5-base,
@@ -129,7 +129,7 @@ def baseline_path(model: DeFI) -> Iterator[None]:
 
     changes = [
         (gfdm, "imagine", one_by_one),
-        (gfdm, "_tapped", _whole(gfdm.unet, gfdm.up_block_indices)),
+        (gfdm, "_feature_unet", _whole(gfdm.unet, gfdm.up_block_indices)),
         (model.adapter, "_compiled_call_impl", None),
         (model.gidm, "embed", lambda image: torch.cat([embed(part) for part in image.chunk(views)])),
         *((encoder, "_recall", torch.no_grad()(encoder._encode)) for encoder in text_encoders(model)),
@@ -173,7 +173,7 @@ def timed(policy: DeFIPolicy, observations: list[dict], texts: list[str]) -> dic
         for part, calls in parts(policy.model).items():
             for owner, name in calls:
                 stack.enter_context(patch.object(owner, name, wrap(part, getattr(owner, name))))
-        whole = seconds(lambda: policy.plan(observations, texts), device)
+        whole = seconds(lambda: policy.predict_action_chunk(observations, texts), device)
     return {**spent, "the rest": whole - sum(spent.values()), "a replan": whole}
 
 
@@ -206,7 +206,7 @@ def main() -> None:
     found: dict[str, list[dict[str, float]]] = {"plain": [], "ours": []}
     memory = dict.fromkeys(found, 0.0)
     with baseline_path(policy.model):
-        expected = policy.plan(seen, texts) if options.warm_up else None
+        expected = policy.predict_action_chunk(seen, texts) if options.warm_up else None
     for round in tqdm(range(options.warm_up + options.repeats), desc="rounds"):
         for name, runs in found.items():
             if options.device != "cpu":
@@ -231,7 +231,7 @@ def main() -> None:
     if options.device != "cpu":
         log.info("peak memory: ours %.2f GiB, plain %.2f GiB", memory["ours"], memory["plain"])
     if expected is not None:
-        log.info("actions of the two differ by %.1g at most", np.abs(policy.plan(seen, texts) - expected).max())
+        log.info("actions of the two differ by %.1g at most", np.abs(policy.predict_action_chunk(seen, texts) - expected).max())
 
 
 if __name__ == "__main__":

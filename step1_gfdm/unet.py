@@ -1,6 +1,6 @@
-"""SVD's UNet: loading, building on any device, and features of a forward pass that stops early (Sec. 3.1, A.3).
+"""The UNet of Stable Video Diffusion: loading, building, and features of a truncated forward pass (Sec. 3.1, A.3).
 
-B batch, F frames, L tokens of the tapped grid, C channels of all taps together.
+B batch, F frames, h x w latent, T text tokens, L tokens of the feature grid, C channels of all feature blocks together.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers import UNetSpatioTemporalConditionModel
+from einops import rearrange
 from torch import Tensor, nn
 
+from common.errors import UserError
 from common.frozen import resolve_weights_path
 
 # unet/config.json as published with stabilityai/stable-video-diffusion-img2vid: 1,524,623,082 parameters
@@ -36,9 +38,10 @@ SVD_UNET: dict[str, Any] = {
 
 
 def load(svd: str | Path, changes: Mapping[str, Any] | None = None) -> UNetSpatioTemporalConditionModel:
-    """The UNet of a diffusers SVD pipeline folder or hub id, in fp32 and trainable, keys strict.
+    """The UNet of a diffusers SVD pipeline folder or hub id, in fp32 and trainable.
 
-    With `changes` to its config it is built anew and untrained.
+    With `changes` to its config, an untrained UNet of the changed config. Raises common.frozen.MissingWeights where
+    there is no such folder, UserError where the weights do not fit the config.
     """
     path = resolve_weights_path(svd, "Stable Video Diffusion")
     if changes:
@@ -47,21 +50,24 @@ def load(svd: str | Path, changes: Mapping[str, Any] | None = None) -> UNetSpati
         path, subfolder="unet", torch_dtype=torch.float32, output_loading_info=True
     )
     missing, unexpected = sorted(keys["missing_keys"]), sorted(keys["unexpected_keys"])
-    if missing or unexpected:  # diffusers only warns, and starts what is missing at random
-        raise ValueError(f"{path}/unet does not fit its config: missing {missing[:10]}, unexpected {unexpected[:10]}")
+    if missing or unexpected:  # diffusers only warns, and initialises the missing weights at random
+        raise UserError(
+            f"{path}/unet: the weights do not fit config.json (missing {missing[:10]}, unexpected {unexpected[:10]}); "
+            "download or save this folder again"
+        )
     return unet
 
 
 def build(
     config: Mapping[str, Any] | None = None, *, device: str | torch.device = "cpu"
 ) -> UNetSpatioTemporalConditionModel:
-    """An untrained UNet from a config (SVD's by default); `device="meta"` costs no memory."""
+    """An untrained UNet from a config, SVD's by default. On `device="meta"` it takes no memory."""
     with torch.device(device):
         return UNetSpatioTemporalConditionModel.from_config(dict(config or SVD_UNET))
 
 
-class _Stop(nn.Module):
-    """Stands where the first uncomputed up block stood; no resnets, so it takes no skip connections."""
+class _SkippedBlocks(nn.Module):
+    """Replaces all up blocks after the last feature block. It has no resnets, so it takes no skip connections."""
 
     resnets = ()
 
@@ -69,8 +75,8 @@ class _Stop(nn.Module):
         return hidden_states
 
 
-class _Tap(nn.Module):
-    """Stands where a tapped up block stood and keeps what it gives."""
+class _FeatureBlock(nn.Module):
+    """An up block that keeps its last output, until FeatureUNet reads it."""
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
@@ -83,29 +89,31 @@ class _Tap(nn.Module):
 
 
 class FeatureUNet(nn.Module):
-    """A view of `unet`, sharing its modules, whose forward ends after the last tapped up block and gives what the
-    tapped ones gave.
+    """A UNet that shares the modules of `unet`, stops after the last feature block and returns the feature blocks' outputs.
 
-    diffusers' own forward runs unchanged, so the outputs are the full pass's bit for bit in every diffusers version.
+    The forward of diffusers runs unchanged on it, so that the outputs equal those of the full pass bit for bit in every
+    version of diffusers.
     """
 
     def __init__(self, unet: UNetSpatioTemporalConditionModel, up_block_indices: Sequence[int]) -> None:
         super().__init__()
         self.unet = copy.copy(unet)
         self.unet._modules = dict(unet._modules)
-        kept: list[nn.Module] = [
-            _Tap(block) if index in up_block_indices else block
+        blocks: list[nn.Module] = [
+            _FeatureBlock(block) if index in up_block_indices else block
             for index, block in enumerate(unet.up_blocks[: max(up_block_indices) + 1])
         ]
-        self.tapped = [kept[tap] for tap in up_block_indices]
-        self.unet.up_blocks = nn.ModuleList(kept if len(kept) == len(unet.up_blocks) else [*kept, _Stop()])
+        self.feature_blocks = [blocks[index] for index in up_block_indices]
+        if len(blocks) < len(unet.up_blocks):
+            blocks.append(_SkippedBlocks())
+        self.unet.up_blocks = nn.ModuleList(blocks)
         self.unet.conv_norm_out = self.unet.conv_act = self.unet.conv_out = nn.Identity()
 
     def forward(self, sample: Tensor, timestep: Tensor, text: Tensor, time_ids: Tensor) -> list[Tensor]:
-        """As `features`; one (B * F, c, h, w) for each tap."""
+        """Inputs as of `features` -> one (B * F, channels, height, width) for each of `up_block_indices`."""
         self.unet(sample, timestep, encoder_hidden_states=text, added_time_ids=time_ids)
-        outputs = [block.output for block in self.tapped]
-        for block in self.tapped:
+        outputs = [block.output for block in self.feature_blocks]
+        for block in self.feature_blocks:
             block.output = None
         return outputs
 
@@ -118,31 +126,36 @@ def features(
     text: Tensor,
     time_ids: Tensor,
     up_block_indices: Sequence[int] = (0, 1),
-    tapped: Callable[..., list[Tensor]] | None = None,
+    feature_unet: Callable[..., list[Tensor]] | None = None,
 ) -> Tensor:
-    """Outputs of the tapped up blocks, coarse grids repeated to the finest one, joined on channels.
+    """The outputs of some up blocks, upsampled to the finest of their grids and concatenated on channels.
 
     sample (B, F, in_channels, h, w), timestep (B,), text (B, T, cross_attention_dim), time_ids (B, 3) -> (B, F, L, C).
-    tapped: FeatureUNet(unet, taps) if it is at hand, compiled for instance.
+    feature_unet: FeatureUNet(unet, up_block_indices), if the caller has one, for instance a compiled one.
     """
-    outputs = (FeatureUNet(unet, up_block_indices) if tapped is None else tapped)(sample, timestep, text, time_ids)
+    if feature_unet is None:
+        feature_unet = FeatureUNet(unet, up_block_indices)
+    outputs = feature_unet(sample, timestep, text, time_ids)  # each (B * F, channels, height, width)
     grid = max((output.shape[-2:] for output in outputs), key=lambda size: size[0] * size[1])
-    # VPP doubles coarse grids by nearest neighbour; with powers of two this is the same
-    joined = torch.cat(
-        [o if o.shape[-2:] == grid else F.interpolate(o, size=grid, mode="nearest") for o in outputs], dim=1
-    )
-    return joined.flatten(2).transpose(1, 2).unflatten(0, sample.shape[:2])
+    # VPP doubles coarse grids by nearest neighbour; for powers of two this is the same
+    upsampled = [x if x.shape[-2:] == grid else F.interpolate(x, size=grid, mode="nearest") for x in outputs]
+    return rearrange(torch.cat(upsampled, dim=1), "(b f) c h w -> b f (h w) c", f=sample.shape[1])  # (B, F, L, C)
 
 
 def feature_shape(
     unet: UNetSpatioTemporalConditionModel, up_block_indices: Sequence[int], latent_size: int
 ) -> tuple[int, int]:
-    """(L, C) that `features` gives for square latents: every up block but the last goes one grid finer."""
+    """(L, C) of what `features` returns for square latents: every up block but the last doubles its grid.
+
+    Raises UserError for blocks that this UNet does not have.
+    """
     channels = list(reversed(unet.config.block_out_channels))
-    if not up_block_indices or not all(0 <= tap < len(channels) for tap in up_block_indices):
-        raise ValueError(f"taps name up blocks 0 to {len(channels) - 1}, not {list(up_block_indices)}")
+    if not up_block_indices or not all(0 <= index < len(channels) for index in up_block_indices):
+        raise UserError(
+            f"up_block_indices={list(up_block_indices)}: give one or more of the up blocks 0 to {len(channels) - 1}"
+        )
     sides = [latent_size]
     for _ in channels[1:]:
         sides.append((sides[-1] + 1) // 2)
     side = sides[max(len(channels) - 2 - max(up_block_indices), 0)]
-    return side * side, sum(channels[tap] for tap in up_block_indices)
+    return side * side, sum(channels[index] for index in up_block_indices)

@@ -62,7 +62,7 @@ def weights_of(folder: Path) -> int:
 def test_a_forward_model_comes_back_to_fp16_rounding(trained: dict[str, Path], tmp_path: Path) -> None:
     shipped = ship(trained["gfdm"], tmp_path / "shipped")
     before, after = artifact.load(trained["gfdm"], "gfdm"), artifact.load(shipped, "gfdm")
-    assert {tensor.dtype for model in (after, after.latent_space.module) for tensor in model.state_dict().values()} == {
+    assert {tensor.dtype for model in (after, after.vae.module) for tensor in model.state_dict().values()} == {
         torch.float32
     }
     image, text = (

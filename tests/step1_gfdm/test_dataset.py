@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from videosets import write_video_set
+from video_sets import write_video_set
 
 from common.mixture import UnreadableSample
 from step1_gfdm.dataset import ClipRule, LatentClips, VideoClips, mixture

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from videosets import write_video_set
+from video_sets import write_video_set
 
 from common.metrics import psnr
 from step1_gfdm import perceptual_metrics

@@ -1,4 +1,4 @@
-"""GFDM: what imagine promises, what trains, and the artifact that is a diffusers pipeline folder."""
+"""GFDM: the contract of imagine, what is trained, and the artifact, which is a diffusers pipeline folder."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def make(hub, **options):
 def gfdm(hub):
     torch.manual_seed(0)
     model = make(hub).eval()
-    with torch.no_grad():  # a fresh UNet hardly listens to its text
+    with torch.no_grad():  # the text has hardly any influence in an untrained UNet
         for name, parameter in model.unet.named_parameters():
             if "attn2" in name:
                 parameter.mul_(3)
@@ -99,10 +99,10 @@ def test_denoise_steps_and_conditioning_switches_change_the_features(hub):
 
 def batch(model, frames=4):
     side = model.latent_size
-    return {"id": list("abc"), "text": TEXT, "latents": torch.randn(3, frames, model.latent_space.channels, side, side)}
+    return {"id": list("abc"), "text": TEXT, "latents": torch.randn(3, frames, model.vae.channels, side, side)}
 
 
-@pytest.mark.parametrize("objective", [EDM(), DDPM(), DDPM(prediction="v")])
+@pytest.mark.parametrize("objective", [EDM(), DDPM(), DDPM(prediction_type="v_prediction")])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_every_unet_parameter_gets_a_gradient_and_nothing_else_trains(hub, objective, checkpointing):
     model = make(hub, objective=objective, gradient_checkpointing=checkpointing).train()
@@ -122,7 +122,7 @@ def test_every_unet_parameter_gets_a_gradient_and_nothing_else_trains(hub, objec
 
 def test_frozen_parts_stay_in_eval(hub):
     model = make(hub).train()
-    assert model.unet.training and not model.latent_space.module.training and not model.text.module.training
+    assert model.unet.training and not model.vae.module.training and not model.text.module.training
 
 
 def test_text_dropout_acts_in_training_only(hub):
@@ -151,8 +151,8 @@ def test_condition_is_the_unscaled_first_frame_second_on_channels(gfdm):
         gfdm(data)
     handle.remove()
     sample = seen[0][0][0]
-    expected = (data["latents"][:, :1] / gfdm.latent_space.scale).expand(-1, 4, -1, -1, -1)
-    assert torch.equal(sample[:, :, gfdm.latent_space.channels :], expected)
+    expected = (data["latents"][:, :1] / gfdm.vae.scale).expand(-1, 4, -1, -1, -1)
+    assert torch.equal(sample[:, :, gfdm.vae.channels :], expected)
     assert seen[0][1]["added_time_ids"].tolist() == [[7.0, 127.0, 0.0]] * 3
 
 
@@ -229,9 +229,9 @@ def test_keys_are_strict(gfdm, hub, tmp_path, damage):
 
 
 def test_refusals(gfdm, hub, tmp_path):
-    with pytest.raises(ValueError, match=r"sees \(3, 64, 64\)"):
+    with pytest.raises(ValueError, match=r"needs \(3, 64, 64\)"):
         gfdm.imagine(torch.zeros(1, 3, 32, 32), ["x"])
-    with pytest.raises(ValueError, match="clips of 2 frames"):
+    with pytest.raises(ValueError, match="the clips have 2 frames"):
         gfdm(batch(gfdm, frames=2))
     artifact.save(gfdm, tmp_path / "a", kind="gfdm", config=config(hub))
     with pytest.raises(artifact.ArtifactError, match="a 'gidm' artifact is needed"):

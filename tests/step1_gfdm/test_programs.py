@@ -16,7 +16,7 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException, InstantiationException
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
-from videosets import write_video_set
+from video_sets import write_video_set
 
 from common import artifact
 from common.loop import Loop
@@ -299,11 +299,11 @@ def test_a_broken_run_goes_on_to_the_weights_of_an_unbroken_one(trained, run, mo
 
 
 def launched(folder, hub, processes, *config):
-    """(weights of the UNet, rows of metrics.jsonl) of one_or_two.py."""
+    """(weights of the UNet, rows of metrics.jsonl) of train_distributed.py."""
     folder.mkdir(exist_ok=True)
     launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port=29873"]
     script = [
-        str(Path(__file__).with_name("one_or_two.py")),
+        str(Path(__file__).with_name("train_distributed.py")),
         str(folder.parent / "set"),
         str(hub),
         str(folder),

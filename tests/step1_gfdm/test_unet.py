@@ -1,4 +1,4 @@
-"""The truncated pass against hooks on the full one, and SVD's size."""
+"""The truncated pass equals hooks on the full pass, and the UNet has the size of SVD's."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from common.frozen import MissingWeights
 from step1_gfdm import unet as svd_unet
 
-# SVD's four levels, narrow
+# the four levels of SVD, narrower
 SMALL = {
     **svd_unet.SVD_UNET,
     "block_out_channels": [32, 32, 64, 64],
@@ -36,20 +36,21 @@ def inputs(unet, side=16, frames=4, batch=2, tokens=20):
     )
 
 
-@pytest.mark.parametrize("taps", [(0,), (0, 1), (1,), (1, 2), (0, 3)])
+@pytest.mark.parametrize("up_block_indices", [(0,), (0, 1), (1,), (1, 2), (0, 3)])
 @pytest.mark.parametrize("side", [16, 12])
 @torch.no_grad()
 def test_truncated_equals_hooks_on_the_full_pass(unet, up_block_indices, side):
     sample, time, text, ids = inputs(unet, side)
-    caught = {}
+    outputs = {}
     handles = [
-        unet.up_blocks[t].register_forward_hook(lambda m, i, o, t=t: caught.__setitem__(t, o)) for t in up_block_indices
+        unet.up_blocks[index].register_forward_hook(lambda m, i, o, index=index: outputs.update({index: o}))
+        for index in up_block_indices
     ]
     unet(sample, time, encoder_hidden_states=text, added_time_ids=ids)
     for handle in handles:
         handle.remove()
-    grid = caught[max(up_block_indices)].shape[-2:]
-    expected = torch.cat([F.interpolate(caught[t], size=grid, mode="nearest") for t in up_block_indices], 1)
+    grid = outputs[max(up_block_indices)].shape[-2:]
+    expected = torch.cat([F.interpolate(outputs[index], size=grid, mode="nearest") for index in up_block_indices], 1)
     expected = expected.view(2, 4, expected.shape[1], -1).transpose(2, 3)
     got = svd_unet.features(unet, sample, time, text=text, time_ids=ids, up_block_indices=up_block_indices)
     assert torch.equal(got, expected)
@@ -98,7 +99,7 @@ def test_the_stand_in_has_three_levels(hub):
 
 
 def test_refusals(unet, tmp_path):
-    with pytest.raises(ValueError, match="taps"):
+    with pytest.raises(ValueError, match="up_block_indices"):
         svd_unet.feature_shape(unet, (4,), 16)
     with pytest.raises(MissingWeights, match="not found in"):
         svd_unet.load(tmp_path / "svd")

@@ -1,4 +1,4 @@
-"""The VAE's wrapper, and the stand-in that is fitted on single pictures but decodes clips."""
+"""The wrapper of the VAE, and the stand-in, which is trained on single images but decodes clips."""
 
 import torch
 
@@ -13,14 +13,14 @@ def test_shapes_scale_and_chunks(hub):
     assert latents.shape == (5, space.channels, 8, 8) and latents.dtype == torch.float32
     torch.testing.assert_close(latents, space.encode(images, chunk_size=2), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(latents, space.module.encode(images).latent_dist.mode() * space.scale)
-    drawn = [space.encode(images, sample=True, generator=torch.Generator().manual_seed(s)) for s in (0, 0, 1)]
+    drawn = [space.encode(images, sample_posterior=True, generator=torch.Generator().manual_seed(s)) for s in (0, 0, 1)]
     assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
     video = space.decode(latents[None])
     assert video.shape == (1, 5, 3, 64, 64) and video.min() >= 0 and video.max() <= 1
     assert not list(space.parameters()) and not space.state_dict()
 
 
-def test_the_stand_in_decodes_clips_as_it_decodes_pictures():
+def test_the_stand_in_decodes_clips_as_it_decodes_images():
     model = VAELoss(build_tiny_vae())
     optimizer = torch.optim.AdamW(model.parameters(), 2e-3, weight_decay=0.0)
     for _ in range(3):

@@ -1,6 +1,6 @@
-"""Trains a tiny forward model for a few steps, in as many processes as the launcher starts.
+"""Train a tiny forward model for a few steps, in as many processes as the launcher starts.
 
-one_or_two.py <set> <hub> <out> <global batch> [<accelerate config with FSDP>]
+train_distributed.py <set> <hub> <out> <global batch> [<accelerate config with FSDP>]
 """
 
 import os
@@ -21,7 +21,7 @@ from step1_gfdm.objective import EDM
 
 
 class PerSampleNoise(GFDM):
-    """Every sample's noise is its own, so that it is the same in whichever process it lands."""
+    """The noise depends on the sample's id, so that it is the same in every process."""
 
     def forward(self, batch):
         text = self.encode_text(batch["text"])
@@ -37,8 +37,7 @@ class PerSampleNoise(GFDM):
 
 
 def shard_on_the_cpu(config):
-    """What `accelerate launch` sets from a config of GPUs, for processes that accelerate would not let shard without
-    GPUs."""
+    """Set what `accelerate launch` sets for an FSDP config, which it refuses to do without GPUs."""
     arguments = _validate_launch_command(launch_command_parser().parse_args(["--config_file", config, "-"]))[0]
     os.environ.update({key: value for key, value in prepare_multi_gpu_env(arguments).items() if "FSDP" in key})
     PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
