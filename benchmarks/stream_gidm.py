@@ -36,7 +36,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 from tqdm import tqdm
 
 from common import loop, rlds
-from step2_gidm.data.dataset import mixture
+from step2_gidm.data.dataset import build_mixture
 
 log = logging.getLogger(__name__)
 DEFAULTS = {
@@ -103,7 +103,7 @@ def read(options: DictConfig, sets: dict[str, Any], pairs: int, *, stream: bool)
     """(pairs a second, peak of resident memory above what it was in MB, seconds to the first batch)."""
     plan = {"block": options.block, "pairs": options.per_episode, "buffer_gb": options.buffer_gb} if stream else None
     start, before = time.perf_counter(), _peak(resource.RUSAGE_SELF)
-    samples = mixture(sets, length=10**6, image_size=options.image_size, stream=plan)
+    samples = build_mixture(sets, length=10**6, image_size=options.image_size, stream=plan)
     count = max(2, pairs // 32)
     batches = loop.DistributedBatchSampler(
         len(samples),

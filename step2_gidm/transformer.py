@@ -1,4 +1,4 @@
-"""Transformers over frames of tokens: spatio-temporal for the encoder, spatial for the decoder (Sec. 3.2; Xu et al., 2020).
+"""Transformers over frames of tokens: spatio-temporal (encoder) and spatial (decoder) (Sec. 3.2; Xu et al., 2020).
 
 The blocks have UniVLA's layout, so that its published weights fit. Text tokens are appended to the tokens of a frame
 after the input projection and get no position embedding. The padding of a sentence is masked out as keys, so a sample

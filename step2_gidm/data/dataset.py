@@ -1,4 +1,4 @@
-"""What the inverse model is pretrained on: sets of transitions drawn by weight (Sec. 3.2, A.2, Table 12, Fig. 8)."""
+"""Pretraining data of the inverse model: sets of transitions, drawn by weight (Sec. 3.2, A.2, Table 12, Fig. 8)."""
 
 from __future__ import annotations
 
@@ -8,18 +8,23 @@ from pathlib import Path
 from typing import Any
 
 from common import human_video, rlds
+from common.errors import UserError
 from common.mixture import Mixture
 from step2_gidm.data.oxe import HUMAN_SECONDS, HUMAN_SHARE, OXE, official_windows
 from step2_gidm.data.pairs import Transitions
 from step2_gidm.data.stream import StreamingMixture
 from step2_gidm.data.transitions import CalvinTransitions, RldsTransitions, VideoTransitions
 
-KINDS: dict[str, type[Transitions]] = {"video": VideoTransitions, "rlds": RldsTransitions, "calvin": CalvinTransitions}
+FORMATS: dict[str, type[Transitions]] = {
+    "video": VideoTransitions,
+    "rlds": RldsTransitions,
+    "calvin": CalvinTransitions,
+}
 
 log = logging.getLogger(__name__)
 
 
-def mixture(
+def build_mixture(
     sets: Mapping[str, Mapping[str, Any]],
     *,
     split: str = "train",
@@ -27,55 +32,63 @@ def mixture(
     length: int | None = None,
     augment: bool = False,
     stream: Mapping[str, Any] | None = None,
-    **pairs: Any,
+    **options: Any,
 ) -> Mixture | StreamingMixture:
-    """Sets drawn by weight. Each set: one of {video, rlds, calvin: folder}, and optionally weight, human, and what its
-    class takes.
+    """Build sets of transitions that are drawn by weight.
 
-    Without a weight a set counts by its size. `human_fraction` keeps that share of the videos of sets marked `human`
-    and of their weight
-    (common.human_video, Fig. 8). `length` is how many draws count as an epoch; None: as many as there are episodes, those of
-    all human video
-    included. At `human_fraction` 0 the human sets need not be on disk where `length` is given. Only training augments,
-    and only training
-    reads in a stream: `stream` holds what Stream takes, None reads every pair by random access.
+    Args:
+        sets: name -> options of a set. One option names the format and the folder: video=, rlds= or calvin=<folder>.
+            `weight` is the weight of the set, by default its number of episodes. `human` marks human video. All other
+            options are those of the format's class.
+        split: "train" or "val".
+        human_fraction: the fraction of the videos of human sets, and of their weight, that is kept (Fig. 8,
+            common.human_video). With 0 and a given `length`, the human sets need not be on disk.
+        length: number of draws in an epoch. By default it is the number of episodes, including all human video.
+        augment: whether training augments its frames. Validation never does.
+        stream: options of StreamingMixture, with which training reads. Without them, and in validation, pairs are read
+            by random access.
+        options: those of Transitions, for all sets.
+
+    Raises UserError where a set has no format, or where a training set has no episodes.
     """
     kept_fractions = human_video.kept_fractions(sets, human_fraction)
-    pairs = {**pairs, "augment": augment and split == "train"}
+    options = {**options, "augment": augment and split == "train"}
     members: dict[str, Transitions] = {}
     weights: dict[str, float] = {}
     unfiltered_length = 0
-    for name, options in sets.items():
-        options, share = dict(options), kept_fractions[name]
-        weight = options.pop("weight", None)
-        options.pop("human", None)
-        if weight == 0 or (share == 0 and length is not None):
+    for name, row in sets.items():
+        row, kept = dict(row), kept_fractions[name]
+        weight = row.pop("weight", None)
+        row.pop("human", None)
+        if weight == 0 or (kept == 0 and length is not None):
             continue
-        kinds = KINDS.keys() & options.keys()
-        if len(kinds) != 1:
-            raise ValueError(
-                f"set {name!r} needs one of {', '.join(f'{kind}=<folder>' for kind in KINDS)}, got {sorted(options)}"
+        formats = FORMATS.keys() & row.keys()
+        if len(formats) != 1:
+            raise UserError(
+                f"set {name!r} needs one of {', '.join(f'{each}=<folder>' for each in FORMATS)}, got {sorted(row)}"
             )
-        kind = kinds.pop()
-        folder = options.pop(kind)
-        if kind == "video":
-            options["fraction"] = share
-        elif 0 < share < 1:
-            raise ValueError(f"set {name!r}: human_fraction={human_fraction} keeps a part of video sets, not of {kind}")
-        with human_video.explain_missing_set(name, share):
-            episodes = KINDS[kind](folder, split, **pairs | options)
-        unfiltered_length += episodes.unfiltered_length
-        if share == 0:
+        format = formats.pop()
+        folder = row.pop(format)
+        if format == "video":
+            row["fraction"] = kept
+        elif 0 < kept < 1:
+            raise UserError(
+                f"set {name!r}: human_fraction={human_fraction} can keep a part of a video set, but not of {format}"
+            )
+        with human_video.explain_missing_set(name, kept):
+            transitions = FORMATS[format](folder, split, **options | row)
+        unfiltered_length += transitions.unfiltered_length
+        if kept == 0:
             continue
-        size = len(episodes)
-        members[name], weights[name] = episodes, size if weight is None or not size else weight * share
+        size = len(transitions)
+        members[name], weights[name] = transitions, size if weight is None or not size else weight * kept
         if not size:
-            nothing = f"set {name!r}: {kind}={folder} gives no {split} episodes (one of them at least is held out)"
+            nothing = f"set {name!r}: {format}={folder} gives no {split} episodes (at least one of them is held out)"
             if split == "train":
-                raise ValueError(f"{nothing}; leave it out of data.sets")
+                raise UserError(f"{nothing}; leave it out of data.sets")
             log.warning("%s; it is not measured", nothing)
-    mix = Mixture(members, weights, length or unfiltered_length)
-    return StreamingMixture(mix, **stream) if stream and split == "train" else mix
+    mixture = Mixture(members, weights, length or unfiltered_length)
+    return StreamingMixture(mixture, **stream) if stream and split == "train" else mixture
 
 
 def build_open_x_mixture(
@@ -86,14 +99,15 @@ def build_open_x_mixture(
     human_fraction: float = 1.0,
     **options: Any,
 ) -> Mixture | StreamingMixture:
-    """Table 12: the 26 robot sets under `root` and Ego4D as a video set, drawn with the paper's shares.
+    """Build Table 12: the 26 robot sets under `root` and Ego4D as a video set, drawn with the paper's shares.
 
-    `names` restricts the robot sets; shares are normalised. Everything else is `mixture`'s.
+    `names` selects robot sets, of which the shares are normalized. The other options are those of `build_mixture`.
+    Raises UserError for an unknown name.
     """
     names = list(OXE) if names is None else list(names)
     unknown = set(names) - set(OXE)
     if unknown:
-        raise ValueError(f"unknown Open X-Embodiment sets {sorted(unknown)}; known: {', '.join(OXE)}")
+        raise UserError(f"unknown Open X-Embodiment sets {sorted(unknown)}; known: {', '.join(OXE)}")
     sets: dict[str, dict[str, Any]] = {}
     windows = official_windows()
     for name in names:
@@ -108,4 +122,4 @@ def build_open_x_mixture(
             "window": windows[name],
         }
     sets["ego4d"] = {"video": human_root, "weight": HUMAN_SHARE, "human": True, "window_seconds": HUMAN_SECONDS}
-    return mixture(sets, human_fraction=human_fraction, **options)
+    return build_mixture(sets, human_fraction=human_fraction, **options)
