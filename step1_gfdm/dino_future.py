@@ -15,7 +15,7 @@ from common.attention import Attention, Mlp, sincos_pos_embed_1d, sincos_pos_emb
 from common.contracts import FrameBatch
 from common.errors import UserError
 from common.frozen import CLIPTextEncoder, DinoV2
-from step1_gfdm.image_range import denormalize
+from common.image_range import denormalize
 
 
 class FutureBlock(nn.Module):

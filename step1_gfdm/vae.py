@@ -12,7 +12,7 @@ from diffusers import AutoencoderKLTemporalDecoder
 from torch import Tensor
 
 from common.frozen import FrozenModule, resolve_weights_path
-from step1_gfdm.image_range import denormalize
+from common.image_range import denormalize
 
 
 class FrozenVAE(FrozenModule):

@@ -1,7 +1,7 @@
-"""The two ranges of pixel values in step 1, and the only place that converts between them.
+"""The two ranges of pixel values, and the only place that converts between them.
 
-Video files and DINOv2 (common.video, common.frozen.DinoV2) use [0, 1]. SVD's VAE, and therefore `encode_image`,
-`imagine` and `generate` of the forward models, take [-1, 1]. The names are those of diffusers' VaeImageProcessor.
+Video files, DINOv2 and the inverse model use [0, 1]. SVD's VAE, the forward models and the views of PolicyBatch use
+[-1, 1]. The names are those of diffusers' VaeImageProcessor.
 """
 
 from __future__ import annotations
