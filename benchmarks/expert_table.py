@@ -22,7 +22,7 @@ from envs.playtable.env import PlayTableEnv
 from envs.recording.starts import sample_env_state
 from envs.tasks import TASKS
 
-LIMIT = 360
+MAX_STEPS = 360
 WORLDS = {"playtable": PlayTableEnv, "calvin": partial(CalvinEnv, renderer="cpu")}
 log = logging.getLogger("benchmarks.expert_table")
 
@@ -44,7 +44,7 @@ def attempt(env: TabletopEnv, task: str, *, seed: int, sigma: float) -> tuple[in
             steps += 1
             if env.check_success(goal, before, info):
                 break
-            if steps == LIMIT:
+            if steps == MAX_STEPS:
                 return None, "task" if goal == task else "lift before"
     return steps, ""
 

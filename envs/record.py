@@ -37,6 +37,7 @@ from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
+from common.video_set import write_annotation
 from envs.calvin.env import TabletopEnv
 from envs.playtable.scene import SCENES
 from envs.recording import writer as files
@@ -44,11 +45,11 @@ from envs.recording.demonstrate import demonstrate_chain
 from envs.tasks import check_tasks
 
 CONFIGS = str(Path(__file__).resolve().parents[1] / "configs")
-RESTARTS = 3  # of the workers, where one is killed or its simulator or renderer crashes
-BARREN = 60  # chains without a single segment after which a scene is given up
-PLAYTABLE = {"_target_": "envs.playtable.PlayTableEnv"}
+MAX_RESTARTS = 3  # of the workers, where one is killed or its simulator or renderer crashes
+MAX_EMPTY_CHAINS = 60  # chains without a single segment after which a scene is given up
+DEFAULT_ENV = {"_target_": "envs.playtable.PlayTableEnv"}
 log = logging.getLogger(__name__)
-_worlds: dict[str, TabletopEnv] = {}  # the simulator of each worker, by its scene
+_envs: dict[str, TabletopEnv] = {}  # the simulator of each worker, by its scene
 
 
 def _prepare_worker() -> None:
@@ -63,14 +64,14 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _world(scene: str, env: dict[str, Any]) -> TabletopEnv:
+def _get_env(scene: str, env: dict[str, Any]) -> TabletopEnv:
     """This worker's simulator; one of another scene is closed first, for the real CALVIN's serves one in a process."""
-    if scene not in _worlds:
-        while _worlds:
-            _worlds.popitem()[1].close()
+    if scene not in _envs:
+        while _envs:
+            _envs.popitem()[1].close()
         settings = {key: value for key, value in env.items() if key not in ("_target_", "scene")}
-        _worlds[scene] = get_object(env["_target_"])(scene, **settings)
-    return _worlds[scene]
+        _envs[scene] = get_object(env["_target_"])(scene, **settings)
+    return _envs[scene]
 
 
 def record_chain(job: dict[str, Any]) -> dict[str, Any]:
@@ -78,16 +79,16 @@ def record_chain(job: dict[str, Any]) -> dict[str, Any]:
     done = Path(job["parts"]) / f"{job['scene']}_{job['number']:06d}"
     if (done / "summary.json").is_file():
         return json.loads((done / "summary.json").read_text())
-    env = _world(job["scene"], job["env"])
+    env = _get_env(job["scene"], job["env"])
     segments, failed = demonstrate_chain(env, job["tasks"], job["length"], seed=job["seed"], number=job["number"])
-    beside = done.with_name(f".{done.name}.{os.getpid()}")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
+    partial = done.with_name(f".{done.name}.{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
     for index, segment in enumerate(segments):
         if job["actions"]:
-            files.write_frames(beside / str(index), segment)
+            files.write_frames(partial / str(index), segment)
         if job["videos"]:
-            files.write_videos(beside / str(index), segment, cameras=2 if job["actions"] else 1)
+            files.write_videos(partial / str(index), segment, cameras=2 if job["actions"] else 1)
     summary = {
         "folder": done.name,
         "scene": job["scene"],
@@ -97,9 +98,9 @@ def record_chain(job: dict[str, Any]) -> dict[str, Any]:
         "versions": env.versions(),
         "segments": [{"task": s.task, "sentence": s.instruction, "length": len(s)} for s in segments],
     }
-    (beside / "summary.json").write_text(json.dumps(summary))
+    (partial / "summary.json").write_text(json.dumps(summary))
     shutil.rmtree(done, ignore_errors=True)
-    os.replace(beside, done)
+    os.replace(partial, done)
     return summary
 
 
@@ -128,7 +129,7 @@ def record(
     start.
     """
     _check(scenes, tasks, {"episodes": episodes, "workers": workers}, length, validation_fraction)
-    env = env or PLAYTABLE
+    env = env or DEFAULT_ENV
     if actions is None:
         actions = env.get("embodiment") != "hand"
     if not actions and not videos:
@@ -159,15 +160,15 @@ def record(
             chains = _record_scenes(settings, parts, workers)
             break
         except BrokenProcessPool:
-            if restarts == RESTARTS:
+            if restarts == MAX_RESTARTS:
                 raise RuntimeError(
                     f"a worker died for the {restarts + 1}th time; run the same command again, finished chains are kept"
                 ) from None
             log.warning("a worker died; going on with new ones, finished chains are kept")
     if actions:
-        counts = _assemble(chains, out, validation_fraction, videos=videos)
+        counts = _assemble_dataset(chains, out, validation_fraction, videos=videos)
     else:
-        counts = _assemble_films(chains, out, validation_fraction)
+        counts = _assemble_videos(chains, out, validation_fraction)
     finished = parts.with_name(".parts.done")
     os.replace(parts, finished)
     shutil.rmtree(finished)
@@ -183,7 +184,7 @@ def _record_scenes(settings: dict[str, Any], parts: Path, workers: int) -> list[
             for order, scene in enumerate(scenes):
                 share = episodes // len(scenes) + (order < episodes % len(scenes))
                 job = {**settings, "scene": scene, "parts": str(parts)}
-                chains += _record_scene(_in_order(pool, job, ahead=2 * workers), scene, share)
+                chains += _record_scene(_in_order(pool, job, prefetch=2 * workers), scene, share)
         finally:
             # the pool would wait for chains that nobody needs any more, minutes where pictures are slow
             for worker in set(multiprocessing.active_children()) - others:
@@ -206,13 +207,13 @@ def _check(scenes: list[str], tasks: list[str], sizes: dict[str, int], length: i
         raise ValueError(f"validation_fraction={validation_fraction}: give a share of 0 up to, not including, 1")
 
 
-def _in_order(pool: ProcessPoolExecutor, job: dict[str, Any], *, ahead: int) -> Iterator[dict[str, Any]]:
-    """Summaries of chains 0, 1, 2, ... of a scene; no more than `ahead` are under way, unneeded ones are called off."""
+def _in_order(pool: ProcessPoolExecutor, job: dict[str, Any], *, prefetch: int) -> Iterator[dict[str, Any]]:
+    """Summaries of chains 0, 1, 2, ... of a scene; no more than `prefetch` are under way, unneeded ones are called off."""
     waiting: deque[Future] = deque()
     try:
         for number in count():
             waiting.append(pool.submit(record_chain, {**job, "number": number}))
-            if len(waiting) == ahead:
+            if len(waiting) == prefetch:
                 yield waiting.popleft().result()
     finally:
         for future in waiting:
@@ -226,18 +227,20 @@ def _record_scene(summaries: Iterator[dict[str, Any]], scene: str, share: int) -
     with tqdm(total=share, desc=f"scene {scene}", unit="episode", mininterval=1) as bar:
         while have < share:
             summary = next(summaries)
-            _check_same_world(summary, chains)
+            _check_same_versions(summary, chains)
             summary["segments"] = summary["segments"][: share - have]
             have += len(summary["segments"])
             bar.update(len(summary["segments"]))
             chains.append(summary)
-            if have == 0 and len(chains) == BARREN:
-                raise RuntimeError(f"scene {scene}: {BARREN} chains gave no segment; are these tasks possible there?")
+            if have == 0 and len(chains) == MAX_EMPTY_CHAINS:
+                raise RuntimeError(
+                    f"scene {scene}: {MAX_EMPTY_CHAINS} chains gave no segment; are these tasks possible there?"
+                )
     summaries.close()
     return chains
 
 
-def _check_same_world(summary: dict[str, Any], before: list[dict[str, Any]]) -> None:
+def _check_same_versions(summary: dict[str, Any], before: list[dict[str, Any]]) -> None:
     """A recording that went on elsewhere must not mix the pictures of two renderers. A chain without segments drew
     none."""
     first = next((chain for chain in before if chain["segments"]), summary)
@@ -253,15 +256,15 @@ def _check_same_world(summary: dict[str, Any], before: list[dict[str, Any]]) -> 
         )
 
 
-def _held_out(chains: list[dict[str, Any]], share: float) -> set[str]:
+def _validation_folders(chains: list[dict[str, Any]], share: float) -> set[str]:
     """Folders of the chains for validation: evenly spread, at least one where there are two chains and a share."""
     number = max(1, round(share * len(chains))) if share and len(chains) > 1 else 0
     return {chains[int((k + 0.5) * len(chains) / number)]["folder"] for k in range(number)}
 
 
-def _assemble(chains: list[dict[str, Any]], out: Path, share: float, *, videos: bool) -> dict[str, Any]:
+def _assemble_dataset(chains: list[dict[str, Any]], out: Path, share: float, *, videos: bool) -> dict[str, Any]:
     """Move the frames of all chains under consecutive ids, training first. Safe to repeat after a kill."""
-    held_out = _held_out(chains, share)
+    held_out = _validation_folders(chains, share)
     tasks, first = Counter[str](), 0
     drawn = next(summary for summary in chains if summary["segments"])
     for split, folder in (("train", "training"), ("val", "validation")):
@@ -276,9 +279,18 @@ def _assemble(chains: list[dict[str, Any]], out: Path, share: float, *, videos: 
                 vectors.append(_move_frames(source, target, first, segment["length"]))
                 if videos:
                     name = f"{len(episodes):06d}"
-                    _move_films(source, out / "videos_set", f"{split}/{name}")
-                    files.write_annotation(
-                        out / "videos_set", split, name, segment["sentence"], scene, vectors[-1]["robot_obs"]
+                    _move_videos(source, out / "videos_set", f"{split}/{name}")
+                    write_annotation(
+                        out / "videos_set",
+                        split,
+                        name,
+                        texts=[segment["sentence"]],
+                        num_cameras=2,
+                        length=segment["length"],
+                        fps=files.FPS,
+                        scene=scene,
+                        states=vectors[-1]["robot_obs"],
+                        task="robot_trajectory_prediction",
                     )
                 episodes.append({"start": first, "end": last, **segment})
                 scenes.setdefault(scene, [first, last])[1] = last
@@ -293,22 +305,25 @@ def _assemble(chains: list[dict[str, Any]], out: Path, share: float, *, videos: 
     return _counts(chains, tasks, first)
 
 
-def _assemble_films(chains: list[dict[str, Any]], out: Path, share: float) -> dict[str, Any]:
+def _assemble_videos(chains: list[dict[str, Any]], out: Path, share: float) -> dict[str, Any]:
     """The video set alone, of the static camera. Safe to repeat after a kill."""
-    held_out = _held_out(chains, share)
+    held_out = _validation_folders(chains, share)
     tasks, frames, numbers = Counter[str](), 0, Counter[str]()
     for summary in chains:
         split = "val" if summary["folder"] in held_out else "train"
         for index, segment in enumerate(summary["segments"]):
             name = f"{numbers[split]:06d}"
-            _move_films(out / ".parts" / summary["folder"] / str(index), out / "videos_set", f"{split}/{name}")
-            files.write_human_annotation(
+            _move_videos(out / ".parts" / summary["folder"] / str(index), out / "videos_set", f"{split}/{name}")
+            write_annotation(
                 out / "videos_set",
                 split,
                 name,
-                segment["sentence"],
-                f"calvin_scene_{summary['scene']}",
-                segment["length"],
+                texts=[segment["sentence"]],
+                num_cameras=1,
+                length=segment["length"],
+                fps=files.FPS,
+                scene=f"calvin_scene_{summary['scene']}",
+                task="human_video_prediction",
             )
             numbers[split] += 1
             tasks[segment["task"]] += 1
@@ -331,7 +346,7 @@ def _move_frames(source: Path, target: Path, first: int, length: int) -> dict[st
         return dict(archive)
 
 
-def _move_films(source: Path, root: Path, name: str) -> None:
+def _move_videos(source: Path, root: Path, name: str) -> None:
     target = root / "videos" / name
     target.mkdir(parents=True, exist_ok=True)
     for camera in (0, 1):

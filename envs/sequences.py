@@ -22,13 +22,15 @@ State = dict[str, Any]
 Rule = tuple[dict[str, Any], dict[str, Any]]  # condition (a tuple lists the admitted values), effect
 
 NUM_SEQUENCES = 1000
-OFFICIAL_SHA256 = {  # of the first so many of the published list, see `digest`
+OFFICIAL_SHA256 = {  # of the first so many of the published list, see `sequences_sha256`
     1: "f691091afd3c0490bc2155e22c81b3b5345933e2db44a36496f76c9731218515",
     10: "8dbbd38e9470de4dc34a46d5e1682cec738330bebfac6320c1fc5e64634c5e18",
     100: "5532f4910b6fa1ecc5bc56dde07a64ea6b871d5383823258eb215fbae732285d",
     1000: "90191d9ac76baecb4f292ab766bbbf3ae65dbf43a83bbe5c376d99db10fd6446",
 }
-BATCH = 512  # permutations drawn before they are judged; what is left over is thrown away with the state's generator
+DRAW_BATCH = (
+    512  # permutations drawn before they are judged; what is left over is thrown away with the state's generator
+)
 # CALVIN's numbers in scene D; x of the cabinet is from the sliding door's joint frame, the same in A to D.
 NEUTRAL_JOINTS = (-1.21779124, 1.03987629, 2.11978254, -2.34205014, -0.87015899, 1.64119093, 0.55344928)
 NEUTRAL_ROBOT_OBS = (
@@ -36,19 +38,19 @@ NEUTRAL_ROBOT_OBS = (
     *NEUTRAL_JOINTS,
     1.0,
 )
-IN_CABINET = {
+CABINET_POSITIONS = {
     "slider_left": (-0.140851662, 0.0924044687, 0.460990009),
     "slider_right": (0.1703416330, 0.0924044687, 0.460990009),
 }
-ON_TABLE = ((0.0500000896, -0.120000177, 0.459990009), (0.229995412, -0.11999514, 0.45999001))
+TABLE_POSITIONS = ((0.0500000896, -0.120000177, 0.459990009), (0.229995412, -0.11999514, 0.45999001))
 SWITCH_ON, DRAWER_OPEN = 0.088, 0.22
 SIDES = ("slider_right", "slider_left")
 OPEN_SIDE = {"right": "slider_left", "left": "slider_right"}  # where the door stands -> what it leaves free
 
 
-def _block_rules(colour: str) -> dict[str, list[Rule]]:
+def _block_rules(color: str) -> dict[str, list[Rule]]:
     """Rules of the tasks that name a colour."""
-    block = f"{colour}_block"
+    block = f"{color}_block"
     still = [({block: "table", "grasped": 0}, {block: "table"})]
     taken = {block: "grasped", "grasped": 1}
     in_cabinet = [({block: OPEN_SIDE[door], "slider": door, "grasped": 0}, taken) for door in OPEN_SIDE]
@@ -62,11 +64,11 @@ def _block_rules(colour: str) -> dict[str, list[Rule]]:
 
 
 def _rules() -> dict[str, list[Rule]]:
-    blocks = [f"{colour}_block" for colour in BLOCK_COLORS]
+    blocks = [f"{color}_block" for color in BLOCK_COLORS]
     pairs = list(permutations(blocks, 2))
     rules: dict[str, list[Rule]] = {}
-    for colour in BLOCK_COLORS:
-        rules.update(_block_rules(colour))
+    for color in BLOCK_COLORS:
+        rules.update(_block_rules(color))
     rules["move_slider_left"] = [({"slider": "right", "grasped": 0}, {"slider": "left"})]
     rules["move_slider_right"] = [({"slider": "left", "grasped": 0}, {"slider": "right"})]
     rules["open_drawer"] = [({"drawer": "closed", "grasped": 0}, {"drawer": "open"})]
@@ -100,7 +102,7 @@ def _rules() -> dict[str, list[Rule]]:
     return {task: rules[task] for task in TASKS}
 
 
-def _category(task: str) -> str:
+def _task_category(task: str) -> str:
     if task.startswith(("rotate", "push")) and task != "push_into_drawer":
         return "move_block"
     if task.startswith("lift"):
@@ -118,16 +120,16 @@ def _category(task: str) -> str:
 
 
 RULES = _rules()
-TASK_CATEGORIES: dict[str, str] = {task: _category(task) for task in TASKS}
+TASK_CATEGORIES: dict[str, str] = {task: _task_category(task) for task in TASKS}
 
 
-def _holds(state: State, condition: dict[str, Any]) -> bool:
+def _check_condition(state: State, condition: dict[str, Any]) -> bool:
     return all(state[key] in want if isinstance(want, tuple) else state[key] == want for key, want in condition.items())
 
 
 def next_state(state: State, task: str) -> State | None:
     """The symbolic state after `task`, or None where it is not possible or has more than one outcome."""
-    effects = [effect for condition, effect in RULES[task] if _holds(state, condition)]
+    effects = [effect for condition, effect in RULES[task] if _check_condition(state, condition)]
     return {**state, **effects[0]} if len(effects) == 1 else None
 
 
@@ -137,7 +139,7 @@ def _initial_states() -> list[State]:
     for values in product((0, 1), (0, 1), ("right", "left"), ("closed", "open"), *[("table", *SIDES)] * 3):
         blocks = values[4:]
         if blocks.count("table") in (1, 2) and all(blocks.count(side) < 2 for side in SIDES):
-            keys = ("led", "lightbulb", "slider", "drawer", *(f"{colour}_block" for colour in BLOCK_COLORS), "grasped")
+            keys = ("led", "lightbulb", "slider", "drawer", *(f"{color}_block" for color in BLOCK_COLORS), "grasped")
             states.append(dict(zip(keys, (*values, 0))))
     return states
 
@@ -145,7 +147,7 @@ def _initial_states() -> list[State]:
 INITIAL_STATES: list[State] = _initial_states()
 
 
-def _possible(state: State, tasks: tuple[str, ...]) -> bool:
+def _is_valid_sequence(state: State, tasks: tuple[str, ...]) -> bool:
     for task in tasks:
         if (after := next_state(state, task)) is None:
             return False
@@ -153,20 +155,24 @@ def _possible(state: State, tasks: tuple[str, ...]) -> bool:
     return True
 
 
-def _reachable(state: State, tasks: tuple[str, ...], length: int, kinds: int, done: tuple[str, ...] = ()) -> bool:
-    """Is there any sequence of `length` different tasks with `kinds` categories from this state?"""
+def _sequence_exists(
+    state: State, tasks: tuple[str, ...], length: int, num_categories: int, done: tuple[str, ...] = ()
+) -> bool:
+    """Is there any sequence of `length` different tasks with `num_categories` categories from this state?"""
     seen = {TASK_CATEGORIES[task] for task in done}
     left = length - len(done)
-    if len(seen) + left < kinds:
+    if len(seen) + left < num_categories:
         return False
     return left == 0 or any(
-        _reachable(after, tasks, length, kinds, (*done, task))
+        _sequence_exists(after, tasks, length, num_categories, (*done, task))
         for task in tasks
         if task not in done and (after := next_state(state, task)) is not None
     )
 
 
-def _draw(state: State, tasks: tuple[str, ...], length: int, kinds: int, *, count: int, seed: Any) -> list[list[str]]:
+def _sample_sequences(
+    state: State, tasks: tuple[str, ...], length: int, num_categories: int, *, count: int, seed: Any
+) -> list[list[str]]:
     """`count` accepted draws of `length` different tasks; a shuffle a draw, as legacy `choice` makes them."""
     rng = np.random.RandomState(seed)
     labels = {name: number for number, name in enumerate(sorted({TASK_CATEGORIES[task] for task in tasks}))}
@@ -174,24 +180,26 @@ def _draw(state: State, tasks: tuple[str, ...], length: int, kinds: int, *, coun
     starts = np.array([next_state(state, task) is not None for task in tasks])
     found: list[list[str]] = []
     while len(found) < count:
-        picks = np.tile(np.arange(len(tasks)), (BATCH, 1))
+        picks = np.tile(np.arange(len(tasks)), (DRAW_BATCH, 1))
         for row in picks:
             rng.shuffle(row)
         picks = picks[:, :length]
         masks = np.bitwise_or.reduce(category[picks], axis=1)
         distinct = sum((masks >> bit) & 1 for bit in range(len(labels)))
-        for pick in picks[starts[picks[:, 0]] & (distinct >= kinds)]:
+        for pick in picks[starts[picks[:, 0]] & (distinct >= num_categories)]:
             names = tuple(tasks[index] for index in pick)
-            if _possible(state, names):
+            if _is_valid_sequence(state, names):
                 found.append(list(names))
     return found[:count]
 
 
 @lru_cache(maxsize=4)
-def _plan(tasks: tuple[str, ...], length: int, total: int, seed: int) -> tuple[int, list[State], list[tuple[int, int]]]:
+def _sequence_schedule(
+    tasks: tuple[str, ...], length: int, total: int, seed: int
+) -> tuple[int, list[State], list[tuple[int, int]]]:
     """(categories a sequence must have, usable states, for each sequence in order its state and its rank there)."""
-    kinds = min(length, len({TASK_CATEGORIES[task] for task in tasks}))
-    states = [state for state in INITIAL_STATES if _reachable(state, tasks, length, kinds)]
+    num_categories = min(length, len({TASK_CATEGORIES[task] for task in tasks}))
+    states = [state for state in INITIAL_STATES if _sequence_exists(state, tasks, length, num_categories)]
     if not states:
         raise ValueError(
             f"no sequence of {length} of the tasks {', '.join(tasks)} is possible: add tasks or shorten it"
@@ -199,15 +207,17 @@ def _plan(tasks: tuple[str, ...], length: int, total: int, seed: int) -> tuple[i
     shares = [len(part) for part in np.array_split(range(total), len(states))]
     order = [(index, rank) for index, share in enumerate(shares) for rank in range(share)]
     np.random.RandomState(seed).shuffle(order)
-    return kinds, states, order
+    return num_categories, states, order
 
 
 @lru_cache(maxsize=1024)
 def _sequences_for_state(tasks: tuple[str, ...], length: int, total: int, seed: int, index: int) -> list[list[str]]:
-    kinds, states, order = _plan(tasks, length, total, seed)
+    num_categories, states, order = _sequence_schedule(tasks, length, total, seed)
     share = sum(1 for where, _ in order if where == index)
     # Seed 0 is upstream's, which seeds a state with its number.
-    return _draw(states[index], tasks, length, kinds, count=share, seed=index if seed == 0 else [seed, index])
+    return _sample_sequences(
+        states[index], tasks, length, num_categories, count=share, seed=index if seed == 0 else [seed, index]
+    )
 
 
 def get_sequences(
@@ -223,25 +233,25 @@ def get_sequences(
     if not 1 <= length <= min(5, len(vocabulary)):
         raise ValueError(f"length={length}: choose 1 to {min(5, len(vocabulary))} for {len(vocabulary)} task(s)")
     total = max(count, NUM_SEQUENCES)
-    _, states, order = _plan(vocabulary, length, total, seed)
+    _, states, order = _sequence_schedule(vocabulary, length, total, seed)
     return [
         (dict(states[index]), list(_sequences_for_state(vocabulary, length, total, seed, index)[rank]))
         for index, rank in order[:count]
     ]
 
 
-def digest(pairs: list[tuple[State, list[str]]]) -> str:
+def sequences_sha256(pairs: list[tuple[State, list[str]]]) -> str:
     """sha256 of sequences as compact JSON."""
     return hashlib.sha256(
         json.dumps([list(pair) for pair in pairs], sort_keys=True, separators=(",", ":")).encode()
     ).hexdigest()
 
 
-def check_official(pairs: list[tuple[State, list[str]]]) -> None:
+def check_published_sequences(pairs: list[tuple[State, list[str]]]) -> None:
     """Raises RuntimeError where these are not the beginning of the published list: numpy's legacy generator draws
     differently."""
     known = max(count for count in OFFICIAL_SHA256 if count <= len(pairs))
-    if digest(pairs[:known]) != OFFICIAL_SHA256[known]:
+    if sequences_sha256(pairs[:known]) != OFFICIAL_SHA256[known]:
         raise RuntimeError(
             f"the first {known} sequences are not CALVIN's: numpy {np.__version__} draws otherwise, take the one of "
             "requirements-lock.txt"
@@ -264,11 +274,11 @@ def get_env_state_for_initial_condition(condition: State, scene: SceneLayout) ->
     Raises ValueError for a state that has no place for its blocks.
     """
     rng = np.random.RandomState(_fnv1_32(str({key: condition[key] for key in INITIAL_STATES[0]}.values())))
-    table = [list(place) for place in ON_TABLE]
+    table = [list(place) for place in TABLE_POSITIONS]
     if scene.fixtures.button[0] > 0:
         table = [[-x, y, z] for x, y, z in table]
     rng.shuffle(table)
-    places = [condition[f"{colour}_block"] for colour in BLOCK_COLORS]
+    places = [condition[f"{color}_block"] for color in BLOCK_COLORS]
     if any(place not in ("table", *SIDES) for place in places) or not 1 <= places.count("table") <= 2:
         raise ValueError(
             f"no initial poses for blocks at {places}: CALVIN knows one or two on the table, the rest inside"
@@ -278,14 +288,14 @@ def get_env_state_for_initial_condition(condition: State, scene: SceneLayout) ->
     scene_obs[1] = DRAWER_OPEN if condition["drawer"] == "open" else 0.0
     scene_obs[3] = SWITCH_ON if condition["lightbulb"] == 1 else 0.0
     scene_obs[4:6] = condition["lightbulb"], condition["led"]
-    for number, (colour, place) in enumerate(zip(BLOCK_COLORS, places)):
+    for number, (color, place) in enumerate(zip(BLOCK_COLORS, places)):
         if place == "table":
             slot = 1 if number == 2 or (number == 1 and places[0] == "table") else 0
             position = table[slot]
         else:
-            x, y, z = IN_CABINET[place]
+            x, y, z = CABINET_POSITIONS[place]
             position = (scene.fixtures.slide_x0 + x, y, z)
-        row = 6 + 6 * scene.block_names.index(f"block_{colour}")
+        row = 6 + 6 * scene.block_names.index(f"block_{color}")
         scene_obs[row : row + 3] = position
         scene_obs[row + 5] = rng.uniform(np.pi / 2 - np.pi / 8, np.pi / 2 + np.pi / 8)
     return np.array(NEUTRAL_ROBOT_OBS), scene_obs

@@ -21,11 +21,11 @@ BLOCK_COLORS = ("red", "blue", "pink")
 MAX_RESTING_SPEED = 1.0  # m/s and rad/s of a block that counts as stacked
 
 
-def _bodies(contacts: Iterable) -> set[int]:
+def _contact_uids(contacts: Iterable) -> set[int]:
     return {contact[2] for contact in contacts}
 
 
-def _links(contacts: Iterable) -> set[tuple[int, int]]:
+def _contact_links(contacts: Iterable) -> set[tuple[int, int]]:
     return {(contact[2], contact[4]) for contact in contacts}
 
 
@@ -38,10 +38,10 @@ def _table_link(info: Info, link: str) -> tuple[int, int]:
     return table["uid"], table["links"][link]
 
 
-def _euler_of_turn(start: Iterable[float], now: Iterable[float]) -> np.ndarray:
+def _relative_euler_deg(q_start: Iterable[float], q_end: Iterable[float]) -> np.ndarray:
     """Fixed-axis xyz Euler angles in degrees (3,) of the turn between two quaternions xyzw."""
-    x0, y0, z0, w0 = start
-    x1, y1, z1, w1 = now
+    x0, y0, z0, w0 = q_start
+    x1, y1, z1, w1 = q_end
     # product of the later one and the conjugate of the earlier one
     x = -w1 * x0 + x1 * w0 - y1 * z0 + z1 * y0
     y = -w1 * y0 + y1 * w0 - z1 * x0 + x1 * z0
@@ -53,62 +53,64 @@ def _euler_of_turn(start: Iterable[float], now: Iterable[float]) -> np.ndarray:
     return np.degrees([roll, pitch, yaw])
 
 
-def _rotate_object(name: str, degrees: float, start: Info, now: Info) -> bool:
-    before, after = _block(start, name), _block(now, name)
+def _rotate_object(name: str, degrees: float, start_info: Info, end_info: Info) -> bool:
+    before, after = _block(start_info, name), _block(end_info, name)
     if np.linalg.norm(np.subtract(after["current_pos"], before["current_pos"])) > 0.1:
         return False
-    if not _bodies(after["contacts"]) - {start["robot_info"]["uid"]}:
+    if not _contact_uids(after["contacts"]) - {start_info["robot_info"]["uid"]}:
         return False
-    roll, pitch, yaw = _euler_of_turn(before["current_orn"], after["current_orn"])
+    roll, pitch, yaw = _relative_euler_deg(before["current_orn"], after["current_orn"])
     return bool(abs(degrees) < yaw * np.sign(degrees) < 180 and abs(roll) < 30 and abs(pitch) < 30)
 
 
-def _push_object(name: str, metres: float, start: Info, now: Info) -> bool:
-    before, after = _block(start, name), _block(now, name)
-    robot = start["robot_info"]["uid"]
-    resting, still = ({pair for pair in _links(block["contacts"]) if pair[0] != robot} for block in (before, after))
+def _push_object(name: str, metres: float, start_info: Info, end_info: Info) -> bool:
+    before, after = _block(start_info, name), _block(end_info, name)
+    robot = start_info["robot_info"]["uid"]
+    resting, still = (
+        {pair for pair in _contact_links(block["contacts"]) if pair[0] != robot} for block in (before, after)
+    )
     moved = after["current_pos"][0] - before["current_pos"][0]
     return bool(resting and resting <= still and moved * np.sign(metres) > abs(metres))
 
 
-def _lift_object(name: str, metres: float, link: str, start: Info, now: Info) -> bool:
-    before, after = _block(start, name), _block(now, name)
-    robot = start["robot_info"]["uid"]
+def _lift_object(name: str, metres: float, link: str, start_info: Info, end_info: Info) -> bool:
+    before, after = _block(start_info, name), _block(end_info, name)
+    robot = start_info["robot_info"]["uid"]
     return bool(
         after["current_pos"][2] - before["current_pos"][2] > metres
-        and robot not in _bodies(before["contacts"])
-        and _bodies(after["contacts"]) == {robot}
-        and _table_link(start, link) in _links(before["contacts"])
+        and robot not in _contact_uids(before["contacts"])
+        and _contact_uids(after["contacts"]) == {robot}
+        and _table_link(start_info, link) in _contact_links(before["contacts"])
     )
 
 
-def _place_object(link: str, start: Info, now: Info) -> bool:
-    robot = start["robot_info"]["uid"]
-    touched = _bodies(start["robot_info"]["contacts"])
-    for name, block in start["scene_info"]["movable_objects"].items():
-        if touched == {block["uid"]} and _bodies(block["contacts"]) == {robot}:
-            let_go = block["uid"] not in _bodies(now["robot_info"]["contacts"])
-            return let_go and _table_link(now, link) in _links(_block(now, name)["contacts"])
+def _place_object(link: str, start_info: Info, end_info: Info) -> bool:
+    robot = start_info["robot_info"]["uid"]
+    touched = _contact_uids(start_info["robot_info"]["contacts"])
+    for name, block in start_info["scene_info"]["movable_objects"].items():
+        if touched == {block["uid"]} and _contact_uids(block["contacts"]) == {robot}:
+            let_go = block["uid"] not in _contact_uids(end_info["robot_info"]["contacts"])
+            return let_go and _table_link(end_info, link) in _contact_links(_block(end_info, name)["contacts"])
     return False
 
 
-def _push_object_into(source: str, target: str, start: Info, now: Info) -> bool:
+def _push_object_into(source: str, target: str, start_info: Info, end_info: Info) -> bool:
     # CALVIN also means to ask that the robot has let go at the end, but compares a uid with pairs: it never acts.
     return any(
-        _links(block["contacts"]) == {_table_link(start, source)}
-        and _table_link(now, target) in _links(_block(now, name)["contacts"])
-        for name, block in start["scene_info"]["movable_objects"].items()
+        _contact_links(block["contacts"]) == {_table_link(start_info, source)}
+        and _table_link(end_info, target) in _contact_links(_block(end_info, name)["contacts"])
+        for name, block in start_info["scene_info"]["movable_objects"].items()
     )
 
 
-def _move_door_rel(joint: str, metres: float, start: Info, now: Info) -> bool:
-    doors = start["scene_info"]["doors"], now["scene_info"]["doors"]
+def _move_door_rel(joint: str, metres: float, start_info: Info, end_info: Info) -> bool:
+    doors = start_info["scene_info"]["doors"], end_info["scene_info"]["doors"]
     moved = float(doors[1][joint]["current_state"]) - float(doors[0][joint]["current_state"])
     return moved * np.sign(metres) > abs(metres)
 
 
-def _toggle_light(light: str, before: int, after: int, start: Info, now: Info) -> bool:
-    lights = start["scene_info"]["lights"], now["scene_info"]["lights"]
+def _toggle_light(light: str, before: int, after: int, start_info: Info, end_info: Info) -> bool:
+    lights = start_info["scene_info"]["lights"], end_info["scene_info"]["lights"]
     return lights[0][light]["logical_state"] == before and lights[1][light]["logical_state"] == after
 
 
@@ -118,34 +120,34 @@ def _at_rest(block: Info) -> bool:
 
 
 def _on_blocks_only(block: Info, uids: set[int]) -> bool:
-    bodies = _bodies(block["contacts"])
+    bodies = _contact_uids(block["contacts"])
     return bool(bodies) and bodies <= uids and _at_rest(block)
 
 
-def _stack_objects(sign: int, start: Info, now: Info) -> bool:
+def _stack_objects(sign: int, start_info: Info, end_info: Info) -> bool:
     """sign 1: a block that touched no block rests on blocks alone; -1: the reverse in time."""
-    before, after = (start, now) if sign > 0 else (now, start)
-    uids = {block["uid"] for block in start["scene_info"]["movable_objects"].values()}
+    before, after = (start_info, end_info) if sign > 0 else (end_info, start_info)
+    uids = {block["uid"] for block in start_info["scene_info"]["movable_objects"].values()}
     return any(
-        not _bodies(_block(before, name)["contacts"]) & uids and _on_blocks_only(_block(after, name), uids)
-        for name in start["scene_info"]["movable_objects"]
+        not _contact_uids(_block(before, name)["contacts"]) & uids and _on_blocks_only(_block(after, name), uids)
+        for name in start_info["scene_info"]["movable_objects"]
     )
 
 
-def _table() -> dict[str, tuple[str, Predicate]]:
+def _build_tasks() -> dict[str, tuple[str, Predicate]]:
     """Task -> (sentence, predicate), in the order of CALVIN's configuration."""
     rows: dict[str, tuple[str, Predicate]] = {}
-    for colour in BLOCK_COLORS:
+    for color in BLOCK_COLORS:
         for side, degrees in (("right", -60.0), ("left", 60.0)):
-            rows[f"rotate_{colour}_block_{side}"] = (
-                f"take the {colour} block and rotate it to the {side}",
-                partial(_rotate_object, f"block_{colour}", degrees),
+            rows[f"rotate_{color}_block_{side}"] = (
+                f"take the {color} block and rotate it to the {side}",
+                partial(_rotate_object, f"block_{color}", degrees),
             )
-    for colour in BLOCK_COLORS:
+    for color in BLOCK_COLORS:
         for side, metres in (("right", 0.1), ("left", -0.1)):
-            rows[f"push_{colour}_block_{side}"] = (
-                f"go push the {colour} block {side}",
-                partial(_push_object, f"block_{colour}", metres),
+            rows[f"push_{color}_block_{side}"] = (
+                f"go push the {color} block {side}",
+                partial(_push_object, f"block_{color}", metres),
             )
     rows["move_slider_left"] = ("push the sliding door to the left side", partial(_move_door_rel, "base__slide", 0.15))
     rows["move_slider_right"] = (
@@ -154,14 +156,14 @@ def _table() -> dict[str, tuple[str, Predicate]]:
     )
     rows["open_drawer"] = ("pull the handle to open the drawer", partial(_move_door_rel, "base__drawer", 0.12))
     rows["close_drawer"] = ("push the handle to close the drawer", partial(_move_door_rel, "base__drawer", -0.12))
-    for colour in BLOCK_COLORS:
+    for color in BLOCK_COLORS:
         for place, metres, link, sentence in (
-            ("table", 0.05, "base_link", f"grasp and lift the {colour} block"),
-            ("slider", 0.03, "plank_link", f"lift the {colour} block from the sliding cabinet"),
-            ("drawer", 0.05, "drawer_link", f"Take the {colour} block from the drawer"),
+            ("table", 0.05, "base_link", f"grasp and lift the {color} block"),
+            ("slider", 0.03, "plank_link", f"lift the {color} block from the sliding cabinet"),
+            ("drawer", 0.05, "drawer_link", f"Take the {color} block from the drawer"),
         ):
-            predicate = partial(_lift_object, f"block_{colour}", metres, link)
-            rows[f"lift_{colour}_block_{place}"] = (sentence, predicate)
+            predicate = partial(_lift_object, f"block_{color}", metres, link)
+            rows[f"lift_{color}_block_{place}"] = (sentence, predicate)
     rows["place_in_slider"] = ("store the grasped block in the sliding cabinet", partial(_place_object, "plank_link"))
     rows["place_in_drawer"] = ("store the grasped block in the drawer", partial(_place_object, "drawer_link"))
     rows["stack_block"] = ("stack the grasped block", partial(_stack_objects, 1))
@@ -180,11 +182,15 @@ def _table() -> dict[str, tuple[str, Predicate]]:
     return rows
 
 
-_ROWS = _table()
-TASKS: tuple[str, ...] = tuple(_ROWS)
-INSTRUCTIONS: dict[str, str] = {task: sentence for task, (sentence, _) in _ROWS.items()}
-TABLE_LIFT_TASKS: tuple[str, ...] = tuple(f"lift_{colour}_block_table" for colour in BLOCK_COLORS)
-HELD_BLOCK_TASKS: tuple[str, ...] = ("place_in_slider", "place_in_drawer", "stack_block")  # start with a block in the hand
+_TASK_SPECS = _build_tasks()
+TASKS: tuple[str, ...] = tuple(_TASK_SPECS)
+INSTRUCTIONS: dict[str, str] = {task: sentence for task, (sentence, _) in _TASK_SPECS.items()}
+TABLE_LIFT_TASKS: tuple[str, ...] = tuple(f"lift_{color}_block_table" for color in BLOCK_COLORS)
+HELD_BLOCK_TASKS: tuple[str, ...] = (
+    "place_in_slider",
+    "place_in_drawer",
+    "stack_block",
+)  # start with a block in the hand
 ELEVEN: tuple[str, ...] = (
     *("open_drawer", "close_drawer", "move_slider_left", "move_slider_right"),
     *("turn_on_lightbulb", "turn_off_lightbulb", "turn_on_led", "turn_off_led"),
@@ -222,7 +228,7 @@ def resolve_tasks(value: str | Iterable[str]) -> tuple[str, ...]:
     return tasks
 
 
-def check_success(task: str, start: Info, now: Info) -> bool:
+def check_success(task: str, start_info: Info, end_info: Info) -> bool:
     """CALVIN's oracle: was `task` carried out between the two infos? Raises ValueError for an unknown task."""
     check_tasks((task,))
-    return bool(_ROWS[task][1](start, now))
+    return bool(_TASK_SPECS[task][1](start_info, end_info))

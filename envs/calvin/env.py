@@ -43,15 +43,15 @@ class CalvinEnv:
         self._bullet, package = simulator.import_calvin_env()
         self._version = simulator.version(package)
         self._renderer = simulator.choose_renderer(renderer)
-        folder = simulator.root(package)
-        self._config = simulator.configuration(
+        folder = simulator.checkout_root(package)
+        self._config = simulator.make_config(
             folder, scene, static_size=static_size, gripper_size=gripper_size, egl=self._renderer.egl
         )
-        self._oracle = simulator.oracle(folder)
+        self._task_oracle = simulator.make_task_oracle(folder)
         self._rng = np.random.default_rng(seed)
         self._sim: Any = None
         self._connect()
-        self._reference = self._draw_reference()
+        self._reference_hash = self._render_reference_hash()
 
     def _connect(self) -> None:
         if self._sim is not None:
@@ -73,14 +73,14 @@ class CalvinEnv:
         if tuple(self._uids) != self.scene.block_names:
             raise simulator.CalvinError(
                 f"calvin_env's scene {self.scene.name} lists the blocks {', '.join(self._uids)}, not "
-                f"{', '.join(self.scene.block_names)}: it is not the published one; {simulator.STEPS}"
+                f"{', '.join(self.scene.block_names)}: it is not the published one; {simulator.INSTALL_HINT}"
             )
 
-    def _draw_reference(self) -> str:
+    def _render_reference_hash(self) -> str:
         """Hash of one pair of pictures: the same where renderer, assets and cameras are."""
         self.reset(dict(REFERENCE_STATE))
-        pictures = self.get_obs()["rgb_obs"]
-        return hashlib.sha256(b"".join(picture.tobytes() for picture in pictures.values())).hexdigest()[:16]
+        images = self.get_obs()["rgb_obs"]
+        return hashlib.sha256(b"".join(picture.tobytes() for picture in images.values())).hexdigest()[:16]
 
     # ---- readings, see `envs.protocol`
 
@@ -147,7 +147,7 @@ class CalvinEnv:
         scene_obs = None if scene_obs is None else as_vector("scene_obs", scene_obs, 24)
         self._load()
         self._sim.robot.gripper_action = 1 if robot_obs[14] > 0 else -1
-        return _vectors(self._sim.reset(robot_obs=robot_obs, scene_obs=scene_obs))
+        return _state_obs(self._sim.reset(robot_obs=robot_obs, scene_obs=scene_obs))
 
     def _load(self) -> None:
         if self._loads == MAX_LOADS_PER_CONNECTION:
@@ -167,14 +167,14 @@ class CalvinEnv:
         action = as_vector("action", action, 7)
         action[6] = 1.0 if action[6] > 0 else -1.0
         observation, _, _, info = self._sim.step(action)
-        return (self.get_obs() if render else _vectors(observation)), info
+        return (self.get_obs() if render else _state_obs(observation)), info
 
     def get_obs(self) -> dict:
         """The present observation with pictures: uint8 RGB `rgb_static` and `rgb_gripper` under `rgb_obs`."""
-        pictures = {
+        images = {
             f"rgb_{camera.name}": np.ascontiguousarray(camera.render()[0], dtype=np.uint8) for camera in self._cameras
         }
-        return {"rgb_obs": pictures, **self._sim.get_state_obs()}
+        return {"rgb_obs": images, **self._sim.get_state_obs()}
 
     def get_info(self) -> dict[str, Any]:
         """CALVIN's privileged info, which the oracle compares between two moments."""
@@ -189,17 +189,17 @@ class CalvinEnv:
         CALVIN's."""
         pairs = sequences.get_sequences(count, tasks=tasks, length=length, seed=seed)
         if tuple(tasks or TASKS) == TASKS and length == 5 and seed == 0:
-            sequences.check_official(pairs)
+            sequences.check_published_sequences(pairs)
         return pairs
 
     def instruction(self, task: str) -> str:
         """The sentence that stands for a task in an evaluation."""
         return tasks.INSTRUCTIONS[tasks.check_tasks([task])[0]]
 
-    def check_success(self, task: str, start: dict, now: dict) -> bool:
+    def check_success(self, task: str, start_info: dict, end_info: dict) -> bool:
         """CALVIN's own oracle: was `task` carried out between two infos?"""
         tasks.check_tasks([task])
-        return bool(self._oracle.get_task_info_for_set(start, now, {task}))
+        return bool(self._task_oracle.get_task_info_for_set(start_info, end_info, {task}))
 
     def expert(self, seed: int = 0) -> expert.ScriptedExpert:
         """A scripted expert that reads this environment's state."""
@@ -210,7 +210,7 @@ class CalvinEnv:
         return {
             "simulator": self._version,
             "renderer": self._renderer.name,
-            "reference_frame": self._reference,
+            "reference_frame": self._reference_hash,
             "python": platform.python_version(),
         }
 
@@ -228,5 +228,5 @@ class CalvinEnv:
 TabletopEnv = PlayTableEnv | CalvinEnv  # what demonstrations are recorded in
 
 
-def _vectors(observation: dict) -> dict:
+def _state_obs(observation: dict) -> dict:
     return {key: observation[key] for key in ("robot_obs", "scene_obs")}

@@ -26,11 +26,11 @@ import hydra
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
-STEPS = 'README.md, "Real CALVIN", has the steps'
+INSTALL_HINT = 'README.md, "Real CALVIN", has the steps'
 RENDERERS = ("auto", "egl", "cpu")
-SOFTWARE = ("llvmpipe", "softpipe", "swrast", "swr")  # what Mesa calls its renderers that use no GPU
-PROBE_SECONDS = 120
-PROBE = """
+SOFTWARE_RENDERERS = ("llvmpipe", "softpipe", "swrast", "swr")  # what Mesa calls its renderers that use no GPU
+EGL_PROBE_TIMEOUT = 120
+EGL_PROBE = """
 import importlib.util, sys, pybullet
 pybullet.connect(pybullet.DIRECT)
 found = importlib.util.find_spec("eglRenderer")
@@ -55,7 +55,7 @@ class RendererChoice(NamedTuple):
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
+def suppress_output() -> Iterator[None]:
     """pybullet, its EGL plugin and calvin_env chatter on stdout and stderr, in part from C; errors are raised all the
     same."""
     c_library = ctypes.CDLL(None)
@@ -78,7 +78,7 @@ def quiet() -> Iterator[None]:
             os.close(descriptor)
 
 
-def _gymnasium_for_gym() -> None:
+def _alias_gym_to_gymnasium() -> None:
     """calvin_env asks for gym, which nobody maintains; its successor has all that is used."""
     if importlib.util.find_spec("gym") is None:
         for name in ("", ".utils", ".utils.seeding"):
@@ -88,31 +88,31 @@ def _gymnasium_for_gym() -> None:
 def import_calvin_env() -> tuple[ModuleType, ModuleType]:
     """The modules pybullet and calvin_env. Raises CalvinError, in one line, where they or their parts are absent."""
     try:
-        with quiet():
-            _gymnasium_for_gym()
+        with suppress_output():
+            _alias_gym_to_gymnasium()
             pybullet, package = importlib.import_module("pybullet"), importlib.import_module("calvin_env")
             importlib.import_module("calvin_env.envs.play_table_env")
     except ImportError as error:
-        raise CalvinError(f"CALVIN's simulator is not installed ({error}): {STEPS}") from error
+        raise CalvinError(f"CALVIN's simulator is not installed ({error}): {INSTALL_HINT}") from error
     if getattr(package, "__file__", None) is None:
         raise CalvinError(
             f"the folder {next(iter(package.__path__))} hides the installed calvin_env: keep the clone out of the "
             "folder where programs start"
         )
-    if not (root(package) / "conf" / "scene").is_dir():
+    if not (checkout_root(package) / "conf" / "scene").is_dir():
         raise CalvinError(
-            f"calvin_env in {root(package)} is without its folders conf/ and data/, install a clone with pip install "
-            f"-e: {STEPS}"
+            f"calvin_env in {checkout_root(package)} is without its folders conf/ and data/, install a clone with pip install "
+            f"-e: {INSTALL_HINT}"
         )
     return pybullet, package
 
 
-def root(package: ModuleType) -> Path:
+def checkout_root(package: ModuleType) -> Path:
     """The checkout that holds calvin_env/, conf/ and data/."""
     return Path(package.__file__).resolve().parents[1]
 
 
-def configuration(folder: Path, scene: str, *, static_size: int, gripper_size: int, egl: bool) -> DictConfig:
+def make_config(folder: Path, scene: str, *, static_size: int, gripper_size: int, egl: bool) -> DictConfig:
     """calvin_env's own configuration of the dataset's robot, scene "A" to "D" and the two cameras of a policy."""
     conf = folder / "conf"
     robot = OmegaConf.merge(
@@ -120,10 +120,7 @@ def configuration(folder: Path, scene: str, *, static_size: int, gripper_size: i
         OmegaConf.load(conf / "robot" / "panda_longer_finger.yaml"),
     )
     del robot["defaults"]
-    cameras = {
-        name: OmegaConf.load(conf / "cameras" / "cameras" / f"{name}.yaml")
-        for name in ("static", "gripper")
-    }
+    cameras = {name: OmegaConf.load(conf / "cameras" / "cameras" / f"{name}.yaml") for name in ("static", "gripper")}
     for name, size in (("static", static_size), ("gripper", gripper_size)):
         cameras[name].width = cameras[name].height = size
     env = OmegaConf.load(conf / "env" / "play_table_env.yaml")
@@ -145,12 +142,12 @@ def configuration(folder: Path, scene: str, *, static_size: int, gripper_size: i
 def create_simulator(config: DictConfig, seed: int) -> Any:
     """A new simulator. Raises CalvinError where it does not start or another one lives in this process."""
     try:
-        with quiet():
+        with suppress_output():
             simulator = hydra.utils.instantiate(config.env, seed=seed)
             for camera in simulator.cameras if config.env.use_egl else ():
                 camera.render()  # EGL says hello at its first picture
     except HydraException as error:
-        raise CalvinError(f"calvin_env does not start ({error.__cause__ or error}): {STEPS}") from error
+        raise CalvinError(f"calvin_env does not start ({error.__cause__ or error}): {INSTALL_HINT}") from error
     if simulator.cid != 0:
         close_simulator(simulator)
         raise CalvinError("calvin_env serves one world in a process: close the other one first")
@@ -159,12 +156,12 @@ def create_simulator(config: DictConfig, seed: int) -> Any:
 
 def close_simulator(simulator: Any) -> None:
     """End a simulator, and see to it that its destructor does not end the next one."""
-    with quiet():
+    with suppress_output():
         simulator.p.disconnect(physicsClientId=simulator.cid)
     simulator.close = lambda: None
 
 
-def oracle(folder: Path) -> Any:
+def make_task_oracle(folder: Path) -> Any:
     """CALVIN's `Tasks`, which compares two infos."""
     return hydra.utils.instantiate(OmegaConf.load(folder / "conf" / "tasks" / "new_playtable_tasks.yaml"))
 
@@ -174,28 +171,30 @@ def version(package: ModuleType) -> str:
     git, too)."""
     git = importlib.import_module("git")
     try:
-        commit = git.Repo(root(package)).head.commit.hexsha
+        commit = git.Repo(checkout_root(package)).head.commit.hexsha
     except (git.exc.GitError, ValueError) as error:
-        raise CalvinError(f"calvin_env in {root(package)} is no readable git checkout ({error!r}): {STEPS}") from error
+        raise CalvinError(
+            f"calvin_env in {checkout_root(package)} is no readable git checkout ({error!r}): {INSTALL_HINT}"
+        ) from error
     return f"calvin_env {commit[:12]}, pybullet {importlib.metadata.version('pybullet')}, numpy {importlib.metadata.version('numpy')}"
 
 
-def choose_renderer(wish: str) -> RendererChoice:
+def choose_renderer(requested: str) -> RendererChoice:
     """ "egl" or "cpu" as wished; "auto" is EGL where it renders on a GPU. Raises CalvinError where a wished EGL does
     not start."""
-    if wish not in RENDERERS:
-        raise ValueError(f"renderer={wish}: choose one of {', '.join(RENDERERS)}")
+    if requested not in RENDERERS:
+        raise ValueError(f"renderer={requested}: choose one of {', '.join(RENDERERS)}")
     cpu = RendererChoice(False, "pybullet TinyRenderer (CPU)")
-    if wish == "cpu":
+    if requested == "cpu":
         return cpu
     try:
         device = egl_device()
     except CalvinError as error:
-        if wish == "egl":
+        if requested == "egl":
             raise
         log.warning("%s; pictures come from TinyRenderer", error)
         return cpu
-    if wish == "auto" and any(name in device.lower() for name in SOFTWARE):
+    if requested == "auto" and any(name in device.lower() for name in SOFTWARE_RENDERERS):
         log.warning(
             "EGL finds no GPU here: pictures come from TinyRenderer, whose look differs from CALVIN's dataset "
             "(renderer=egl takes Mesa)"
@@ -212,16 +211,16 @@ def egl_device() -> str:
     settings = {**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
     try:
         done = subprocess.run(
-            [sys.executable, "-c", PROBE],
+            [sys.executable, "-c", EGL_PROBE],
             capture_output=True,
             text=True,
             errors="replace",
-            timeout=PROBE_SECONDS,
+            timeout=EGL_PROBE_TIMEOUT,
             env=settings,
             check=False,
         )
     except subprocess.TimeoutExpired as error:
-        raise CalvinError(f"EGL did not answer within {PROBE_SECONDS} s") from error
+        raise CalvinError(f"EGL did not answer within {EGL_PROBE_TIMEOUT} s") from error
     found = dict(re.findall(r"^(GL_RENDERER|GL_VERSION)=(.*)$", done.stdout, re.MULTILINE))
     if done.returncode or len(found) < 2:
         last = (done.stderr.strip().splitlines() or ["it says nothing"])[-1]

@@ -12,30 +12,30 @@ import numpy as np
 
 from envs.expert.motions import (
     FORWARD,
+    FRONT_LIMIT_Y,
     MAX_TRACKING_ERROR,
-    NEAR_FRONT,
     YAW_RANGE,
     ActionStream,
     MotionBlocked,
     MotionPrimitives,
-    backwards,
-    comfortable_yaw,
+    align_yaw,
     gripper_euler,
-    lean,
-    straightened,
+    nearest_valid_yaw,
+    retreat_axis,
+    safe_tilt,
 )
 from envs.protocol import MAX_REL_POS, PrivilegedState
 from envs.tasks import HELD_BLOCK_TASKS, TABLE_LIFT_TASKS, check_tasks
 
-PATIENCE = 12  # steps to stand still after a plan before it is tried again
-TURN = np.radians(76)  # a rotation counts from 60 degrees
-ENOUGH = np.radians(64)  # of it in one hold
-PUSH = 0.135  # m, a push counts from 0.1
+SETTLE_STEPS = 12  # steps to stand still after a plan before it is tried again
+ROTATE_ANGLE = np.radians(76)  # a rotation counts from 60 degrees
+MIN_HOLD_ANGLE = np.radians(64)  # of it in one hold
+PUSH_DISTANCE = 0.135  # m, a push counts from 0.1
 DRAWER_REACH = 0.13  # m to both sides of the drawer's middle from where a block falls into it
 HALF_OPEN = 0.066  # m from the middle of an open hand to the outside of a finger
 DOOR_WIDTH = 0.28
-UP_SLOPE = np.array([0.0, 0.5, 0.866])  # the way of the switch, up the slanted front
-OUT_OF_SLOPE = np.array([0.0, -0.866, 0.5])
+UP_FRONT_AXIS = np.array([0.0, 0.5, 0.866])  # the way of the switch, up the slanted front
+OUT_OF_FRONT_AXIS = np.array([0.0, -0.866, 0.5])
 CABINET_TILT = 0.45  # fingers before the slanted front
 REACHING_TILT = (0.85, 0.7, 0.95)  # fingers inside the cabinet, the wide hand outside; one a trial
 
@@ -59,9 +59,9 @@ class ScriptedExpert(MotionPrimitives):
 
     def __init__(self, state: PrivilegedState, seed: int = 0) -> None:
         super().__init__(state, np.random.default_rng(seed))
-        self._plan: ActionStream = iter(())
+        self._actions: ActionStream = iter(())
         self._task = ""
-        self._trial = 0
+        self._attempt = 0
         self._last_held: str | None = None
 
     def reset(self, task: str) -> None:
@@ -69,37 +69,37 @@ class ScriptedExpert(MotionPrimitives):
         check_tasks((task,))
         self._task = task
         self.gripper_action = self.state.gripper_action()
-        self._pace = 0.0
-        self.cruise = float(self.rng.uniform(0.55, 0.85))
+        self._speed = 0.0
+        self.cruise_speed = float(self.rng.uniform(0.55, 0.85))
         self._last_held = self.held_block()
-        self._trial = 0
-        self._plan = self._trials(task)
+        self._attempt = 0
+        self._actions = self._attempts(task)
 
     def act(self) -> np.ndarray:
         """The next clean action (7,), float64, each entry in [-1, 1], gripper -1 or 1."""
         if not self._task:
             raise RuntimeError("the expert has no task: call reset(task) first")
-        return next(self._plan)
+        return next(self._actions)
 
-    def _trials(self, task: str) -> Iterator[np.ndarray]:
+    def _attempts(self, task: str) -> Iterator[np.ndarray]:
         if task not in HELD_BLOCK_TASKS and self.held_block() is not None:
             yield from self.release()
-        yield from self.withdraw(block_of(task) if task in TABLE_LIFT_TASKS else None)
+        yield from self.retreat(block_of(task) if task in TABLE_LIFT_TASKS else None)
         while True:
             try:
-                yield from self._method(task)()
-                yield from self.wait(PATIENCE)
+                yield from self._skill(task)()
+                yield from self.wait(SETTLE_STEPS)
             except MotionBlocked:
                 yield from self.sync_target()
                 yield from self.move_to(self.state.target_pose()[0] + [0, -0.05, 0.05], push_on=True, max_steps=20)
-            self._trial += 1
+            self._attempt += 1
 
-    def _method(self, task: str) -> Callable[[], ActionStream]:
+    def _skill(self, task: str) -> Callable[[], ActionStream]:
         words = task.split("_")
         if words[0] == "lift":
             return lambda: self.lift(block_of(task), words[3])
         if words[0] == "rotate":
-            return lambda: self.rotate(block_of(task), TURN if words[3] == "left" else -TURN)
+            return lambda: self.rotate(block_of(task), ROTATE_ANGLE if words[3] == "left" else -ROTATE_ANGLE)
         if words[0] == "push" and words[2] == "block":
             return lambda: self.push(block_of(task), 1 if words[3] == "right" else -1)
         return {
@@ -113,7 +113,7 @@ class ScriptedExpert(MotionPrimitives):
 
     def open_drawer(self) -> ActionStream:
         bar = -0.212 - self.state.joint_position("base__drawer")
-        x, euler = self.state.fixtures.drawer_x + self._off(0.05), gripper_euler(tilt=0.2)
+        x, euler = self.state.fixtures.drawer_x + self._jitter(0.05), gripper_euler(tilt=0.2)
         yield from self.move_above(x, bar, euler, height=0.55, gripper_action=-1)
         yield from self.move_to([x, bar, 0.375], euler, speed=0.85, no_noise=True)
         yield from self.move_to(
@@ -122,22 +122,22 @@ class ScriptedExpert(MotionPrimitives):
 
     def close_drawer(self) -> ActionStream:
         front = -0.32 - self.state.joint_position("base__drawer")
-        x, euler = self.state.fixtures.drawer_x + self._off(0.05), gripper_euler()
+        x, euler = self.state.fixtures.drawer_x + self._jitter(0.05), gripper_euler()
         yield from self.move_above(x, front, euler, height=0.55, gripper_action=-1)
         yield from self.move_to([x, front, 0.37], euler, speed=0.85, no_stop=True)
         yield from self.move_to([x, -0.235, 0.37], euler, speed=0.8, push_on=True)
 
     def slide(self, *, left: bool) -> ActionStream:
-        handle = self.handle()
-        end = self.handle(self.state.joint_limit("base__slide") if left else 0.0)
+        handle_x = self.handle_x()
+        end = self.handle_x(self.state.joint_limit("base__slide") if left else 0.0)
         side = 0.052 if left else -0.052
         euler = gripper_euler(tilt=CABINET_TILT)
-        yield from self.move_above(handle + side, -0.12, euler, gripper_action=-1)
-        yield from self.move_to([handle + side, -0.09, 0.53], euler, no_stop=True)
-        yield from self.move_to([handle + side, -0.005, 0.515], euler, speed=0.8, no_noise=True)
+        yield from self.move_above(handle_x + side, -0.12, euler, gripper_action=-1)
+        yield from self.move_to([handle_x + side, -0.09, 0.53], euler, no_stop=True)
+        yield from self.move_to([handle_x + side, -0.005, 0.515], euler, speed=0.8, no_noise=True)
         yield from self.move_to([end + side * 0.3, -0.005, 0.515], euler, speed=0.8, push_on=True)
 
-    def handle(self, reading: float | None = None) -> float:
+    def handle_x(self, reading: float | None = None) -> float:
         """Where the door's handle stands along x, now or at a reading of the door."""
         return (
             self.state.fixtures.slide_x0
@@ -147,32 +147,32 @@ class ScriptedExpert(MotionPrimitives):
 
     def turn_on_lightbulb(self) -> ActionStream:
         bar, euler = self._switch_bar(), gripper_euler(tilt=0.9)
-        low = bar - 0.055 * UP_SLOPE
+        low = bar - 0.055 * UP_FRONT_AXIS
         yield from self.move_above(bar[0], -0.13, gripper_euler(tilt=0.45), gripper_action=-1)
-        yield from self.move_to(low + 0.10 * OUT_OF_SLOPE, euler, no_stop=True)
+        yield from self.move_to(low + 0.10 * OUT_OF_FRONT_AXIS, euler, no_stop=True)
         yield from self.move_to(low, euler, speed=0.8, no_noise=True)
-        yield from self.move_to(low + 0.12 * UP_SLOPE, euler, speed=0.8, push_on=True)
+        yield from self.move_to(low + 0.12 * UP_FRONT_AXIS, euler, speed=0.8, push_on=True)
 
     def turn_off_lightbulb(self) -> ActionStream:
         bar, euler = self._switch_bar(), gripper_euler(tilt=0.5)
-        high = bar + 0.055 * UP_SLOPE
+        high = bar + 0.055 * UP_FRONT_AXIS
         yield from self.move_above(bar[0], -0.08, euler, height=0.66, gripper_action=-1)
-        yield from self.move_to(high + 0.06 * OUT_OF_SLOPE + 0.03 * UP_SLOPE, euler, no_stop=True)
+        yield from self.move_to(high + 0.06 * OUT_OF_FRONT_AXIS + 0.03 * UP_FRONT_AXIS, euler, no_stop=True)
         yield from self.move_to(high, euler, speed=0.8, no_noise=True)
-        yield from self.move_to(high - 0.13 * UP_SLOPE, euler, speed=0.8, push_on=True)
+        yield from self.move_to(high - 0.13 * UP_FRONT_AXIS, euler, speed=0.8, push_on=True)
 
     def press_button(self) -> ActionStream:
         x, y, _ = self.state.fixtures.button
-        x, y = x + self._off(0.01), y + self._off(0.01)
+        x, y = x + self._jitter(0.01), y + self._jitter(0.01)
         yield from self.move_above(x, y, gripper_euler(), height=0.56, gripper_action=-1)
         yield from self.move_to([x, y, 0.46], gripper_euler(), speed=0.8, push_on=True, max_steps=25)
         yield from self.move_to([x, y, 0.54], gripper_euler(), no_stop=True)
 
     def _switch_bar(self) -> np.ndarray:
-        x = self.state.fixtures.switch_x + self._off(0.02)
-        return np.array([x, 0.023, 0.525]) + UP_SLOPE * self.state.joint_position("base__switch")
+        x = self.state.fixtures.switch_x + self._jitter(0.02)
+        return np.array([x, 0.023, 0.525]) + UP_FRONT_AXIS * self.state.joint_position("base__switch")
 
-    def _off(self, reach: float) -> float:
+    def _jitter(self, reach: float) -> float:
         return float(self.rng.uniform(-reach, reach))
 
     def _free_slider(self) -> ActionStream:
@@ -194,9 +194,9 @@ class ScriptedExpert(MotionPrimitives):
             yield from self._free_drawer()
         if place == "slider":
             # Straight in, for the wide hand's sake.
-            yaw = straightened(self.easy_yaw(block), 0.3)
-            tilt = REACHING_TILT[self._trial % len(REACHING_TILT)]
-            yield from self.grasp(block, tilt=tilt, yaw=yaw, offset=(self._inwards(block), 0.0, 0.004))
+            yaw = align_yaw(self.best_grasp_yaw(block), 0.3)
+            tilt = REACHING_TILT[self._attempt % len(REACHING_TILT)]
+            yield from self.grasp(block, tilt=tilt, yaw=yaw, offset=(self._cabinet_shift(block), 0.0, 0.004))
         else:
             free = place == "table"
             height = float(self.rng.uniform(-0.004, 0.008)) if free else 0.0
@@ -208,16 +208,16 @@ class ScriptedExpert(MotionPrimitives):
             yield from self.move_to(start + [0, -0.04, 0.07], speed=0.7, no_stop=True)
             yield from self.move_to(start + [0, -0.16, 0.14], speed=0.8)
         else:
-            away = -0.06 if place == "table" and start[1] > NEAR_FRONT else 0.0
+            away = -0.06 if place == "table" and start[1] > FRONT_LIMIT_Y else 0.0
             yield from self.move_to(start + [0, away, 0.14], speed=0.7)
 
-    def _inwards(self, block: str) -> float:
+    def _cabinet_shift(self, block: str) -> float:
         """Shift along x that keeps open fingers off the walls and the door beside a block in the cabinet."""
         x = self.state.block_pose(block)[0][0]
-        low, high = self._opening()
+        low, high = self._cabinet_opening()
         return float(np.clip(np.clip(x, low + HALF_OPEN, high - HALF_OPEN) - x, -0.013, 0.013))
 
-    def _opening(self) -> tuple[float, float]:
+    def _cabinet_opening(self) -> tuple[float, float]:
         """The part of the cabinet (x from, x to) that the door leaves open."""
         left, right = self.state.fixtures.plank_x
         door = self.state.fixtures.slide_x0 - self.state.joint_position("base__slide")
@@ -228,11 +228,11 @@ class ScriptedExpert(MotionPrimitives):
     def rotate(self, block: str, angle: float) -> ActionStream:
         """Turn a block about the vertical, in several holds where the wrist's range asks for it."""
         for _ in range(3):
-            yaw, turn = self._best_hold(block, angle)
+            yaw, turn = self._best_rotation_grasp(block, angle)
             yield from self.grasp(block, yaw=yaw)
             at = self.state.target_pose()[0]
             # Towards the robot, where the wide hand has room to turn; the oracle allows 0.1 m.
-            at[1] -= np.clip(at[1] - NEAR_FRONT - 0.02, 0.0, 0.08)
+            at[1] -= np.clip(at[1] - FRONT_LIMIT_Y - 0.02, 0.0, 0.08)
             # Off the table, so that the turn counts when the block is let go: a touched block cannot be lifted next.
             at[2] += 0.01
             yield from self.move_to(self.state.target_pose()[0] + [0, 0, 0.01], no_noise=True)
@@ -244,51 +244,51 @@ class ScriptedExpert(MotionPrimitives):
             if abs(angle) < 0.03:
                 return
 
-    def _best_hold(self, block: str, angle: float) -> tuple[float, float]:
+    def _best_rotation_grasp(self, block: str, angle: float) -> tuple[float, float]:
         """(yaw of the hand, the turn that it can make from there): all of it from a comfortable yaw, or the most."""
         holds = []
         for period in range(-3, 4):
             for yaw in (base + period * np.pi for base in self.grasp_yaws(block)):
                 if YAW_RANGE[0] < yaw < YAW_RANGE[1]:
                     holds.append((float(yaw), float(np.clip(yaw + angle, *YAW_RANGE) - yaw)))
-        whole = [hold for hold in holds if abs(hold[1]) > min(abs(angle) - 0.03, ENOUGH)]
+        whole = [hold for hold in holds if abs(hold[1]) > min(abs(angle) - 0.03, MIN_HOLD_ANGLE)]
         if whole:
             # Near the front the first half must be easy: the block is drawn away while it turns.
-            near = self.state.block_pose(block)[0][1] > NEAR_FRONT + 0.02
+            near = self.state.block_pose(block)[0][1] > FRONT_LIMIT_Y + 0.02
             return min(whole, key=lambda hold: max(abs(hold[0] - FORWARD), 0.0 if near else abs(sum(hold) - FORWARD)))
         return max(holds, key=lambda hold: abs(hold[1]), default=(FORWARD, angle))
 
-    def _extent(self, block: str, axis: int) -> float:
+    def _half_extent(self, block: str, axis: int) -> float:
         """Half of a block's size along a world axis."""
         return float(np.abs(self.state.block_pose(block)[1][axis]) @ self.state.block_size(block)) / 2
 
     def push(self, block: str, sign: int) -> ActionStream:
         start = self.state.block_pose(block)[0]
-        behind = start[0] - sign * (self._extent(block, 0) + 0.04)
-        euler = gripper_euler(tilt=min(0.8, lean(start[1]) + 0.2 * self._trial))
+        behind = start[0] - sign * (self._half_extent(block, 0) + 0.04)
+        euler = gripper_euler(tilt=min(0.8, safe_tilt(start[1]) + 0.2 * self._attempt))
         yield from self.move_above(behind, start[1], euler, height=0.58, gripper_action=-1)
         yield from self.move_to([behind, start[1], 0.464], euler, speed=0.85, no_noise=True)
         tapped = False
         for _ in range(90):
             position, at = self.state.block_pose(block)[0], self.state.target_pose()[0]
             moved = sign * (position[0] - start[0])
-            if moved > PUSH:
+            if moved > PUSH_DISTANCE:
                 break
             if abs(at[0] - self.state.tcp_pose()[0][0]) > 2 * MAX_TRACKING_ERROR:
                 raise MotionBlocked
-            self._pace = min(self.cruise, self._pace + 0.1)
+            self._speed = min(self.cruise_speed, self._speed + 0.1)
             if not tapped and moved > 0.05:
                 # Stop short: the block slides on, and is free when the push counts.
-                short = 0.1 - 12 * (self._pace * MAX_REL_POS) ** 2 - moved
-                steps = max(1, round(short / (self._pace * MAX_REL_POS)))
-                self._pace = min(1.0, short / (steps * MAX_REL_POS))
+                short = 0.1 - 12 * (self._speed * MAX_REL_POS) ** 2 - moved
+                steps = max(1, round(short / (self._speed * MAX_REL_POS)))
+                self._speed = min(1.0, short / (steps * MAX_REL_POS))
                 for _ in range(steps):
-                    yield self._push_step(block, sign, self._pace)
-                yield self._push_step(block, sign, max(-1.0, -1.6 * self._pace))
+                    yield self._push_step(block, sign, self._speed)
+                yield self._push_step(block, sign, max(-1.0, -1.6 * self._speed))
                 yield from self.wait(4)
                 tapped = True
                 continue
-            yield self._push_step(block, sign, self._pace)
+            yield self._push_step(block, sign, self._speed)
 
     def _push_step(self, block: str, sign: int, pace: float) -> np.ndarray:
         """One step along x at a pace, keeping behind the middle of the block and just above the table."""
@@ -302,13 +302,13 @@ class ScriptedExpert(MotionPrimitives):
         if block is None:
             return
         position = self.state.block_pose(block)[0]
-        behind = position[1] + self._extent(block, 1) + 0.035
+        behind = position[1] + self._half_extent(block, 1) + 0.035
         aside = abs(position[0] - self.state.fixtures.drawer_x) > DRAWER_REACH
         # No room for the hand between the block and the slanted front, or nothing to fall into straight ahead.
-        if aside or behind > -0.05 or self._trial % 2:
+        if aside or behind > -0.05 or self._attempt % 2:
             yield from self._drag_into_drawer(block)
             return
-        euler = gripper_euler(tilt=lean(behind))
+        euler = gripper_euler(tilt=safe_tilt(behind))
         yield from self.move_above(position[0], behind, euler, height=0.58, gripper_action=-1)
         yield from self.move_to([position[0], behind, 0.466], euler, speed=0.85, no_noise=True)
         for _ in range(80):
@@ -317,8 +317,8 @@ class ScriptedExpert(MotionPrimitives):
                 break
             if abs(at[1] - self.state.tcp_pose()[0][1]) > 2 * MAX_TRACKING_ERROR:
                 raise MotionBlocked
-            self._pace = min(self.cruise * 0.7, self._pace + 0.1)
-            yield self.make_action([np.clip(position[0] - at[0], -0.004, 0.004), -self._pace * MAX_REL_POS, 0])
+            self._speed = min(self.cruise_speed * 0.7, self._speed + 0.1)
+            yield self.make_action([np.clip(position[0] - at[0], -0.004, 0.004), -self._speed * MAX_REL_POS, 0])
         yield from self.move_to(self.state.target_pose()[0] + [0, 0.04, 0.04], speed=0.85)
 
     def _drag_into_drawer(self, block: str) -> ActionStream:
@@ -332,23 +332,23 @@ class ScriptedExpert(MotionPrimitives):
         yield from self.wait(5, 1)
         yield from self.move_to(self.state.target_pose()[0] + [0, 0.02, 0.06], speed=0.85)
 
-    def _nearest_on_table(self, x: float, but: str | None = None) -> str | None:
+    def _nearest_on_table(self, x: float, exclude: str | None = None) -> str | None:
         """The block on the table top that is nearest to a vertical plane x and not close to the slanted front."""
         lying = [
             name
             for name in self.state.blocks
-            if name != but
+            if name != exclude
             and abs(self.state.block_pose(name)[0][2] - 0.46) < 0.015
             and self.state.block_pose(name)[0][1] < 0.02
         ]
 
         def effort(name: str) -> float:
             position = self.state.block_pose(name)[0]
-            return float(abs(position[0] - x) + 3 * max(0.0, position[1] - NEAR_FRONT))
+            return float(abs(position[0] - x) + 3 * max(0.0, position[1] - FRONT_LIMIT_Y))
 
         return min(lying, key=effort, default=None)
 
-    def _take_again(self) -> ActionStream:
+    def _ensure_grasped(self) -> ActionStream:
         """Make sure that a block is in the hand: what was lost on the way is picked up where it lies."""
         if (held := self.held_block()) is not None:
             self._last_held = held
@@ -362,13 +362,15 @@ class ScriptedExpert(MotionPrimitives):
         yield from self.lift(self._last_held, "drawer" if z < 0.42 else "table" if y < 0.02 else "slider")
 
     def place_in_drawer(self) -> ActionStream:
-        yield from self._take_again()
+        yield from self._ensure_grasped()
         y = -0.18 - self.state.joint_position("base__drawer") / 2
-        yield from self.place([self.state.fixtures.drawer_x + self._off(0.06), y, 0.40], self.state.target_pose()[1][2])
+        yield from self.place(
+            [self.state.fixtures.drawer_x + self._jitter(0.06), y, 0.40], self.state.target_pose()[1][2]
+        )
 
     def place_in_slider(self) -> ActionStream:
-        yield from self._take_again()
-        low, high = self._opening()
+        yield from self._ensure_grasped()
+        low, high = self._cabinet_opening()
         centre = (low + high) / 2
         places = np.linspace(low + 0.06, high - 0.06, 18)
         inside = [self.state.block_pose(name)[0] for name in self.state.blocks if name != self._last_held]
@@ -378,18 +380,18 @@ class ScriptedExpert(MotionPrimitives):
         yield from self.place([x, 0.085, 0.47], FORWARD, tilt=CABINET_TILT, ready=0.12)
 
     def stack_block(self) -> ActionStream:
-        yield from self._take_again()
-        below = self._nearest_on_table(self.state.tcp_pose()[0][0], but=self._last_held)
+        yield from self._ensure_grasped()
+        below = self._nearest_on_table(self.state.tcp_pose()[0][0], exclude=self._last_held)
         if below is None:
             return
         position = self.state.block_pose(below)[0]
         hangs = self.state.block_pose(self._last_held)[0] - self.state.tcp_pose()[0]
         now = float(self.state.target_pose()[1][2])
-        yaw = min((comfortable_yaw(y) for y in self.grasp_yaws(below)), key=lambda y: abs(y - now))
-        if position[1] > NEAR_FRONT:
+        yaw = min((nearest_valid_yaw(y) for y in self.grasp_yaws(below)), key=lambda y: abs(y - now))
+        if position[1] > FRONT_LIMIT_Y:
             yaw = FORWARD
             position[1] -= 0.01  # what stands above the other block must not touch a handle
-        yield from self.place([*position[:2], position[2] + 0.043 - hangs[2]], yaw, tilt=0.5 * lean(position[1]))
+        yield from self.place([*position[:2], position[2] + 0.043 - hangs[2]], yaw, tilt=0.5 * safe_tilt(position[1]))
 
     def unstack_block(self) -> ActionStream:
         tops = [
@@ -404,7 +406,7 @@ class ScriptedExpert(MotionPrimitives):
 
     def place(self, position: list[float], yaw: float, *, tilt: float = 0.0, ready: float = 0.08) -> ActionStream:
         """Carry what is held to a pose of the hand, set it down and draw back."""
-        place, euler, back = np.array(position), gripper_euler(yaw, tilt), backwards(yaw, tilt)
+        place, euler, back = np.array(position), gripper_euler(yaw, tilt), retreat_axis(yaw, tilt)
         above = place + ready * back
         self.gripper_action = -1
         yield from self.sync_target()

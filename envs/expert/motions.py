@@ -17,15 +17,21 @@ ActionStream = Iterator[np.ndarray]
 YAW_RANGE = (-0.6, 3.05)  # beyond it the real simulator's inverse kinematics flips over
 FORWARD = np.pi / 2
 MAX_TRACKING_ERROR = 0.035  # m between command and hand that free motion never shows
-NEAR_FRONT = -0.09  # m, beyond this y an upright hand meets the handles of the slanted front
+FRONT_LIMIT_Y = -0.09  # m, beyond this y an upright hand meets the handles of the slanted front
 SAFE_HEIGHT = 0.6  # above everything that stands on the table
-FINGER_AT, FINGER_ROOM = 0.051, 0.014  # m, an open finger's distance from the hand's middle, and half its thickness
-EMPTY = 0.012  # m, a closed hand that opens less holds nothing
-GRASPABLE = 0.065  # m, the widest edge that fits between the fingers with room to spare
-REACH_OVER = 0.1  # m beside a block from where an open hand above it goes straight to it
-FITS, LEVEL = 0.012, 0.006  # m off a block's middle, across and along the fingers, at which they come down on it
-CLEAR = 0.03  # m above a block's middle from where fingers pass over it
-LEVER = 0.04  # m off at the fingers for every radian of a wrong turn
+FINGER_OFFSET, FINGER_HALF_THICKNESS = (
+    0.051,
+    0.014,
+)  # m, an open finger's distance from the hand's middle, and half its thickness
+EMPTY_GRIPPER_WIDTH = 0.012  # m, a closed hand that opens less holds nothing
+MAX_GRASP_WIDTH = 0.065  # m, the widest edge that fits between the fingers with room to spare
+APPROACH_RADIUS = 0.1  # m beside a block from where an open hand above it goes straight to it
+ACROSS_TOLERANCE, ALONG_TOLERANCE = (
+    0.012,
+    0.006,
+)  # m off a block's middle, across and along the fingers, at which they come down on it
+PASS_HEIGHT = 0.03  # m above a block's middle from where fingers pass over it
+YAW_ERROR_ARM = 0.04  # m off at the fingers for every radian of a wrong turn
 
 
 class MotionBlocked(RuntimeError):
@@ -39,16 +45,16 @@ def turn_between(facing: np.ndarray, euler: np.ndarray) -> np.ndarray:
     return turn
 
 
-def lean(y: float, yaw: float = FORWARD) -> float:
+def safe_tilt(y: float, yaw: float = FORWARD) -> float:
     """Tilt that keeps an open hand over the table off the handles of the slanted front.
 
     More for a hand that is askew, as long as leaning back still takes it away from the front.
     """
     along, across = max(0.0, np.sin(yaw)), abs(np.cos(yaw))
-    return float(along * np.clip((y - NEAR_FRONT) * 6 + max(0.0, (y + 0.1) * 20) * across * along, 0, 0.8))
+    return float(along * np.clip((y - FRONT_LIMIT_Y) * 6 + max(0.0, (y + 0.1) * 20) * across * along, 0, 0.8))
 
 
-def straightened(yaw: float, slack: float) -> float:
+def align_yaw(yaw: float, slack: float) -> float:
     """A yaw nearer to FORWARD by up to `slack`: fingers that close askew turn a block the rest of the way."""
     askew = yaw - FORWARD
     return FORWARD + float(np.sign(askew)) * max(0.0, abs(askew) - slack)
@@ -60,17 +66,17 @@ def gripper_euler(yaw: float = FORWARD, tilt: float = 0.0) -> np.ndarray:
     return np.array([np.pi, -tilt, yaw])
 
 
-def backwards(yaw: float, tilt: float) -> np.ndarray:
+def retreat_axis(yaw: float, tilt: float) -> np.ndarray:
     """Unit vector (3,) from the fingertips up through that hand."""
     return np.array([-np.sin(tilt) * np.cos(yaw), -np.sin(tilt) * np.sin(yaw), np.cos(tilt)])
 
 
-def fingers_back(euler: np.ndarray) -> np.ndarray:
-    """`backwards` of the hand that `hand` gives these angles."""
-    return backwards(euler[2], -euler[1])
+def retreat_axis_of(euler: np.ndarray) -> np.ndarray:
+    """`retreat_axis` of the hand that `hand` gives these angles."""
+    return retreat_axis(euler[2], -euler[1])
 
 
-def closing(yaw: float) -> np.ndarray:
+def closing_axis(yaw: float) -> np.ndarray:
     """Unit vector (3,) along which the fingers close."""
     return np.array([np.sin(yaw), -np.cos(yaw), 0.0])
 
@@ -78,11 +84,11 @@ def closing(yaw: float) -> np.ndarray:
 def _hand_frame(off: np.ndarray, euler: np.ndarray) -> tuple[float, float, float]:
     """Metres off a place in that hand's frame: from the fingertips up, the way the fingers close, and square to
     both."""
-    back, across = fingers_back(euler), closing(euler[2])
+    back, across = retreat_axis_of(euler), closing_axis(euler[2])
     return float(off @ back), float(off @ across), float(off @ np.cross(back, across))
 
 
-def comfortable_yaw(yaw: float, near: float = FORWARD) -> float:
+def nearest_valid_yaw(yaw: float, near: float = FORWARD) -> float:
     """The yaw of the same grasp (period pi) that is nearest to another one and inside YAW_RANGE."""
     turned = [yaw + k * np.pi for k in range(-4, 5)]
     inside = [value for value in turned if YAW_RANGE[0] <= value <= YAW_RANGE[1]]
@@ -95,10 +101,10 @@ class MotionPrimitives:
     def __init__(self, state: PrivilegedState, rng: np.random.Generator) -> None:
         self.state = state
         self.rng = rng
-        self.cruise = float(rng.uniform(0.55, 0.85))
+        self.cruise_speed = float(rng.uniform(0.55, 0.85))
         self.gripper_action = state.gripper_action()
         self.noise_allowed = False  # may the one who executes the action disturb it?
-        self._pace = 0.0
+        self._speed = 0.0
 
     def make_action(self, shift: np.ndarray | None = None, turn: np.ndarray | None = None) -> np.ndarray:
         """The action that moves the commanded pose by metres (3,) and radians (3,), clipped to what one step allows."""
@@ -137,7 +143,7 @@ class MotionPrimitives:
             if behind > 10 and not push_on:
                 raise MotionBlocked
             far = max(np.abs(shift).max() / MAX_REL_POS, np.abs(turn).max() / MAX_REL_ORN)
-            limit = self.cruise * speed
+            limit = self.cruise_speed * speed
             if no_stop and far < limit:
                 return
             if far < 1e-3:
@@ -145,19 +151,19 @@ class MotionPrimitives:
                     break
                 waited += 1
             brake = far if no_stop else 0.12 + 0.35 * far
-            self._pace = min(limit, self._pace + 0.2, brake)
-            share = min(1.0, self._pace / max(far, 1e-9))
+            self._speed = min(limit, self._speed + 0.2, brake)
+            share = min(1.0, self._speed / max(far, 1e-9))
             self.noise_allowed = not no_noise and far > 2.0
             yield self.make_action(shift * share, turn * share)
         self.noise_allowed = False
-        self._pace = 0.0
+        self._speed = 0.0
 
     def wait(self, steps: int, gripper_action: int | None = None) -> ActionStream:
         """Stand still, perhaps with a new command for the gripper."""
         if gripper_action is not None:
             self.gripper_action = gripper_action
         self.noise_allowed = False
-        self._pace = 0.0
+        self._speed = 0.0
         for _ in range(steps):
             yield self.make_action()
 
@@ -188,24 +194,24 @@ class MotionPrimitives:
         yaws = [
             float(np.arctan2(axis[1], axis[0]) + np.pi / 2)
             for axis, width in zip(axes.T, self.state.block_size(block))
-            if abs(axis[2]) < 0.5 and width < GRASPABLE
+            if abs(axis[2]) < 0.5 and width < MAX_GRASP_WIDTH
         ]
         return yaws or [FORWARD]
 
-    def easy_yaw(self, block: str) -> float:
+    def best_grasp_yaw(self, block: str) -> float:
         """The yaw nearest to FORWARD at which the fingers fit around a block and, if possible, beside its
         neighbours."""
-        yaws = [comfortable_yaw(yaw) for yaw in self.grasp_yaws(block)]
-        return min(yaws, key=lambda yaw: abs(yaw - FORWARD) + 3.0 * self._crowded(block, yaw))
+        yaws = [nearest_valid_yaw(yaw) for yaw in self.grasp_yaws(block)]
+        return min(yaws, key=lambda yaw: abs(yaw - FORWARD) + 3.0 * self._finger_collides(block, yaw))
 
-    def _crowded(self, block: str, yaw: float) -> bool:
+    def _finger_collides(self, block: str, yaw: float) -> bool:
         """Would an open finger come down on another block?"""
-        centre, across = self.state.block_pose(block)[0], closing(yaw)
+        centre, across = self.state.block_pose(block)[0], closing_axis(yaw)
         for other in set(self.state.blocks) - {block}:
             position, axes = self.state.block_pose(other)
-            for finger in (centre + FINGER_AT * across, centre - FINGER_AT * across):
+            for finger in (centre + FINGER_OFFSET * across, centre - FINGER_OFFSET * across):
                 outside = np.abs((finger - position) @ axes) - self.state.block_size(other) / 2
-                if np.linalg.norm(np.maximum(outside, 0.0)) < FINGER_ROOM:
+                if np.linalg.norm(np.maximum(outside, 0.0)) < FINGER_HALF_THICKNESS:
                     return True
         return False
 
@@ -228,7 +234,7 @@ class MotionPrimitives:
         if self.is_above_grasp(position + offset, euler):
             self.gripper_action = 1
         else:
-            ready = position + offset + 0.10 * fingers_back(euler)
+            ready = position + offset + 0.10 * retreat_axis_of(euler)
             yield from self.move_above(ready[0], ready[1], euler, height=height)
             yield from self.move_to(ready, euler, tolerance=0.02)
         position = self.state.block_pose(block)[0] + offset
@@ -241,10 +247,10 @@ class MotionPrimitives:
         """Euler angles (3,) of a hand that takes a block; see `grasp`."""
         y = self.state.block_pose(block)[0][1]
         if yaw is None:
-            yaw = self.easy_yaw(block)
-            if y > NEAR_FRONT + 0.02:
-                yaw = straightened(yaw, 0.25)
-        return gripper_euler(yaw, lean(y, yaw) if tilt is None else tilt)
+            yaw = self.best_grasp_yaw(block)
+            if y > FRONT_LIMIT_Y + 0.02:
+                yaw = align_yaw(yaw, 0.25)
+        return gripper_euler(yaw, safe_tilt(y, yaw) if tilt is None else tilt)
 
     def is_above_grasp(self, position: np.ndarray, euler: np.ndarray) -> bool:
         """Is the open hand where it goes to a grasp at `position` directly: above it, or around it already?"""
@@ -255,22 +261,24 @@ class MotionPrimitives:
         return (
             self.state.gripper_action() > 0
             and turn < 0.8
-            and beside < REACH_OVER
-            and (height > CLEAR or height > -0.01 and abs(across) < FITS)
+            and beside < APPROACH_RADIUS
+            and (height > PASS_HEIGHT or height > -0.01 and abs(across) < ACROSS_TOLERANCE)
         )
 
     def approach_path(self, position: np.ndarray, euler: np.ndarray) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
         """Where to go next from above a grasp: the farther off its axis, the higher. Fingers that are low and askew go
         up first."""
-        back = fingers_back(euler)
+        back = retreat_axis_of(euler)
 
         def waypoint(at: np.ndarray, facing: np.ndarray) -> np.ndarray:
             height, across, along = _hand_frame(at - position, euler)
-            off = abs(across) + LEVER * float(np.abs(turn_between(facing, euler)).max())
-            if off > FITS and height < CLEAR:
-                return at + (CLEAR + 0.005 - height) * back
-            level = max(0.0, 1.5 * (abs(along) - LEVEL)) + (CLEAR + 0.005 + off - FITS if off > FITS else 0.0)
-            return position + min(level, REACH_OVER) * back
+            off = abs(across) + YAW_ERROR_ARM * float(np.abs(turn_between(facing, euler)).max())
+            if off > ACROSS_TOLERANCE and height < PASS_HEIGHT:
+                return at + (PASS_HEIGHT + 0.005 - height) * back
+            level = max(0.0, 1.5 * (abs(along) - ALONG_TOLERANCE)) + (
+                PASS_HEIGHT + 0.005 + off - ACROSS_TOLERANCE if off > ACROSS_TOLERANCE else 0.0
+            )
+            return position + min(level, APPROACH_RADIUS) * back
 
         return waypoint
 
@@ -295,13 +303,13 @@ class MotionPrimitives:
             for _ in range(40):
                 if self.state.get_contacts(held) != {"robot"} or start[2] - self.state.target_pose()[0][2] > 0.2:
                     break
-                self._pace = min(0.5, self._pace + 0.15)
-                yield self.make_action([0, 0, -self._pace * MAX_REL_POS])
+                self._speed = min(0.5, self._speed + 0.15)
+                yield self.make_action([0, 0, -self._speed * MAX_REL_POS])
         yield from self.sync_target()
         yield from self.wait(5, 1)
         yield from self.move_to(self.state.target_pose()[0] + [0, 0, 0.07], no_stop=True)
 
-    def withdraw(self, wanted: str | None = None) -> ActionStream:
+    def retreat(self, wanted: str | None = None) -> ActionStream:
         """Draw open fingers back from a block between them, which would be carried off otherwise; not where they can
         take a wanted one."""
         tcp, _ = self.state.tcp_pose()
@@ -314,11 +322,11 @@ class MotionPrimitives:
         ):
             return
         at, facing = self.state.target_pose()
-        yield from self.move_to(at + 0.09 * fingers_back(facing), no_stop=True, push_on=True, max_steps=20)
+        yield from self.move_to(at + 0.09 * retreat_axis_of(facing), no_stop=True, push_on=True, max_steps=20)
 
     def held_block(self) -> str | None:
         """The block in the closed hand."""
-        if self.state.gripper_action() > 0 or self.state.gripper_opening_width() < EMPTY:
+        if self.state.gripper_action() > 0 or self.state.gripper_opening_width() < EMPTY_GRIPPER_WIDTH:
             return None
         near = [name for name in self.state.blocks if "robot" in self.state.get_contacts(name)]
         tcp, _ = self.state.tcp_pose()

@@ -18,16 +18,16 @@ from envs.expert import expert
 from envs.playtable import mjcf
 from envs.playtable.kinematics import ArmKinematics, euler_from_matrix, matrix_from_euler, quaternion_from_matrix
 from envs.playtable.render import Renderer
-from envs.playtable.scene import GRIPPER_MAX, ROBOT_BASE, get_scene
+from envs.playtable.scene import MAX_GRIPPER_WIDTH, ROBOT_BASE, get_scene
 from envs.protocol import CONTROL_FREQ, MAX_REL_ORN, MAX_REL_POS, Fixtures
 from envs.sequences import NEUTRAL_JOINTS
 
 SUBSTEPS = round(1 / (CONTROL_FREQ * mjcf.TIMESTEP))
 CLOSING_FORCE, OPENING_FORCE = 160.0, 4.0  # N on both fingers; opening weakly does not shove what lies beside them
 DOORS, BUTTON, SWITCH = ("base__slide", "base__drawer"), "base__button", "base__switch"
-LIGHTS = {"lightbulb": (1.0, 0.95, 0.1), "led": (0.05, 0.95, 0.15)}
-UNLIT = (0.93, 0.93, 0.9)
-SAMPLING_TRIES = 1000
+LIGHT_ON_RGB = {"lightbulb": (1.0, 0.95, 0.1), "led": (0.05, 0.95, 0.15)}
+LIGHT_OFF_RGB = (0.93, 0.93, 0.9)
+MAX_PLACEMENT_TRIES = 1000
 ENV_NAMES = {"robot": "playtable", "hand": "playtable_hand"}  # what is seen at work, and the world's name with it
 NEUTRAL_ROBOT_OBS = np.array(sequences.NEUTRAL_ROBOT_OBS)
 
@@ -66,15 +66,15 @@ class PlayTableEnv:
         self.embodiment = embodiment
         self.name = f"{ENV_NAMES[embodiment]}-{scene}"
         self.static_size, self.gripper_size = static_size, gripper_size
-        self.lights = dict.fromkeys(LIGHTS, 0)
+        self.lights = dict.fromkeys(LIGHT_ON_RGB, 0)
         self.gripper_action = 1
         self._model = mjcf.compile_model(self.scene, max(static_size, gripper_size), human_arm=embodiment == "hand")
         self._data = mujoco.MjData(self._model)
-        self._arm = ArmKinematics(ROBOT_BASE, NEUTRAL_JOINTS)
+        self._kinematics = ArmKinematics(ROBOT_BASE, NEUTRAL_JOINTS)
         self._rng = np.random.default_rng(seed)
         self._renderer: Renderer | None = None
         self._target_pose = (np.zeros(3), np.zeros(3))
-        self._joints = np.array(NEUTRAL_JOINTS)
+        self._target_joints = np.array(NEUTRAL_JOINTS)
         self._switch_on = self._button_down = False
         self._setup_references()
         self.reset()
@@ -92,21 +92,21 @@ class PlayTableEnv:
         self._qpos = {name: int(m.joint(name).qposadr[0]) for name in names}
         self._qvel = {name: int(m.joint(name).dofadr[0]) for name in names}
         self._arm_qpos = np.array([self._qpos[f"arm_{i}"] for i in range(1, 8)])
-        self._tcp = m.site("tcp").id
-        self._grip = m.actuator("grip").id
+        self._tcp_site = m.site("tcp").id
+        self._gripper_actuator = m.actuator("grip").id
         self.uids = {"robot": 0, "table": 1, **{name: 2 + i for i, name in enumerate(self.scene.blocks)}, "floor": 9}
         self.links: dict[str, int] = {"base_link": -1}
-        self._owner: list[tuple[int, int]] = []
+        self._geom_owner: list[tuple[int, int]] = []
         table, robot = m.body("base_link").id, m.body("link0").id
         chains = [self._ancestors(int(body)) for body in m.geom_bodyid]
         for body, chain in zip(m.geom_bodyid, chains):
             name = m.body(int(body)).name
             if table in chain:
-                self._owner.append((self.uids["table"], self.links.setdefault(name, len(self.links) - 1)))
+                self._geom_owner.append((self.uids["table"], self.links.setdefault(name, len(self.links) - 1)))
             elif robot in chain:
-                self._owner.append((self.uids["robot"], int(body) - robot - 1))
+                self._geom_owner.append((self.uids["robot"], int(body) - robot - 1))
             else:
-                self._owner.append((self.uids.get(name, self.uids["floor"]), -1))
+                self._geom_owner.append((self.uids.get(name, self.uids["floor"]), -1))
 
     def _ancestors(self, body: int) -> set[int]:
         chain = {body}
@@ -119,8 +119,8 @@ class PlayTableEnv:
 
     def tcp_pose(self) -> tuple[np.ndarray, np.ndarray]:
         """Measured tool position (3,) and Euler angles (3,)."""
-        rotation = self._data.site_xmat[self._tcp].reshape(3, 3)
-        return self._data.site_xpos[self._tcp].copy(), euler_from_matrix(rotation)
+        rotation = self._data.site_xmat[self._tcp_site].reshape(3, 3)
+        return self._data.site_xpos[self._tcp_site].copy(), euler_from_matrix(rotation)
 
     def target_pose(self) -> tuple[np.ndarray, np.ndarray]:
         """Commanded tool position (3,) and Euler angles (3,), which actions are added to."""
@@ -150,7 +150,7 @@ class PlayTableEnv:
         """Contacts of every body, seen from it. Like pybullet's, they include neighbours up to 2 mm apart."""
         found: dict[int, set[Contact]] = {uid: set() for uid in self.uids.values()}
         for first, second in self._data.contact.geom:
-            one, two = self._owner[first], self._owner[second]
+            one, two = self._geom_owner[first], self._geom_owner[second]
             found[one[0]].add(Contact(0, one[0], two[0], one[1], two[1]))
             found[two[0]].add(Contact(0, two[0], one[0], two[1], one[1]))
         return {uid: sorted(contacts) for uid, contacts in found.items()}
@@ -174,33 +174,33 @@ class PlayTableEnv:
                 raise ValueError("reset takes a symbolic state or raw vectors, not both")
             robot_obs, scene_obs = sequences.get_env_state_for_initial_condition(state, self.scene)
         robot_obs = as_vector("robot_obs", NEUTRAL_ROBOT_OBS if robot_obs is None else robot_obs, 15)
-        scene_obs = self._random_scene() if scene_obs is None else as_vector("scene_obs", scene_obs, 24)
+        scene_obs = self._sample_scene() if scene_obs is None else as_vector("scene_obs", scene_obs, 24)
         mujoco.mj_resetData(self._model, self._data)
         self._set_state(robot_obs, scene_obs)
         mujoco.mj_forward(self._model, self._data)
         self._target_pose = self.tcp_pose()
         self._button_down = self._pressed(BUTTON)
         self._switch_on = False
-        return self._state()
+        return self._state_obs()
 
     def _set_state(self, robot_obs: np.ndarray, scene_obs: np.ndarray) -> None:
         qpos = self._data.qpos
-        self._joints = robot_obs[7:14].copy()
-        qpos[self._arm_qpos] = self._joints
+        self._target_joints = robot_obs[7:14].copy()
+        qpos[self._arm_qpos] = self._target_joints
         qpos[[self._qpos["finger_left"], self._qpos["finger_right"]]] = robot_obs[6] / 2
         self.gripper_action = 1 if robot_obs[14] > 0 else -1
-        self._command()
+        self._set_control()
         for name, value in zip(mjcf.FIXTURE_JOINTS, scene_obs[:4]):
             qpos[self._qpos[name]] = value
-        self.lights = {name: int(value > 0.5) for name, value in zip(LIGHTS, scene_obs[4:6])}
+        self.lights = {name: int(value > 0.5) for name, value in zip(LIGHT_ON_RGB, scene_obs[4:6])}
         for name, pose in zip(self.scene.blocks, scene_obs[6:].reshape(3, 6)):
             start = self._qpos[name]
             qpos[start : start + 3] = pose[:3]
             qpos[start + 3 : start + 7] = quaternion_from_matrix(matrix_from_euler(pose[3:]))
 
-    def _random_scene(self) -> np.ndarray:
+    def _sample_scene(self) -> np.ndarray:
         """Doors shut, lights off, each block on a random surface with a random yaw and clear of the others."""
-        for _ in range(SAMPLING_TRIES):
+        for _ in range(MAX_PLACEMENT_TRIES):
             poses = np.zeros((3, 6))
             for pose in poses:
                 low, high = self.scene.surfaces[self._rng.choice(sorted(self.scene.surfaces))]
@@ -221,25 +221,27 @@ class PlayTableEnv:
         self._target_pose[0][:] += MAX_REL_POS * action[:3]
         self._target_pose[1][:] += MAX_REL_ORN * action[3:6]
         self.gripper_action = 1 if action[6] > 0 else -1
-        self._joints = self._arm.inverse(self._target_pose[0], matrix_from_euler(self._target_pose[1]), self._joints)
-        self._command()
+        self._target_joints = self._kinematics.inverse(
+            self._target_pose[0], matrix_from_euler(self._target_pose[1]), self._target_joints
+        )
+        self._set_control()
         mujoco.mj_step(self._model, self._data, nstep=SUBSTEPS)
         mujoco.mj_fwdPosition(self._model, self._data)
-        self._switch_lights()
-        return (self.get_obs() if render else self._state()), self.get_info()
+        self._update_lights()
+        return (self.get_obs() if render else self._state_obs()), self.get_info()
 
-    def _command(self) -> None:
+    def _set_control(self) -> None:
         """Hand the wanted joints and the gripper's command to the actuators."""
-        self._data.ctrl[:7] = self._joints
+        self._data.ctrl[:7] = self._target_joints
         opening = self.gripper_action > 0
-        self._data.ctrl[self._grip] = GRIPPER_MAX / 2 if opening else 0.0
+        self._data.ctrl[self._gripper_actuator] = MAX_GRIPPER_WIDTH / 2 if opening else 0.0
         force = OPENING_FORCE if opening else CLOSING_FORCE
-        self._model.actuator_forcerange[self._grip] = (-force, force)
+        self._model.actuator_forcerange[self._gripper_actuator] = (-force, force)
 
     def _pressed(self, joint: str) -> bool:
         return self.joint_position(joint) > self.scene.limits[joint] / 2
 
-    def _switch_lights(self) -> None:
+    def _update_lights(self) -> None:
         """The button toggles its light when it goes down; the lever sets its light when it crosses the middle."""
         down = self._pressed(BUTTON)
         if down and not self._button_down:
@@ -263,23 +265,23 @@ class PlayTableEnv:
         fixtures = [*(self.joint_position(name) for name in mjcf.FIXTURE_JOINTS), *self.lights.values()]
         return np.concatenate((fixtures, *blocks))
 
-    def _state(self) -> dict:
+    def _state_obs(self) -> dict:
         return {"robot_obs": self._robot_obs(), "scene_obs": self._scene_obs()}
 
     def get_obs(self) -> dict:
         """The present observation with pictures: uint8 RGB `rgb_static` and `rgb_gripper` under `rgb_obs`."""
         if self._renderer is None:
             self._renderer = Renderer(self._model, max(self.static_size, self.gripper_size))
-        for name, lit in LIGHTS.items():
+        for name, lit in LIGHT_ON_RGB.items():
             on = self.lights[name]
             material = self._model.material(name).id
-            self._model.mat_rgba[material, :3] = lit if on else UNLIT
+            self._model.mat_rgba[material, :3] = lit if on else LIGHT_OFF_RGB
             self._model.mat_emission[material] = 0.7 if on else 0.0
-        pictures = {
+        images = {
             "rgb_static": self._renderer.render(self._data, "static", self.static_size),
             "rgb_gripper": self._renderer.render(self._data, "gripper", self.gripper_size),
         }
-        return {"rgb_obs": pictures, **self._state()}
+        return {"rgb_obs": images, **self._state_obs()}
 
     def get_info(self) -> dict[str, Any]:
         """CALVIN's privileged info; contacts are `Contact` tuples, quaternions x, y, z, w."""
@@ -339,9 +341,9 @@ class PlayTableEnv:
         """The sentence that stands for a task in an evaluation."""
         return tasks.INSTRUCTIONS[tasks.check_tasks([task])[0]]
 
-    def check_success(self, task: str, start: dict, now: dict) -> bool:
+    def check_success(self, task: str, start_info: dict, end_info: dict) -> bool:
         """The oracle: was `task` carried out between two infos?"""
-        return tasks.check_success(task, start, now)
+        return tasks.check_success(task, start_info, end_info)
 
     def expert(self, seed: int = 0) -> expert.ScriptedExpert:
         """A scripted expert that reads this environment's state."""

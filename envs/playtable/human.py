@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import Final
 
 from envs.playtable.scene import RGB
-from envs.playtable.shapes import SEEN, Point, geom, rod
+from envs.playtable.shapes import VISUAL_ONLY, Point, fromto_geom, geom
 
 MATERIAL_RGB: Final[dict[str, RGB]] = {
     "skin": (0.80, 0.56, 0.43),
@@ -36,8 +36,8 @@ def palm() -> list[str]:
     """The palm and the ball of the thumb, in the hand's frame, whose z points to the fingertips and whose y the fingers
     open along."""
     return [
-        geom("ellipsoid", (-0.016, -0.012, 0.022), (0.050, 0.034, 0.062), SKIN, SEEN),
-        rod("capsule", ((-0.006, 0.006, -0.012), (0.002, 0.036, 0.042)), 0.021, SKIN, SEEN),
+        geom("ellipsoid", (-0.016, -0.012, 0.022), (0.050, 0.034, 0.062), SKIN, VISUAL_ONLY),
+        fromto_geom("capsule", ((-0.006, 0.006, -0.012), (0.002, 0.036, 0.042)), 0.021, SKIN, VISUAL_ONLY),
     ]
 
 
@@ -49,16 +49,16 @@ def finger(name: str) -> list[str]:
     if name == "finger_left":
         joint, tip = (0.004, 0.030, 0.042), (0.002, 0.0115, 0.088)
         return [
-            rod("capsule", ((0.002, 0.012, -0.016), joint), 0.0135, SKIN, SEEN),
-            rod("capsule", (joint, tip), 0.0115, SKIN, SEEN),
-            geom("ellipsoid", (0.002, 0.022, 0.086), (0.006, 0.003, 0.009), NAIL, SEEN),
+            fromto_geom("capsule", ((0.002, 0.012, -0.016), joint), 0.0135, SKIN, VISUAL_ONLY),
+            fromto_geom("capsule", (joint, tip), 0.0115, SKIN, VISUAL_ONLY),
+            geom("ellipsoid", (0.002, 0.022, 0.086), (0.006, 0.003, 0.009), NAIL, VISUAL_ONLY),
         ]
     parts = []
     for x, reach in FINGERS:
         joint, tip = (x, -0.030, 0.5 * reach), (x, -0.010, reach - 0.006)
         parts += [
-            rod("capsule", ((x, -0.010, -0.020), joint), 0.0108, SKIN, SEEN),
-            geom("sphere", joint, (0.0112,), CREASE, SEEN),
-            rod("capsule", (joint, tip), 0.0098, SKIN, SEEN),
+            fromto_geom("capsule", ((x, -0.010, -0.020), joint), 0.0108, SKIN, VISUAL_ONLY),
+            geom("sphere", joint, (0.0112,), CREASE, VISUAL_ONLY),
+            fromto_geom("capsule", (joint, tip), 0.0098, SKIN, VISUAL_ONLY),
         ]
     return parts

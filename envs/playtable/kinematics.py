@@ -10,7 +10,7 @@ from math import asin, atan2, cos, pi, sin
 import numpy as np
 
 # Joint frame i in frame i - 1: a turn about x, then an offset seen from the parent (metres); each turns about its z.
-LINKS: tuple[tuple[float, tuple[float, float, float]], ...] = (
+LINK_FRAMES: tuple[tuple[float, tuple[float, float, float]], ...] = (
     (0.0, (0.0, 0.0, 0.333)),
     (-pi / 2, (0.0, 0.0, 0.0)),
     (pi / 2, (0.0, -0.316, 0.0)),
@@ -19,7 +19,7 @@ LINKS: tuple[tuple[float, tuple[float, float, float]], ...] = (
     (pi / 2, (0.0, 0.0, 0.0)),
     (pi / 2, (0.088, 0.0, 0.0)),
 )
-HAND_OFFSET, HAND_TURN = 0.107, -pi / 4  # from joint 7 along and about its z
+HAND_OFFSET, HAND_YAW = 0.107, -pi / 4  # from joint 7 along and about its z
 TCP_OFFSET = 0.14  # from the hand along its z
 JOINT_LOWER = np.array([-2.8973, -1.7628, -2.8973, -3.0718, -2.8973, -0.0175, -2.8973])
 JOINT_UPPER = np.array([2.8973, 1.7628, 2.8973, -0.0698, 2.8973, 3.7525, 2.8973])
@@ -78,18 +78,18 @@ def rotvec_from_matrix(matrix: np.ndarray) -> np.ndarray:
 
 
 class ArmKinematics:
-    """Kinematics of the arm on its base; `base` is the position of its foot in the world (no rotation)."""
+    """Kinematics of the arm on its base; `base_position` is the position of its foot in the world (no rotation)."""
 
-    def __init__(self, base: tuple[float, float, float], rest: tuple[float, ...]) -> None:
-        self.base = np.array(base, dtype=np.float64)
+    def __init__(self, base_position: tuple[float, float, float], rest: tuple[float, ...]) -> None:
+        self.base_position = np.array(base_position, dtype=np.float64)
         self.rest = np.array(rest, dtype=np.float64)
         self._fixed = np.zeros((7, 4, 4))
-        for frame, (angle, offset) in zip(self._fixed, LINKS):
+        for frame, (angle, offset) in zip(self._fixed, LINK_FRAMES):
             frame[0, 0] = frame[3, 3] = 1.0
             frame[1:3, 1:3] = [[cos(angle), -sin(angle)], [sin(angle), cos(angle)]]
             frame[:3, 3] = offset
-        self._fixed[0, :3, 3] += self.base
-        c, s = cos(HAND_TURN), sin(HAND_TURN)
+        self._fixed[0, :3, 3] += self.base_position
+        c, s = cos(HAND_YAW), sin(HAND_YAW)
         self._tool = np.array([[c, -s, 0, 0], [s, c, 0, 0], [0, 0, 1, HAND_OFFSET + TCP_OFFSET], [0, 0, 0, 1]])
 
     def forward(self, joints: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -121,12 +121,12 @@ class ArmKinematics:
         *,
         iterations: int = 10,
         damping: float = 0.01,
-        posture: float = 0.05,
+        nullspace_gain: float = 0.05,
         tolerance: float = 1e-4,
     ) -> np.ndarray:
         """Joint angles within the limits whose tool pose is nearest to the wanted one, by damped least squares.
 
-        `start` (7,) is where the search begins; `posture` is the share of the way to the rest pose that a step takes
+        `start` (7,) is where the search begins; `nullspace_gain` is the share of the way to the rest pose that a step takes
         inside the null space. Stops early when position (m) and rotation (rad) errors are below `tolerance`. A pose
         out of reach gives the nearest one found, never an error.
         """
@@ -138,18 +138,18 @@ class ArmKinematics:
             if size < tolerance and step > 0:
                 break
             error *= min(1.0, 0.3 / max(size, 1e-12))
-            q = self._advance(q, jacobian, error, damping, posture)
+            q = self._ik_step(q, jacobian, error, damping, nullspace_gain)
         return q
 
-    def _advance(
-        self, q: np.ndarray, jacobian: np.ndarray, error: np.ndarray, damping: float, posture: float
+    def _ik_step(
+        self, q: np.ndarray, jacobian: np.ndarray, error: np.ndarray, damping: float, nullspace_gain: float
     ) -> np.ndarray:
         """One step; joints that would leave their range are held at its end and the others take over."""
         free = np.ones(7)
         for _ in range(3):
             used = jacobian * free
             inverse = np.linalg.solve(used @ used.T + damping**2 * np.eye(6), used).T
-            home = posture * (self.rest - q) * free
+            home = nullspace_gain * (self.rest - q) * free
             move = inverse @ error + home - inverse @ (used @ home)
             wanted = q + move
             outside = ((wanted < JOINT_LOWER) | (wanted > JOINT_UPPER)) & (free > 0)

@@ -27,10 +27,10 @@ from envs.playtable.scene import (
     SWITCH_Y,
     SWITCH_Z,
     TABLE_TOP,
-    Look,
+    Appearance,
     Scene,
 )
-from envs.playtable.shapes import BLOCK, FIXED, SEEN, array_to_string, body, box, geom, inertial
+from envs.playtable.shapes import BLOCK, STATIC, VISUAL_ONLY, array_to_string, body, box, geom, inertial
 
 TIMESTEP: Final = 1.0 / 480.0
 LOOK_FROM: Final = (2.871459009488717, -2.166602199425597, 2.555159848480571)
@@ -42,16 +42,16 @@ SLOPE: Final = radians(60)  # of the cabinet's front
 ROOF: Final = 0.648
 CONTACT_MARGIN: Final = 0.001  # m around each geom within which a contact is listed, without force
 
-WEIGHTLESS = 'gravcomp="1"'  # fixtures stay where they are left; dry friction alone would let them creep
-STOPS = 'solreflimit="0.005 1" solimplimit="0.98 0.999 0.001"'
+GRAVCOMP = 'gravcomp="1"'  # fixtures stay where they are left; dry friction alone would let them creep
+LIMIT_SOLVER = 'solreflimit="0.005 1" solimplimit="0.98 0.999 0.001"'
 WOOD, INNER, HANDLE, METAL = 'material="wood"', 'material="inner"', 'material="handle"', 'material="lever"'
-WOODEN = ("wood", "plank", "drawer", "door", "inner")
-BLOCK_COLOURS: dict[str, RGB] = {
+WOOD_MATERIALS = ("wood", "plank", "drawer", "door", "inner")
+BLOCK_RGB: dict[str, RGB] = {
     "block_red": (0.86, 0.08, 0.07),
     "block_blue": (0.06, 0.16, 0.86),
     "block_pink": (0.98, 0.42, 0.86),
 }
-PLAIN: dict[str, RGB] = {
+PLAIN_RGB: dict[str, RGB] = {
     "lever": (0.42, 0.42, 0.44),
     "button": (0.08, 0.08, 0.08),
     "slot": (0.05, 0.05, 0.05),
@@ -72,20 +72,20 @@ def _front(height: float) -> float:
     return CABINET_DEPTH[0] + (height - TABLE_TOP) / tan(SLOPE)
 
 
-def _slanted(
+def _slanted_box(
     x: tuple[float, float],
     heights: tuple[float, float],
     depth: tuple[float, float],
     *,
-    look: str,
-    collision: str = FIXED,
+    appearance: str,
+    collision: str = STATIC,
 ) -> str:
     """A box in the slanted front between two heights; `depth` is measured from the front inwards."""
     y, z = (np.mean([_front(height) for height in heights]), np.mean(heights))
     inwards = np.mean(depth)
     centre = (np.mean(x), y + inwards * sin(SLOPE), z - inwards * cos(SLOPE))
     half = (np.ptp(x) / 2, np.ptp(heights) / sin(SLOPE) / 2, np.ptp(depth) / 2)
-    return geom("box", centre, half, f'euler="{SLOPE:.10g} 0 0" {look}', collision)
+    return geom("box", centre, half, f'euler="{SLOPE:.10g} 0 0" {appearance}', collision)
 
 
 def _cabinet(scene: Scene) -> list[str]:
@@ -98,7 +98,7 @@ def _cabinet(scene: Scene) -> list[str]:
     ]
     for start, end in ((-0.44, left), (right, 0.44)):
         parts += [
-            _slanted((start, end), (TABLE_TOP, ROOF), (0.0, 0.044), look=WOOD),
+            _slanted_box((start, end), (TABLE_TOP, ROOF), (0.0, 0.044), appearance=WOOD),
             box((start, 0.085, TABLE_TOP), (end, far, 0.53), WOOD),
             box((start, 0.125, 0.53), (end, far, 0.61), WOOD),
             box((start, near, 0.40), (end, far, TABLE_TOP), WOOD),
@@ -125,13 +125,13 @@ def _stand(scene: Scene) -> list[str]:
     return parts
 
 
-def _sliding(name: str, axis: str, travel: float, mass: float, resistance: str) -> list[str]:
-    limits = f'range="0 {travel:.10g}" {STOPS}'
+def _slide_joint(name: str, axis: str, travel: float, mass: float, resistance: str) -> list[str]:
+    limits = f'range="0 {travel:.10g}" {LIMIT_SOLVER}'
     return [f'<joint name="{name}" type="slide" axis="{axis}" {limits} {resistance}/>', inertial(mass, mass * 0.01)]
 
 
 def _drawer(scene: Scene) -> str:
-    parts = _sliding("base__drawer", "0 -1 0", DRAWER_TRAVEL, 4.2, 'frictionloss="4" damping="6"')
+    parts = _slide_joint("base__drawer", "0 -1 0", DRAWER_TRAVEL, 4.2, 'frictionloss="4" damping="6"')
     parts += [
         box((-0.2, -0.16, 0.0), (0.2, 0.06, 0.02), INNER),
         box((-0.2, -0.16, 0.02), (-0.18, 0.06, 0.076), INNER),
@@ -142,41 +142,44 @@ def _drawer(scene: Scene) -> str:
         box((-0.12, -0.24, 0.02), (-0.10, -0.18, 0.06), HANDLE),
         box((0.10, -0.24, 0.02), (0.12, -0.18, 0.06), HANDLE),
     ]
-    return body("drawer_link", (scene.drawer_x, 0, DRAWER_Z), parts, WEIGHTLESS)
+    return body("drawer_link", (scene.drawer_x, 0, DRAWER_Z), parts, GRAVCOMP)
 
 
 def _slide(scene: Scene) -> str:
     """The sliding door; its frame lies in the slanted front, local y runs up it and local z out of it."""
-    parts = _sliding("base__slide", "-1 0 0", scene.slide_travel, 1.5, 'frictionloss="4" damping="6"')
+    parts = _slide_joint("base__slide", "-1 0 0", scene.slide_travel, 1.5, 'frictionloss="4" damping="6"')
     parts += [
         box((0.0, -0.11, 0.001), (0.28, 0.11, 0.02), 'material="door"'),
         box((0.12, -0.08, 0.06), (0.16, 0.08, 0.08), HANDLE),
         box((0.12, -0.08, 0.02), (0.16, -0.06, 0.06), HANDLE),
         box((0.12, 0.06, 0.02), (0.16, 0.08, 0.06), HANDLE),
     ]
-    frame = f'euler="{SLOPE:.10g} 0 0" {WEIGHTLESS}'
+    frame = f'euler="{SLOPE:.10g} 0 0" {GRAVCOMP}'
     return body("slide_link", (scene.slide_x0, SLIDE_Y, SLIDE_Z), parts, frame)
 
 
 def _switch(scene: Scene) -> str:
     """The lever: two rods in slots of the front carry a bar; local y points out of the front and local z down it."""
-    parts = _sliding("base__switch", "0 0 -1", SWITCH_TRAVEL, 0.24, 'frictionloss="3" damping="4"')
+    parts = _slide_joint("base__switch", "0 0 -1", SWITCH_TRAVEL, 0.24, 'frictionloss="3" damping="4"')
     parts += [box((x - 0.007, 0.0, -0.016), (x + 0.007, 0.05, 0.0), METAL) for x in (-0.05, 0.05)]
     parts.append(box((-0.06, 0.044, -0.024), (0.06, 0.064, 0.008), METAL))
-    frame = f'euler="{SLOPE + pi / 2:.10g} 0 0" {WEIGHTLESS}'
+    frame = f'euler="{SLOPE + pi / 2:.10g} 0 0" {GRAVCOMP}'
     return body("switch_link", (scene.switch_x, SWITCH_Y, SWITCH_Z), parts, frame)
 
 
 def _slots(scene: Scene) -> list[str]:
     spans = [(scene.switch_x + x - 0.009, scene.switch_x + x + 0.009) for x in (-0.05, 0.05)]
-    return [_slanted(span, (0.49, 0.594), (-0.001, 0.0), look='material="slot"', collision=SEEN) for span in spans]
+    return [
+        _slanted_box(span, (0.49, 0.594), (-0.001, 0.0), appearance='material="slot"', collision=VISUAL_ONLY)
+        for span in spans
+    ]
 
 
 def _button(scene: Scene) -> list[str]:
-    parts = _sliding("base__button", "0 0 -1", BUTTON_TRAVEL, 0.15, 'stiffness="200" springref="0" damping="6"')
+    parts = _slide_joint("base__button", "0 0 -1", BUTTON_TRAVEL, 0.15, 'stiffness="200" springref="0" damping="6"')
     parts.append(geom("cylinder", (0, 0, 0.012), (0.032, 0.012), 'material="button"'))
     ring = geom("cylinder", (scene.button_x, BUTTON_Y, 0.449), (0.04, 0.009), METAL)
-    return [ring, body("button_link", (scene.button_x, BUTTON_Y, BUTTON_Z), parts, WEIGHTLESS)]
+    return [ring, body("button_link", (scene.button_x, BUTTON_Y, BUTTON_Z), parts, GRAVCOMP)]
 
 
 def _lights(scene: Scene) -> list[str]:
@@ -200,27 +203,30 @@ def _table(scene: Scene) -> str:
 def _blocks(scene: Scene) -> str:
     out = []
     for name, edges in scene.sizes.items():
-        look = f'material="{name}" mass="1" friction="0.7 0.01 0.0005"'
-        content = [f'<freejoint name="{name}"/>', geom("box", (0, 0, 0), np.array(edges) / 2, look, BLOCK)]
+        appearance = f'material="{name}" mass="1" friction="0.7 0.01 0.0005"'
+        content = [f'<freejoint name="{name}"/>', geom("box", (0, 0, 0), np.array(edges) / 2, appearance, BLOCK)]
         out.append(body(name, (0, 0, 1), content))
     return "\n".join(out)
 
 
-def _assets(look: Look, more: dict[str, RGB]) -> str:
-    def tinted(colour: RGB, factor: float) -> RGB:
-        return tuple(factor * value for value in colour)
+def _assets(appearance: Appearance, more: dict[str, RGB]) -> str:
+    def tinted(color: RGB, factor: float) -> RGB:
+        return tuple(factor * value for value in color)
 
     size = f'width="{TEXTURE_SIZE}" height="{TEXTURE_SIZE}" builtin="flat" type="2d"'
-    panel = look.door if look.door != look.wood else tinted(look.wood, 0.86)
-    colours = (look.wood, tinted(look.wood, 0.92), panel, look.door, tinted(look.wood, 0.7))
-    plain = {**PLAIN, **BLOCK_COLOURS, "handle": look.handle, "floor": look.floor, **more}
+    panel = appearance.door if appearance.door != appearance.wood else tinted(appearance.wood, 0.86)
+    colors = (appearance.wood, tinted(appearance.wood, 0.92), panel, appearance.door, tinted(appearance.wood, 0.7))
+    plain = {**PLAIN_RGB, **BLOCK_RGB, "handle": appearance.handle, "floor": appearance.floor, **more}
     return "\n".join(
         [
             '<texture type="skybox" builtin="flat" rgb1="0.85 0.87 0.9" width="8" height="8"/>',
-            *(f'<texture name="{name}" {size} rgb1="{array_to_string(c)}"/>' for name, c in zip(WOODEN, colours)),
+            *(
+                f'<texture name="{name}" {size} rgb1="{array_to_string(c)}"/>'
+                for name, c in zip(WOOD_MATERIALS, colors)
+            ),
             *(
                 f'<material name="{name}" texture="{name}" texuniform="true" texrepeat="2.2 2.2" specular="0.05"/>'
-                for name in WOODEN
+                for name in WOOD_MATERIALS
             ),
             *(f'<material name="{name}" rgba="{array_to_string(c)} 1" specular="0.2"/>' for name, c in plain.items()),
         ]
@@ -234,7 +240,7 @@ def _static_camera() -> str:
     return f'<camera name="static" pos="{array_to_string(LOOK_FROM)}" xyaxes="{axes}" fovy="{STATIC_FOV}"/>'
 
 
-def _listing() -> str:
+def _contact_margin() -> str:
     """Attributes that list a contact before it presses; MuJoCo lists within `margin`, from 3.9 on plus `gap`."""
     version = tuple(int(part) for part in mujoco.__version__.split(".")[:2])
     return f'margin="{0.0 if version >= (3, 9) else CONTACT_MARGIN}" gap="{CONTACT_MARGIN}"'
@@ -256,13 +262,13 @@ def scene_xml(scene: Scene, offscreen_size: int = 256, *, human_arm: bool = Fals
 </visual>
 <statistic extent="1" center="0 0 0.4" meansize="0.05"/>
 <default>
-<geom condim="4" solref="0.008 1" solimp="0.95 0.99 0.001" friction="0.7 0.005 0.0002" {_listing()}/>
+<geom condim="4" solref="0.008 1" solimp="0.95 0.99 0.001" friction="0.7 0.005 0.0002" {_contact_margin()}/>
 </default>
-<asset>{_assets(scene.look, human.MATERIAL_RGB if human_arm else {})}</asset>
+<asset>{_assets(scene.appearance, human.MATERIAL_RGB if human_arm else {})}</asset>
 <worldbody>
 <light directional="true" pos="0.6 -1.2 3" dir="-0.25 0.55 -1" diffuse="0.5 0.5 0.5" specular="0.2 0.2 0.2"
  castshadow="false"/>
-<geom name="floor" type="plane" size="6 6 0.1" material="floor" {FIXED}/>
+<geom name="floor" type="plane" size="6 6 0.1" material="floor" {STATIC}/>
 {_static_camera()}
 {_table(scene)}
 {robot_xml(human_arm=human_arm)}
@@ -272,7 +278,7 @@ def scene_xml(scene: Scene, offscreen_size: int = 256, *, human_arm: bool = Fals
 </mujoco>"""
 
 
-def _grain(colour: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def _wood_texture(color: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """(3,) base colour -> (S, S, 3) uint8 wood with wavy fibres."""
     rows, columns = np.mgrid[0:TEXTURE_SIZE, 0:TEXTURE_SIZE] / TEXTURE_SIZE
     waves = sum(
@@ -281,16 +287,16 @@ def _grain(colour: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     )
     fibres = np.repeat(rng.normal(0, 0.35, (TEXTURE_SIZE, 16)), TEXTURE_SIZE // 16, axis=1)
     shade = 1.0 + 0.07 * waves + 0.05 * fibres
-    return np.clip(colour * shade[..., None], 0, 255).astype(np.uint8)
+    return np.clip(color * shade[..., None], 0, 255).astype(np.uint8)
 
 
 def compile_model(scene: Scene, offscreen_size: int = 256, *, human_arm: bool = False) -> mujoco.MjModel:
     """Compile a scene's model and paint its wood; the same scene always looks the same."""
     model = mujoco.MjModel.from_xml_string(scene_xml(scene, offscreen_size, human_arm=human_arm))
     rng = np.random.default_rng(ord(scene.name))
-    for name in WOODEN:
+    for name in WOOD_MATERIALS:
         texture = model.texture(name).id
         start = int(model.tex_adr[texture])
         pixels = model.tex_data[start : start + 3 * TEXTURE_SIZE**2]
-        pixels[:] = _grain(pixels[:3].astype(np.float64), rng).ravel()
+        pixels[:] = _wood_texture(pixels[:3].astype(np.float64), rng).ravel()
     return model

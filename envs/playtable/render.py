@@ -18,7 +18,7 @@ import mujoco
 import numpy as np
 
 BACKENDS = ("egl", "osmesa")
-HELP = "install libegl1 with libgl1-mesa-dri (egl) or libosmesa6 (osmesa), or run without pictures"
+INSTALL_HINT = "install libegl1 with libgl1-mesa-dri (egl) or libosmesa6 (osmesa), or run without pictures"
 MAX_GEOMS = 200
 
 log = logging.getLogger(__name__)
@@ -52,30 +52,30 @@ def _egl_works() -> bool:
     return bool(query(0, None, ctypes.byref(count))) and count.value > 0
 
 
-def _choose() -> str:
+def _select_backend() -> str:
     """What MUJOCO_GL names; otherwise EGL where it works, and OSMesa elsewhere."""
-    wish = os.environ.get("MUJOCO_GL", "").lower()
-    if wish:
-        if wish not in BACKENDS:
-            raise RenderError(f"MUJOCO_GL={wish}: pictures are rendered off screen, set it to egl or osmesa")
-        return wish
+    requested = os.environ.get("MUJOCO_GL", "").lower()
+    if requested:
+        if requested not in BACKENDS:
+            raise RenderError(f"MUJOCO_GL={requested}: pictures are rendered off screen, set it to egl or osmesa")
+        return requested
     if _egl_works():
         return "egl"
     log.warning("no EGL device here: pictures come from OSMesa (set MUJOCO_GL to choose)")
     return "osmesa"
 
 
-def _open(offscreen_size: int) -> tuple[_Context, str]:
-    backend = _choose()
+def _create_context(offscreen_size: int) -> tuple[_Context, str]:
+    backend = _select_backend()
     try:
         context = importlib.import_module(f"mujoco.{backend}").GLContext(offscreen_size, offscreen_size)
         context.make_current()
     except (ImportError, RuntimeError, AttributeError, OSError) as error:
-        raise RenderError(f"no pictures, {backend} does not start ({error}): {HELP}") from error
+        raise RenderError(f"no pictures, {backend} does not start ({error}): {INSTALL_HINT}") from error
     return context, backend
 
 
-def _free(gl: _Context, mjr: mujoco.MjrContext) -> None:
+def _free_context(gl: _Context, mjr: mujoco.MjrContext) -> None:
     gl.make_current()
     mjr.free()
     gl.free()
@@ -89,7 +89,7 @@ class Renderer:
 
     def __init__(self, model: mujoco.MjModel, offscreen_size: int) -> None:
         self._model = model
-        self._gl, self.backend = _open(offscreen_size)
+        self._gl, self.backend = _create_context(offscreen_size)
         self._scene = mujoco.MjvScene(model, maxgeom=MAX_GEOMS)
         for flag in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION, mujoco.mjtRndFlag.mjRND_HAZE):
             self._scene.flags[flag] = False
@@ -101,7 +101,7 @@ class Renderer:
         # Runs at exit too, and there before what the import of the GL module registered: finalizers would all wait for
         # their turn,
         # which is that of the first one in the program, and a display that is gone cannot free its contexts.
-        self._finalizer = weakref.finalize(self, _free, self._gl, self._mjr)
+        self._finalizer = weakref.finalize(self, _free_context, self._gl, self._mjr)
         self._finalizer.atexit = False
         atexit.register(self._finalizer)
 

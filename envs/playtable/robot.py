@@ -11,11 +11,22 @@ from typing import Final
 import numpy as np
 
 from envs.playtable import human, kinematics
-from envs.playtable.scene import GRIPPER_MAX, ROBOT_BASE
-from envs.playtable.shapes import ROBOT, SEEN, UNSEEN, Point, array_to_string, body, box, geom, inertial, rod
+from envs.playtable.scene import MAX_GRIPPER_WIDTH, ROBOT_BASE
+from envs.playtable.shapes import (
+    COLLISION_ONLY,
+    ROBOT,
+    VISUAL_ONLY,
+    Point,
+    array_to_string,
+    body,
+    box,
+    fromto_geom,
+    geom,
+    inertial,
+)
 
-STIFFNESS, DAMPING, TORQUE = 4000.0, 160.0, 200.0  # N m/rad, N m s/rad, N m: 40 ms behind the command, as CALVIN's
-GRIP_STIFFNESS, GRIP_DAMPING = 8000.0, 320.0  # N/m, N s/m: at most 1 m/s, the force saturates on every block
+ARM_KP, ARM_KV, ARM_MAX_TORQUE = 4000.0, 160.0, 200.0  # N m/rad, N m s/rad, N m: 40 ms behind the command, as CALVIN's
+GRIPPER_KP, GRIPPER_KV = 8000.0, 320.0  # N/m, N s/m: at most 1 m/s, the force saturates on every block
 FINGER_BASE: Final = 0.0584  # from the hand along its z
 CAMERA_OFFSET: Final = (-0.1, 0.0, 0.0)  # in the hand's frame
 CAMERA_EULER: Final = (1.3, 0.0, -1.57)
@@ -24,7 +35,7 @@ CAMERA_FOV: Final = 75.0
 MASSES = (2.7, 2.73, 2.04, 2.08, 3.0, 1.3, 0.2)
 WHITE, GREY = 'material="white"', 'material="joint"'
 # Per link: kind, ends, radius, look, does it collide
-SHAPES: tuple[tuple[tuple[str, tuple[Point, Point], float, str, bool], ...], ...] = (
+LINK_GEOMS: tuple[tuple[tuple[str, tuple[Point, Point], float, str, bool], ...], ...] = (
     (
         ("capsule", ((0, 0, -0.17), (0, 0, -0.03)), 0.062, WHITE, False),
         ("cylinder", ((0, -0.066, 0), (0, 0.066, 0)), 0.058, GREY, False),
@@ -58,14 +69,14 @@ SHAPES: tuple[tuple[tuple[str, tuple[Point, Point], float, str, bool], ...], ...
 def _finger(name: str, side: int, *, human_arm: bool) -> str:
     """A finger that opens along the hand's y on the given side; its pad reaches the middle when shut."""
     # A stiff pad decides the contact alone: softer ones let a block creep out of the hand in fast motion.
-    solid = UNSEEN if human_arm else ROBOT
+    solid = COLLISION_ONLY if human_arm else ROBOT
     pad = f'friction="1 0.02 0.001" solref="0.0042 1" solimp="0.99 0.999 0.0005" priority="1" {solid}'
 
     def across(low: float, high: float) -> tuple[float, float]:
         return (low, high) if side > 0 else (-high, -low)
 
     stem, tip = across(0.005, 0.022), across(0.0, 0.008)
-    travel = f'range="0 {GRIPPER_MAX / 2}" armature="0.05" damping="2"'
+    travel = f'range="0 {MAX_GRIPPER_WIDTH / 2}" armature="0.05" damping="2"'
     content = [
         f'<joint name="{name}" type="slide" axis="0 {side} 0" {travel}/>',
         inertial(0.1, 0.0005, (0.0, 0.0, 0.05)),
@@ -81,28 +92,38 @@ def _hand(*, human_arm: bool) -> str:
     axes = array_to_string((-camera[:, 0], -camera[:, 2]))  # it looks along its own y with its z pointing down
     content = [
         inertial(0.81, 0.004, (0.0, 0.0, 0.04)),
-        box((-0.03, -0.1, -0.015), (0.03, 0.1, 0.064), WHITE, UNSEEN if human_arm else ROBOT),
+        box((-0.03, -0.1, -0.015), (0.03, 0.1, 0.064), WHITE, COLLISION_ONLY if human_arm else ROBOT),
         *(
             human.palm()
             if human_arm
-            else [box((-0.105, -0.04, -0.0125), (-0.03, 0.04, 0.0125), 'material="dark"', SEEN)]
+            else [box((-0.105, -0.04, -0.0125), (-0.03, 0.04, 0.0125), 'material="dark"', VISUAL_ONLY)]
         ),
         f'<camera name="gripper" pos="{array_to_string(CAMERA_OFFSET)}" xyaxes="{axes}" fovy="{CAMERA_FOV}"/>',
         f'<site name="tcp" pos="0 0 {kinematics.TCP_OFFSET}" size="0.005" rgba="0 0 0 0"/>',
         _finger("finger_left", 1, human_arm=human_arm),
         _finger("finger_right", -1, human_arm=human_arm),
     ]
-    frame = f'euler="0 0 {kinematics.HAND_TURN:.10g}" gravcomp="1"'
+    frame = f'euler="0 0 {kinematics.HAND_YAW:.10g}" gravcomp="1"'
     return body("hand", (0, 0, kinematics.HAND_OFFSET), content, frame)
 
 
-def _shapes(link: int, *, human_arm: bool) -> list[str]:
+def _link_geoms(link: int, *, human_arm: bool) -> list[str]:
     """The geoms of arm link 1 to 7."""
-    shapes = SHAPES[link - 1]
+    shapes = LINK_GEOMS[link - 1]
     if not human_arm:
-        return [rod(kind, ends, size, look, ROBOT if solid else SEEN) for kind, ends, size, look, solid in shapes]
-    seen = [rod("capsule", ends, size, look, SEEN) for ends, size, look in human.ARM.get(f"link{link}", ())]
-    return seen + [rod(kind, ends, size, look, UNSEEN) for kind, ends, size, look, solid in shapes if solid]
+        return [
+            fromto_geom(kind, ends, size, appearance, ROBOT if solid else VISUAL_ONLY)
+            for kind, ends, size, appearance, solid in shapes
+        ]
+    seen = [
+        fromto_geom("capsule", ends, size, appearance, VISUAL_ONLY)
+        for ends, size, appearance in human.ARM.get(f"link{link}", ())
+    ]
+    return seen + [
+        fromto_geom(kind, ends, size, appearance, COLLISION_ONLY)
+        for kind, ends, size, appearance, solid in shapes
+        if solid
+    ]
 
 
 def robot_xml(*, human_arm: bool = False) -> str:
@@ -110,12 +131,12 @@ def robot_xml(*, human_arm: bool = False) -> str:
     robot's."""
     inside = _hand(human_arm=human_arm)
     for i in reversed(range(7)):
-        turn, offset = kinematics.LINKS[i]
+        turn, offset = kinematics.LINK_FRAMES[i]
         limits = f'range="{kinematics.JOINT_LOWER[i]} {kinematics.JOINT_UPPER[i]}"'
         parts = [
             f'<joint name="arm_{i + 1}" type="hinge" axis="0 0 1" {limits} armature="0.3" damping="2"/>',
             inertial(MASSES[i], 0.02),
-            *_shapes(i + 1, human_arm=human_arm),
+            *_link_geoms(i + 1, human_arm=human_arm),
         ]
         inside = body(f"link{i + 1}", offset, [*parts, inside], f'euler="{turn:.10g} 0 0" gravcomp="1"')
     height = ROBOT_BASE[2]
@@ -123,9 +144,9 @@ def robot_xml(*, human_arm: bool = False) -> str:
         []
         if human_arm
         else [
-            geom("cylinder", (-0.03, 0, 0.03), (0.10, 0.03), WHITE, SEEN),
-            rod("capsule", ((0, 0, 0.08), (0, 0, 0.14)), 0.066, WHITE, SEEN),
-            geom("cylinder", (-0.05, 0, -height / 2), (0.13, height / 2), 'material="stand"', SEEN),
+            geom("cylinder", (-0.03, 0, 0.03), (0.10, 0.03), WHITE, VISUAL_ONLY),
+            fromto_geom("capsule", ((0, 0, 0.08), (0, 0, 0.14)), 0.066, WHITE, VISUAL_ONLY),
+            geom("cylinder", (-0.05, 0, -height / 2), (0.13, height / 2), 'material="stand"', VISUAL_ONLY),
         ]
     )
     return body("link0", ROBOT_BASE, [*foot, inside])
@@ -140,8 +161,8 @@ def actuator_xml() -> str:
             f'biasprm="0 -{stiffness} -{damping}" forcerange="-{limit} {limit}"/>'
         )
 
-    arm = [position(f"arm_{i}", f"arm_{i}", STIFFNESS, DAMPING, TORQUE) for i in range(1, 8)]
-    grip = position("grip", "finger_left", GRIP_STIFFNESS, GRIP_DAMPING, 1.0)  # the environment sets its force
+    arm = [position(f"arm_{i}", f"arm_{i}", ARM_KP, ARM_KV, ARM_MAX_TORQUE) for i in range(1, 8)]
+    grip = position("grip", "finger_left", GRIPPER_KP, GRIPPER_KV, 1.0)  # the environment sets its force
     follow = 'polycoef="0 1 0 0 0" solref="0.004 1" solimp="0.99 0.999 0.001"'
     return (
         f'<equality><joint joint1="finger_right" joint2="finger_left" {follow}/></equality>\n'

@@ -11,7 +11,7 @@ from envs.protocol import Fixtures
 
 ROBOT_BASE = (-0.34, -0.46, 0.24)
 TABLE_TOP = 0.44
-GRIPPER_MAX = 0.08
+MAX_GRIPPER_WIDTH = 0.08
 
 SLIDE_Y, SLIDE_Z = 0.075, 0.535264  # middle of the sliding door, on the slanted front
 SWITCH_Y, SWITCH_Z = 0.060928, 0.494890  # lever's joint frame when the switch reads 0
@@ -22,12 +22,12 @@ CABINET_DEPTH = (0.02, 0.16)
 DRAWER_TRAVEL, BUTTON_TRAVEL, SWITCH_TRAVEL = 0.22, 0.02, 0.088
 BLOCK_SIZES = {"big": (0.08, 0.04, 0.04), "middle": (0.056, 0.04, 0.04), "small": (0.04, 0.04, 0.04)}
 
-Range = tuple[tuple[float, float, float], tuple[float, float, float]]
+Bounds = tuple[tuple[float, float, float], tuple[float, float, float]]
 RGB = tuple[float, float, float]
 
 
 @dataclass(frozen=True)
-class Look:
+class Appearance:
     """Colours in [0, 1]; `wood` and `door` are textured with grain."""
 
     wood: RGB
@@ -48,8 +48,8 @@ class Scene:
     slide_travel: float
     drawer_x: float
     plank_x: tuple[float, float]
-    surfaces: dict[str, Range]
-    look: Look
+    surfaces: dict[str, Bounds]
+    appearance: Appearance
 
     @property
     def block_names(self) -> tuple[str, ...]:
@@ -81,7 +81,7 @@ class Scene:
         )
 
 
-def _surfaces(table: tuple[float, float], left: tuple[float, float], right: tuple[float, float]) -> dict[str, Range]:
+def _surfaces(table: tuple[float, float], left: tuple[float, float], right: tuple[float, float]) -> dict[str, Bounds]:
     return {
         "table": ((table[0], -0.15, 0.46), (table[1], -0.03, 0.46)),
         "slider_left": ((left[0], 0.05, 0.46), (left[1], 0.12, 0.46)),
@@ -100,7 +100,7 @@ SCENES: dict[str, Scene] = {
         drawer_x=0.10,
         plank_x=(-0.36, 0.16),
         surfaces=_surfaces((-0.2, 0.35), (-0.32, -0.16), (-0.05, 0.13)),
-        look=Look((0.36, 0.24, 0.16), (0.36, 0.24, 0.16), (0.08, 0.08, 0.09), (0.72, 0.74, 0.77)),
+        appearance=Appearance((0.36, 0.24, 0.16), (0.36, 0.24, 0.16), (0.08, 0.08, 0.09), (0.72, 0.74, 0.77)),
     ),
     "B": Scene(
         name="B",
@@ -112,7 +112,7 @@ SCENES: dict[str, Scene] = {
         drawer_x=0.18,
         plank_x=(-0.18, 0.34),
         surfaces=_surfaces((-0.35, 0.15), (-0.12, 0.06), (0.15, 0.33)),
-        look=Look((0.86, 0.76, 0.60), (0.86, 0.76, 0.60), (0.10, 0.10, 0.11), (0.62, 0.66, 0.70)),
+        appearance=Appearance((0.86, 0.76, 0.60), (0.86, 0.76, 0.60), (0.10, 0.10, 0.11), (0.62, 0.66, 0.70)),
     ),
     "C": Scene(
         name="C",
@@ -124,7 +124,7 @@ SCENES: dict[str, Scene] = {
         drawer_x=0.10,
         plank_x=(-0.18, 0.34),
         surfaces=_surfaces((0.0, 0.35), (-0.12, 0.06), (0.15, 0.30)),
-        look=Look((0.69, 0.50, 0.33), (0.33, 0.22, 0.15), (0.62, 0.62, 0.63), (0.78, 0.75, 0.70)),
+        appearance=Appearance((0.69, 0.50, 0.33), (0.33, 0.22, 0.15), (0.62, 0.62, 0.63), (0.78, 0.75, 0.70)),
     ),
     "D": Scene(
         name="D",
@@ -136,7 +136,7 @@ SCENES: dict[str, Scene] = {
         drawer_x=0.18,
         plank_x=(-0.36, 0.16),
         surfaces=_surfaces((0.0, 0.35), (-0.32, -0.16), (-0.05, 0.13)),
-        look=Look((0.73, 0.55, 0.37), (0.73, 0.55, 0.37), (0.55, 0.55, 0.56), (0.66, 0.69, 0.66)),
+        appearance=Appearance((0.73, 0.55, 0.37), (0.73, 0.55, 0.37), (0.55, 0.55, 0.56), (0.66, 0.69, 0.66)),
     ),
 }
 

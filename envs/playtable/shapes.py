@@ -10,11 +10,13 @@ from typing import Final
 
 import numpy as np
 
-FIXED: Final = 'contype="1" conaffinity="0"'
+STATIC: Final = 'contype="1" conaffinity="0"'
 ROBOT: Final = 'contype="2" conaffinity="1"'
 BLOCK: Final = 'contype="4" conaffinity="7"'
-SEEN: Final = 'contype="0" conaffinity="0"'  # a picture of something, nothing collides with it
-UNSEEN: Final = f'{ROBOT} group="3"'  # collides like the robot; MuJoCo draws groups 0 to 2 unless told otherwise
+VISUAL_ONLY: Final = 'contype="0" conaffinity="0"'  # a picture of something, nothing collides with it
+COLLISION_ONLY: Final = (
+    f'{ROBOT} group="3"'  # collides like the robot; MuJoCo draws groups 0 to 2 unless told otherwise
+)
 
 Point = tuple[float, float, float]
 
@@ -24,19 +26,19 @@ def array_to_string(values: object) -> str:
     return " ".join(f"{float(value):.10g}" for value in np.ravel(np.asarray(values)))
 
 
-def geom(kind: str, position: object, size: object, look: str, collision: str = FIXED) -> str:
-    """A geom; `look` and `group` are attribute text, sizes are MuJoCo's half lengths."""
-    return f'<geom type="{kind}" pos="{array_to_string(position)}" size="{array_to_string(size)}" {look} {collision}/>'
+def geom(kind: str, position: object, size: object, appearance: str, collision: str = STATIC) -> str:
+    """A geom; `appearance` and `group` are attribute text, sizes are MuJoCo's half lengths."""
+    return f'<geom type="{kind}" pos="{array_to_string(position)}" size="{array_to_string(size)}" {appearance} {collision}/>'
 
 
-def box(low: Point, high: Point, look: str, collision: str = FIXED) -> str:
+def box(low: Point, high: Point, appearance: str, collision: str = STATIC) -> str:
     """A box between two opposite corners."""
-    return geom("box", np.add(low, high) / 2, np.subtract(high, low) / 2, look, collision)
+    return geom("box", np.add(low, high) / 2, np.subtract(high, low) / 2, appearance, collision)
 
 
-def rod(kind: str, ends: tuple[Point, Point], radius: float, look: str, collision: str = FIXED) -> str:
+def fromto_geom(kind: str, ends: tuple[Point, Point], radius: float, appearance: str, collision: str = STATIC) -> str:
     """A capsule or cylinder between two points."""
-    return f'<geom type="{kind}" fromto="{array_to_string(ends)}" size="{radius}" {look} {collision}/>'
+    return f'<geom type="{kind}" fromto="{array_to_string(ends)}" size="{radius}" {appearance} {collision}/>'
 
 
 def body(name: str, position: object, content: list[str], frame: str = "") -> str:

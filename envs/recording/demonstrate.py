@@ -28,7 +28,7 @@ CHAIN_LENGTH_PROBS = (
     0.07,
     0.15,
 )  # of chains with 1..5 segments: half of all segments start from neutral
-TWINS = 2  # chains begin alike; where both are one lift, the sentence alone tells them apart
+CHAINS_PER_START = 2  # chains begin alike; where both are one lift, the sentence alone tells them apart
 TWO_BLOCKS_PROB = 0.75  # of single lifts begin with two blocks on the table
 LIFT_LAST_PROB = 0.65  # of chains are fixtures and then a lift, where no task takes a lifted block further
 LIFT_PROB = 0.3  # of the other choices where a lift is possible; a third of all with the one above
@@ -37,9 +37,9 @@ UNDISTURBED_PROB = 0.55  # of single lifts begin undisturbed: there the sentence
 OVERRUN_PROB = 0.35  # of segments run on past success
 OVERRUN_STEPS = (5, 11)
 SCATTERED_PROB = 0.1  # of chains start from blocks anywhere on the scene's surfaces
-JITTER, TURN = 0.01, 0.15  # m and rad, of blocks on the table in the others
-LIMIT = 240  # steps in which a demonstration must succeed
-SHORTEST = 12  # frames; less holds no chunk of actions
+POSITION_JITTER, YAW_JITTER = 0.01, 0.15  # m and rad, of blocks on the table in the others
+HORIZON = 240  # steps in which a demonstration must succeed
+MIN_FRAMES = 12  # frames; less holds no chunk of actions
 
 
 @dataclass
@@ -79,38 +79,38 @@ def demonstrate_chain(
 
     A hand's chains are others than the robot's of the same seed, for nobody films a person repeating a robot's motions.
     """
-    hand = getattr(env, "embodiment", "robot") == "hand"
-    key = (seed, "ABCD".index(env.scene.name) + len("ABCD") * hand)
-    return chain(
+    is_human = getattr(env, "embodiment", "robot") == "hand"
+    key = (seed, "ABCD".index(env.scene.name) + len("ABCD") * is_human)
+    return demonstrate(
         env,
         tasks,
         longest,
         np.random.default_rng((*key, number)),
-        begin=np.random.default_rng((*key, number // TWINS, TWINS)),
-        turn=number % TWINS,
+        start_rng=np.random.default_rng((*key, number // CHAINS_PER_START, CHAINS_PER_START)),
+        lift_index=number % CHAINS_PER_START,
     )
 
 
-def chain(
+def demonstrate(
     env: TabletopEnv,
     tasks: Sequence[str],
     longest: int,
     rng: np.random.Generator,
     *,
-    begin: np.random.Generator | None = None,
-    turn: int = 0,
+    start_rng: np.random.Generator | None = None,
+    lift_index: int = 0,
 ) -> tuple[list[Segment], int]:
     """Demonstrated segments, at most `longest`, and the number of attempts that failed. `env` is reset first.
 
-    `begin` draws how the chain begins and of what kind it is (`rng`), `turn` which of the possible lifts a single lift
+    `start_rng` draws how the chain begins and of what kind it is (`rng`), `lift_index` which of the possible lifts a single lift
     is.
     """
-    begin = begin or rng
+    start_rng = start_rng or rng
     shares = np.array(CHAIN_LENGTH_PROBS[:longest]) / sum(CHAIN_LENGTH_PROBS[:longest])
-    length = 1 + int(begin.choice(len(shares), p=shares))
-    lift_last = begin.random() < LIFT_LAST_PROB and not set(tasks) & set(HELD_BLOCK_TASKS)
+    length = 1 + int(start_rng.choice(len(shares), p=shares))
+    lift_last = start_rng.random() < LIFT_LAST_PROB and not set(tasks) & set(HELD_BLOCK_TASKS)
     single_lift = lift_last and length == 1
-    _start(env, tasks, begin, two_blocks=single_lift and begin.random() < TWO_BLOCKS_PROB)
+    _reset_env(env, tasks, start_rng, two_blocks=single_lift and start_rng.random() < TWO_BLOCKS_PROB)
     state, failed, segments = PlayTableState(env), 0, []
     expert = env.expert(seed=int(rng.integers(2**31)))
     task = None
@@ -118,18 +118,18 @@ def chain(
         lift = place == length - 1 if lift_last else None
         choices = [name for name in feasible_tasks(state) if name in tasks and name != task]
         lifts = [name for name in choices if name in TABLE_LIFT_TASKS]
-        task = lifts[turn % len(lifts)] if single_lift and lifts else _choose(choices, rng, lift=lift)
+        task = lifts[lift_index % len(lifts)] if single_lift and lifts else _sample_task(choices, rng, lift=lift)
         if task is None:
             break
-        segment = _demonstrate(env, expert, task, rng, calm=single_lift and rng.random() < UNDISTURBED_PROB)
+        segment = _demonstrate_task(env, expert, task, rng, undisturbed=single_lift and rng.random() < UNDISTURBED_PROB)
         if segment is None:
             failed += 1
-        elif len(segment) >= SHORTEST:
+        elif len(segment) >= MIN_FRAMES:
             segments.append(segment)
     return segments, failed
 
 
-def _start(env: TabletopEnv, tasks: Sequence[str], rng: np.random.Generator, *, two_blocks: bool) -> None:
+def _reset_env(env: TabletopEnv, tasks: Sequence[str], rng: np.random.Generator, *, two_blocks: bool) -> None:
     """The neutral pose, with blocks and fixtures as an evaluation has them (a little shifted) or anywhere."""
     if rng.random() < SCATTERED_PROB:
         start = sample_env_state(str(rng.choice(tasks)), env.scene, rng)
@@ -139,19 +139,19 @@ def _start(env: TabletopEnv, tasks: Sequence[str], rng: np.random.Generator, *, 
     robot_obs, scene_obs = get_env_state_for_initial_condition(states[rng.integers(len(states))], env.scene)
     blocks = scene_obs[6:].reshape(3, 6)
     on_table = blocks[:, 1] < 0
-    blocks[on_table, :2] += rng.uniform(-JITTER, JITTER, (int(on_table.sum()), 2))
-    blocks[on_table, 5] += rng.uniform(-TURN, TURN, int(on_table.sum()))
+    blocks[on_table, :2] += rng.uniform(-POSITION_JITTER, POSITION_JITTER, (int(on_table.sum()), 2))
+    blocks[on_table, 5] += rng.uniform(-YAW_JITTER, YAW_JITTER, int(on_table.sum()))
     env.reset(robot_obs=robot_obs, scene_obs=np.concatenate([scene_obs[:6], blocks.ravel()]))
 
 
-def _group(task: str) -> str:
+def _sampling_group(task: str) -> str:
     words = task.split("_")
     if words[0] in ("rotate", "turn"):
         return words[0] + words[2]
     return TASK_CATEGORIES[task]
 
 
-def _choose(tasks: list[str], rng: np.random.Generator, *, lift: bool | None = None) -> str | None:
+def _sample_task(tasks: list[str], rng: np.random.Generator, *, lift: bool | None = None) -> str | None:
     """One of the possible tasks: kinds of tasks are equally likely, lifts and what uses a held block more so.
 
     `lift` asks for a lift (True) or for anything else (False) where there is a choice.
@@ -166,22 +166,22 @@ def _choose(tasks: list[str], rng: np.random.Generator, *, lift: bool | None = N
     pool = (lifts or rest) if lift else (rest or lifts)
     if not pool:
         return None
-    kind = rng.choice(sorted({_group(task) for task in pool}))
-    return str(rng.choice([task for task in pool if _group(task) == kind]))
+    kind = rng.choice(sorted({_sampling_group(task) for task in pool}))
+    return str(rng.choice([task for task in pool if _sampling_group(task) == kind]))
 
 
-def _demonstrate(
-    env: TabletopEnv, expert: ScriptedExpert, task: str, rng: np.random.Generator, *, calm: bool
+def _demonstrate_task(
+    env: TabletopEnv, expert: ScriptedExpert, task: str, rng: np.random.Generator, *, undisturbed: bool
 ) -> Segment | None:
     """The segment that the oracle accepted, or None."""
     sigma = float(rng.choice(NOISE_SIGMAS))
     overrun = int(rng.integers(*OVERRUN_STEPS)) if rng.random() < OVERRUN_PROB else 0
     expert.reset(task)
-    if not calm and displace(env, expert, rng, task):
+    if not undisturbed and displace(env, expert, rng, task):
         expert.reset(task)
     segment, start = Segment(task, env.instruction(task)), env.get_info()
     succeeded_at = None
-    for step in range(LIMIT):
+    for step in range(HORIZON):
         observation = env.get_obs()
         action = expert.act()
         segment.add(observation, action)

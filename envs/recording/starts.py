@@ -11,23 +11,23 @@ from dataclasses import dataclass
 import numpy as np
 
 from envs.expert.expert import DOOR_WIDTH
-from envs.expert.motions import EMPTY, GRASPABLE
+from envs.expert.motions import EMPTY_GRIPPER_WIDTH, MAX_GRASP_WIDTH
 from envs.playtable.scene import ROBOT_BASE, Scene
 from envs.protocol import PrivilegedState
 from envs.sequences import DRAWER_OPEN, NEUTRAL_ROBOT_OBS, SWITCH_ON
 from envs.tasks import HELD_BLOCK_TASKS, check_tasks
 
-ACROSS_FROM = -0.085  # m, y up to which the hand may stand across the front
-BESIDE_WALL = 0.055  # m from a wall or door that a finger needs beside a block's middle
+CROSSWISE_MAX_Y = -0.085  # m, y up to which the hand may stand across the front
+WALL_CLEARANCE = 0.055  # m from a wall or door that a finger needs beside a block's middle
 REACH = 0.75  # m over the ground from the robot's base: as far as a hand goes that hovers over the table
-GAP = 0.115  # m between the centres of two blocks that do not hinder the hand
+BLOCK_CLEARANCE = 0.115  # m between the centres of two blocks that do not hinder the hand
 
 
-def zone(state: PrivilegedState, block: str) -> str:
+def block_location(state: PrivilegedState, block: str) -> str:
     """Where a block is: hand, stacked, drawer, cabinet, table or lost (leaning, fallen, on a fixture)."""
     position, axes = state.block_pose(block)
     touched = state.get_contacts(block)
-    if "robot" in touched and state.gripper_action() < 0 and state.gripper_opening_width() > EMPTY:
+    if "robot" in touched and state.gripper_action() < 0 and state.gripper_opening_width() > EMPTY_GRIPPER_WIDTH:
         return "hand"
     touched -= {"robot"}
     upright = np.abs(axes[2]).max() > 0.97
@@ -44,11 +44,11 @@ def zone(state: PrivilegedState, block: str) -> str:
     return "lost"
 
 
-def reachable_inside(x: float, door: float, plank: tuple[float, float]) -> bool:
+def reachable_in_cabinet(x: float, door: float, plank: tuple[float, float]) -> bool:
     """Can a block at x in the cabinet be gripped while the door's left edge stands at `door`?"""
-    if not plank[0] + BESIDE_WALL < x < plank[1] - BESIDE_WALL:
+    if not plank[0] + WALL_CLEARANCE < x < plank[1] - WALL_CLEARANCE:
         return False
-    return x < door - BESIDE_WALL or x > door + DOOR_WIDTH + BESIDE_WALL
+    return x < door - WALL_CLEARANCE or x > door + DOOR_WIDTH + WALL_CLEARANCE
 
 
 def within_reach(at: np.ndarray) -> bool:
@@ -66,46 +66,46 @@ def corridor_free(at: np.ndarray, sign: int, obstacles: list[np.ndarray]) -> boo
 
 def graspable(at: np.ndarray, axes: np.ndarray, edges: np.ndarray) -> bool:
     """Near the slanted front the wide hand must stand along it: is there a pair of faces that it can close on there?"""
-    if at[1] < ACROSS_FROM:
+    if at[1] < CROSSWISE_MAX_Y:
         return True
-    closing = [axis for axis, edge in zip(axes.T, edges) if abs(axis[2]) < 0.5 and edge < GRASPABLE]
+    closing = [axis for axis, edge in zip(axes.T, edges) if abs(axis[2]) < 0.5 and edge < MAX_GRASP_WIDTH]
     return any(abs(axis[0]) > 0.62 for axis in closing)
 
 
 def _clear(at: np.ndarray, others: list[np.ndarray]) -> bool:
-    return all(np.linalg.norm(at[:2] - other[:2]) > GAP for other in others)
+    return all(np.linalg.norm(at[:2] - other[:2]) > BLOCK_CLEARANCE for other in others)
 
 
-def _block_tasks(state: PrivilegedState, zones: dict[str, str]) -> list[str]:
+def _block_tasks(state: PrivilegedState, locations: dict[str, str]) -> list[str]:
     limit = state.joint_limit("base__slide")
     # The expert shoves a door that stands half way to its nearer end first.
     door = state.fixtures.slide_x0 - (limit if state.joint_position("base__slide") > limit / 2 else 0.0)
     tasks = []
-    for block, place in zones.items():
-        colour, at = block.removeprefix("block_"), state.block_pose(block)[0]
-        others = [state.block_pose(other)[0] for other in zones if other != block]
+    for block, place in locations.items():
+        color, at = block.removeprefix("block_"), state.block_pose(block)[0]
+        others = [state.block_pose(other)[0] for other in locations if other != block]
         if place == "table" and _clear(at, others):
             if graspable(at, state.block_pose(block)[1], state.block_size(block)):
-                tasks += [f"lift_{colour}_block_table", f"rotate_{colour}_block_left", f"rotate_{colour}_block_right"]
+                tasks += [f"lift_{color}_block_table", f"rotate_{color}_block_left", f"rotate_{color}_block_right"]
             obstacles = [*others, np.array(state.fixtures.button)]
             tasks += [
-                f"push_{colour}_block_{side}"
+                f"push_{color}_block_{side}"
                 for side, sign in (("left", -1), ("right", 1))
                 if corridor_free(at[:2], sign, obstacles)
             ]
-        elif place == "cabinet" and reachable_inside(float(at[0]), door, state.fixtures.plank_x):
-            tasks.append(f"lift_{colour}_block_slider")
+        elif place == "cabinet" and reachable_in_cabinet(float(at[0]), door, state.fixtures.plank_x):
+            tasks.append(f"lift_{color}_block_slider")
         elif place == "drawer" and state.joint_position("base__drawer") > 0.19:
-            tasks.append(f"lift_{colour}_block_drawer")
+            tasks.append(f"lift_{color}_block_drawer")
     return tasks
 
 
 def feasible_tasks(state: PrivilegedState) -> list[str]:
     """The tasks that can be carried out from here, in a fixed order. A block in the hand rules out none but lifts of
     it."""
-    zones = {block: zone(state, block) for block in state.blocks}
+    locations = {block: block_location(state, block) for block in state.blocks}
     drawer, slide = state.joint_position("base__drawer"), state.joint_position("base__slide")
-    tasks = _block_tasks(state, zones)
+    tasks = _block_tasks(state, locations)
     if slide < state.joint_limit("base__slide") - 0.16:
         tasks.append("move_slider_left")
     if slide > 0.16:
@@ -116,13 +116,13 @@ def feasible_tasks(state: PrivilegedState) -> list[str]:
         tasks.append("close_drawer")
     for light in ("lightbulb", "led"):
         tasks.append(f"turn_off_{light}" if state.light_state(light) else f"turn_on_{light}")
-    on_table = [block for block, place in zones.items() if place == "table"]
-    held = [block for block, place in zones.items() if place == "hand"]
+    on_table = [block for block, place in locations.items() if place == "table"]
+    held = [block for block, place in locations.items() if place == "hand"]
     if len(held) == 1 and state.get_contacts(held[0]) == {"robot"}:
         tasks.append("place_in_slider")
         tasks += ["place_in_drawer"] if drawer > 0.19 else []
         tasks += ["stack_block"] if on_table else []
-    if "stacked" in zones.values():
+    if "stacked" in locations.values():
         tasks.append("unstack_block")
     if drawer > 0.19 and any(abs(state.block_pose(b)[0][0] - state.fixtures.drawer_x) < 0.12 for b in on_table):
         tasks.append("push_into_drawer")
@@ -138,7 +138,7 @@ class EnvState:
     setup_task: str | None = None
 
 
-def _fixtures(task: str, scene: Scene, rng: np.random.Generator) -> np.ndarray:
+def _sample_fixtures(task: str, scene: Scene, rng: np.random.Generator) -> np.ndarray:
     """Random readings (6,) of slider, drawer, button, switch, bulb and LED that leave the task to be done."""
     limit = scene.limits["base__slide"]
     slide, drawer = limit * rng.integers(2), DRAWER_OPEN * rng.integers(2)
@@ -152,7 +152,7 @@ def _fixtures(task: str, scene: Scene, rng: np.random.Generator) -> np.ndarray:
     return np.array([slide, drawer, 0.0, SWITCH_ON * bulb, bulb, led])
 
 
-def _zones(task: str, scene: Scene, open_side: str, rng: np.random.Generator) -> dict[str, str]:
+def _sample_locations(task: str, scene: Scene, open_side: str, rng: np.random.Generator) -> dict[str, str]:
     """A place for every block: at most one a side of the cabinet, and the task's own where it needs it."""
     names = [str(name) for name in rng.permutation(scene.block_names)]
     sides = [str(side) for side in rng.permutation(["slider_left", "slider_right"])]
@@ -174,7 +174,7 @@ def _zones(task: str, scene: Scene, open_side: str, rng: np.random.Generator) ->
     return {name: str(places[name]) for name in scene.block_names}
 
 
-def _position(place: str, scene: Scene, rng: np.random.Generator) -> np.ndarray:
+def _sample_position(place: str, scene: Scene, rng: np.random.Generator) -> np.ndarray:
     if place == "drawer":
         return np.array([scene.drawer_x, -0.29, 0.36]) + rng.uniform(-1, 1, 3) * [0.08, 0.025, 0.0]
     low, high = scene.surfaces[place]
@@ -183,12 +183,12 @@ def _position(place: str, scene: Scene, rng: np.random.Generator) -> np.ndarray:
         left, right = scene.plank_x
         door = scene.slide_x0 - (0.0 if place == "slider_left" else scene.slide_travel)
         low_x, high_x = (left, door) if place == "slider_left" else (door + DOOR_WIDTH, right)
-        position[0] = np.clip(position[0], low_x + BESIDE_WALL + 0.005, high_x - BESIDE_WALL - 0.005)
+        position[0] = np.clip(position[0], low_x + WALL_CLEARANCE + 0.005, high_x - WALL_CLEARANCE - 0.005)
         position[1] = rng.uniform(0.075, 0.1)
     return position
 
 
-def _fits(task: str, block: str, poses: dict[str, np.ndarray], scene: Scene, slide: float) -> bool:
+def _placement_valid(task: str, block: str, poses: dict[str, np.ndarray], scene: Scene, slide: float) -> bool:
     """Does the last block placed keep clear of all others, of the fixtures and of what the task needs?"""
     at, yaw = poses[block][:3], poses[block][3]
     button = np.array(scene.fixtures.button)
@@ -221,36 +221,36 @@ def sample_env_state(task: str, scene: Scene, rng: np.random.Generator) -> EnvSt
     """
     check_tasks((task,))
     for _ in range(200):
-        fixtures = _fixtures(task, scene, rng)
+        fixtures = _sample_fixtures(task, scene, rng)
         open_side = "slider_left" if fixtures[0] == 0 else "slider_right"
-        zones = _zones(task, scene, open_side, rng)
+        locations = _sample_locations(task, scene, open_side, rng)
         poses: dict[str, np.ndarray] = {}
-        for name, place in zones.items():
+        for name, place in locations.items():
             for _ in range(60):
-                poses[name] = np.append(_position(place, scene, rng), _yaw(place, rng))
-                if _fits(task, name, poses, scene, fixtures[0]):
+                poses[name] = np.append(_sample_position(place, scene, rng), _sample_yaw(place, rng))
+                if _placement_valid(task, name, poses, scene, fixtures[0]):
                     break
             else:
                 break
         else:
-            return _assemble(task, scene, fixtures, zones=zones, poses=poses, rng=rng)
+            return _make_env_state(task, scene, fixtures, locations=locations, poses=poses, rng=rng)
     raise RuntimeError(f"no start for {task} found in scene {scene.name}: its surfaces leave no room")
 
 
-def _yaw(place: str, rng: np.random.Generator) -> float:
+def _sample_yaw(place: str, rng: np.random.Generator) -> float:
     return rng.uniform(-np.pi, np.pi) if place in ("table", "drawer") else np.pi / 2 + rng.uniform(-0.4, 0.4)
 
 
-def _assemble(
+def _make_env_state(
     task: str,
     scene: Scene,
     fixtures: np.ndarray,
     *,
-    zones: dict[str, str],
+    locations: dict[str, str],
     poses: dict[str, np.ndarray],
     rng: np.random.Generator,
 ) -> EnvState:
-    on_table = [name for name, place in zones.items() if place == "table"]
+    on_table = [name for name, place in locations.items() if place == "table"]
     if task == "unstack_block":
         low, top = on_table[:2]
         poses[top] = poses[low] + [0, 0, 0.04, rng.uniform(-0.2, 0.2)]

@@ -9,7 +9,6 @@ lang_annotations/auto_lang_ann.npy
 from __future__ import annotations
 
 import io
-import json
 import os
 import zipfile
 from pathlib import Path
@@ -22,7 +21,7 @@ import yaml
 from envs.recording.demonstrate import Segment
 
 FPS = 30
-PIXELS = ("rgb_static", "rgb_gripper")
+RGB_KEYS = ("rgb_static", "rgb_gripper")
 
 
 def write_frames(folder: Path, segment: Segment) -> None:
@@ -33,7 +32,7 @@ def write_frames(folder: Path, segment: Segment) -> None:
         "robot_obs": np.array(segment.robot_obs),
         "scene_obs": np.array(segment.scene_obs),
     }
-    columns = {**{key: getattr(segment, key) for key in PIXELS}, **vectors}
+    columns = {**{key: getattr(segment, key) for key in RGB_KEYS}, **vectors}
     folder.mkdir(parents=True)
     np.savez(folder / "vectors.npz", **vectors)
     for frame in range(len(segment)):
@@ -49,7 +48,7 @@ def write_frames(folder: Path, segment: Segment) -> None:
 def write_videos(folder: Path, segment: Segment, cameras: int = 2) -> None:
     """0.mp4 and 1.mp4, or the first of them alone; H.264 with a short GOP."""
     folder.mkdir(parents=True, exist_ok=True)
-    for camera, key in enumerate(PIXELS[:cameras]):
+    for camera, key in enumerate(RGB_KEYS[:cameras]):
         images = getattr(segment, key)
         with av.open(str(folder / f"{camera}.mp4"), "w") as container:
             stream = container.add_stream("libx264", rate=FPS, options={"crf": "16", "g": "8", "preset": "veryfast"})
@@ -108,38 +107,6 @@ def write_env_config(folder: Path, scenes: list[str], world: str, versions: dict
         "robot": {"max_rel_pos": 0.02, "max_rel_orn": 0.05, "euler_obs": True},
     }
     write_text(folder / ".hydra" / "merged_config.yaml", yaml.safe_dump(config, sort_keys=False))
-
-
-def write_annotation(root: Path, split: str, name: str, instruction: str, scene: str, states: np.ndarray) -> None:
-    """The json of one video, as VPP and the official release lay it out, and its scene; states (T, 15) are
-    robot_obs."""
-    record = {
-        "task": "robot_trajectory_prediction",
-        "texts": [instruction],
-        "episode_id": name,
-        "video_length": len(states),
-        "scene": scene,
-        "state": states.round(5).tolist(),
-        "videos": [{"video_path": f"videos/{split}/{name}/{camera}.mp4"} for camera in (0, 1)],
-        "latent_videos": [{"latent_video_path": f"latent_videos/{split}/{name}/{camera}.pt"} for camera in (0, 1)],
-    }
-    write_text(root / "annotation" / split / f"{name}.json", json.dumps(record) + "\n")
-
-
-def write_human_annotation(root: Path, split: str, name: str, instruction: str, scene: str, length: int) -> None:
-    """The json of the one video of a hand that does what `sentence` says, `length` frames: there are no readings of a
-    robot."""
-    record = {
-        "task": "human_video_prediction",
-        "texts": [instruction],
-        "episode_id": name,
-        "video_length": length,
-        "fps": FPS,
-        "scene": scene,
-        "videos": [{"video_path": f"videos/{split}/{name}/0.mp4"}],
-        "latent_videos": [{"latent_video_path": f"latent_videos/{split}/{name}/0.pt"}],
-    }
-    write_text(root / "annotation" / split / f"{name}.json", json.dumps(record) + "\n")
 
 
 def save_npy(path: Path, value: Any) -> None:

@@ -20,7 +20,7 @@ import yaml
 from envs import record as program
 from envs.playtable import PlayTableEnv
 from envs.record import record
-from envs.recording.demonstrate import chain, demonstrate_chain
+from envs.recording.demonstrate import demonstrate, demonstrate_chain
 from envs.tasks import ELEVEN, INSTRUCTIONS
 
 FIXTURES = ["open_drawer", "close_drawer", "turn_on_led", "turn_off_led"]
@@ -29,7 +29,9 @@ FIXTURES = ["open_drawer", "close_drawer", "turn_on_led", "turn_off_led"]
 def unseeing(scene: str, monkeypatch: pytest.MonkeyPatch) -> PlayTableEnv:
     """A table that draws no pictures."""
     env = PlayTableEnv(scene)
-    monkeypatch.setattr(env, "get_obs", lambda: {"rgb_obs": {"rgb_static": None, "rgb_gripper": None}, **env._state()})
+    monkeypatch.setattr(
+        env, "get_obs", lambda: {"rgb_obs": {"rgb_static": None, "rgb_gripper": None}, **env._state_obs()}
+    )
     return env
 
 
@@ -178,7 +180,7 @@ def test_a_worker_that_dies_is_replaced_but_not_for_ever(tmp_path: Path, times: 
     request = {"scenes": ["D"], "tasks": FIXTURES, "episodes": 3, "seed": 3, "out": tmp_path / "shot", "workers": 1}
     gun = threading.Thread(target=shoot, args=(times,), daemon=True)
     gun.start()
-    if times > program.RESTARTS:
+    if times > program.MAX_RESTARTS:
         with pytest.raises(RuntimeError, match="run the same command again"):
             record(**request)
         gun.join(20)
@@ -190,7 +192,7 @@ def test_a_worker_that_dies_is_replaced_but_not_for_ever(tmp_path: Path, times: 
 
 def test_chains_go_on_from_where_they_are_and_lift(monkeypatch: pytest.MonkeyPatch) -> None:
     env = unseeing("D", monkeypatch)
-    chains = [chain(env, ELEVEN, 5, np.random.default_rng(seed))[0] for seed in range(24)]
+    chains = [demonstrate(env, ELEVEN, 5, np.random.default_rng(seed))[0] for seed in range(24)]
     segments = [segment for segments in chains for segment in segments]
     neutral = [segment for segment in segments if abs(segment.robot_obs[0][2] - 0.5712808) < 1e-3]
     lifts = [segment for segment in segments if segment.task.startswith("lift")]
@@ -203,7 +205,7 @@ def test_lifts_are_shown_from_misses_too(monkeypatch: pytest.MonkeyPatch) -> Non
     env = unseeing("D", monkeypatch)
     monkeypatch.setattr("envs.recording.displacement.PERTURB_PROB", 1.0)
     lifts = ["lift_red_block_table", "lift_blue_block_table", "lift_pink_block_table"]
-    chains = [chain(env, lifts, 1, np.random.default_rng(seed)) for seed in range(60)]
+    chains = [demonstrate(env, lifts, 1, np.random.default_rng(seed)) for seed in range(60)]
     assert sum(failed for _, failed in chains) <= 4, "pushed off its course, the expert still lifts"
     first = np.array([segment.robot_obs[0] for segments, _ in chains for segment in segments])
     assert (first[:, 2] < 0.5).sum() >= 3, "the hand stands at the table"
@@ -241,7 +243,7 @@ def test_lost_and_hovering_hands_still_carry_their_tasks_out(monkeypatch: pytest
         ("demonstrate.UNDISTURBED_PROB", 0.0),
     ):
         monkeypatch.setattr(f"envs.recording.{name}", share)
-    chains = [chain(env, ELEVEN, 1, np.random.default_rng(seed)) for seed in range(40)]
+    chains = [demonstrate(env, ELEVEN, 1, np.random.default_rng(seed)) for seed in range(40)]
     assert sum(failed for _, failed in chains) <= 3
     places = np.array([segment.robot_obs[0][:3] for segments, _ in chains for segment in segments])
     assert (places.std(0) > [0.15, 0.05, 0.03]).all(), "the hand begins all over the table"
@@ -262,7 +264,7 @@ def test_labels_replay_open_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("envs.recording.demonstrate.NOISE_SIGMAS", (0.0,))
     replayed = total = 0
     for seed in range(8):
-        for segment in chain(env, FIXTURES, 1, np.random.default_rng(seed))[0]:
+        for segment in demonstrate(env, FIXTURES, 1, np.random.default_rng(seed))[0]:
             env.reset(robot_obs=segment.robot_obs[0], scene_obs=segment.scene_obs[0])
             before, done = env.get_info(), False
             for action in segment.rel_actions:

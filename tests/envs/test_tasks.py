@@ -13,7 +13,7 @@ from envs.tasks import ELEVEN, INSTRUCTIONS, TASK_SETS, TASKS, check_success, ch
 
 ROBOT, TABLE = 0, 1
 UIDS = {"block_red": 2, "block_blue": 3, "block_pink": 4}
-LINKS = {"base_link": -1, "plank_link": 0, "drawer_link": 1}
+LINK_FRAMES = {"base_link": -1, "plank_link": 0, "drawer_link": 1}
 
 
 def touch(*others: tuple[int, int]) -> list[tuple]:
@@ -41,7 +41,7 @@ def info(*, doors: dict | None = None, lights: dict | None = None, robot: list |
     return {
         "robot_info": {"uid": ROBOT, "contacts": robot or []},
         "scene_info": {
-            "fixed_objects": {"table": {"uid": TABLE, "links": LINKS}},
+            "fixed_objects": {"table": {"uid": TABLE, "links": LINK_FRAMES}},
             "movable_objects": movable,
             "doors": {n: {"current_state": (doors or {}).get(n, 0.0)} for n in ("base__slide", "base__drawer")},
             "lights": {n: {"logical_state": (lights or {}).get(n, 0)} for n in ("lightbulb", "led")},

@@ -264,7 +264,7 @@ def test_an_incomplete_calvin_env_says_what_is_wrong(monkeypatch: pytest.MonkeyP
         patch.setattr(sys.modules["calvin_env"], "__file__", None)  # as of a folder without __init__.py
         with pytest.raises(CalvinError, match="fake_calvin/calvin_env hides the installed"):
             CalvinEnv("D")
-    monkeypatch.setattr(calvin_sim, "root", lambda package: tmp_path)
+    monkeypatch.setattr(calvin_sim, "checkout_root", lambda package: tmp_path)
     with pytest.raises(CalvinError, match="without its folders conf/ and data/"):
         CalvinEnv("D")
 
@@ -295,10 +295,10 @@ def _installed() -> bool:
 
 def test_the_recorder_closes_a_world_before_it_opens_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = {"_target_": "envs.calvin.env.CalvinEnv", "scene": "D", "renderer": "cpu"}
-    monkeypatch.setattr(program, "_worlds", {})
-    first = program._world("A", settings)
-    assert first.name == "calvin-A" and program._world("A", settings) is first
-    second = program._world("D", settings)
+    monkeypatch.setattr(program, "_envs", {})
+    first = program._get_env("A", settings)
+    assert first.name == "calvin-A" and program._get_env("A", settings) is first
+    second = program._get_env("D", settings)
     assert second.name == "calvin-D" and list(worlds()) == [0]
     second.close()
 

@@ -15,7 +15,7 @@ from envs.calvin import simulator as calvin_sim
 from envs.calvin.env import CalvinEnv
 from envs.playtable.env import NEUTRAL_ROBOT_OBS, PlayTableState
 from envs.playtable.scene import SCENES
-from envs.recording.demonstrate import chain
+from envs.recording.demonstrate import demonstrate
 from envs.sequences import get_sequences
 from envs.tasks import ELEVEN, TASKS
 
@@ -24,7 +24,7 @@ from envs.tasks import ELEVEN, TASKS
 def installed() -> Path:
     """calvin_env's checkout."""
     try:
-        return calvin_sim.root(calvin_sim.import_calvin_env()[1])
+        return calvin_sim.checkout_root(calvin_sim.import_calvin_env()[1])
     except calvin_sim.CalvinError as error:
         pytest.skip(str(error))
 
@@ -72,7 +72,7 @@ def test_playtables_geometry_is_calvins(env: CalvinEnv) -> None:
 
 def test_the_configuration_is_the_datasets(installed: Path, shared_data: Path) -> None:
     theirs = OmegaConf.load(shared_data / "calvin_meta" / "merged_config.yaml")
-    ours = calvin_sim.configuration(installed, "D", static_size=200, gripper_size=84, egl=True)
+    ours = calvin_sim.make_config(installed, "D", static_size=200, gripper_size=84, egl=True)
     theirs.data_path = ours.data_path
     for part in ("robot", "cameras.static", "cameras.gripper", "scene.objects", "scene.surfaces"):
         one, other = (OmegaConf.to_container(OmegaConf.select(config, part), resolve=True) for config in (ours, theirs))
@@ -108,7 +108,7 @@ def test_what_follows_a_state_is_the_same_to_the_bit(env: CalvinEnv, monkeypatch
 
 
 def test_the_oracle_knows_the_same_tasks(env: CalvinEnv) -> None:
-    assert set(env._oracle.tasks) == set(TASKS)
+    assert set(env._task_oracle.tasks) == set(TASKS)
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,8 @@ def test_the_privileged_state_reads_a_held_block(env: CalvinEnv) -> None:
         and 0.03 < state.gripper_opening_width() < 0.05
     )
     assert (
-        expert.held_block() == "block_blue" and np.linalg.norm(state.tcp_pose()[0] - state.block_pose("block_blue")[0]) < 0.03
+        expert.held_block() == "block_blue"
+        and np.linalg.norm(state.tcp_pose()[0] - state.block_pose("block_blue")[0]) < 0.03
     )
 
 
@@ -164,6 +165,6 @@ def test_pictures_show_the_table(env: CalvinEnv) -> None:
 
 
 def test_demonstrations_are_recorded_in_it(env: CalvinEnv) -> None:
-    segments, _ = chain(env, ELEVEN, 1, np.random.default_rng(3))
+    segments, _ = demonstrate(env, ELEVEN, 1, np.random.default_rng(3))
     assert len(segments) == 1 and segments[0].rgb_static[0].shape == (200, 200, 3)
     assert segments[0].absolute_actions().shape == (len(segments[0]), 7)

@@ -9,13 +9,13 @@ import pytest
 
 from envs.expert.expert import ScriptedExpert, add_action_noise
 from envs.expert.motions import (
-    CLEAR,
-    FITS,
-    REACH_OVER,
+    ACROSS_TOLERANCE,
+    APPROACH_RADIUS,
+    PASS_HEIGHT,
     MotionPrimitives,
-    comfortable_yaw,
+    align_yaw,
     gripper_euler,
-    straightened,
+    nearest_valid_yaw,
     turn_between,
 )
 from envs.playtable import PlayTableEnv
@@ -169,12 +169,12 @@ def test_possible_tasks_follow_the_readings(worlds: dict[str, PlayTableEnv]) -> 
 
 def test_yaws_stay_in_front_of_the_robot() -> None:
     for yaw in np.linspace(-7, 7, 40):
-        assert -0.6 <= comfortable_yaw(yaw) <= 3.05
-        assert abs(np.sin(comfortable_yaw(yaw) - yaw)) < 1e-9  # the same grasp
+        assert -0.6 <= nearest_valid_yaw(yaw) <= 3.05
+        assert abs(np.sin(nearest_valid_yaw(yaw) - yaw)) < 1e-9  # the same grasp
     turn = turn_between(np.array([np.pi, 0, -0.6]), gripper_euler(yaw=3.0))
     assert turn[2] == pytest.approx(3.6) and abs(turn[0]) < 1e-9
-    assert straightened(np.pi / 2 + 0.2, 0.3) == pytest.approx(np.pi / 2)
-    assert straightened(np.pi / 2 - 0.5, 0.3) == pytest.approx(np.pi / 2 - 0.2)
+    assert align_yaw(np.pi / 2 + 0.2, 0.3) == pytest.approx(np.pi / 2)
+    assert align_yaw(np.pi / 2 - 0.5, 0.3) == pytest.approx(np.pi / 2 - 0.2)
 
 
 def test_it_lifts_as_soon_as_the_fingers_have_closed(worlds: dict[str, PlayTableEnv]) -> None:
@@ -233,8 +233,10 @@ def test_the_funnel_is_low_in_the_middle_and_lifts_fingers_over_the_block(worlds
     approach_path = motions.approach_path(block, euler)
     assert np.allclose(approach_path(block + [0, 0, 0.1], euler), block), "straight down on the axis"
     heights = [approach_path(block + [0, off, 0.1], euler)[2] for off in (0.01, 0.02, 0.03, 0.2)]
-    assert heights == sorted(heights) and heights[-1] == pytest.approx(block[2] + REACH_OVER)
-    assert approach_path(block + [0.02, 0, 0.1], euler)[2] > block[2] + CLEAR, "fingers would meet the block"
-    low = approach_path(block + [FITS + 0.005, 0, 0.0], euler)
-    assert low[2] > block[2] + CLEAR and np.allclose(low[:2], block[:2] + [FITS + 0.005, 0]), "first up, then across"
+    assert heights == sorted(heights) and heights[-1] == pytest.approx(block[2] + APPROACH_RADIUS)
+    assert approach_path(block + [0.02, 0, 0.1], euler)[2] > block[2] + PASS_HEIGHT, "fingers would meet the block"
+    low = approach_path(block + [ACROSS_TOLERANCE + 0.005, 0, 0.0], euler)
+    assert low[2] > block[2] + PASS_HEIGHT and np.allclose(low[:2], block[:2] + [ACROSS_TOLERANCE + 0.005, 0]), (
+        "first up, then across"
+    )
     assert approach_path(block + [0, 0, 0.1], euler + [0, 0, 0.5])[2] > block[2], "askew, too"

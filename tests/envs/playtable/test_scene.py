@@ -46,12 +46,12 @@ def test_fixtures_stand_where_calvin_has_them(built):
 def test_blocks_have_calvins_order_size_and_mass(built):
     scene, model, _ = built
     blocks = FACTS[scene.name][-1]
-    assert scene.block_names == tuple(f"block_{colour}" for colour in blocks)
-    for colour, longest in blocks.items():
-        geom = int(model.body(f"block_{colour}").geomadr[0])
+    assert scene.block_names == tuple(f"block_{color}" for color in blocks)
+    for color, longest in blocks.items():
+        geom = int(model.body(f"block_{color}").geomadr[0])
         assert tuple(2 * model.geom_size[geom]) == pytest.approx((longest, 0.04, 0.04))
-        assert scene.sizes[f"block_{colour}"] == (longest, 0.04, 0.04)
-        assert model.body(f"block_{colour}").mass[0] == pytest.approx(1.0)
+        assert scene.sizes[f"block_{color}"] == (longest, 0.04, 0.04)
+        assert model.body(f"block_{color}").mass[0] == pytest.approx(1.0)
         assert model.geom_friction[geom, 0] == pytest.approx(0.7)
 
 
