@@ -8,7 +8,7 @@ __all__ = ["DeFI"]
 
 
 def __getattr__(name: str) -> Any:
-    """Opened when asked for: simulator processes pass through here and must not pay for torch and diffusers."""
+    """Import DeFI when it is asked for: simulator processes import this package, and need no torch or diffusers."""
     if name == "DeFI":
         from step3_defi.model import DeFI
 

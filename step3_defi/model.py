@@ -1,63 +1,77 @@
-"""DeFI: frozen foresight, inverse dynamics and action adapter as one policy (Sec. 3.3-3.4, Tables 1, 4, 6-9).
+"""DeFI: forward model, inverse model and action adapter coupled as one policy (Sec. 3.3-3.4, Tables 1, 4, 6-9).
 
-B batch, V views, F imagined frames, L feature tokens, N visual tokens, P frame pairs, K latent-action tokens, A
-actions.
+B batch, V views, F imagined frames, L feature tokens, C their width, N visual tokens, E their width, V' views and P
+frames that are paired, K latent-action tokens of a pair, k noise draws of a sample, A actions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from common.contracts import FutureDynamics, InverseDynamics, LatentAction, PolicyBatch
+from common.errors import UserError
 from common.frozen import CLIPTextEncoder, FrozenModule
+from common.image_range import denormalize
 from common.metrics import code_counts, perplexity
 from common.precision import bf16_pays
 from common.standardize import RunningNorm
 from step3_defi import reliance
+from step3_defi.config import (
+    PARTS,
+    AlignmentConfig,
+    BottleneckConfig,
+    ObservationConfig,
+    PairingConfig,
+    StreamsConfig,
+    trainable_parts,
+)
 from step3_defi.edm import ActionEDM, seeded_noise
 from step3_defi.projector import pool_token_grid
 
-PARTS = ("gfdm", "gidm", "projector", "video_former", "adapter")
-STREAMS = ("video", "latent", "future", "now")
-CODEBOOKS = ("frozen", "learned")
-FLOOR = 1e-3  # variance added to that of a stream's numbers: one that hardly varies is not made as loud as the others
+# Added to the variance of every number of a stream, so that one that hardly varies is not scaled up to the others.
+STREAM_EPS = 1e-3
+
+
+class EncodedObservation(NamedTuple):
+    """What the parts that read pictures say about an observation.
+
+    PolicyBatch["encoded"] holds the fields that are not None, by name.
+    """
+
+    features: Tensor  # (B, V, F, L, C), the forward model's features of all imagined frames
+    present_tokens: Tensor | None = None  # (B, V, N, E), visual tokens of the observation, where the policy uses them
+    target_tokens: Tensor | None = None  # (B, V', P, N, E), visual tokens of the true future, for alignment
+
+
+class ProjectedPairs(NamedTuple):
+    """The frames that the inverse model pairs, as visual tokens."""
+
+    present: Tensor  # (B, V', 1, N, E), of the views that are paired
+    futures: Tensor  # (B, V, P, N, E), projected imagined frames, of all views
+    features: Tensor  # (B, V, F, L, C), the standardized features of all imagined frames
+    present_tokens: Tensor | None  # (B, V, N, E), as in EncodedObservation
+
+
+class InferredStreams(NamedTuple):
+    """What the action adapter reads, and what was measured while it was computed."""
+
+    goal: Tensor  # (B, G), the feature of the sentence
+    streams: dict[str, Tensor]  # name -> (B, number of tokens, width)
+    losses: dict[str, Tensor]  # bottleneck_loss, and with target tokens alignment_loss
+    metrics: dict[str, Tensor]  # codes (K, number of codes), latent_deviation, and with target tokens copy_loss
 
 
 class DeFI(nn.Module):
-    """The coupled policy. `projector`, `video_former` and `adapter` are constructors that get the widths of the
-    parents.
+    """The coupled policy.
 
-    Cameras and frames: `views` names the cameras. `pair_frames` are the imagined frames that are each paired with the
-    present
-    one (at stride 2 of 30 Hz, frame 15 is the second that the inverse model was pretrained on), in each of
-    `pair_views`, or in
-    all views.
-
-    What the adapter reads: `streams` names them. "video" is the video former's reading of all imagined frames, "latent"
-    the
-    lifted latent actions, "future" the projected frames of all views, averaged to `fuse_grid` tokens a side (Sec. 3.3),
-    and
-    "now" the present's visual tokens, which are not in the paper and let the adapter pass by both models. `standardize`
-    brings
-    every channel of the forward model's features and of the sentence, and every number of each stream, to mean 0 and
-    deviation 1
-    over the training data (running statistics).
-
-    What learns: `trainable` names the parts (Table 9). `codebook` is "frozen", where latent actions keep the codes that
-    pretraining made, or "learned". `restart_codes` lets unused codes move during finetuning, as during pretraining.
-    `bottleneck_weight` is the weight of the inverse model's bottleneck loss. `alignment_weight` is the weight of the
-    loss that
-    teaches the projector the inverse model's visual tokens of the true future; for the first `alignment_steps`
-    optimizer steps
-    it is the only loss. `noise_draws` is the number of noise levels per sample and step, which share one context.
-
-    `blind`: pictures are zero in training and in use (a baseline). `frozen_precision`: "bf16" or "fp32" of the parts
-    that see
-    pictures; "auto" is bf16 where the machine has it.
+    `projector`, `video_former` and `adapter` are constructors: they are called with the widths of the two models.
+    `goal` encodes the sentence. `trainable` names the parts that learn, or a row of Table 9 (config.TRAINABLE); the
+    other settings are described in step3_defi.config. Raises UserError for settings that do not fit each other.
     """
 
     def __init__(
@@ -68,109 +82,78 @@ class DeFI(nn.Module):
         video_former: Callable[..., nn.Module],
         adapter: Callable[..., nn.Module],
         goal: CLIPTextEncoder,
-        *,
         edm: ActionEDM,
-        views: Sequence[str],
-        pair_frames: Sequence[int],
-        trainable: Sequence[str],
-        pair_views: Sequence[str] | None = None,
-        image_size: int = 256,
-        streams: Sequence[str] = ("video", "latent", "future"),
-        fuse_grid: int = 4,
-        standardize: bool = True,
-        noise_draws: int = 1,
-        codebook: str = "frozen",
-        restart_codes: bool = False,
-        bottleneck_weight: float = 1.0,
-        alignment_weight: float = 0.0,
-        alignment_steps: int = 0,
-        blind: bool = False,
-        imagine_seed: int = 0,
-        frozen_precision: str = "auto",
+        *,
+        observation: ObservationConfig,
+        pairing: PairingConfig,
+        streams: StreamsConfig,
+        alignment: AlignmentConfig,
+        bottleneck: BottleneckConfig,
+        trainable: str | Sequence[str] = "gidm_adapter",
     ) -> None:
         super().__init__()
-        wrong = [index for index in pair_frames if not 0 <= index < gfdm.num_frames]
-        if wrong or not pair_frames or not views or set(pair_views or ()) - set(views):
-            raise ValueError(
-                f"pair_frames {list(pair_frames)}, views {list(views)}, pair_views {list(pair_views or views)}: pairs "
-                "are made of "
-                f"views that are seen and of frames 0..{gfdm.num_frames - 1} that the forward model imagines"
-            )
-        if frozen_precision not in ("auto", "bf16", "fp32"):
-            raise ValueError(f"frozen_precision={frozen_precision!r}: choose auto, bf16 or fp32")
-        if not streams or set(streams) - set(STREAMS) or len(set(streams)) != len(streams):
-            raise ValueError(f"streams {list(streams)}: name one or more of {list(STREAMS)}, each once")
-        if codebook not in CODEBOOKS or restart_codes and codebook == "frozen":
-            raise ValueError(
-                f"codebook={codebook!r}, restart_codes={restart_codes}: choose frozen or learned; only learned codes "
-                "can restart"
-            )
-        if alignment_steps and not alignment_weight:
-            raise ValueError(
-                f"alignment_steps={alignment_steps} at alignment_weight=0: these steps would learn nothing; set "
-                "alignment_weight"
-            )
-        self.frozen_precision = frozen_precision
-        self.views, self.pair_frames, self.image_size = tuple(views), tuple(pair_frames), image_size
-        self.pair_view_indices = [self.views.index(name) for name in pair_views or self.views]
-        self.fuse_grid, self.noise_draws = fuse_grid, noise_draws
-        self.codebook, self.restart_codes, self.bottleneck_weight = codebook, restart_codes, bottleneck_weight
-        self.alignment_weight, self.alignment_steps = alignment_weight, alignment_steps
-        self.step = 0  # optimizer steps behind; the loop tells it
-        self.blind, self.imagine_seed, self.edm, self.goal = blind, imagine_seed, edm, goal
+        _check_pairing(observation, pairing, gfdm.num_frames)
+        self.observation, self.alignment, self.bottleneck = observation, alignment, bottleneck
+        self.views, self.image_size, self.imagine_seed = observation.views, observation.image_size, observation.imagine_seed
+        self.pair_frames = pairing.frames
+        self.pair_view_indices = [self.views.index(name) for name in pairing.views or self.views]
+        self.fuse_grid = streams.fuse_grid
+        self.step = 0  # optimizer steps that are done, as the training loop says
+        self.edm, self.goal = edm, goal
         self.prepare_inverse_model(gidm)
         self.gfdm, self.gidm = gfdm, gidm
-        self.feature_norm = RunningNorm(gfdm.feature_dim) if standardize else nn.Identity()
-        self.goal_norm = RunningNorm(goal.pooled_dim, token_stride=1) if standardize else nn.Identity()
+
+        def norm(width: int, **options: Any) -> nn.Module:
+            return RunningNorm(width, **options) if streams.standardize else nn.Identity()
+
+        self.feature_norm = norm(gfdm.feature_dim)
+        self.goal_norm = norm(goal.pooled_dim, token_stride=1)
         self.projector = projector(gfdm.feature_dim, gidm.embed_dim)
-        self.uses_present_tokens = self.projector.uses_present_tokens or "now" in streams
+        self.uses_present_tokens = self.projector.uses_present_tokens or "now" in streams.names
         self.video_former = video_former(gfdm.feature_dim, gfdm.num_frames, len(self.views), tokens=gfdm.num_tokens)
-        pairs = len(self.pair_view_indices) * len(self.pair_frames)
-        sizes = {
-            "video": (self.video_former.num_tokens, self.video_former.dim),
-            "latent": (pairs * gidm.num_action_tokens, gidm.embed_dim),
-            "future": (len(self.views) * len(self.pair_frames) * fuse_grid**2, gidm.embed_dim),
-            "now": (len(self.views) * fuse_grid**2, gidm.embed_dim),
-        }
-        if empty := [name for name in streams if not all(sizes[name])]:
-            raise ValueError(
-                f"streams {empty} have no tokens: latent needs an inverse model, future and now need one and a "
-                "fuse_grid above 0"
-            )
-        self.streams = tuple(streams)
+        sizes = self._stream_sizes(streams.names)
+        self.streams = tuple(sizes)
         self.stream_norms = nn.ModuleDict(
-            {
-                name: RunningNorm(sizes[name][0] * sizes[name][1], token_stride=1, eps=FLOOR)
-                if standardize
-                else nn.Identity()
-                for name in streams
-            }
+            {name: norm(count * width, token_stride=1, eps=STREAM_EPS) for name, (count, width) in sizes.items()}
         )
-        self.adapter = adapter({name: sizes[name] for name in streams}, goal.pooled_dim)
+        self.adapter = adapter(sizes, goal.pooled_dim)
         self.set_trainable(trainable)
 
+    def _stream_sizes(self, names: Sequence[str]) -> dict[str, tuple[int, int]]:
+        """Name -> (number of tokens, width) of the streams that are named."""
+        pairs, grid = len(self.pair_view_indices) * len(self.pair_frames), self.fuse_grid**2
+        sizes = {
+            "video": (self.video_former.num_tokens, self.video_former.dim),
+            "latent": (pairs * self.gidm.num_action_tokens, self.gidm.embed_dim),
+            "future": (len(self.views) * len(self.pair_frames) * grid, self.gidm.embed_dim),
+            "now": (len(self.views) * grid, self.gidm.embed_dim),
+        }
+        if empty := [name for name in names if not all(sizes[name])]:
+            raise UserError(
+                f"policy.streams.names: {empty} have no tokens. latent needs an inverse model; future and now need an "
+                "inverse model and policy.streams.fuse_grid above 0"
+            )
+        return {name: sizes[name] for name in names}
+
     def prepare_inverse_model(self, gidm: InverseDynamics) -> None:
-        """Prepare an inverse model for its place here: what only pretraining needs is dropped (A.3)."""
+        """Drop what only the pretraining of the inverse model needs (A.3)."""
         gidm.drop_decoder()
 
-    def set_trainable(self, names: Sequence[str]) -> None:
-        """Let exactly the named parts learn. A frozen forward model also leaves the state dict."""
-        unknown = sorted(set(names) - set(PARTS))
-        if unknown:
-            raise ValueError(f"no part is called {unknown}; trainable parts: {list(PARTS)}")
-        self.trainable = tuple(name for name in PARTS if name in names)
+    def set_trainable(self, choice: str | Sequence[str]) -> None:
+        """Let exactly the parts of `choice` learn. A forward model that does not learn leaves the state dict."""
+        self.trainable = trainable_parts(choice)
         gfdm = self.forward_model
-        self.gfdm = gfdm if "gfdm" in names else FrozenModule(gfdm)
+        self.gfdm = gfdm if "gfdm" in self.trainable else FrozenModule(gfdm)
         for name in PARTS:
-            getattr(self, name).requires_grad_(name in names)
-        if "gfdm" in names:
+            getattr(self, name).requires_grad_(name in self.trainable)
+        if "gfdm" in self.trainable:
             gfdm.freeze_unused_blocks()
-        if "gidm" in names and self.codebook == "frozen":
+        if "gidm" in self.trainable and self.bottleneck.codebook == "frozen":
             self.gidm.freeze_codebook()
         self.train(self.training)
 
     def train(self, mode: bool = True) -> DeFI:
-        """Frozen parts stay in eval mode."""
+        """As nn.Module.train, but parts that do not learn stay in eval mode."""
         super().train(mode)
         for name in PARTS:
             if name not in self.trainable:
@@ -178,133 +161,141 @@ class DeFI(nn.Module):
         return self
 
     def compile_parts(self, **options: Any) -> None:
-        """torch.compile for what a plan spends its time in: the forward model's UNet, where it has one, and the
-        adapter. Options are its own."""
+        """Apply torch.compile to what takes most of the time of a plan: the forward model's UNet and the adapter.
+
+        `options` are those of torch.compile. A forward model without a UNet is not compiled.
+        """
         if hasattr(self.forward_model, "compile_unet"):
             self.forward_model.compile_unet(**options)
         self.adapter.compile(**options)
 
     @property
     def forward_model(self) -> nn.Module:
-        """The GFDM, whether it learns or is kept out of torch's registry."""
+        """The GFDM. When it does not learn, `gfdm` is a FrozenModule around it."""
         return self.gfdm.module if isinstance(self.gfdm, FrozenModule) else self.gfdm
 
     @property
     def device(self) -> torch.device:
-        """Where the policy computes."""
+        """The device that the policy computes on."""
         return next(self.adapter.parameters()).device
 
     def forward(self, batch: PolicyBatch) -> dict[str, Tensor]:
-        """The training loss: action denoising, the inverse model's bottleneck, and alignment where it is on.
+        """The training loss, and the metrics of the batch.
 
-        With alignment, `copy_loss` is what the present's tokens in place of the projected ones would cost. In eval
-        mode,
-        `swap_<stream>` and `mean_<stream>` say by what share the action loss rises when a stream is dealt to other
-        samples of the
-        batch, or replaced by its mean; for "gfdm", all that the forward model gives is replaced, ahead of the inverse
-        model.
-        `codes` (K, C) counts latent actions, for `metrics_from_counts`, where there are codes.
+        "loss" is the action loss, plus the inverse model's bottleneck loss and the alignment loss times their weights;
+        in the first `alignment.steps` steps it is the alignment loss alone. Metrics: the single losses; "copy_loss",
+        the alignment loss of the present's tokens in place of the projected ones; "latent_deviation"; and "codes"
+        (K, number of codes), which counts the latent actions for `metrics_from_counts`.
+
+        In eval mode, "swap_<stream>" and "mean_<stream>" say by what share the action loss rises when the samples of
+        the batch exchange a stream, or when its mean replaces it. For "gfdm", all features of the forward model are
+        replaced, before the inverse model reads them. "spread_<stream>" is reliance.spread.
         """
-        frozen = batch.get("frozen") or self.encode_observation(batch["views"], batch["text"], batch.get("futures"))
-        goal, streams, extra = self.infer_streams(frozen, batch["text"])
-        if self.training and self.alignment_steps and self.step < self.alignment_steps:
-            # the other parts get a gradient of zero, since DDP waits for every parameter
+        if "encoded" in batch:
+            encoded = EncodedObservation(**batch["encoded"])
+        else:
+            encoded = self.encode_observation(batch["views"], batch["text"], batch.get("futures"))
+        inferred = self.infer_streams(encoded, batch["text"])
+        losses, metrics = inferred.losses, inferred.metrics
+        if self.training and self.step < self.alignment.steps:
+            # The other parts get a gradient of zero, because DDP waits for the gradient of every parameter.
             idle = sum(p.sum() for p in self.parameters() if p.requires_grad)
-            loss = self.alignment_weight * extra["alignment_loss"] + 0.0 * idle
-            return {"loss": loss, **{key: value.detach() for key, value in extra.items()}}
+            loss = self.alignment.weight * losses["alignment_loss"] + 0.0 * idle
+            return _detached(loss, losses, metrics)
         actions = batch["actions"]
-        if actions.shape[1:] != (self.adapter.horizon, self.adapter.action_dim):
-            raise ValueError(
-                f"actions of shape {tuple(actions.shape[1:])}; the adapter makes "
-                f"{(self.adapter.horizon, self.adapter.action_dim)}"
+        if actions.shape[1:] != (self.adapter.action_horizon, self.adapter.action_dim):
+            raise UserError(
+                f"actions of shape {tuple(actions.shape[1:])}, but the adapter makes actions of shape "
+                f"{(self.adapter.action_horizon, self.adapter.action_dim)}; set policy.adapter accordingly"
             )
-        action = self.action_squared_errors(goal, streams, actions).mean()
+        action_loss = self.action_squared_errors(inferred.goal, inferred.streams, actions).mean()
         if not self.training:
-            extra |= {
-                key: loss_increase["all"]
-                for key, loss_increase in self._reliance(goal, streams, frozen, batch["text"], actions).items()
-            }
-            extra |= {f"spread_{name}": reliance.spread(tokens) for name, tokens in streams.items()}
+            rises = self._reliance(inferred, encoded, batch["text"], actions)
+            metrics = metrics | {name: rise["all"] for name, rise in rises.items()}
+            metrics |= {f"spread_{name}": reliance.spread(tokens) for name, tokens in inferred.streams.items()}
         loss = (
-            action
-            + self.bottleneck_weight * extra["bottleneck_loss"]
-            + self.alignment_weight * extra.get("alignment_loss", 0.0)
+            action_loss
+            + self.bottleneck.weight * losses["bottleneck_loss"]
+            + self.alignment.weight * losses.get("alignment_loss", 0.0)
         )
-        return {"loss": loss, "action_loss": action.detach(), **{key: value.detach() for key, value in extra.items()}}
+        return _detached(loss, {"action_loss": action_loss, **losses}, metrics)
 
     def metrics_from_counts(self, counts: dict[str, Tensor]) -> dict[str, float]:
-        """From the `codes` (K, C) of many batches: how many are in use, and their perplexity."""
+        """From the "codes" (K, number of codes) of many batches: how many codes are used, and their perplexity."""
         counted = counts["codes"].sum(0)
         return {"codes_used": float((counted > 0).sum()), "perplexity": float(perplexity(counted))}
 
     def action_squared_errors(
-        self, goal: Tensor, streams: dict[str, Tensor], actions: Tensor, generator: torch.Generator | None = None
+        self, goal: Tensor, streams: Mapping[str, Tensor], actions: Tensor, generator: torch.Generator | None = None
     ) -> Tensor:
-        """Squared errors (B * noise_draws, A, 7) of the preconditioned network; their mean is the action loss."""
+        """Squared errors (B*k, A, 7) of the network's output for actions (B, A, 7); their mean is the action loss."""
         context = self.adapter.encode(goal, streams)
-        drawn = actions.repeat_interleave(self.noise_draws, dim=0)
+        drawn = actions.repeat_interleave(self.edm.noise_draws, dim=0)  # (B*k, A, 7)
         return self.edm.squared_errors(lambda x, sigma: self.adapter(x, sigma, context), drawn, generator=generator)
 
     @torch.no_grad()
-    def reliance(self, frozen: dict[str, Tensor], text: list[str], actions: Tensor) -> dict[str, dict[str, Tensor]]:
-        """`swap_<stream>` and `mean_<stream>` -> shares of the action loss, see `reliance.shares`. Call it in eval
-        mode."""
-        goal, streams, _ = self.infer_streams(frozen, text)
-        return self._reliance(goal, streams, frozen, text, actions)
+    def reliance(self, encoded: EncodedObservation, text: list[str], actions: Tensor) -> dict[str, dict[str, Tensor]]:
+        """"swap_<stream>" and "mean_<stream>" -> what reliance.loss_increase gives. Call it in eval mode."""
+        return self._reliance(self.infer_streams(encoded, text), encoded, text, actions)
 
     def _reliance(
-        self, goal: Tensor, streams: dict[str, Tensor], frozen: dict[str, Tensor], text: list[str], actions: Tensor
+        self, inferred: InferredStreams, encoded: EncodedObservation, text: list[str], actions: Tensor
     ) -> dict[str, dict[str, Tensor]]:
-        def squared_errors(parts: dict[str, Tensor]) -> Tensor:
-            return self.action_squared_errors(goal, parts, actions, torch.Generator(actions.device).manual_seed(0))
+        goal, streams = inferred.goal, inferred.streams
 
+        def squared_errors(streams: Mapping[str, Tensor]) -> Tensor:
+            generator = torch.Generator(actions.device).manual_seed(0)  # the same noise for every ablation
+            return self.action_squared_errors(goal, streams, actions, generator)
+
+        ablated = {}
+        for ablation, change in reliance.ABLATIONS.items():
+            for name in streams:
+                ablated[f"{ablation}_{name}"] = {**streams, name: change(streams[name])}
+            other = encoded._replace(features=change(encoded.features))
+            ablated[f"{ablation}_gfdm"] = self.infer_streams(other, text).streams
         own = squared_errors(streams)
-        changed = {
-            f"{how}_{name}": {**streams, name: change(streams[name])}
-            for how, change in reliance.ABLATIONS.items()
-            for name in streams
-        }
-        changed |= {
-            f"{how}_gfdm": self.infer_streams({**frozen, "features": change(frozen["features"])}, text)[1]
-            for how, change in reliance.ABLATIONS.items()
-        }
-        return {name: reliance.loss_increase(squared_errors(parts), own) for name, parts in changed.items()}
+        return {name: reliance.loss_increase(squared_errors(changed), own) for name, changed in ablated.items()}
 
     def on_train_begin(self, step: int) -> None:
-        """Before the first step of a run, or of its rest: alignment that was over stays over."""
+        """Called before the first step, `step` being that of the checkpoint that is resumed, or 0."""
         self.step = step
 
     def on_step_end(self, step: int, accelerator: Any = None) -> dict[str, float]:
-        """After an optimizer step: codes restart where that is asked for, and alignment ends after its steps."""
+        """Called after every optimizer step; lets unused codes restart where the settings ask for it."""
         self.step = step
-        return self.gidm.on_step_end(step, accelerator) if self.restart_codes and "gidm" in self.trainable else {}
+        if self.bottleneck.restart_codes and "gidm" in self.trainable:
+            return self.gidm.on_step_end(step, accelerator)
+        return {}
 
     @torch.no_grad()
     def sample(self, views: dict[str, Tensor], text: list[str], *, seed: int | Sequence[int] = 0) -> Tensor:
-        """View name -> (B, 3, H, W) in [-1, 1], B strings -> actions (B, A, 7). A row depends on its own seed only."""
+        """View name -> (B, 3, H, W) in [-1, 1], and B sentences -> actions (B, A, 7).
+
+        `seed` is one number, or one for each row; a row of the result depends on its own seed only.
+        """
         seeds = [seed] * len(text) if isinstance(seed, int) else list(seed)
-        goal, streams, _ = self.infer_streams(self.encode_observation(views, text, with_targets=False), text)
-        context = self.adapter.encode(goal, streams)
-        noise = seeded_noise(seeds, (self.adapter.horizon, self.adapter.action_dim), goal.device)
+        inferred = self.infer_streams(self.encode_observation(views, text, with_targets=False), text)
+        context = self.adapter.encode(inferred.goal, inferred.streams)
+        shape = (self.adapter.action_horizon, self.adapter.action_dim)
+        noise = seeded_noise(seeds, shape, inferred.goal.device)
         return self.edm.sample(lambda x, sigma: self.adapter(x, sigma, context), noise)
 
     @torch.no_grad()
     def precompute(
         self, views: dict[str, Tensor], text: list[str], futures: dict[str, Tensor] | None = None
     ) -> dict[str, Tensor]:
-        """What the frozen parts say, in fp16, to be handed back as PolicyBatch["frozen"].
-
-        features (B, V, F, L, C), where the present is real now (B, V, N, E), and with alignment target (B, V, P, N, E).
-        """
+        """encode_observation in fp16, as PolicyBatch["encoded"] takes it: field of EncodedObservation -> tensor."""
         if "gfdm" in self.trainable:
-            raise ValueError(
-                "the forward model is trained, so its features change and cannot be precomputed; set cache=false"
+            raise UserError(
+                "the forward model learns, so its features change and cannot be stored; set cache=false, or choose "
+                "policy.trainable without gfdm"
             )
-        seen = {name: tensor.half() for name, tensor in self.encode_observation(views, text, futures).items()}
-        for name, tensor in seen.items():
+        encoded = self.encode_observation(views, text, futures)._asdict()
+        stored = {name: tensor.half() for name, tensor in encoded.items() if tensor is not None}
+        for name, tensor in stored.items():
             if not torch.isfinite(tensor).all():
-                raise ValueError(f"{name} leaves the range of fp16 and cannot be cached; set cache=false")
-        return seen
+                raise UserError(f"{name} exceed the range of fp16 and cannot be stored; set cache=false")
+        return stored
 
     def encode_observation(
         self,
@@ -313,108 +304,121 @@ class DeFI(nn.Module):
         futures: dict[str, Tensor] | None = None,
         *,
         with_targets: bool = True,
-    ) -> dict[str, Tensor]:
-        """Run the parts that see pictures, all views in one pass. In use nothing is `taught`, and no future is
-        known."""
-        missing = [name for name in self.views if name not in views]
-        if missing:
-            raise ValueError(f"the policy looks through {list(self.views)}; the batch lacks {missing}")
+    ) -> EncodedObservation:
+        """Run the parts that read pictures, all views in one batch.
+
+        views: name -> (B, 3, H, W) in [-1, 1]; futures: name -> (B, P, 3, H, W), the true frames at `pair_frames`.
+        Alignment needs `futures`, unless `with_targets` is false, as when the policy acts.
+        """
+        if missing := [name for name in self.views if name not in views]:
+            raise UserError(f"the batch lacks the views {missing}; the policy reads {list(self.views)}")
         images = torch.cat([views[name] for name in self.views])  # (V*B, 3, H, W)
-        count = len(self.views)
-        if self.blind:
+        if self.observation.blind:
             images = torch.zeros_like(images)
-        low = self.frozen_precision == "bf16" or self.frozen_precision == "auto" and bf16_pays(images.device)
+        precision = self.observation.precision
+        low = precision == "bf16" or precision == "auto" and bf16_pays(images.device)
         with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=low):
-            seen = {"features": _by_view(self._imagine(images, list(text) * count), count)}
-            if self.uses_present_tokens:
-                seen["now"] = _by_view(self.gidm.embed((images + 1) / 2), count)
-        if self.alignment_weight and with_targets:
+            features = self._imagine(images, list(text) * len(self.views))  # (V*B, F, L, C)
+            present = self.gidm.embed(denormalize(images)) if self.uses_present_tokens else None  # (V*B, N, E)
+        targets = None
+        if self.alignment.weight and with_targets:
             if futures is None:
-                raise ValueError(
-                    "alignment_weight needs the true future frames; set data.load_future_frames=true "
-                    "data.future_frames=${policy.pair_frames}"
+                raise UserError(
+                    "policy.alignment.weight above 0 needs the true future frames; set data.load_future_frames=true "
+                    "data.future_frames=${policy.pairing.frames}"
                 )
-            seen["target"] = self.encode_target_frames(futures)
-        return seen
+            targets = self.encode_target_frames(futures)
+        features = rearrange(features, "(v b) f l c -> b v f l c", v=len(self.views))
+        present = None if present is None else rearrange(present, "(v b) n e -> b v n e", v=len(self.views))
+        return EncodedObservation(features, present, targets)
 
     def encode_target_frames(self, futures: dict[str, Tensor]) -> Tensor:
-        """True frames of each view (B, P, 3, H, W) in [-1, 1], at `pair_frames` -> their visual tokens (B, V, P, N,
-        E)."""
+        """View name -> true frames (B, P, 3, H, W) in [-1, 1] at `pair_frames` -> visual tokens (B, V', P, N, E)."""
         wrong = {name: frames.shape[1] for name, frames in futures.items() if frames.shape[1] != len(self.pair_frames)}
         if wrong:
-            raise ValueError(
-                f"true frames of each view {wrong}, pair_frames {list(self.pair_frames)}: set "
-                f"data.future_frames=${{policy.pair_frames}}"
+            raise UserError(
+                f"numbers of true frames by view {wrong}, but policy.pairing.frames={list(self.pair_frames)}; set "
+                "data.future_frames=${policy.pairing.frames}"
             )
-        frames = torch.stack(
-            [futures[self.views[view]] for view in self.pair_view_indices], dim=1
-        )  # (B, V, P, 3, H, W)
-        return self.gidm.embed((frames.flatten(0, 2) + 1) / 2).unflatten(0, frames.shape[:3])
+        frames = torch.stack([futures[self.views[index]] for index in self.pair_view_indices], dim=1)
+        batch, views, pairs = frames.shape[:3]
+        tokens = self.gidm.embed(denormalize(rearrange(frames, "b v p c h w -> (b v p) c h w")))
+        return rearrange(tokens, "(b v p) n e -> b v p n e", b=batch, v=views, p=pairs)
 
     def _imagine(self, images: Tensor, text: list[str]) -> Tensor:
+        """Pictures (B, 3, H, W) in [-1, 1] and B sentences -> features (B, F, L, C)."""
         if "gfdm" in self.trainable:
             return self.gfdm.imagine(images, text, seed=self.imagine_seed)
         with torch.no_grad():
             return self.forward_model.imagine(images, text, seed=self.imagine_seed)
 
-    def project_pairs(
-        self, frozen: dict[str, Tensor], dtype: torch.dtype = torch.float32
-    ) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
-        """What was seen -> the present's tokens (B, V, N, E) where they are real, the standardised features (B, V, F,
-        L, C), and the two moments
-        of every pair: the present (B, V, 1, N, E) of `pair_views` and the projected futures (B, V, P, N, E) of all
-        views."""
-        now = frozen["now"].to(self.device, dtype) if self.uses_present_tokens else None
-        features = self.feature_norm(frozen["features"].to(self.device)).to(
-            dtype
-        )  # standardised before they are rounded
-        present, seen = self.projector.project_pairs(features, self.pair_frames, self.gidm.num_tokens, now)
-        return now, features, present[:, self.pair_view_indices], seen
+    def project_pairs(self, encoded: EncodedObservation, dtype: torch.dtype = torch.float32) -> ProjectedPairs:
+        """Standardize the features and project the imagined frames of every pair; `dtype` is that of the result."""
+        present_tokens = encoded.present_tokens.to(self.device, dtype) if self.uses_present_tokens else None
+        # Standardized before the cast: large offsets would lose the differences between samples in bf16.
+        features = self.feature_norm(encoded.features.to(self.device)).to(dtype)
+        present, futures = self.projector.project_pairs(
+            features, self.pair_frames, self.gidm.num_tokens, present_tokens
+        )
+        return ProjectedPairs(present[:, self.pair_view_indices], futures, features, present_tokens)
 
-    def infer(self, present: Tensor, future: Tensor, text: list[str]) -> LatentAction:
-        """Present (B, V, 1, N, E), futures (B, V, P, N, E), B sentences -> the latent actions of all B*V*P pairs."""
-        repeats = future.shape[1] * future.shape[2]
+    def infer(self, present: Tensor, futures: Tensor, text: list[str]) -> LatentAction:
+        """present (B, V', 1, N, E), futures (B, V', P, N, E), B sentences -> latent actions of the B*V'*P pairs."""
+        pairs = futures.shape[1] * futures.shape[2]
         return self.gidm.infer(
-            present.expand_as(future).flatten(0, 2),
-            future.flatten(0, 2),
-            [sentence for sentence in text for _ in range(repeats)],
+            rearrange(present.expand_as(futures), "b v p n e -> (b v p) n e"),
+            rearrange(futures, "b v p n e -> (b v p) n e"),
+            [sentence for sentence in text for _ in range(pairs)],
         )
 
-    def infer_streams(
-        self, frozen: dict[str, Tensor], text: list[str]
-    ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
-        """From what was seen to the adapter's streams, and the losses and metrics met on the way."""
+    def embed_latent(self, latent: LatentAction, batch: int) -> Tensor:
+        """Latent actions of the pairs of `batch` samples -> their tokens (B, V'*P*K, E)."""
+        return rearrange(self.gidm.embed_action(latent.quantized), "(b vp) k e -> b (vp k) e", b=batch)
+
+    def infer_streams(self, encoded: EncodedObservation, text: list[str]) -> InferredStreams:
+        """From an encoded observation to what the action adapter reads."""
         device = self.device
         dtype = (
             torch.get_autocast_dtype(device.type)
             if torch.is_autocast_enabled(device.type)
             else next(self.adapter.parameters()).dtype
         )
-        now, features, present, seen = self.project_pairs(frozen, dtype)
-        future = seen[:, self.pair_view_indices]
-        latent = self.infer(present, future, text)
-        tokens = {
-            "video": lambda: self.video_former(features),
-            "latent": lambda: (
-                self.gidm.embed_action(latent.quantized).unflatten(0, (len(text), -1)).flatten(1, 2)
-            ),  # (B, V*P*K, E)
-            "future": lambda: pool_token_grid(seen, self.fuse_grid).flatten(1, 3),
-            "now": lambda: pool_token_grid(now, self.fuse_grid).flatten(1, 2),
+        pairs = self.project_pairs(encoded, dtype)
+        futures = pairs.futures[:, self.pair_view_indices]  # (B, V', P, N, E)
+        latent = self.infer(pairs.present, futures, text)
+        tokens: dict[str, Callable[[], Tensor]] = {
+            "video": lambda: self.video_former(pairs.features),
+            "latent": lambda: self.embed_latent(latent, len(text)),
+            "future": lambda: rearrange(
+                pool_token_grid(pairs.futures, self.fuse_grid), "b v p n e -> b (v p n) e"
+            ),
+            "now": lambda: rearrange(pool_token_grid(pairs.present_tokens, self.fuse_grid), "b v n e -> b (v n) e"),
         }
-        found = {name: tokens[name]() for name in self.streams}
-        streams = {name: self.stream_norms[name](stream.flatten(1)).view_as(stream) for name, stream in found.items()}
-        extra = {"bottleneck_loss": latent.loss}
+        raw = {name: tokens[name]() for name in self.streams}
+        streams = {name: self.stream_norms[name](stream.flatten(1)).view_as(stream) for name, stream in raw.items()}
+        losses, metrics = {"bottleneck_loss": latent.loss}, {}
         if latent.codes is not None:
-            extra["codes"] = code_counts(latent.codes, self.gidm.num_codes)
-        if "target" in frozen:
-            target = frozen["target"].to(future.device).float()
-            extra["alignment_loss"] = (future.float() - target).square().mean()
-            extra["copy_loss"] = (present.float() - target).square().mean()
-        if "latent" in found:
-            extra["latent_deviation"] = reliance.deviation(found["latent"])
-        return self.goal_norm(self.goal.pooled(text).to(device)), streams, extra
+            metrics["codes"] = code_counts(latent.codes, self.gidm.num_codes)
+        if encoded.target_tokens is not None:
+            targets = encoded.target_tokens.to(futures.device).float()
+            losses["alignment_loss"] = (futures.float() - targets).square().mean()
+            metrics["copy_loss"] = (pairs.present.float() - targets).square().mean()
+        if "latent" in raw:
+            metrics["latent_deviation"] = reliance.deviation(raw["latent"])
+        goal = self.goal_norm(self.goal.pooled(text).to(device))
+        return InferredStreams(goal, streams, losses, metrics)
 
 
-def _by_view(stacked: Tensor, views: int) -> Tensor:
-    """(V*B, ...) -> (B, V, ...)."""
-    return stacked.unflatten(0, (views, -1)).transpose(0, 1)
+def _check_pairing(observation: ObservationConfig, pairing: PairingConfig, num_frames: int) -> None:
+    if unknown := sorted(set(pairing.views or ()) - set(observation.views)):
+        raise UserError(
+            f"policy.pairing.views names {unknown}, which the policy does not see; policy.observation.views="
+            f"{list(observation.views)}"
+        )
+    if wrong := [frame for frame in pairing.frames if not 0 <= frame < num_frames]:
+        raise UserError(f"policy.pairing.frames names {wrong}; the forward model imagines the frames 0..{num_frames - 1}")
+
+
+def _detached(loss: Tensor, losses: dict[str, Tensor], metrics: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What a training step returns: the loss with its gradient, all other numbers without."""
+    return {"loss": loss, **{name: value.detach() for name, value in {**losses, **metrics}.items()}}

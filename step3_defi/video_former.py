@@ -1,18 +1,19 @@
 """Video former: a 3-D perceiver that reads the imagined frames into a few tokens (Sec. 3.3; Hu et al., 2024).
 
-B batch, V views, F frames, L tokens of a frame and view, Q queries of a frame, D width.
+B batch, V views, F frames, L feature tokens of a frame and view, Q queries of a frame, D width.
 """
 
 from __future__ import annotations
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from common.attention import Attention, Mlp, sincos_pos_embed_1d, sincos_pos_embed_2d
 
 
 class VideoFormerLayer(nn.Module):
-    """Spatial cross-attention within a frame, temporal self-attention of every query slot, feed-forward."""
+    """Cross-attention to the features within a frame, self-attention of each query over time, and an MLP."""
 
     def __init__(
         self, dim: int, *, spatial_heads: int, spatial_head_dim: int, temporal_heads: int, temporal_norm: bool
@@ -26,23 +27,24 @@ class VideoFormerLayer(nn.Module):
         self.mlp = Mlp(dim, bias=False)
 
     def forward(self, queries: Tensor, features: Tensor) -> Tensor:
-        """queries (B, F, Q, D), features (B*F, V*L, D) -> (B, F, Q, D)."""
-        batch, frames = queries.shape[:2]
-        x = queries.flatten(0, 1)  # (B*F, Q, D)
+        """queries (B, F, Q, D), features (B*F, V*L, D) -> queries (B, F, Q, D)."""
+        batch = len(queries)
+        x = rearrange(queries, "b f q d -> (b f) q d")
         normed = self.norm_queries(x)
-        x = x + self.spatial(normed, torch.cat([self.norm_features(features), normed], dim=1))
-        x = x.unflatten(0, (batch, frames)).transpose(1, 2).flatten(0, 1)  # (B*Q, F, D)
-        x = x + self.temporal(self.norm_temporal(x))
-        x = x.unflatten(0, (batch, -1)).transpose(1, 2)  # (B, F, Q, D)
+        # Queries attend to the features of their frame and to each other, as in a perceiver resampler.
+        x = x + self.spatial(normed, torch.cat([self.norm_features(features), normed], dim=1))  # (B*F, Q, D)
+        x = rearrange(x, "(b f) q d -> (b q) f d", b=batch)
+        x = x + self.temporal(self.norm_temporal(x))  # (B*Q, F, D)
+        x = rearrange(x, "(b q) f d -> b f q d", b=batch)
         return x + self.mlp(self.norm_mlp(x))
 
 
 class VideoFormer(nn.Module):
-    """16 x 14 queries of width 384 in 6 layers at full scale.
+    """16 frames x 14 queries of width 384 in 6 layers at full scale.
 
-    `positions` codes view, row and column of every feature token, and normalises before temporal attention. Without it
-    the
-    geometry and its 17,713,536 parameters are VPP's, whose features say where they are only by their content.
+    `use_pos_embed` embeds view, row and column of every feature token and the time of every query, and normalizes
+    before temporal attention. Without it, the module is VPP's, with its 17,713,536 parameters, in which the content of
+    a feature alone tells where it belongs.
     """
 
     def __init__(
@@ -74,10 +76,10 @@ class VideoFormer(nn.Module):
         if use_pos_embed:
             side = round(tokens**0.5)
             if side * side != tokens:
-                raise ValueError(f"the video former codes positions of square grids; {tokens} tokens are none")
+                raise ValueError(f"positions are embedded on square grids only, and {tokens} tokens form none")
             self.view_embed = nn.Parameter(torch.randn(views, 1, dim) * 0.02)
-            self.register_buffer("place", sincos_pos_embed_2d(side, side, dim), persistent=False)
-            self.register_buffer("time", sincos_pos_embed_1d(frames, dim)[:, None], persistent=False)
+            self.register_buffer("spatial_pos_embed", sincos_pos_embed_2d(side, side, dim), persistent=False)
+            self.register_buffer("temporal_pos_embed", sincos_pos_embed_1d(frames, dim)[:, None], persistent=False)
         self.layers = nn.ModuleList(
             VideoFormerLayer(
                 dim,
@@ -94,11 +96,11 @@ class VideoFormer(nn.Module):
         """(B, V, F, L, feature_dim) -> (B, F*Q, D)."""
         x = self.feature_embedder(features)  # (B, V, F, L, D)
         if self.use_pos_embed:
-            x = x + (self.view_embed[:, None] + self.spatial_pos_embed)
-        x = x.transpose(1, 2).flatten(2, 3) + self.frame_embed  # (B, F, V*L, D)
-        queries = self.queries + self.temporal_pos_embed if self.use_pos_embed else self.queries
-        queries = queries.expand(len(x), -1, -1, -1)
-        x = x.flatten(0, 1)
+            x = x + (self.view_embed[:, None] + self.spatial_pos_embed)  # (V, 1, 1, D) + (L, D)
+        x = rearrange(x, "b v f l d -> b f (v l) d") + self.frame_embed
+        x = rearrange(x, "b f vl d -> (b f) vl d")
+        queries = self.queries + self.temporal_pos_embed if self.use_pos_embed else self.queries  # (F, Q, D)
+        queries = queries.expand(len(features), -1, -1, -1)  # (B, F, Q, D)
         for layer in self.layers:
-            queries = layer(queries, x)
-        return self.norm(queries).flatten(1, 2)
+            queries = layer(queries, x)  # (B, F, Q, D)
+        return rearrange(self.norm(queries), "b f q d -> b (f q) d")

@@ -1,1 +1,1 @@
-"""VPP's parts and the official release's names, for checkpoints that others published (Table 1; Hu et al., 2024)."""
+"""What published checkpoints need: the parts of VPP, and the parameter names of the release (Hu et al., 2024)."""

@@ -1,4 +1,4 @@
-"""The names of the release's policies and VPP's, and ours (official release Step 3; VPP's dp-calvin)."""
+"""Parameter names of published policies and ours: the release's (Step 3) and VPP's (dp-calvin)."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ import torch
 from torch import Tensor
 
 from common.checkpoint import counted, renamed
+from common.errors import UserError
 from step2_gidm import from_univla
 
-# in order: a later line sees what an earlier one made
+# (pattern of a published name, our name); applied in order, so that a later row sees what an earlier one replaced
 KEY_MAPPING = (
     (r"^goal_emb\.0\.", "projector.fc1."),
     (r"^goal_emb\.2\.", "projector.fc2."),
-    (r"^time_pos_emb$", "projector.moments"),
-    (r"^Video_Former\.goal_emb\.", "video_former.embed."),
+    (r"^time_pos_emb$", "projector.time_pos_embed"),
+    (r"^Video_Former\.goal_emb\.", "video_former.feature_embedder."),
     (r"^Video_Former\.latents$", "video_former.queries"),
-    (r"^Video_Former\.time_pos_emb$", "video_former.frame"),
+    (r"^Video_Former\.time_pos_emb$", "video_former.frame_embed"),
     (r"^Video_Former\.", "video_former."),
     (r"^(video_former\.layers\.\d+)\.0\.norm_latents\.", r"\1.norm_queries."),
     (r"^(video_former\.layers\.\d+)\.0\.norm_media\.", r"\1.norm_features."),
@@ -29,13 +30,13 @@ KEY_MAPPING = (
     (r"^(video_former\.layers\.\d+)\.2\.0\.", r"\1.norm_mlp."),
     (r"^(video_former\.layers\.\d+)\.2\.1\.", r"\1.mlp.fc1."),
     (r"^(video_former\.layers\.\d+)\.2\.3\.", r"\1.mlp.fc2."),
-    (r"^model\.inner_model\.tok_emb\.", "adapter.streams.video."),
-    (r"^model\.inner_model\.tok_emb_token\.", "adapter.streams.latent."),
-    (r"^model\.inner_model\.lang_emb\.", "adapter.goal."),
-    (r"^model\.inner_model\.action_emb\.", "adapter.embed."),
+    (r"^model\.inner_model\.tok_emb\.", "adapter.stream_embedders.video."),
+    (r"^model\.inner_model\.tok_emb_token\.", "adapter.stream_embedders.latent."),
+    (r"^model\.inner_model\.lang_emb\.", "adapter.goal_embedder."),
+    (r"^model\.inner_model\.action_emb\.", "adapter.action_embedder."),
     (r"^model\.inner_model\.action_pred\.", "adapter.out."),
-    (r"^model\.inner_model\.sigma_emb\.1\.", "adapter.sigma.fc1."),
-    (r"^model\.inner_model\.sigma_emb\.3\.", "adapter.sigma.fc2."),
+    (r"^model\.inner_model\.sigma_emb\.1\.", "adapter.sigma_embedder.fc1."),
+    (r"^model\.inner_model\.sigma_emb\.3\.", "adapter.sigma_embedder.fc2."),
     (r"^model\.inner_model\.encoder\.ln\.", "adapter.encoder_norm."),
     (r"^model\.inner_model\.decoder\.ln\.", "adapter.norm."),
     (r"^model\.inner_model\.(encoder|decoder)\.blocks\.", r"adapter.\1."),
@@ -50,53 +51,51 @@ KEY_MAPPING = (
     (r"^(adapter\.\w+\.\d+\.\w+_attention)\.c_proj\.", r"\1.to_out."),
     (r"^(adapter\.\w+\.\d+\.mlp)\.c_fc\.", r"\1.fc1."),
     (r"^(adapter\.\w+\.\d+\.mlp)\.c_proj\.", r"\1.fc2."),
-    (r"^(adapter\.\w+\.\d+)\.adaLN_zero\.modulation\.1\.", r"\1.adaln."),
+    (r"^(adapter\.\w+\.\d+)\.adaLN_zero\.modulation\.1\.", r"\1.adaLN_modulation."),
 )
-IGNORED_PREFIXES = {  # what a policy's file holds that ours does not need, and why
-    "language_goal.": "OpenAI's CLIP, frozen, for the goal; ours is named by policy.goal.path",
-    "TVP_encoder.": "the frozen forward model with its CLIP; ours is the gfdm that is named beside the policy",
-    "lam.text_encoder.": "T5, frozen; ours is named by the gidm",
-    "lam.dino_encoder.": "DINOv2, frozen; ours is named by the gidm",
-    "model.inner_model.goal_emb.": "never used: the goal goes through lang_emb",
-    "model.inner_model.proprio_emb.": "never used: CALVIN's policies get no proprioception",
-    "model.inner_model.pos_emb": "never used: nothing has a position",
+IGNORED_PREFIXES = {  # prefix of published names that ours do not need -> the reason
+    "language_goal.": "OpenAI's CLIP, frozen; policy.goal.path names ours",
+    "TVP_encoder.": "the frozen forward model and its CLIP; parents.gfdm names ours",
+    "lam.text_encoder.": "T5, frozen; the inverse model's config names ours",
+    "lam.dino_encoder.": "DINOv2, frozen; the inverse model's config names ours",
+    "model.inner_model.goal_emb.": "never used: the goal passes through lang_emb",
+    "model.inner_model.proprio_emb.": "never used: policies for CALVIN get no proprioception",
+    "model.inner_model.pos_emb": "never used: no token has a position",
 }
 
 
 class Release(NamedTuple):
     """A policy of the release, or VPP's, under our names."""
 
-    state: dict[str, Tensor]  # of a DeFI of the `official` or `vpp` preset, whose forward model is frozen
-    left: dict[str, int]  # prefix of UNUSED_PREFIXES -> how many numbers the file holds there
-    inverse: bool  # whether it has an inverse model: the release's has, VPP's has not
+    state: dict[str, Tensor]  # state dict of a DeFI of the preset official or vpp, whose forward model does not learn
+    unused: dict[str, int]  # prefix in IGNORED_PREFIXES -> how many numbers the file holds there
+    has_gidm: bool  # whether the file holds an inverse model: the release's does, VPP's does not
 
 
 def from_release(tensors: Mapping[str, Tensor]) -> Release:
-    """Tensors of a policy by their published names -> ours. An unknown name stays as it is, for strict loading to name
-    it.
+    """Translate the tensors of a published policy to our names.
 
-    ValueError: no policy at all.
+    An unknown name stays as it is, so that strict loading names it. Raises UserError if the file holds no such policy.
     """
     if "Video_Former.latents" not in tensors or "model.inner_model.action_emb.weight" not in tensors:
-        raise ValueError(
-            "no policy of the release or of VPP (Video_Former.latents, model.inner_model.action_emb.weight) among its "
-            f"{len(tensors)} "
-            f"tensors, which start with: {', '.join(sorted({name.split('.')[0] for name in tensors}))}"
+        raise UserError(
+            "this is no policy of the release or of VPP: Video_Former.latents and model.inner_model.action_emb.weight "
+            f"are not among its {len(tensors)} tensors, whose names start with "
+            + ", ".join(sorted({name.split(".")[0] for name in tensors}))
         )
-    inverse = {name: tensor for name, tensor in tensors.items() if name.startswith("lam.")}
+    gidm = {name: tensor for name, tensor in tensors.items() if name.startswith("lam.")}
     rest = {name: tensor for name, tensor in tensors.items() if not name.startswith(("lam.", *IGNORED_PREFIXES))}
-    state = {f"gidm.{name}": tensor for name, tensor in from_univla(inverse).items()} if inverse else {}
+    state = {f"gidm.{name}": tensor for name, tensor in from_univla(gidm).items()} if gidm else {}
     for name, tensor in rest.items():
-        state.update(_ours(name, tensor))
-    return Release(state, counted(tensors, IGNORED_PREFIXES), bool(inverse))
+        state.update(_translate(name, tensor))
+    return Release(state, counted(tensors, IGNORED_PREFIXES), bool(gidm))
 
 
-def _ours(name: str, tensor: Tensor) -> dict[str, Tensor]:
-    if temporal := re.fullmatch(r"(Video_Former\.layers\.\d+\.1)\.qkv\.(weight|bias)", name):  # q, k and v in one layer
-        parts = zip("qkv", torch.chunk(tensor, 3))
-        return {
-            made: part
-            for letter, third in parts
-            for made, part in _ours(f"{temporal[1]}.to_{letter}.{temporal[2]}", third).items()
-        }
-    return {renamed(name, KEY_MAPPING): tensor}
+def _translate(name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """Our tensors for one published tensor. Temporal attention holds queries, keys and values in one layer, ours three."""
+    temporal = re.fullmatch(r"(Video_Former\.layers\.\d+\.1)\.qkv\.(weight|bias)", name)
+    if temporal is None:
+        return {renamed(name, KEY_MAPPING): tensor}
+    prefix, kind = temporal.groups()
+    parts = zip("qkv", torch.chunk(tensor, 3))
+    return {renamed(f"{prefix}.to_{letter}.{kind}", KEY_MAPPING): part for letter, part in parts}

@@ -1,5 +1,4 @@
-"""VPP as the special case of DeFI that infers no latent action: what stands in the inverse model's place (Table 1; Hu
-et al., 2024)."""
+"""VPP as the special case of DeFI without an inverse model: what replaces it (Table 1; Hu et al., 2024)."""
 
 from __future__ import annotations
 
@@ -8,36 +7,38 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from common.contracts import LatentAction
+from common.errors import UserError
 
 
 class NullInverseDynamics(nn.Module):
-    """contracts.InverseDynamics of zero tokens: the adapter gets no stream of latent actions."""
+    """A contracts.InverseDynamics of zero tokens, so that the adapter gets no stream of latent actions."""
 
     embed_dim = num_tokens = num_action_tokens = num_codes = 0
 
     def embed(self, image: Tensor) -> Tensor:
-        """Nothing asks: `NullProjector` pairs no moments."""
-        raise ValueError(
-            "this policy has no inverse model, hence no visual tokens: it takes no alignment_weight and no stream now"
+        """Never called by a policy that is configured as VPP, because NullProjector pairs no frames."""
+        raise UserError(
+            "this policy has no inverse model and hence no visual tokens: set policy.alignment.weight=0, and leave "
+            '"now" out of policy.streams.names'
         )
 
     def infer(self, now: Tensor, future: Tensor, text: list[str]) -> LatentAction:
-        """(B, 0, 0) twice -> no latent action, at no loss."""
+        """Two empty tensors (B, 0, 0) -> an empty latent action with zero loss."""
         return LatentAction(now, now, now.new_zeros(()))
 
     def embed_action(self, quantized: Tensor) -> Tensor:
-        """(B, 0, 0) as it is."""
+        """(B, 0, 0) -> the same tensor."""
         return quantized
 
     def drop_decoder(self) -> None:
-        """There is none."""
+        """Do nothing: there is no decoder."""
 
     def freeze_codebook(self) -> None:
-        """There are none."""
+        """Do nothing: there is no codebook."""
 
 
 class NullProjector(nn.Module):
-    """A projector onto nothing."""
+    """A projector onto zero tokens."""
 
     uses_present_tokens = False
 
@@ -45,8 +46,8 @@ class NullProjector(nn.Module):
         super().__init__()
 
     def project_pairs(
-        self, features: Tensor, frames: Sequence[int], tokens: int, now: Tensor | None = None
+        self, features: Tensor, frames: Sequence[int], num_tokens: int, present_tokens: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """features (B, V, F, L, C) -> two moments (B, V, 1, 0, 0) and (B, V, P, 0, 0)."""
+        """features (B, V, F, L, C) -> present (B, V, 1, 0, 0), futures (B, V, P, 0, 0)."""
         empty = features[:, :, list(frames), :0, :0]
         return empty[:, :, :1], empty

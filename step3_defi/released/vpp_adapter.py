@@ -1,7 +1,6 @@
-"""VPP's action transformer, which the release keeps: an encoder over the context, a decoder over the actions (Hu et
-al., 2024).
+"""VPP's action transformer, which the release keeps: an encoder over the context, a decoder over the actions.
 
-B batch, k noise draws of a sample, A actions, S context tokens, D width.
+Source: Hu et al., 2024. B batch, k noise draws of a sample, A actions, S context tokens, D width.
 """
 
 from __future__ import annotations
@@ -17,13 +16,15 @@ from step3_defi.adapter import Context, SigmaEmbedder
 
 
 def scale_and_shift(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """adaLN of the release: a plain factor where common.attention has one plus it."""
+    """The release's adaLN: (B, A, D) times `scale` (B, D), where common.attention.modulate multiplies by 1 + scale."""
     return x * scale[:, None] + shift[:, None]
 
 
 class TransformerLayer(nn.Module):
-    """What an encoder and a decoder layer share: pre-norm self-attention and MLP without biases (q, k and v have
-    theirs)."""
+    """The modules that an encoder and a decoder layer share: pre-norm self-attention and MLP.
+
+    Only the projections to queries, keys and values have biases.
+    """
 
     def __init__(
         self, dim: int, heads: int, *, attention_dropout: float, residual_dropout: float, mlp_dropout: float
@@ -36,7 +37,7 @@ class TransformerLayer(nn.Module):
 
 
 class EncoderLayer(TransformerLayer):
-    """Every context token reads every other."""
+    """Self-attention of all context tokens, and MLP."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, S, D) -> (B, S, D)."""
@@ -45,7 +46,7 @@ class EncoderLayer(TransformerLayer):
 
 
 class DecoderLayer(TransformerLayer):
-    """Causal self-attention and MLP under adaLN of the noise level, causal cross-attention between them."""
+    """Causal self-attention, causal cross-attention, and MLP; the noise level modulates the first and the last."""
 
     def __init__(
         self, dim: int, heads: int, *, attention_dropout: float, residual_dropout: float, mlp_dropout: float
@@ -59,22 +60,23 @@ class DecoderLayer(TransformerLayer):
 
     def forward(self, x: Tensor, context: Tensor, condition: Tensor) -> Tensor:
         """x (B*k, A, D), context (B*k, S, D), condition (B*k, D) -> (B*k, A, D)."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(F.silu(condition)).chunk(6, dim=1)
-        x = x + gate1[:, None] * self.drop(
-            self.self_attention(scale_and_shift(self.norm_self(x), shift1, scale1), causal=True)
-        )
-        x = x + self.drop(self.cross_attention(self.norm_cross(x), context, causal=True))
-        return x + gate2[:, None] * self.drop_mlp(self.mlp(scale_and_shift(self.norm_mlp(x), shift2, scale2)))
+        shift_self, scale_self, gate_self, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(
+            F.silu(condition)
+        ).chunk(6, dim=1)  # 6 x (B*k, D)
+        modulated = scale_and_shift(self.norm_self(x), shift_self, scale_self)
+        x = x + gate_self[:, None] * self.drop(self.self_attention(modulated, causal=True))  # (B*k, A, D)
+        x = x + self.drop(self.cross_attention(self.norm_cross(x), context, causal=True))  # (B*k, A, D)
+        modulated = scale_and_shift(self.norm_mlp(x), shift_mlp, scale_mlp)
+        return x + gate_mlp[:, None] * self.drop_mlp(self.mlp(modulated))
 
 
 class VPPAdapter(nn.Module):
-    """4 + 4 layers of width 384 at full scale; stands where adapter.ActionAdapter does, of the same streams.
+    """4 + 4 layers of width 384 at full scale; a drop-in for adapter.ActionAdapter.
 
-    Nothing has a position. Action i attends to the context tokens 0..i only: the causal flag of the decoder also
-    reaches its
-    cross-attention, and published weights have learned with it. So of the context, which the encoder has mixed, the
-    decoder
-    reads the goal and the first A - 1 video tokens, and latent actions reach it through the encoder alone.
+    There are no position embeddings. The causal flag of the decoder also applies to its cross-attention, so that action
+    i attends to the context tokens 0..i only; published weights were trained that way. The context has been mixed by
+    the encoder before: the decoder reads the goal and the first A - 1 video tokens, and latent actions reach it through
+    the encoder alone.
     """
 
     def __init__(
@@ -86,21 +88,21 @@ class VPPAdapter(nn.Module):
         encoder_layers: int = 4,
         decoder_layers: int = 4,
         heads: int = 8,
-        horizon: int = 10,
+        action_horizon: int = 10,
         action_dim: int = 7,
         attention_dropout: float = 0.3,
         residual_dropout: float = 0.1,
         mlp_dropout: float = 0.05,
     ) -> None:
         super().__init__()
-        self.horizon, self.action_dim = horizon, action_dim
+        self.action_horizon, self.action_dim = action_horizon, action_dim
         dropouts = {
             "attention_dropout": attention_dropout,
             "residual_dropout": residual_dropout,
             "mlp_dropout": mlp_dropout,
         }
-        self.goal = nn.Sequential(nn.Linear(goal_dim, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim))
-        self.streams = nn.ModuleDict({name: nn.Linear(width, dim) for name, (_, width) in streams.items()})
+        self.goal_embedder = nn.Sequential(nn.Linear(goal_dim, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim))
+        self.stream_embedders = nn.ModuleDict({name: nn.Linear(width, dim) for name, (_, width) in streams.items()})
         self.encoder = nn.ModuleList(EncoderLayer(dim, heads, **dropouts) for _ in range(encoder_layers))
         self.encoder_norm = nn.LayerNorm(dim, bias=False)
         self.action_embedder = nn.Linear(action_dim, dim)
@@ -115,21 +117,21 @@ class VPPAdapter(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def encode(self, goal: Tensor, streams: Mapping[str, Tensor]) -> Context:
-        """Sentence feature (B, goal_dim) and name -> (B, tokens, width) -> what the decoder can see of the encoded
-        context."""
-        if streams.keys() != self.streams.keys():
-            raise ValueError(f"the adapter reads streams {sorted(self.streams)}, got {sorted(streams)}")
-        goal = self.goal(goal)
-        x = torch.cat([goal[:, None], *(embed(streams[name]) for name, embed in self.streams.items())], dim=1)
+        """Sentence's feature (B, goal_dim), and name -> (B, tokens, width) -> the A tokens that the decoder can see."""
+        if streams.keys() != self.stream_embedders.keys():
+            raise ValueError(f"the adapter reads streams {sorted(self.stream_embedders)}, got {sorted(streams)}")
+        goal = self.goal_embedder(goal)  # (B, D)
+        tokens = [embed(streams[name]) for name, embed in self.stream_embedders.items()]
+        x = torch.cat([goal[:, None], *tokens], dim=1)  # (B, S, D)
         for layer in self.encoder:
-            x = layer(x)
-        return Context(self.encoder_norm(x)[:, : self.horizon], goal)
+            x = layer(x)  # (B, S, D)
+        return Context(self.encoder_norm(x)[:, : self.action_horizon], goal)
 
     def forward(self, noisy: Tensor, sigma: Tensor, context: Context) -> Tensor:
-        """Scaled noisy actions (B*k, A, 7), the k draws of a sample in a row, and sigma (B*k,) -> network output (B*k,
-        A, 7)."""
-        tokens = context.tokens.repeat_interleave(len(noisy) // len(context.tokens), dim=0)
-        condition, x = self.sigma_embedder(sigma), self.action_embedder(noisy)
+        """Scaled noisy actions (B*k, A, 7), the k draws of a sample in a row, and sigma (B*k,) -> output (B*k, A, 7)."""
+        tokens = context.tokens.repeat_interleave(len(noisy) // len(context.tokens), dim=0)  # (B*k, A, D)
+        condition = self.sigma_embedder(sigma)  # (B*k, D)
+        x = self.action_embedder(noisy)  # (B*k, A, D)
         for layer in self.decoder:
-            x = layer(x, tokens, condition)
+            x = layer(x, tokens, condition)  # (B*k, A, D)
         return self.out(self.norm(x))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from common.contracts import LatentAction
 from common.program import CONFIGS
 from step3_defi.adapter import ActionAdapter
+from step3_defi.config import AlignmentConfig, BottleneckConfig, ObservationConfig, PairingConfig, StreamsConfig
 from step3_defi.edm import ActionEDM
 from step3_defi.model import DeFI
 from step3_defi.projector import Projector
@@ -137,12 +138,19 @@ class FakeGoal(nn.Module):
 
 
 def build(**changes: Any) -> DeFI:
-    """A small DeFI over fakes; `changes` go to its constructor."""
-    arguments = {
+    """A small DeFI over fakes. `changes` go to its constructor; a dotted key sets a value of one of its settings."""
+    settings = {
+        "edm": (ActionEDM, {"num_inference_steps": 4}),
+        "observation": (ObservationConfig, {"views": ("static", "gripper"), "image_size": 16}),
+        "pairing": (PairingConfig, {"frames": (1, 3)}),
+        "streams": (StreamsConfig, {"fuse_grid": 2}),
+        "alignment": (AlignmentConfig, {}),
+        "bottleneck": (BottleneckConfig, {}),
+    }
+    parts = {
         "gfdm": FakeGFDM(),
         "gidm": FakeGIDM(),
         "goal": FakeGoal(),
-        "edm": ActionEDM(steps=4),
         "projector": partial(Projector),
         "video_former": partial(
             VideoFormer,
@@ -154,15 +162,16 @@ def build(**changes: Any) -> DeFI:
             spatial_head_dim=8,
             temporal_heads=2,
         ),
-        "adapter": partial(ActionAdapter, dim=16, layers=2, heads=2, horizon=10, action_dim=7, dropout=0.0),
-        "views": ("static", "gripper"),
-        "pair_frames": (1, 3),
-        "trainable": ("gidm", "projector", "video_former", "adapter"),
-        "image_size": 16,
-        "fuse_grid": 2,
-        **changes,
+        "adapter": partial(ActionAdapter, dim=16, layers=2, heads=2, action_horizon=10, action_dim=7, dropout=0.0),
     }
-    return DeFI(**arguments)
+    for key, value in changes.items():
+        name, _, field = key.partition(".")
+        if field:
+            settings[name][1][field] = value
+        else:
+            parts[key] = value
+    made = {name: kind(**values) for name, (kind, values) in settings.items() if name not in parts}
+    return DeFI(**{**made, **parts})
 
 
 def wake(model: nn.Module) -> None:
