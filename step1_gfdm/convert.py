@@ -31,10 +31,12 @@ from tqdm import tqdm
 
 from common import video
 from common.calvin_format import CalvinFormatError
+from common.errors import UserError
 from common.files import write_text
 from common.mixture import FilteredSample, UnreadableSample
 from common.program import program
 from common.rlds import RldsError
+from common.video_set import finished_length, write_annotation
 from common.workers import pool
 from step1_gfdm.sources import FILTER_REASONS, Camera, EpisodeEntry, Source
 
@@ -126,8 +128,7 @@ def _job(out: Path, entry: EpisodeEntry, options: dict[str, Any]) -> tuple[str, 
 def _one(source: Source, out: Path, entry: EpisodeEntry, options: dict[str, Any]) -> tuple[str, int, str]:
     """How one episode ended, its frames, and what to say about it."""
     name = _file_name(entry.id)
-    annotation = out / "annotation" / entry.split / f"{name}.json"
-    there = _finished_frames(out, annotation)
+    there = finished_length(out, entry.split, name)
     if there:
         return "already there", there, ""
     try:
@@ -142,22 +143,22 @@ def _one(source: Source, out: Path, entry: EpisodeEntry, options: dict[str, Any]
         return error.reason if isinstance(error, FilteredSample) else "unreadable", 0, str(error)
     except OSError as error:
         if error.errno == errno.ENOSPC:
-            raise ValueError(
+            raise UserError(
                 f"{out}: the disk is full; free space and run the same command, finished episodes are kept"
             ) from error
         raise
-    record = {
-        "texts": episode.texts,
-        "videos": [{"video_path": str(folder / f"{number}.mp4")} for number in range(len(lengths))],
-        "episode_id": entry.id,
-        "video_length": lengths[0],
-        "fps": episode.cameras[0].fps,
-    }
-    if episode.state is not None:
-        record["state"] = np.asarray(episode.state, np.float64).round(5).tolist()
-    if episode.scene is not None:
-        record["scene"] = episode.scene
-    write_text(annotation, json.dumps(record) + "\n")
+    write_annotation(
+        out,
+        entry.split,
+        name,
+        texts=episode.texts,
+        num_cameras=len(lengths),
+        length=lengths[0],
+        fps=episode.cameras[0].fps,
+        scene=episode.scene,
+        states=episode.state,
+        episode_id=entry.id,
+    )
     return "converted", lengths[0], ""
 
 
@@ -171,15 +172,6 @@ def _write(camera: Camera, path: Path, *, image_size: int, aspect: str, gop: int
         raise UnreadableSample(str(path), "no frames")
     video.write_mp4(path, np.concatenate(small), camera.fps or 1.0, gop=gop, crf=crf)
     return camera.length
-
-
-def _finished_frames(out: Path, annotation: Path) -> int:
-    """Number of frames of an episode that is there with all its videos, else 0."""
-    try:
-        record = json.loads(annotation.read_text())
-        return record["video_length"] if all((out / entry["video_path"]).is_file() for entry in record["videos"]) else 0
-    except (OSError, ValueError, KeyError, TypeError):
-        return 0
 
 
 def _unique(listed: list[EpisodeEntry]) -> list[EpisodeEntry]:
@@ -201,7 +193,7 @@ def _file_name(id: str) -> str:
 
 def _check_unreadable_fraction(bad: int, of: int, limit: float, out: Path) -> None:
     if of and bad / of > limit:
-        raise ValueError(
+        raise UserError(
             f"{bad} of {of} episodes are unreadable, more than max_unreadable_fraction={limit}: see the reasons above, or raise "
             "it; "
             f"what was converted stays in {out}"
@@ -214,7 +206,7 @@ def _remember(out: Path, options: dict[str, Any]) -> None:
     if file.is_file():
         known = json.loads(file.read_text())
         if known != options:
-            raise ValueError(f"{out} was converted with {known}, now {options} is asked for; choose another out=")
+            raise UserError(f"{out} was converted with {known}, now {options} is asked for; choose another out=")
     else:
         write_text(file, json.dumps(options) + "\n")
 

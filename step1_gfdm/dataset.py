@@ -13,8 +13,6 @@ a clip.
 
 from __future__ import annotations
 
-import json
-import os
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,10 +24,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common import human_video, video
+from common.errors import MissingFileError, UserError
 from common.mixture import Mixture, UnreadableSample
-
-HOLDOUT = 20
-LATENT_FOLDERS = ("latent_videos", "latent_videos_svd")
+from common.video_set import annotations, has_latents, known_length, latent_path, read_annotation, video_path
 
 
 class ClipRule:
@@ -39,12 +36,12 @@ class ClipRule:
         self, *, span: str | None = None, stride: int | None = None, step_between_clips: int | None = None
     ) -> None:
         if (span is None) == (stride is None) or span not in (None, "episode"):
-            raise ValueError(
+            raise UserError(
                 f"a clip rule is {{span: episode}} or {{stride: N, step_between_clips: N}}, got span={span!r}, "
                 f"stride={stride!r}"
             )
         if stride is not None and min(stride, step_between_clips or stride) < 1:
-            raise ValueError(f"stride and step_between_clips are at least 1, got {stride} and {step_between_clips}")
+            raise UserError(f"stride and step_between_clips are at least 1, got {stride} and {step_between_clips}")
         self.stride, self.step_between_clips = stride, step_between_clips or stride
 
     def count(self, length: int) -> int:
@@ -85,12 +82,12 @@ class VideoSet:
         views = dict(views or {0: 1.0})
         total = sum(views.values())
         if total <= 0 or min(views.values()) < 0:
-            raise ValueError(f"{root}: view probabilities must be positive, got {views}")
+            raise UserError(f"{root}: view probabilities must be positive, got {views}")
         self.views, self.view_shares = [int(v) for v in views], np.array([p / total for p in views.values()])
         folder = self.root / annotation / split
         files = annotations(self.root / annotation, split)
         if not files:
-            raise FileNotFoundError(
+            raise MissingFileError(
                 f"{folder}: no annotations here; record them with scripts/playtable_record.sh or convert a published "
                 "set "
                 "(data/README.md)"
@@ -156,10 +153,10 @@ class LatentClips(VideoSet):
             fraction=fraction,
         )
         self.latent_shape = tuple(latent_shape)
-        if not any((self.root / name).is_dir() for name in LATENT_FOLDERS):
-            raise FileNotFoundError(
+        if not has_latents(self.root):
+            raise MissingFileError(
                 f"{self.root}: no latents (latent_videos/); make them with scripts/step1_prepare_data_latent.sh "
-                f"data={self.root}"
+                f"videos={self.root}"
             )
 
     def sample(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
@@ -292,81 +289,3 @@ def mixture(
         if share > 0:
             members[name], weights[name] = clips, weight * share
     return Mixture(members, weights, length or unfiltered_length)
-
-
-def annotations(folder: Path, split: str) -> list[Path]:
-    """The annotation files of a split, in order; see VideoSet for sets without a val folder."""
-    if (folder / "val").is_dir() or split not in ("train", "val"):
-        return sorted((folder / split).glob("*.json"))
-    files = sorted((folder / "train").glob("*.json"))
-    held_out = set(files[::HOLDOUT]) if len(files) > 1 else set()
-    return [file for file in files if (file in held_out) == (split == "val")]
-
-
-def read_annotation(file: Path) -> dict[str, Any]:
-    """One annotation with at least one sentence, or UnreadableSample."""
-    try:
-        record = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise UnreadableSample(str(file), f"not a readable json ({error})") from error
-    texts = record.get("texts") if isinstance(record, dict) else None
-    if not isinstance(texts, list) or not texts or not isinstance(texts[0], str):
-        raise UnreadableSample(str(file), "has no sentence: 'texts' must be a list that starts with a string")
-    return record
-
-
-def known_length(record: Mapping[str, Any]) -> int | None:
-    """Number of frames that an annotation states: its states are one a frame, else `video_length`."""
-    if isinstance(record.get("state"), list):
-        return len(record["state"])
-    length = record.get("video_length")
-    return length if isinstance(length, int) and length > 0 else None
-
-
-def video_path(root: Path, file: Path, record: Mapping[str, Any], view: int) -> Path:
-    """Where the annotation says that a camera's video lies, or UnreadableSample."""
-    path = _named(root, file, record, "videos", "video_path", view)
-    if path is None:
-        raise UnreadableSample(str(file), f"names no video for camera {view}")
-    return path
-
-
-def latent_path(root: Path, file: Path, record: Mapping[str, Any], view: int) -> Path:
-    """Where a camera's latents lie. The folder's other name is tried too, as published sets mix them up; else
-    UnreadableSample."""
-    named = _named(root, file, record, "latent_videos", "latent_video_path", view)
-    path = named or latent_target(root, file, record, view)
-    parts = path.relative_to(root).parts
-    if path.is_file() or parts[0] not in LATENT_FOLDERS:
-        candidates = [path]
-    else:
-        candidates = [path] + [root.joinpath(name, *parts[1:]) for name in LATENT_FOLDERS if name != parts[0]]
-    for candidate in candidates:
-        if candidate.is_file():
-            return candidate
-    raise UnreadableSample(
-        str(file),
-        f"its latents {path.relative_to(root)} are missing; make them with "
-        f"scripts/step1_prepare_data_latent.sh data={root}",
-    )
-
-
-def latent_target(root: Path, file: Path, record: Mapping[str, Any], view: int) -> Path:
-    """Where `encode` puts a camera's latents: where the annotation says, else
-    latent_videos/<split>/<id>/<camera>.pt."""
-    named = _named(root, file, record, "latent_videos", "latent_video_path", view)
-    return named or root / LATENT_FOLDERS[0] / file.parent.name / file.stem / f"{view}.pt"
-
-
-def _named(root: Path, file: Path, record: Mapping[str, Any], field: str, key: str, view: int) -> Path | None:
-    """A path that an annotation gives, refused where it leaves the set."""
-    entries = record.get(field)
-    if not isinstance(entries, list) or view >= len(entries):
-        return None
-    name = entries[view].get(key) if isinstance(entries[view], dict) else None
-    if not isinstance(name, str):
-        raise UnreadableSample(str(file), f"{field}[{view}] has no {key}")
-    # by name only: sets may well be reached through links
-    if Path(name).is_absolute() or Path(os.path.normpath(name)).parts[0] == "..":
-        raise UnreadableSample(str(file), f"{field}[{view}] points outside its set: {name}")
-    return root / name

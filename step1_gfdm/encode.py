@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import io
-import json
 import logging
 import pickle
 import re
@@ -27,12 +26,20 @@ from tqdm import tqdm
 
 from common import video
 from common.distributed import processes
-from common.files import atomic_path, write_text
+from common.errors import MissingFileError, UserError
+from common.files import atomic_path
 from common.mixture import UnreadableSample
 from common.precision import bf16_pays
 from common.program import program
+from common.video_set import (
+    known_length,
+    latent_target,
+    num_cameras,
+    read_annotation,
+    video_path,
+    write_latent_paths,
+)
 from step1_gfdm import vae
-from step1_gfdm.dataset import known_length, latent_target, read_annotation, video_path
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MIN_VIDEOS = 20  # videos before a share of bad ones says anything
@@ -89,12 +96,9 @@ class _Groups(Dataset):
     def _named(self, file: Path) -> _Video:
         try:
             record = read_annotation(file)
-            cameras = len(record["videos"]) if isinstance(record.get("videos"), list) else 0
-            if not cameras:
-                raise UnreadableSample(str(file), "names no videos")
             targets = [
                 latent_target(self.out, self.out / file.relative_to(self.data), record, number)
-                for number in range(cameras)
+                for number in range(num_cameras(file, record))
             ]
         except UnreadableSample as error:
             return _Video(file, {}, [], str(error))
@@ -142,7 +146,7 @@ def encode_set(
     """
     files = [file for split in sorted((data / annotation).glob("*/")) for file in sorted(split.glob("*.json"))[:limit]]
     if not files:
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"{data / annotation}: no annotations of a video set here (data/README.md shows the layout)"
         )
     side = image_size // latent_space.factor
@@ -153,8 +157,9 @@ def encode_set(
             _encode_group(videos, latent_space, sample=sample, chunk_size=chunk_size, store=store, seed=seed)
             for each in videos:
                 _count(each, counts)
-                lengths = {number: view.there for number, view in enumerate(each.views) if view.there}
-                _write_annotation(out, out / each.file.relative_to(data), each.record, lengths)
+                lengths = [view.there for view in each.views if view.there]
+                if lengths:
+                    write_latent_paths(out, out / each.file.relative_to(data), each.record, min(lengths))
             bar.update(len(videos))
             _check_unreadable_fraction(counts, max_unreadable_fraction, out)
     return counts
@@ -197,7 +202,7 @@ def _save(latents: Tensor, target: Path) -> None:
             part.write_bytes(buffer.getvalue())
     except OSError as error:
         if error.errno == errno.ENOSPC:
-            raise ValueError(
+            raise UserError(
                 f"{target}: the disk is full; free space and run the same command, finished latents are kept"
             ) from error
         raise
@@ -218,7 +223,7 @@ def _count(each: _Video, counts: Counter) -> None:
 def _check_unreadable_fraction(counts: Counter, limit: float, out: Path) -> None:
     bad, total = counts["unreadable video"] + counts["unreadable annotation"], sum(counts.values())
     if total >= MIN_VIDEOS and bad / total > limit:
-        raise ValueError(
+        raise UserError(
             f"{bad} of {total} videos are unreadable, more than max_unreadable_fraction={limit}: see the reasons above, or raise "
             "it; "
             f"what was encoded stays in {out}"
@@ -236,28 +241,12 @@ def _finished_frames(path: Path, shape: tuple[int, int, int]) -> int:
     return len(latents) if isinstance(latents, Tensor) and tuple(latents.shape[1:]) == shape else 0
 
 
-def _write_annotation(out: Path, file: Path, record: dict[str, Any], lengths: dict[int, int]) -> None:
-    """Name latents and length in the set's annotation where it does not name them yet."""
-    if not lengths:
-        return
-    new = dict(record)
-    if known_length(new) is None:
-        new["video_length"] = min(lengths.values())
-    new["latent_videos"] = [
-        {"latent_video_path": str(latent_target(out, file, record, view).relative_to(out))}
-        for view in range(len(record["videos"]))
-    ]
-    if file.is_file() and new == record:
-        return
-    write_text(file, json.dumps(new, indent=2) + "\n")
-
-
 @program("step1_encode")
 def main(cfg: DictConfig) -> None:
     if cfg.precision not in (*PRECISIONS, "auto"):
-        raise ValueError(f"precision={cfg.precision}; use one of {', '.join(PRECISIONS)} or auto")
+        raise UserError(f"precision={cfg.precision}; use one of {', '.join(PRECISIONS)} or auto")
     if cfg.store not in ("fp32", "bf16"):
-        raise ValueError(f"store={cfg.store}; use fp32 (VPP) or bf16 (half the disk)")
+        raise UserError(f"store={cfg.store}; use fp32 (VPP) or bf16 (half the disk)")
     state = processes()
     precision = cfg.precision if cfg.precision != "auto" else "bf16" if bf16_pays(state.device) else "fp32"
     latent_space = vae.load(cfg.svd).to(state.device, PRECISIONS[precision])

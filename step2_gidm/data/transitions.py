@@ -1,25 +1,23 @@
 """Where pairs of frames and their instruction come from: RLDS, videos, CALVIN's npz (Sec. 3.2, A.2). How they are
 drawn: step2_gidm.data.pairs.
 
-A set without a val split of its own holds out every twentieth episode. Where a set does not name its scenes, it counts
+A set without a val split of its own holds out every twentieth episode (common.video_set). Where a set does not name its scenes, it counts
 as one.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from common import calvin_format, human_video, rlds
+from common import calvin_format, human_video, rlds, video_set
+from common.errors import MissingFileError, UserError
 from common.mixture import FilteredSample, UnreadableSample
 from common.video import VideoError, probe, read_frames
 from step2_gidm.data.pairs import EpisodeView, FramePair, Transitions
-
-HELD_OUT = 20  # one episode in twenty is held out where a set has no split of its own (UniVLA: the last 5 %)
 
 
 class VideoTransitions(Transitions):
@@ -43,18 +41,16 @@ class VideoTransitions(Transitions):
     ) -> None:
         super().__init__(**pairs)
         self.folder, self.fps, self.view = Path(folder), fps, view
-        own = only_split is None and any((self.folder / "annotation" / "val").glob("*.json"))
-        place = self.folder / "annotation" / (split if own else only_split or "train")
-        files = sorted(place.glob("*.json"))
-        if not files:
+        files = video_set.annotations(self.folder / "annotation", split, only_split=only_split)
+        place = self.folder / "annotation" / (only_split or ("train" if split == "val" else split))
+        if not files and not any(place.glob("*.json")):
             others = sorted({path.parent.name for path in self.folder.glob("annotation/*/*.json")})
             hint = (
                 f"there is {' and '.join(others)}: only={others[0]} shares it out"
                 if others
                 else "a video set holds annotation/train/<id>.json and videos/"
             )
-            raise FileNotFoundError(f"{place}: no json here; {hint}")
-        files = files if own else [files[i] for i in _part(len(files), split)]
+            raise MissingFileError(f"{place}: no json here; {hint}")
         self._unfiltered_length, self.files = len(files), human_video.subset_videos(files, fraction)
         self._probed: dict[Path, tuple[int, float]] = {}
 
@@ -70,9 +66,14 @@ class VideoTransitions(Transitions):
         """See Transitions. Frames stay in their video: it is small, and seeks are cheap."""
         file = self.files[index]
         id = f"{self.folder.name}/{file.stem}"
-        text, videos, states, scene = _annotation(id, file)
-        view = self.view if self.view is not None else int(rng.integers(len(videos))) if rng else 0
-        path, length, fps = self._video(id, videos, view)
+        record = video_set.read_annotation(file)
+        text, states, scene = record["texts"][0], record.get("state") or [], str(record.get("scene") or "")
+        if not text.strip():
+            raise FilteredSample(id, f"{file} has an empty sentence")
+        cameras = video_set.num_cameras(file, record)
+        view = self.view if self.view is not None else int(rng.integers(cameras)) if rng else 0
+        path = video_set.video_path(self.folder, file, record, view)
+        length, fps = self._probe(id, path)
         if self.labelled and states and len(states) != length:
             raise UnreadableSample(id, f"{len(states)} readings of the robot for {length} frames")
 
@@ -84,18 +85,15 @@ class VideoTransitions(Transitions):
 
         return EpisodeView(id, length, fps, pair)
 
-    def _video(self, id: str, videos: Sequence[str], view: int) -> tuple[Path, int, float]:
-        """File, length and frame rate of one camera's video."""
-        if view >= len(videos):
-            raise UnreadableSample(id, f"has {len(videos)} views, view {view} was asked for")
-        path = self.folder / videos[view]
+    def _probe(self, id: str, path: Path) -> tuple[int, float]:
+        """Number of frames and frames per second of a video, from its container or from `fps`."""
         try:
             if path not in self._probed:
                 self._probed[path] = probe(path)[:2]
         except VideoError as error:
             raise UnreadableSample(id, str(error)) from error
         length, rate = self._probed[path]
-        return path, length, self.fps or rate
+        return length, self.fps or rate
 
     def decode(self, pair: FramePair) -> Sequence[np.ndarray]:
         """See Transitions."""
@@ -127,13 +125,13 @@ class CalvinTransitions(Transitions):
     ) -> None:
         super().__init__(**pairs)
         if view is not None and view not in calvin_format.KEYS:
-            raise ValueError(f"unknown view {view!r}; use {', '.join(calvin_format.KEYS)} or null for any")
+            raise UserError(f"unknown view {view!r}; use {', '.join(calvin_format.KEYS)} or null for any")
         self.folder, self.fps = Path(folder), fps
         self.views = [view] if view else list(calvin_format.KEYS)
         recordings = calvin_format.read_recordings(self.folder)
         self.scenes = calvin_format.read_scenes(self.folder)
         found = calvin_format.read_annotations(self.folder, recordings, lang_folder)
-        kept = set(_part(len(recordings) if len(recordings) > 1 else len(found), split).tolist())
+        kept = set(video_set.split_indices(len(recordings) if len(recordings) > 1 else len(found), split).tolist())
         self.segments = [
             note for number, (note, row) in enumerate(found) if (row if len(recordings) > 1 else number) in kept
         ]
@@ -204,11 +202,11 @@ class RldsTransitions(Transitions):
     ) -> None:
         super().__init__(**pairs)
         if encoding not in rlds.ENCODINGS:
-            raise ValueError(f"unknown encoding {encoding!r} of sentences; use {', '.join(rlds.ENCODINGS)}")
+            raise UserError(f"unknown encoding {encoding!r} of sentences; use {', '.join(rlds.ENCODINGS)}")
         self.fps, self.image, self.text, self.encoding = fps, image, text, encoding
         own = "val" in rlds.splits(folder)
         self.episodes = rlds.RldsDataset(folder, split if own else "train")
-        self.kept = np.arange(len(self.episodes)) if own else _part(len(self.episodes), split)
+        self.kept = np.arange(len(self.episodes)) if own else video_set.split_indices(len(self.episodes), split)
 
     def __len__(self) -> int:
         return len(self.kept)
@@ -244,33 +242,3 @@ class RldsTransitions(Transitions):
             ]
         except rlds.RldsError as error:
             raise UnreadableSample(pair.id, str(error)) from error
-
-
-def _part(count: int, split: str) -> np.ndarray:
-    """Episodes of "train" or "val" in a set that has only one split on disk."""
-    if split not in ("train", "val"):
-        raise ValueError(f"split is {split!r}; use train or val")
-    held_out = np.arange(count) % HELD_OUT == HELD_OUT - 1
-    held_out[-1:] |= not held_out.any()
-    return np.flatnonzero(held_out == (split == "val"))
-
-
-def _annotation(id: str, file: Path) -> tuple[str, list[str], list[list[float]], str]:
-    """The first sentence, the video paths, and where it tells them the robot's readings and the name of the scene (both
-    else empty)."""
-    try:
-        record = json.loads(file.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UnreadableSample(id, f"{file} is not JSON ({error})") from error
-    if not isinstance(record, dict) or not record.get("texts"):
-        raise UnreadableSample(id, f"{file} has no 'texts'")
-    if not record.get("videos"):
-        raise UnreadableSample(id, f"{file} has no 'videos'")
-    if not str(record["texts"][0]).strip():
-        raise FilteredSample(id, f"{file} has an empty sentence")
-    return (
-        record["texts"][0],
-        [video["video_path"] for video in record["videos"]],
-        record.get("state") or [],
-        str(record.get("scene") or ""),
-    )

@@ -23,7 +23,8 @@ from common.calvin_format import CalvinFormatError
 from common.program import CONFIGS
 from step1_gfdm import convert as program
 from step1_gfdm.convert import convert
-from step1_gfdm.dataset import VideoClips, annotations, read_annotation
+from common.video_set import annotations, read_annotation
+from step1_gfdm.dataset import VideoClips
 from step1_gfdm.sources import CalvinSource, Ego4dSource, EpisodeEntry, FolderSource
 from tests.step3_defi.parts import write_calvin
 

@@ -133,7 +133,7 @@ class Evil:
     [
         (drop("texts"), "has no sentence"),
         (edit(texts=[]), "has no sentence"),
-        (lambda root, file, record: file.write_text("{"), "not a readable json"),
+        (lambda root, file, record: file.write_text("{"), "is not readable JSON"),
         (save(torch.zeros(20, 4, 4, 4)), r"holds \(20, 4, 4, 4\), needs \(T, 4, 8, 8\)"),
         (save(torch.full((20, *SHAPE), float("nan"))), "NaN"),
         (save(torch.zeros(7, *SHAPE)), "holds 7 frames, its annotation says 20"),
@@ -171,7 +171,7 @@ def test_absent_folders_say_what_to_run(tmp_path):
     with pytest.raises(FileNotFoundError, match="scripts/playtable_record.sh"):
         LatentClips(tmp_path / "nowhere", num_frames=4, clip=STRIDE)
     write_video_set(tmp_path, 1)
-    with pytest.raises(FileNotFoundError, match="scripts/step1_prepare_data_latent.sh data="):
+    with pytest.raises(FileNotFoundError, match="scripts/step1_prepare_data_latent.sh videos="):
         LatentClips(tmp_path, num_frames=4, clip=STRIDE)
 
 

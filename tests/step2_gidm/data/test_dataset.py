@@ -232,10 +232,11 @@ def test_every_kind_of_set_walks(tmp_path: Path) -> None:
 def test_splits(tmp_path: Path) -> None:
     folder = video_set(tmp_path / "toy", 21, length=12)
     train, val = (VideoTransitions(folder, split, **PAIRS) for split in ("train", "val"))
-    assert len(train) == 20 and len(val) == 1 and not set(train.files) & set(val.files)
+    assert [file.stem for file in val.files] == ["0", "9"] and len(train) == 19, "the first and the 21st in the order of names"
+    assert not set(train.files) & set(val.files)
     video_set(folder, 2, split="val")
     assert len(VideoTransitions(folder, "train", **PAIRS)) == 21 and len(VideoTransitions(folder, "val", **PAIRS)) == 2
-    with pytest.raises(ValueError, match="use train or val"):
+    with pytest.raises(FileNotFoundError, match="annotation/test: no json here; there is train"):
         VideoTransitions(video_set(tmp_path / "other"), "test", **PAIRS)
     with pytest.raises(FileNotFoundError, match="no json here; a video set holds annotation/train/<id>.json"):
         VideoTransitions(tmp_path / "nowhere", **PAIRS)
@@ -246,7 +247,7 @@ def test_a_set_that_has_only_a_val_split_is_shared_out_when_told_to(tmp_path: Pa
     with pytest.raises(FileNotFoundError, match="annotation/train: no json here; there is val: only=val shares it out"):
         VideoTransitions(folder, **PAIRS)
     train, val = (VideoTransitions(folder, split, only_split="val", **PAIRS) for split in ("train", "val"))
-    assert [file.stem for file in train.files] == list("0123") and [file.stem for file in val.files] == ["4"]
+    assert [file.stem for file in train.files] == list("1234") and [file.stem for file in val.files] == ["0"]
     assert len(VideoTransitions(folder, "val", **PAIRS)) == 5, "not told to, it is the val split"
 
 
@@ -258,9 +259,9 @@ def test_fractions_lie_inside_one_another_and_are_the_forward_models(tmp_path: P
     }
     for less, more in itertools.pairwise(kept.values()):
         assert set(less.files) < set(more.files) and less.files == sorted(less.files)
-    (folder / "annotation/val").mkdir()  # keeps the forward model from holding out others than the inverse model does
-    of_19 = VideoClips(folder, "train", num_frames=1, clip={"stride": 1}, image_size=32, fraction=0.4).files
-    assert len(set(of_19) & set(kept[0.4].files)) >= 7
+    for split in ("train", "val"):
+        forward = VideoClips(folder, split, num_frames=1, clip={"stride": 1}, image_size=32, fraction=0.4)
+        assert forward.files == VideoTransitions(folder, split, fraction=0.4, **PAIRS).files, "one rule for both models"
 
 
 def test_bad_clips_are_one_line(tmp_path: Path) -> None:
@@ -275,13 +276,22 @@ def test_bad_clips_are_one_line(tmp_path: Path) -> None:
     samples = VideoTransitions(folder, **PAIRS)
     samples.files = sorted(note.glob("*.json"))
     for index, message in enumerate(
-        ["has no 'texts'", "is not JSON", "has no 'videos'", "no such video", "toy/4: .*4/0.mp4"]
+        ["has no sentence", "is not readable JSON", "names no videos", "no such video", "toy/4: .*4/0.mp4"]
     ):
         with pytest.raises(UnreadableSample, match=message) as caught:
             samples.sample(index, np.random.default_rng(0))
         assert "\n" not in str(caught.value)
-    with pytest.raises(UnreadableSample, match="has 1 views, view 1 was asked for"):
+    with pytest.raises(UnreadableSample, match="names no video for camera 1, it has 1 cameras"):
         VideoTransitions(folder, view=1, **PAIRS).sample(4, np.random.default_rng(0))
+
+
+def test_no_video_is_read_from_outside_its_set(tmp_path: Path) -> None:
+    folder = video_set(tmp_path / "toy", 2)
+    video_set(tmp_path / "other", 1)
+    for file in (folder / "annotation/train").glob("*.json"):
+        file.write_text(json.dumps({"texts": ["a"], "videos": [{"video_path": "../other/videos/train/0/0.mp4"}]}))
+    with pytest.raises(UnreadableSample, match="points outside its set: ../other"):
+        VideoTransitions(folder, **PAIRS).sample(0, np.random.default_rng(0))
 
 
 def test_augmentation_is_the_same_for_both_frames() -> None:
