@@ -1,7 +1,7 @@
-"""What the latent actions mean: their neighbours, what of the robot's motion stands in them, what they do in another
-scene (Sec. 3.2).
+"""What the latent actions carry (Sec. 3.2): their nearest neighbours, the robot's motion that linear probes read out of
+them, and their effect in another scene.
 
-P pairs, K latent-action tokens, d their width, N visual tokens, E their width. Everything here lies on the CPU.
+P pairs, K latent-action tokens, d their width, N visual tokens, E their width. All tensors here are on the CPU.
 """
 
 from __future__ import annotations
@@ -12,31 +12,34 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 from tqdm import tqdm
 
+from common.errors import UserError
 from common.metrics import bootstrap_ci
 from common.probe import ProbeSplit, mean_baseline_errors, probe_errors, r2_ci
 from step2_gidm.model import InverseModel, normalize_text
 
+# The representations that are compared, by the name that results.json gives them.
 CONTINUOUS, QUANTIZED = "latent action, continuous", "latent action, quantized"
-# an encoder that reads the sentence hands it on: what do the frames alone give?
-NO_TEXT = "latent action, continuous, sentence withheld"
+NO_TEXT = "latent action, continuous, sentence withheld"  # an encoder that reads the sentence may only pass it on
 TOKENS, PIXELS = "difference of DINOv2 tokens", "difference of pixels"
 SENTENCE, RANDOM = "sentence alone", "random codes (dealt from other pairs)"
 CONTROLS = (TOKENS, PIXELS, SENTENCE, RANDOM)
-GRID, PIXEL_GRID = 4, 16  # a side, after pooling
-STILL = 0.01  # m: a displacement below it has no direction
-READINGS = 15  # of CALVIN's robot_obs: place (0 to 2), opening of the gripper (6)
-Interval = dict[str, float]
+
+TOKEN_GRID, PIXEL_GRID = 4, 16  # side of the grids to which the differences of tokens and of pixels are pooled
+MIN_DISPLACEMENT = 0.01  # m; a shorter displacement of the end effector has no direction
+ROBOT_OBS_DIM = 15  # of CALVIN's robot_obs: 0 to 2 are the position, 6 is the opening of the gripper
+Interval = dict[str, float]  # mean, low and high: a mean with its 95 % interval
 
 
-class MissingLabels(ValueError):
-    """The data lack what a part of the evaluation needs; the message says what."""
+class MissingLabels(UserError):
+    """The data lack what a part of the evaluation needs, so this part is left out. The message says what is missing."""
 
 
 class EncodedPairs(NamedTuple):
-    """Pairs as the model sees them."""
+    """Pairs of frames after the model."""
 
     now: Tensor  # (P, N, E)
     future: Tensor  # (P, N, E)
@@ -47,44 +50,41 @@ class EncodedPairs(NamedTuple):
 
 
 class Labels(NamedTuple):
-    """What pairs are known by. A set that does not say has one scene, one view and no readings."""
+    """The labels of pairs. A set without such labels counts as one scene with one view and no readings."""
 
     text: np.ndarray  # (P,) sentences
     episode: np.ndarray  # (P,) names
     scene: np.ndarray  # (P,) names
     view: np.ndarray  # (P,)
-    phase: np.ndarray  # (P,) in [0, 1]
+    phase: np.ndarray  # (P,) position of the pair in its episode, in [0, 1]
     motion: np.ndarray  # (P, 3) m, displacement of the end effector; NaN where unknown
     gripper: np.ndarray  # (P, 1) m, change of the gripper's opening; NaN where unknown
 
 
 @torch.no_grad()
-def encode_pairs(model: InverseModel, pairs: Sequence[Mapping[str, Any]]) -> EncodedPairs:
-    """One batch of pairs through the inverse model."""
+def encode_batch(model: InverseModel, pairs: Sequence[Mapping[str, Any]]) -> EncodedPairs:
+    """Run one batch of pairs, samples of Transitions, through the inverse model."""
     frames = torch.stack([pair["frames"] for pair in pairs]).to(next(model.parameters()).device)
-    now, future = model.embed(frames.flatten(0, 1)).unflatten(0, frames.shape[:2]).unbind(1)
+    now, future = model.embed_pair(frames)
     action = model.infer(now, future, [pair["text"] for pair in pairs])
-    codes = None if action.codes is None else action.codes.cpu()
-    no_text = (
-        model.infer(now, future, [""] * len(pairs)).continuous.float().cpu() if "encoder" in model.text_in else None
-    )
+    no_text = model.infer(now, future, [""] * len(pairs)).continuous if "encoder" in model.text_in else None
     return EncodedPairs(
         now.float().cpu(),
         future.float().cpu(),
         action.continuous.float().cpu(),
         action.quantized.float().cpu(),
-        codes,
-        no_text,
+        None if action.codes is None else action.codes.cpu(),
+        None if no_text is None else no_text.float().cpu(),
     )
 
 
-def join(parts: Sequence[EncodedPairs]) -> EncodedPairs:
-    """Batches one after another."""
-    return EncodedPairs(*(None if values[0] is None else torch.cat(values) for values in zip(*parts)))
+def concatenate(batches: Sequence[EncodedPairs]) -> EncodedPairs:
+    """Several batches as one."""
+    return EncodedPairs(*(None if values[0] is None else torch.cat(values) for values in zip(*batches)))
 
 
-def labels(pairs: Sequence[Mapping[str, Any]]) -> Labels:
-    """Labels of pairs; see Transitions(labelled=True)."""
+def read_labels(pairs: Sequence[Mapping[str, Any]]) -> Labels:
+    """The labels of pairs that were drawn with Transitions(labelled=True)."""
 
     def column(key: str, default: Any) -> np.ndarray:
         return np.array([pair.get(key, default) for pair in pairs])
@@ -94,106 +94,118 @@ def labels(pairs: Sequence[Mapping[str, Any]]) -> Labels:
     for i, pair in enumerate(pairs):
         if (state := pair.get("state")) is not None:
             motion[i] = state[1][:3] - state[0][:3]
-            if len(state[0]) == READINGS:
+            if len(state[0]) == ROBOT_OBS_DIM:
                 gripper[i] = state[1][6] - state[0][6]
     return Labels(
         column("text", ""), episode, column("scene", ""), column("view", 0), column("phase", 0.0), motion, gripper
     )
 
 
-def inputs(model: InverseModel, encoded: EncodedPairs, pairs: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-    """What neighbours are sought in and motion is read from, each (P, D)."""
-    change = (encoded.future - encoded.now).transpose(1, 2).unflatten(2, model.vision.grid)
-    frames = torch.stack([pair["frames"] for pair in pairs])
-    side = min(GRID, *model.vision.grid)
-    no_text = {} if encoded.no_text is None else {NO_TEXT: encoded.no_text.flatten(1)}
-    return {
-        CONTINUOUS: encoded.continuous.flatten(1),
-        QUANTIZED: encoded.quantized.flatten(1),
-        **no_text,
-        TOKENS: F.adaptive_avg_pool2d(change, side).flatten(1),
-        PIXELS: F.adaptive_avg_pool2d(frames[:, 1] - frames[:, 0], min(PIXEL_GRID, frames.shape[-1])).flatten(1),
-    }
+def representations(
+    model: InverseModel, encoded: EncodedPairs, pairs: Sequence[Mapping[str, Any]]
+) -> dict[str, Tensor]:
+    """The representations of the pairs in which neighbours are searched and from which motion is read, each (P, D)."""
+    rows, columns = model.vision.grid
+    change = rearrange(encoded.future - encoded.now, "p (r c) e -> p e r c", r=rows, c=columns)
+    frames = torch.stack([pair["frames"] for pair in pairs])  # (P, 2, 3, S, S)
+    flatten = lambda x: rearrange(x, "p ... -> p (...)")
+    values = {CONTINUOUS: flatten(encoded.continuous), QUANTIZED: flatten(encoded.quantized)}
+    if encoded.no_text is not None:
+        values[NO_TEXT] = flatten(encoded.no_text)
+    pixels = frames[:, 1] - frames[:, 0]  # (P, 3, S, S)
+    values[TOKENS] = flatten(F.adaptive_avg_pool2d(change, min(TOKEN_GRID, rows, columns)))
+    values[PIXELS] = flatten(F.adaptive_avg_pool2d(pixels, min(PIXEL_GRID, frames.shape[-1])))
+    return values
 
 
 @torch.no_grad()
-def sentences(model: InverseModel, texts: Sequence[str]) -> Tensor:
-    """(P, D): the mean of the text encoder's tokens, of the sentences as the model reads them."""
+def embed_sentences(model: InverseModel, texts: Sequence[str]) -> Tensor:
+    """(P, D): the mean of the text encoder's tokens over each sentence, in the form in which the model reads it."""
     tokens, mask = model.text([normalize_text(text) if model.clean_text else text for text in texts])
     return ((tokens * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)).float().cpu()
 
 
-def neighbours(values: Tensor, ties: Tensor, known: Labels, count: int) -> np.ndarray:
-    """The nearest pair of each of the `count` nearest other episodes, seen by the same camera (P, count); -1: none.
-    Neighbouring pairs of an
-    episode are near twins and would be one answer given twice. Equal distances are told apart by `ties`."""
-    allowed = comparable(known)
+def find_neighbours(values: Tensor, tie_breakers: Tensor, labels: Labels, count: int) -> np.ndarray:
+    """The nearest pair of each of the `count` nearest other episodes, seen by the same camera: (P, count) indices.
+
+    -1 stands where there are fewer episodes. Each episode gives one neighbour only, because its pairs resemble each
+    other. `values` (P, D) define the distance; between equal distances, that of `tie_breakers` (P, D') decides.
+    """
+    allowed = comparable_pairs(labels)
     first, second = (
-        torch.cdist(x[None], x[None], compute_mode="donot_use_mm_for_euclid_dist")[0].numpy() for x in (values, ties)
-    )
-    found = np.full((len(allowed), count), -1)
+        torch.cdist(x[None], x[None], compute_mode="donot_use_mm_for_euclid_dist")[0].numpy()
+        for x in (values, tie_breakers)
+    )  # (P, P)
+    neighbours = np.full((len(allowed), count), -1)
     for i, order in enumerate(np.lexsort((second, first))):
         order = order[allowed[i, order]]
-        best = order[np.sort(np.unique(known.episode[order], return_index=True)[1])][:count]
-        found[i, : len(best)] = best
-    return found
+        nearest = order[np.sort(np.unique(labels.episode[order], return_index=True)[1])][:count]
+        neighbours[i, : len(nearest)] = nearest
+    return neighbours
 
 
-def comparable(known: Labels) -> np.ndarray:
-    """(P, P): of another episode and the same camera."""
-    return (known.episode[:, None] != known.episode) & (known.view[:, None] == known.view)
+def comparable_pairs(labels: Labels) -> np.ndarray:
+    """(P, P): whether two pairs are of different episodes and of the same camera."""
+    return (labels.episode[:, None] != labels.episode) & (labels.view[:, None] == labels.view)
 
 
-def retrieve(found: Mapping[str, np.ndarray], known: Labels) -> dict[str, Any]:
-    """How alike are `neighbours` (P, count), found by each input: share with the same sentence, cosine of the
-    displacements.
+def measure_retrieval(neighbours: Mapping[str, np.ndarray], labels: Labels) -> dict[str, Any]:
+    """How alike a pair and its neighbours are, for the neighbours (P, count) found by each representation.
 
-    By input: value and gain over the mean of all pairs that might have been found, with 95 % intervals over episodes.
-    Raises Missing.
+    Likeness is measured in two ways: "sentence" is the share of neighbours with the same sentence, "displacement" the
+    cosine of the displacements of the end effector. For each way and representation, `value` is the mean, and `gain` is
+    the mean minus that over all pairs that might have been found, both with 95 % intervals over episodes.
+
+    Raises MissingLabels.
     """
-    allowed = comparable(known)
-    length = np.linalg.norm(known.motion, axis=1)
-    direction = known.motion / np.maximum(length, 1e-9)[:, None]
-    moving = allowed & (length[:, None] >= STILL) & (length >= STILL)
-    same = (known.text[:, None] == known.text).astype(float)
-    scales = {
+    allowed = comparable_pairs(labels)
+    length = np.linalg.norm(labels.motion, axis=1)
+    direction = labels.motion / np.maximum(length, 1e-9)[:, None]
+    moving = allowed & (length[:, None] >= MIN_DISPLACEMENT) & (length >= MIN_DISPLACEMENT)
+    same = (labels.text[:, None] == labels.text).astype(float)
+    # way -> (likeness of two pairs (P, P), which of them count (P, P), for which pairs it can be asked (P,))
+    ways = {
         "sentence": (same, allowed, (same * allowed).any(1)),
         "displacement": (np.nan_to_num(direction) @ np.nan_to_num(direction).T, moving, moving.any(1)),
     }
-    scales = {
-        name: scale for name, scale in scales.items() if scale[2].any() and len(np.unique(known.episode[scale[2]])) > 1
-    }
-    if not scales:
+    ways = {name: way for name, way in ways.items() if len(np.unique(labels.episode[way[2]])) > 1}
+    if not ways:
         raise MissingLabels(
             "retrieval is left out: no two episodes share a sentence, and no readings of the robot tell how they moved"
         )
-    results: dict[str, Any] = {name: {} for name in scales}
-    for source, near in found.items():
-        for name, (alike, eligible, asked) in scales.items():
-            counts = (near >= 0) & np.take_along_axis(eligible, near, 1)
+    results: dict[str, Any] = {name: {} for name in ways}
+    for source, near in neighbours.items():
+        for name, (likeness, eligible, asked) in ways.items():
+            counts = (near >= 0) & np.take_along_axis(eligible, near, 1)  # (P, count)
             asked = asked & counts.any(1)
             if not asked.any():
                 continue
-            value = (np.take_along_axis(alike, near, 1) * counts)[asked].sum(1) / counts[asked].sum(1)
-            chance = (alike * eligible)[asked].sum(1) / eligible[asked].sum(1)
+            value = (np.take_along_axis(likeness, near, 1) * counts)[asked].sum(1) / counts[asked].sum(1)
+            chance = (likeness * eligible)[asked].sum(1) / eligible[asked].sum(1)
             results[name][source] = {
-                "value": by_episode(value, known.episode[asked]),
-                "gain": by_episode(value - chance, known.episode[asked]),
+                "value": mean_over_episodes(value, labels.episode[asked]),
+                "gain": mean_over_episodes(value - chance, labels.episode[asked]),
                 "chance": float(chance.mean()),
                 "queries": int(asked.sum()),
             }
     return results
 
 
-def by_episode(values: np.ndarray, episodes: np.ndarray) -> Interval:
-    """Mean with 95 % interval of values (P,): bootstrap over episodes, whose pairs are alike."""
+def mean_over_episodes(values: np.ndarray, episodes: np.ndarray) -> Interval:
+    """Mean and 95 % interval of values (P,), by bootstrap over episodes, since the pairs of an episode are alike."""
     group = np.unique(episodes, return_inverse=True)[1]
-    return dict(zip(("mean", "low", "high"), bootstrap_ci(np.bincount(group, values) / np.bincount(group))))
+    return _interval(bootstrap_ci(np.bincount(group, values) / np.bincount(group)))
 
 
-def split(fit: np.ndarray, test: np.ndarray, seed: int, choose: float = 0.25) -> ProbeSplit:
-    """Parts of the rows [fit; test] by the names of their episodes: a share of the episodes of `fit` chooses, those of
-    `test` never fit."""
+def _interval(values: Sequence[float]) -> Interval:
+    return dict(zip(("mean", "low", "high"), values))
+
+
+def split_by_episode(fit: np.ndarray, test: np.ndarray, seed: int, choose: float = 0.25) -> ProbeSplit:
+    """Split the rows [fit; test] by the names of their episodes, given for each row.
+
+    A share `choose` of the episodes of `fit` chooses the regularization. Episodes of `test` are never fitted on.
+    """
     own = ~np.isin(fit, test)
     names = np.unique(fit[own])
     chosen = np.random.default_rng(seed).permutation(names)[: max(1, round(choose * len(names)))]
@@ -201,135 +213,133 @@ def split(fit: np.ndarray, test: np.ndarray, seed: int, choose: float = 0.25) ->
     return ProbeSplit(np.flatnonzero(own & ~choosing), np.flatnonzero(own & choosing), len(fit) + np.arange(len(test)))
 
 
-def read_motion(
-    fit: Mapping[str, Tensor], fit_known: Labels, test: Mapping[str, Tensor], test_known: Labels, *, seed: int
+def probe_motion(
+    fit: Mapping[str, Tensor], fit_labels: Labels, test: Mapping[str, Tensor], test_labels: Labels, *, seed: int
 ) -> dict[str, Any]:
-    """Linear read-outs of the robot's motion: R^2 on held-out episodes with 95 % interval over them, by camera, target
-    and input, and the
-    `lead` of the continuous latent action over every control.
+    """Linear probes of the robot's motion, fitted on `fit` and measured on `test`, each name -> (P, D).
 
-    Inputs wider than the latent action are cut to its number of principal components. Raises Missing.
+    For each camera and target, motion or gripper: `r2` is R^2 on held-out episodes for each representation, `lead` that
+    of the continuous latent action minus that of each control, both with 95 % intervals over episodes, and `pairs` the
+    numbers of pairs to fit, to choose and to measure. Representations wider than the latent action are reduced to its
+    width by principal components.
+
+    Raises MissingLabels.
     """
     results: dict[str, Any] = {}
     columns = fit[QUANTIZED].shape[1]
-    for view in np.unique(test_known.view):
+    for view in np.unique(test_labels.view):
         for target in ("motion", "gripper"):
-            chosen = [
-                np.flatnonzero((known.view == view) & np.isfinite(getattr(known, target)).all(1))
-                for known in (fit_known, test_known)
+            sides = ((fit, fit_labels), (test, test_labels))
+            rows = [
+                np.flatnonzero((labels.view == view) & np.isfinite(getattr(labels, target)).all(1))
+                for _, labels in sides
             ]
-            episodes = [known.episode[rows] for known, rows in zip((fit_known, test_known), chosen)]
-            parts = split(*episodes, seed)
+            episodes = [labels.episode[own] for (_, labels), own in zip(sides, rows)]
+            parts = split_by_episode(*episodes, seed)
             if min(map(len, parts)) < 10 or len(np.unique(episodes[1])) < 2:
                 continue
-            truth = torch.from_numpy(
-                np.concatenate([getattr(known, target)[rows] for known, rows in zip((fit_known, test_known), chosen)])
-            )
-            scale = mean_baseline_errors(truth, parts)
-            if scale.mean() < 1e-10:  # nothing moves
+            truth = np.concatenate([getattr(labels, target)[own] for (_, labels), own in zip(sides, rows)])
+            truth = torch.from_numpy(truth)  # (rows, 3 or 1)
+            baseline = mean_baseline_errors(truth, parts)
+            if baseline.mean() < 1e-10:  # nothing moves
                 continue
             x = {
-                name: torch.cat([part[name][torch.from_numpy(rows)] for part, rows in zip((fit, test), chosen)])
+                name: torch.cat([values[name][torch.from_numpy(own)] for (values, _), own in zip(sides, rows)])
                 for name in fit
             }
             x[RANDOM] = x[QUANTIZED][torch.from_numpy(np.random.default_rng(seed).permutation(len(truth)))]
             errors = probe_errors(x, truth, parts, columns=columns, seed=seed)
-            rows = {
-                name: dict(zip(("mean", "low", "high"), r2_ci(values, scale, episodes[1])))
-                for name, values in errors.items()
-            }
-            # the R^2 of such errors is the difference of two R^2: paired, as both read the same pairs
-            leads = {
-                name: dict(
-                    zip(("mean", "low", "high"), r2_ci(scale - errors[name] + errors[CONTINUOUS], scale, episodes[1]))
-                )
+            r2 = {name: _interval(r2_ci(values, baseline, episodes[1])) for name, values in errors.items()}
+            # R^2 of these errors is the difference of two R^2. It is paired, since both are measured on the same pairs.
+            lead = {
+                name: _interval(r2_ci(baseline - errors[name] + errors[CONTINUOUS], baseline, episodes[1]))
                 for name in CONTROLS
                 if name in errors
             }
-            results.setdefault(str(view), {})[target] = {
-                "pairs": [len(part) for part in parts],
-                "r2": rows,
-                "lead": leads,
-            }
+            found = {"pairs": [len(part) for part in parts], "r2": r2, "lead": lead}
+            results.setdefault(str(view), {})[target] = found
     if not results:
         raise MissingLabels(
-            "read-outs of the robot's motion are left out: too few pairs hold readings of the robot ('state' in the "
+            "probes of the robot's motion are left out: too few pairs hold readings of the robot ('state' in the "
             "annotations)"
         )
     return results
 
 
-class Transfer(NamedTuple):
-    """Pairs whose latent action is tried in the scene of another: each (M,) pair numbers."""
+class TransferPairs(NamedTuple):
+    """Pairs whose latent action is applied in the scene of another pair: indices of pairs, each (M,)."""
 
     target: np.ndarray
-    source: np.ndarray  # the same sentence in another scene, at about the same part of the episode
-    other: np.ndarray  # another sentence in another scene, at about the same part of the episode
+    source: np.ndarray  # the same sentence in another scene, at about the same phase of the episode
+    other: np.ndarray  # another sentence in another scene, at about the same phase
     shuffled: np.ndarray  # any pair of another scene
 
 
-def transfers(known: Labels, seed: int) -> Transfer:
-    """Every pair that has both partners. Raises Missing."""
-    if len(np.unique(known.scene)) < 2:
+def find_transfer_pairs(labels: Labels, seed: int) -> TransferPairs:
+    """Every pair for which there are a source with the same sentence and one with another. Raises MissingLabels."""
+    if len(np.unique(labels.scene)) < 2:
         raise MissingLabels("transfer is left out: all pairs are of one scene; give data.sets of several")
     rng, rows = np.random.default_rng(seed), []
-    apart = (known.scene[:, None] != known.scene) & comparable(known)
-    same = known.text[:, None] == known.text
-    for i in range(len(known.text)):
-        partners = []
-        for candidates in (np.flatnonzero(apart[i] & same[i]), np.flatnonzero(apart[i] & ~same[i])):
-            candidates = rng.permutation(candidates)  # equal phases: any
-            partners += (
-                [] if not len(candidates) else [candidates[np.abs(known.phase[candidates] - known.phase[i]).argmin()]]
-            )
-        if len(partners) == 2:
-            rows.append((i, *partners, rng.choice(np.flatnonzero(apart[i]))))
+    elsewhere = (labels.scene[:, None] != labels.scene) & comparable_pairs(labels)
+    same = labels.text[:, None] == labels.text
+    for i in range(len(labels.text)):
+        sources = []
+        for candidates in (np.flatnonzero(elsewhere[i] & same[i]), np.flatnonzero(elsewhere[i] & ~same[i])):
+            candidates = rng.permutation(candidates)  # among equal phases, any
+            if len(candidates):
+                sources.append(candidates[np.abs(labels.phase[candidates] - labels.phase[i]).argmin()])
+        if len(sources) == 2:
+            rows.append((i, *sources, rng.choice(np.flatnonzero(elsewhere[i]))))
     if len(rows) < 2:
         raise MissingLabels(
             "transfer is left out: scenes share no sentence, so that nothing says what an action should do there"
         )
-    return Transfer(*np.array(rows).T)
+    return TransferPairs(*np.array(rows).T)
 
 
 @torch.no_grad()
 def decode_transferred(
-    model: InverseModel, encoded: EncodedPairs, known: Labels, target: np.ndarray, source: np.ndarray
+    model: InverseModel, encoded: EncodedPairs, labels: Labels, target: np.ndarray, source: np.ndarray
 ) -> Tensor:
-    """The latent actions of `source` (M,) decoded in the frames of `target` (M,) -> tokens (M, N, E)."""
+    """The latent actions of pairs `source` (M,), decoded in the present frames of pairs `target` (M,): (M, N, E)."""
     device = next(model.parameters()).device
-    return (
-        model.decode(encoded.now[target].to(device), encoded.quantized[source].to(device), known.text[target].tolist())
-        .float()
-        .cpu()
-    )
+    now, action = encoded.now[target].to(device), encoded.quantized[source].to(device)
+    return model.decode(now, action, labels.text[target].tolist()).float().cpu()
 
 
 def measure_transfer(
-    model: InverseModel, encoded: EncodedPairs, known: Labels, pairs: Transfer, *, batch_size: int
+    model: InverseModel, encoded: EncodedPairs, labels: Labels, pairs: TransferPairs, *, batch_size: int
 ) -> dict[str, Any]:
-    """Cosine of the decoded change of tokens with the change that happened there, with 95 % intervals over episodes."""
+    """Cosine of the decoded change of the tokens with the true change, with 95 % intervals over episodes.
+
+    It is given for the pair's own latent action and for those of `pairs`, and as differences: `gain` is same minus
+    shuffled, `sentence_gain` is same minus other.
+    """
     cosines: dict[str, list[Tensor]] = {"own": [], "same": [], "other": [], "shuffled": []}
     for start in tqdm(range(0, len(pairs.target), batch_size), desc="transfer"):
-        actions = Transfer(*(rows[start : start + batch_size] for rows in pairs))
-        target = actions.target
+        batch = TransferPairs(*(indices[start : start + batch_size] for indices in pairs))
+        target = batch.target
         now, truth = encoded.now[target], (encoded.future[target] - encoded.now[target]).flatten(1)
-        for name, action in zip(cosines, (target, actions.source, actions.other, actions.shuffled)):
-            change = (decode_transferred(model, encoded, known, target, action) - now).flatten(1)
+        for name, source in zip(cosines, (target, batch.source, batch.other, batch.shuffled)):
+            change = (decode_transferred(model, encoded, labels, target, source) - now).flatten(1)
             cosines[name].append(F.cosine_similarity(change, truth))
     values = {name: torch.cat(parts).double().numpy() for name, parts in cosines.items()}
     values |= {"gain": values["same"] - values["shuffled"], "sentence_gain": values["same"] - values["other"]}
+    episodes = labels.episode[pairs.target]
     return {
         "pairs": len(pairs.target),
-        **{name: by_episode(row, known.episode[pairs.target]) for name, row in values.items()},
+        **{name: mean_over_episodes(cosine, episodes) for name, cosine in values.items()},
     }
 
 
-def nearest_frame(encoded: EncodedPairs, known: Labels, tokens: Tensor, target: int) -> tuple[int, int]:
-    """(pair, moment) of the real frame of the target's scene and camera whose tokens (N, E) are nearest; its present
-    frame does not count."""
-    pool = np.flatnonzero((known.scene == known.scene[target]) & (known.view == known.view[target]))
-    frames = torch.stack([encoded.now[pool], encoded.future[pool]], dim=1).flatten(2)  # (pool, moments, N E)
+def nearest_frame(encoded: EncodedPairs, labels: Labels, tokens: Tensor, target: int) -> tuple[int, int]:
+    """(pair, moment) of the real frame whose tokens are nearest to `tokens` (N, E), moment 0 being the present.
+
+    Frames of the scene and camera of the pair `target` are searched, except its present frame.
+    """
+    pool = np.flatnonzero((labels.scene == labels.scene[target]) & (labels.view == labels.view[target]))
+    frames = torch.stack([encoded.now[pool], encoded.future[pool]], dim=1).flatten(2)  # (pool, 2, N E)
     present = (frames == encoded.now[target].flatten()).all(2)
-    distances = (frames - tokens.flatten()).square().mean(2).masked_fill(present, torch.inf)
+    distances = (frames - tokens.flatten()).square().mean(2).masked_fill(present, torch.inf)  # (pool, 2)
     pair, moment = divmod(int(distances.argmin()), 2)
     return int(pool[pair]), moment

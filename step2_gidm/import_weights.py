@@ -1,8 +1,11 @@
-"""Program: UniVLA's or the release's inverse model -> our artifact.   python -m step2_gidm.import_weights
-path=lam_idm.ckpt name=<name>
+"""Turn a published inverse model, that of UniVLA or of the release, into an artifact of this repository (Sec. 3.2).
 
-Keys are strict. What the file holds and ours does not need is named and counted (univla.UNUSED_PREFIXES): DINOv2 and T5, which
-ours names and never copies.
+The file has to hold exactly the tensors that the model needs. The program names what else it holds and how many numbers
+that is; the copies of DINOv2 and T5 are ignored, since an artifact names its frozen encoders and never copies them.
+
+Examples:
+    python -m step2_gidm.import_weights path=lam_idm.ckpt name=official
+    python -m step2_gidm.import_weights path=lam-stage-1.ckpt name=univla foreign=skip
 """
 
 from __future__ import annotations
@@ -16,28 +19,29 @@ from torch import nn
 
 from common import artifact
 from common.checkpoint import CheckpointError, check_import, counted, read_tensors, state_dict_mismatch
+from common.errors import UserError
 from common.files import sha256
 from common.program import program
-from step2_gidm.released.univla import IGNORED_PREFIXES, from_univla, prefixed
+from step2_gidm.released.univla import IGNORED_PREFIXES, from_univla, with_lam_prefix
 
 log = logging.getLogger(__name__)
 
 
-def fill(model: nn.Module, path: str | Path, *, skip_foreign: bool = False) -> dict[str, int]:
-    """Put a published checkpoint's weights into a GIDM, keys strict; returns what was left out: prefix -> how many
-    numbers.
+def load_published(model: nn.Module, path: str | Path, *, skip_foreign: bool = False) -> dict[str, int]:
+    """Load the weights of a published checkpoint into a GIDM; every key has to fit.
 
-    CheckpointError: the file cannot be read, is no latent action model, or is one of another size.
+    Returns how many numbers of the file are not used, by the prefix of their names. Raises CheckpointError where the
+    file cannot be read, is no latent action model, or is one of another size.
     """
     tensors = read_tensors(path, skip_foreign=skip_foreign)
     try:
         state = from_univla(tensors)
-    except ValueError as error:
+    except UserError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    if wrong := state_dict_mismatch(model, state):
-        raise CheckpointError(f"{path} does not fit the configured model (gidm=...; names are ours): {wrong}")
+    if mismatch := state_dict_mismatch(model, state):
+        raise CheckpointError(f"{path} does not fit the configured model (gidm=...; names are ours): {mismatch}")
     model.load_state_dict(state)
-    return counted(prefixed(tensors), IGNORED_PREFIXES)
+    return counted(with_lam_prefix(tensors), IGNORED_PREFIXES)
 
 
 @program("step2_import")
@@ -46,9 +50,9 @@ def main(cfg: DictConfig) -> None:
         cfg.path, cfg.output_dir, cfg.foreign, expected="UniVLA's lam-stage-1 or the release's lam_idm checkpoint"
     )
     model = instantiate(cfg.gidm)
-    left = fill(model, cfg.path, skip_foreign=cfg.foreign == "skip")
+    unused = load_published(model, cfg.path, skip_foreign=cfg.foreign == "skip")
     config = OmegaConf.to_container(cfg.gidm, resolve=True)
-    source = {"file": Path(cfg.path).name, "sha256": sha256(Path(cfg.path)), "left": left}
+    source = {"file": Path(cfg.path).name, "sha256": sha256(Path(cfg.path)), "unused": unused}
     artifact.save(
         model,
         cfg.output_dir,
@@ -58,9 +62,9 @@ def main(cfg: DictConfig) -> None:
         parents={source["file"]: source["sha256"]},
         stats={"imported": source},
     )
-    for prefix, count in left.items():
-        log.info("left out: %s* (%s numbers; %s)", prefix, f"{count:,}", IGNORED_PREFIXES[prefix])
-    log.info("%d tensors taken; GIDM in %s", len(model.state_dict()), cfg.output_dir)
+    for prefix, count in unused.items():
+        log.info("not used: %s* (%s numbers; %s)", prefix, f"{count:,}", IGNORED_PREFIXES[prefix])
+    log.info("loaded %d tensors; GIDM in %s", len(model.state_dict()), cfg.output_dir)
 
 
 if __name__ == "__main__":

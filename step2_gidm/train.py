@@ -1,5 +1,11 @@
-"""Program: pretrain the inverse model (Sec. 3.2, Alg. 1, Table 10).   python -m step2_gidm.train scale=tiny|small|full
-[experiment=gidm/<row>] name=<name>"""
+"""Pretrain the inverse model, GIDM, and write it to ckpts/gidm/<name> (Sec. 3.2, Alg. 1, Table 10).
+
+A run that was stopped continues where it was when the same command is given again.
+
+Examples:
+    python -m step2_gidm.train scale=tiny
+    accelerate launch -m step2_gidm.train experiment=gidm/t8_binning name=t8_binning
+"""
 
 from __future__ import annotations
 

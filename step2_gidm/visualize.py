@@ -1,5 +1,7 @@
-"""Pictures and films of what the latent actions see and mean (Fig. 12). Frames are (3, S, S) in [0, 1]; K queries, N
-visual tokens."""
+"""Figures and films of the attention of the queries and of what the latent actions carry (Fig. 12).
+
+Frames are (3, S, S) in [0, 1]; K queries, N visual tokens, P pairs.
+"""
 
 from __future__ import annotations
 
@@ -10,41 +12,47 @@ from typing import Any
 
 import numpy as np
 import torch
+from einops import rearrange
 from torch import Tensor
 from tqdm import tqdm
 
 from common.figures import pyplot, save_figure
 from common.video import write_mp4
-from step2_gidm.analysis import EncodedPairs, Labels, Transfer, decode_transferred, nearest_frame
+from step2_gidm.analysis import EncodedPairs, Labels, TransferPairs, decode_transferred, nearest_frame
 from step2_gidm.model import GIDM, InverseModel
 
 SAME, OTHER = "tab:green", "tab:red"
 
 
 def attention_maps(model: GIDM, pairs: Sequence[Mapping[str, Any]], batch_size: int) -> Tensor:
-    """Where each query looks in the future frames: (P, K, rows, columns), a map sums to one."""
+    """The attention of each query to the future frames: (P, K, rows, columns), of which each map sums to one."""
     device, maps = next(model.parameters()).device, []
     for start in range(0, len(pairs), batch_size):
         batch = pairs[start : start + batch_size]
+        # the frames of one moment at a time: the vision encoder sees batch_size images
         now, future = (
             model.embed(torch.stack([pair["frames"][moment] for pair in batch]).to(device)) for moment in (0, 1)
         )
         maps.append(model.attention(now, future, [pair["text"] for pair in batch]).float().cpu())
-    return torch.cat(maps).unflatten(-1, model.vision.grid)
+    rows, columns = model.vision.grid
+    return rearrange(torch.cat(maps), "p k (r c) -> p k r c", r=rows, c=columns)
 
 
-class Overlay:
-    """A row of pictures: both frames, then the future frame under the attention of all queries and of each."""
+class AttentionFigure:
+    """A row of images: both frames of a pair, then the future frame under the attention of all queries and of each.
+
+    maps: (P, K, rows, columns). size: side S of the frames. `show` selects the pair.
+    """
 
     def __init__(self, maps: Tensor, size: int, title: str) -> None:
-        self.maps = torch.cat([maps.mean(1, keepdim=True), maps], dim=1)
+        self.maps = torch.cat([maps.mean(1, keepdim=True), maps], dim=1)  # (P, 1 + K, rows, columns)
         columns = 2 + self.maps.shape[1]
         self.figure, axes = pyplot.subplots(1, columns, figsize=(1.8 * columns, 2.4), squeeze=False)
         blank, side = np.zeros((size, size, 3)), (-0.5, size - 0.5, size - 0.5, -0.5)
-        self.pictures = [axis.imshow(blank, vmin=0, vmax=1) for axis in axes[0]]
-        # one scale a column: over a film it shows when a query looks hard and when it looks everywhere
+        self.images = [axis.imshow(blank, vmin=0, vmax=1) for axis in axes[0]]
+        # One colour scale for all pairs of a query, so that a film shows when its attention is sharp.
         style = {"cmap": "jet", "alpha": 0.45, "extent": side, "interpolation": "bicubic", "vmin": 0}
-        self.heats = [
+        self.heatmaps = [
             axis.imshow(self.maps[0, k], vmax=float(self.maps[:, k].max()), **style)
             for k, axis in enumerate(axes[0][2:])
         ]
@@ -56,56 +64,57 @@ class Overlay:
         self.figure.tight_layout()
 
     def show(self, number: int, frames: Tensor) -> None:
-        """Pair `number`, with its frames (2, 3, S, S)."""
-        now, future = (frame.permute(1, 2, 0).numpy() for frame in frames)
-        for picture, image in zip(self.pictures, [now] + [future] * (len(self.pictures) - 1)):
-            picture.set_data(image)
-        for heat, values in zip(self.heats, self.maps[number]):
-            heat.set_data(values)
+        """Show pair `number`, of which the frames are (2, 3, S, S)."""
+        now, future = rearrange(frames, "t c h w -> t h w c").numpy()
+        for image, pixels in zip(self.images, [now] + [future] * (len(self.images) - 1)):
+            image.set_data(pixels)
+        for heatmap, values in zip(self.heatmaps, self.maps[number]):
+            heatmap.set_data(values)
 
     def array(self) -> np.ndarray:
-        """(H, W, 3) uint8."""
+        """The figure as an image, (H, W, 3) uint8."""
         self.figure.canvas.draw()
         return np.asarray(self.figure.canvas.buffer_rgba())[..., :3].copy()
 
 
 def draw_attention(model: GIDM, pair: Mapping[str, Any], path: Path) -> None:
-    """One PNG of a pair under each query's attention (Fig. 12)."""
-    overlay = Overlay(attention_maps(model, [pair], 1), pair["frames"].shape[-1], pair["text"])
-    overlay.show(0, pair["frames"])
-    save_figure(overlay.figure, path)
+    """Write a PNG of one pair under the attention of each query (Fig. 12)."""
+    figure = AttentionFigure(attention_maps(model, [pair], 1), pair["frames"].shape[-1], pair["text"])
+    figure.show(0, pair["frames"])
+    save_figure(figure.figure, path)
 
 
 def film_attention(model: GIDM, clip: Mapping[str, Any], path: Path, *, fps: float, batch_size: int) -> None:
-    """A film of one clip, pair by pair, as `draw_attention` shows one. clip: what Transitions.walk returns."""
+    """Write a film of one episode in which `draw_attention` follows its pairs. clip: from Transitions.episode_pairs."""
     pairs = [{"frames": frames, "text": clip["text"]} for frames in clip["frames"]]
-    overlay = Overlay(attention_maps(model, pairs, batch_size), clip["frames"].shape[-1], clip["text"])
-    shown = []
+    figure = AttentionFigure(attention_maps(model, pairs, batch_size), clip["frames"].shape[-1], clip["text"])
+    frames = []
     for number, pair in enumerate(tqdm(pairs, desc=path.stem, leave=False)):
-        overlay.show(number, pair["frames"])
-        shown.append(overlay.array())
-    pyplot.close(overlay.figure)
-    write_mp4(path, np.stack(shown), fps)
+        figure.show(number, pair["frames"])
+        frames.append(figure.array())
+    pyplot.close(figure.figure)
+    write_mp4(path, np.stack(frames), fps)
 
 
-def draw_neighbours(path: Path, pairs: Sequence[Mapping[str, Any]], found: np.ndarray, queries: Sequence[int]) -> None:
-    """One PNG: a row a query with the pairs found for it (P, neighbours), each as its two frames; green: the same
-    sentence."""
-    figure, axes = pyplot.subplots(
-        len(queries), 1 + found.shape[1], figsize=(3.2 * (1 + found.shape[1]), 2.1 * len(queries)), squeeze=False
-    )
+def draw_neighbours(
+    path: Path, pairs: Sequence[Mapping[str, Any]], neighbours: np.ndarray, queries: Sequence[int]
+) -> None:
+    """Write a PNG with a row for each of `queries`: the pair, then its neighbours, each as its two frames.
+
+    neighbours: (P, count) from analysis.find_neighbours. A green title marks the same sentence, a red one another.
+    """
+    rows, columns = len(queries), 1 + neighbours.shape[1]
+    figure, axes = pyplot.subplots(rows, columns, figsize=(3.2 * columns, 2.1 * rows), squeeze=False)
     for row, query in zip(axes, queries):
-        for axis, number in zip(row, [query, *found[query]]):
+        for axis, number in zip(row, [query, *neighbours[query]]):
             axis.axis("off")
             if number >= 0:
-                axis.imshow(_twin(pairs[number]["frames"]))
+                axis.imshow(_side_by_side(pairs[number]["frames"]))
                 same = pairs[number]["text"] == pairs[query]["text"]
-                axis.set_title(
-                    _short(pairs[number]["text"]),
-                    fontsize=8,
-                    color="black" if number == query else SAME if same else OTHER,
-                )
-    for axis, name in zip(axes[0], ["query: now | future", *(f"neighbour {i + 1}" for i in range(found.shape[1]))]):
+                color = "black" if number == query else SAME if same else OTHER
+                axis.set_title(_wrap(pairs[number]["text"]), fontsize=8, color=color)
+    names = ["query: now | future", *(f"neighbour {i + 1}" for i in range(neighbours.shape[1]))]
+    for axis, name in zip(axes[0], names):
         axis.set_title(f"{name}\n{axis.get_title()}", fontsize=8, color=axis.title.get_color())
     save_figure(figure, path)
 
@@ -115,12 +124,14 @@ def draw_transfer(
     model: InverseModel,
     pairs: Sequence[Mapping[str, Any]],
     encoded: EncodedPairs,
-    known: Labels,
-    partners: Transfer,
+    labels: Labels,
+    transfer: TransferPairs,
     rows: Sequence[int],
 ) -> None:
-    """One PNG: the action of one scene, the frame of another, and the real frame there that the decoded tokens are
-    nearest to."""
+    """Write a PNG with a row for each of `rows` of `transfer`: the latent action of one scene applied in another.
+
+    The decoded tokens are shown by the real frame of that scene whose tokens are nearest.
+    """
     names = [
         "action: now",
         "action: future",
@@ -128,27 +139,27 @@ def draw_transfer(
         "action decoded there\n(nearest real frame)",
         "what happened there",
     ]
-    figure, axes = pyplot.subplots(
-        len(rows), len(names), figsize=(2 * len(names), 2.1 * len(rows) + 0.3), squeeze=False
-    )
+    size = (2 * len(names), 2.1 * len(rows) + 0.3)
+    figure, axes = pyplot.subplots(len(rows), len(names), figsize=size, squeeze=False)
     for axis, name in zip(axes[0], names):
         axis.set_title(name, fontsize=9)
-    target, source = partners.target[rows], partners.source[rows]
-    for line, t, s, tokens in zip(axes, target, source, decode_transferred(model, encoded, known, target, source)):
-        pair, moment = nearest_frame(encoded, known, tokens, int(t))
-        images = [*pairs[s]["frames"], pairs[t]["frames"][0], pairs[pair]["frames"][moment], pairs[t]["frames"][1]]
-        for axis, image in zip(line, images):
-            axis.imshow(image.permute(1, 2, 0).numpy())
+    targets, sources = transfer.target[rows], transfer.source[rows]
+    decoded = decode_transferred(model, encoded, labels, targets, sources)
+    for row, target, source, tokens in zip(axes, targets, sources, decoded):
+        pair, moment = nearest_frame(encoded, labels, tokens, int(target))
+        now, future = pairs[target]["frames"]
+        for axis, image in zip(row, [*pairs[source]["frames"], now, pairs[pair]["frames"][moment], future]):
+            axis.imshow(rearrange(image, "c h w -> h w c").numpy())
             axis.set(xticks=[], yticks=[])
-        line[0].set_ylabel(_short(pairs[t]["text"], 24), fontsize=8)
+        row[0].set_ylabel(_wrap(pairs[target]["text"], 24), fontsize=8)
     save_figure(figure, path)
 
 
-def _twin(frames: Tensor) -> np.ndarray:
-    """(2, 3, S, S) -> (S, 2 S + gap, 3), white between."""
+def _side_by_side(frames: Tensor) -> np.ndarray:
+    """(2, 3, S, S) -> (S, 2 S + gap, 3) with a white gap between the frames."""
     gap = torch.ones(3, frames.shape[2], max(1, frames.shape[3] // 32))
-    return torch.cat([frames[0], gap, frames[1]], dim=2).permute(1, 2, 0).numpy()
+    return rearrange(torch.cat([frames[0], gap, frames[1]], dim=2), "c h w -> h w c").numpy()
 
 
-def _short(text: str, width: int = 40) -> str:
+def _wrap(text: str, width: int = 40) -> str:
     return "\n".join(textwrap.wrap(text, width)[:2])

@@ -1,1 +1,1 @@
-"""Pretraining data of the inverse model: transitions, their sources and how they are mixed (Sec. 3.2, A.2, Table 12)."""
+"""Pretraining data of the inverse model: transitions, their sources and their mixture (Sec. 3.2, A.2, Table 12)."""

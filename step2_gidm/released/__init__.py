@@ -1,1 +1,1 @@
-"""Checkpoints that others published, UniVLA and the release, as models of this step."""
+"""Published checkpoints, of UniVLA and of the release, as models of this step."""

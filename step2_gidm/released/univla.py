@@ -1,5 +1,4 @@
-"""The names of UniVLA's first-stage latent action model, which DeFI's release keeps, and ours (Sec. 3.2; UniVLA
-lam-stage-1)."""
+"""From the tensor names of UniVLA's first-stage latent action model, which DeFI's release keeps, to ours (Sec. 3.2)."""
 
 from __future__ import annotations
 
@@ -8,8 +7,9 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from common.checkpoint import renamed
+from common.errors import UserError
 
-# in order; the norms of a block are numbered, and what stands second differs between encoder and decoder
+# Applied in this order. UniVLA numbers the norms of a block, and the second one differs between encoder and decoder.
 KEY_MAPPING = (
     (r"^action_latent$", "queries"),
     (r"^to_codebook\.", "to_latent."),
@@ -26,8 +26,8 @@ KEY_MAPPING = (
     (r"(\.blocks\.\d+)\.ffn\.0\.", r"\1.mlp.fc1."),
     (r"(\.blocks\.\d+)\.ffn\.3\.", r"\1.mlp.fc2."),
 )
-_POLICY = "of a policy, whose inverse model it is; python -m step3_defi.import_weights reads all of it"
-IGNORED_PREFIXES = {  # what a file holds that the inverse model does not need, and why
+_POLICY = "part of the policy around the inverse model; python -m step3_defi.import_weights reads all of it"
+IGNORED_PREFIXES = {  # prefix of tensors that the inverse model does not need: why
     "lam.dino_encoder.": "DINOv2, frozen; ours is named by gidm.vision.path",
     "lam.text_encoder.": "T5, frozen; ours is named by gidm.text.path",
     **dict.fromkeys(
@@ -37,44 +37,48 @@ IGNORED_PREFIXES = {  # what a file holds that the inverse model does not need, 
 SECOND_STAGE = ("vq_action.", "to_codebook_uncontrol.", "action_up_uncontrol.")
 
 
-def prefixed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The names as Lightning and policies have them: the model's under `lam.`, also where a file holds nothing else."""
+def with_lam_prefix(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The names as in Lightning checkpoints and policies, where those of the inverse model start with `lam.`.
+
+    They get this prefix where no name of the file has it, because then the file holds the inverse model alone.
+    """
     bare = not any(name.startswith("lam.") for name in tensors)
     return {f"lam.{name}" if bare else name: tensor for name, tensor in tensors.items()}
 
 
 def from_univla(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A checkpoint of UniVLA's first stage, of the release, or of the release's policy -> the state of our GIDM in the
-    `official` preset.
+    """Convert a checkpoint of UniVLA's first stage, of the release, or of the release's policy.
 
-    What stands under the prefixes of UNUSED_PREFIXES is left out. A name in the model that nothing is known of stays as it is, for
-    strict loading to
-    name it. The policy's has no decoder and no `patch_up`: it fits a GIDM after `drop_decoder`. ValueError: UniVLA's
-    second stage, no
-    latent action model at all, or strangers beside it.
+    Returns the state dict of our GIDM with the config gidm=official. Tensors under IGNORED_PREFIXES are left out. A
+    name inside the model that has no counterpart is kept, so that strict loading reports it. The checkpoint of a policy
+    has no decoder and no `patch_up`: it fits a GIDM after `drop_decoder`.
+
+    Raises UserError for a checkpoint of UniVLA's second stage, for one without a latent action model, and for unknown
+    tensors outside of the model.
     """
-    inside = {
-        name: tensor for name, tensor in prefixed(tensors).items() if not name.startswith(tuple(IGNORED_PREFIXES))
-    }
-    strangers = sorted(name for name in inside if not name.startswith("lam."))
-    model = {name.removeprefix("lam."): tensor for name, tensor in inside.items()}
+    kept = {name: tensor for name, tensor in with_lam_prefix(tensors).items() if not _is_ignored(name)}
+    unknown = sorted(name for name in kept if not name.startswith("lam."))
+    model = {name.removeprefix("lam."): tensor for name, tensor in kept.items()}
     if second := sorted({name for name in model if name.startswith(SECOND_STAGE)}):
-        raise ValueError(
+        raise UserError(
             f"this is UniVLA's second stage ({', '.join(second)}); the inverse model is its first, lam-stage-1"
         )
     if "action_latent" not in model or "vq.codebook.weight" not in model:
-        raise ValueError(
+        raise UserError(
             f"no latent action model (lam.action_latent, lam.vq.codebook.weight) among its {len(tensors)} tensors, "
             f"which start with: {', '.join(sorted({name.split('.')[0] for name in tensors}))}"
         )
-    if strangers:
-        raise ValueError(
-            f"{len(strangers)} unexpected beside lam.*, known neither of a latent action model nor of a policy: "
-            f"{', '.join(strangers)}"
+    if unknown:
+        raise UserError(
+            f"{len(unknown)} unexpected besides lam.*, known neither from a latent action model nor from a policy: "
+            f"{', '.join(unknown)}"
         )
     state = {renamed(name, KEY_MAPPING): tensor for name, tensor in model.items()}
-    state["queries"] = state["queries"].flatten(0, -2)  # (1, 1, K, E)
-    state["quantizer.counts"] = (
-        state["quantizer.codebook"].new_zeros(len(state["quantizer.codebook"])).long()
-    )  # what ours counts between restarts
+    state["queries"] = state["queries"].flatten(0, -2)  # (1, 1, K, E) -> (K, E)
+    codebook = state["quantizer.codebook"]
+    state["quantizer.counts"] = codebook.new_zeros(len(codebook)).long()  # how often each code was used since a restart
     return state
+
+
+def _is_ignored(name: str) -> bool:
+    return name.startswith(tuple(IGNORED_PREFIXES))
