@@ -157,7 +157,7 @@ class GFDM(nn.Module):
 
     @torch.no_grad()
     def encode_image(self, image: Tensor) -> Tensor:
-        """(B, 3, H, W) in [-1, 1] -> (B, c, h, w): the mode of the VAE's posterior, scaled. UserError for another size."""
+        """(B, 3, H, W) in [-1, 1] -> (B, c, h, w): the scaled mode of the posterior. UserError for other sizes."""
         expected = (3, self.image_size, self.image_size)
         if image.shape[1:] != expected:
             raise UserError(

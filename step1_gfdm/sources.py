@@ -1,8 +1,9 @@
-"""Data sets as their authors publish them, as episodes of video with sentences (A.2, Table 11).
+"""Data sets as their authors publish them, read as episodes of video with sentences (A.2, Table 11).
 
-A source lists its episodes from annotations alone, and reads one when asked. Frames come as (T, H, W, 3) uint8 in
-batches, so
-that a long video never lies in memory whole. What cannot be used is listed with its reason, and counted by `convert`.
+A source lists its episodes from annotations alone, without opening a video, and reads one episode at a time. Frames
+come in batches (n, H, W, 3) of uint8 RGB, so that a long video is never in memory as a whole. An episode that cannot be
+used is listed with the reason, which `convert` counts.
+T frames of an episode, D numbers of a reading of the robot.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import csv
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -19,152 +20,165 @@ import numpy as np
 
 from common import calvin_format as calvin
 from common import rlds, video
-from common.mixture import FilteredSample, UnreadableSample
+from common.errors import FilteredSample, MissingFileError, UnreadableSample, UserError
 
-BATCH = 64  # frames
+BATCH_SIZE = 64  # frames
 NO_CAPTION, SCENE_D = "no caption", "scene D"
 REJECTED, NOT_WEARER, NO_FRAMES = "rejected by Ego4D", "not the camera wearer", "no frames annotated"
-FILTER_REASONS = (NO_CAPTION, SCENE_D, REJECTED, NOT_WEARER, NO_FRAMES)  # reasons that tell nothing about the files
-CAPTIONS = ("text", "caption", "label", "sentence")
-VIDEOS = ("video", "file", "path", "video_path")
-SUFFIXES = (".mp4", ".webm", ".avi", ".mov", ".mkv")
+FILTER_REASONS = (
+    NO_CAPTION,
+    SCENE_D,
+    REJECTED,
+    NOT_WEARER,
+    NO_FRAMES,
+)  # a rule excludes the episode; its files are fine
+CAPTION_KEYS = ("text", "caption", "label", "sentence")
+VIDEO_KEYS = ("video", "file", "path", "video_path")
 
 
 @dataclass(frozen=True)
 class EpisodeEntry:
-    """An episode by name: unique within its set, or not usable for `reason`."""
+    """An episode in the list of a source.
+
+    id: unique within its split. reason: why it cannot be used, None for a usable one. key: whatever `read` needs.
+    """
 
     id: str
     split: str = "train"
     reason: str | None = None
-    key: Any = None  # what the source needs to read it
+    key: Any = None
 
 
 class Camera(NamedTuple):
-    """One view of an episode: how many frames, how fast, and all of them in batches."""
+    """One camera's video of an episode: number of frames, frames per second, and the frames in batches."""
 
     length: int
     fps: float
-    batches: Iterator[np.ndarray]
+    batches: Iterator[np.ndarray]  # each (n, H, W, 3) uint8 RGB
 
 
 class Episode(NamedTuple):
-    """Sentences, cameras and, where the set has them, the robot's readings (T, D), the hand's position first, and the
-    name of its scene."""
+    """Sentences and cameras of an episode, and where the set has them, the robot's readings and the scene's name."""
 
     texts: list[str]
     cameras: list[Camera]
-    state: np.ndarray | None = None
+    state: np.ndarray | None = None  # (T, D), the position of the hand first
     scene: str | None = None
 
 
 class Source(Protocol):
-    """What `convert` reads."""
+    """What `convert` asks of a data set."""
 
     def episodes(self) -> list[EpisodeEntry]:
-        """All episodes, in a fixed order, without opening a video."""
+        """All episodes in a fixed order. Opens no video. Raises UserError where the data set is not there."""
         ...
 
-    def read(self, listed: EpisodeEntry) -> Episode:
-        """One episode. Raises UnreadableSample, VideoError, RldsError or CalvinFormatError."""
+    def read(self, entry: EpisodeEntry) -> Episode:
+        """One usable episode. Raises UnreadableSample, VideoError, RldsError or CalvinFormatError."""
         ...
 
 
 class SomethingSomethingSource:
     """Something-Something-v2: <root>/labels/{train,validation}.json, <root>/20bn-something-something-v2/<id>.webm.
 
-    The published test set has no sentences. Older label files carry a prefix in their name, and any file in between may
-    be
-    laid flat in <root>.
+    The published test set has no sentences and is left out. Label files of older releases have a prefix in their name.
+    Labels and videos may also lie directly in <root>.
     """
 
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root)
-        self.videos = next(
-            (self.root / name for name in ("20bn-something-something-v2", "videos") if (self.root / name).is_dir()),
-            self.root,
-        )
+        folders = [self.root / name for name in ("20bn-something-something-v2", "videos")]
+        self.videos = next((folder for folder in folders if folder.is_dir()), self.root)
 
     def episodes(self) -> list[EpisodeEntry]:
         """See Source."""
-        found = []
+        entries = []
         for split, name in (("train", "train.json"), ("val", "validation.json")):
-            places = [path for folder in (self.root / "labels", self.root) for path in sorted(folder.glob(f"*{name}"))]
-            if not places:
-                continue
-            for entry in _json(places[0], list):
-                text = entry.get("label") or ""
-                reason = None if text.strip() else NO_CAPTION
-                found.append(
-                    EpisodeEntry(str(entry["id"]), split, reason, (str(self.videos / f"{entry['id']}.webm"), text))
+            files = [path for folder in (self.root / "labels", self.root) for path in sorted(folder.glob(f"*{name}"))]
+            for record in _read_json(files[0], list) if files else ():
+                if not isinstance(record, dict) or "id" not in record:
+                    raise UserError(f"{files[0]}: a record has no id ({str(record)[:80]}); download the labels again")
+                text = record.get("label") or ""
+                path = str(self.videos / f"{record['id']}.webm")
+                entries.append(
+                    EpisodeEntry(str(record["id"]), split, None if text.strip() else NO_CAPTION, (path, text))
                 )
-        return found or _nothing(self.root, "labels/train.json or labels/validation.json of Something-Something-v2")
+        return _not_empty(entries, self.root, "labels/train.json or labels/validation.json of Something-Something-v2")
 
-    def read(self, listed: EpisodeEntry) -> Episode:
+    def read(self, entry: EpisodeEntry) -> Episode:
         """See Source."""
-        path, text = listed.key
-        return Episode([text], [_file(path)])
+        path, text = entry.key
+        return Episode([text], [_video_camera(path)])
 
 
 class FolderSource:
-    """Any folder of videos with a csv or json of captions.
+    """Any folder of videos with a csv or json file of captions, captions.csv or captions.json unless named.
 
-    csv: a column `video` (or file, path), a column `text` (or caption, label), and if wanted `start` and `end` in
-    seconds,
-    `split` and `id`. json: a list of such records, or {video: text}.
+    csv: a column `video` (or file, path, video_path), a column `text` (or caption, label, sentence), and optionally
+    `start` and `end` in seconds, `split` and `id`. json: a list of such records, or an object {video: text}.
     """
 
     def __init__(self, root: str | Path, captions: str | Path | None = None) -> None:
         self.root = Path(root)
-        beside = [self.root / f"captions{suffix}" for suffix in (".csv", ".json")]
-        self.captions = Path(captions) if captions else next((path for path in beside if path.is_file()), beside[0])
+        defaults = [self.root / f"captions{suffix}" for suffix in (".csv", ".json")]
+        self.captions = Path(captions or next((path for path in defaults if path.is_file()), defaults[0]))
 
     def episodes(self) -> list[EpisodeEntry]:
         """See Source."""
-        return [self._listed(number, record) for number, record in enumerate(self._records())] or _nothing(
-            self.root, f"captions in {self.captions}"
-        )
+        entries = [self._entry(number, record) for number, record in enumerate(self._records())]
+        return _not_empty(entries, self.root, f"captions in {self.captions}")
 
-    def read(self, listed: EpisodeEntry) -> Episode:
+    def read(self, entry: EpisodeEntry) -> Episode:
         """See Source."""
-        path, text, start, end = listed.key
-        return Episode([text], [_file(path, start, end)])
+        path, text, start, end = entry.key
+        return Episode([text], [_video_camera(path, start, end)])
 
     def _records(self) -> list[dict[str, Any]]:
         if self.captions.suffix == ".csv":
             if not self.captions.is_file():
-                raise FileNotFoundError(f"{self.captions}: no captions; name a csv or json with captions=")
+                raise MissingFileError(f"{self.captions}: no captions; name a csv or json file with source.captions=")
             with self.captions.open(newline="", encoding="utf-8-sig") as stream:
                 return list(csv.DictReader(stream))
-        content = _json(self.captions, (list, dict))
-        return (
-            [{"video": name, "text": text} for name, text in content.items()] if isinstance(content, dict) else content
-        )
+        content = _read_json(self.captions, (list, dict))
+        if isinstance(content, dict):
+            return [{"video": name, "text": text} for name, text in content.items()]
+        return content
 
-    def _listed(self, number: int, record: dict[str, Any]) -> EpisodeEntry:
-        name = next((record[key] for key in VIDEOS if record.get(key)), None)
-        text = str(next((record[key] for key in CAPTIONS if record.get(key)), "")).strip()
+    def _entry(self, number: int, record: Any) -> EpisodeEntry:
+        if not isinstance(record, dict):
+            raise UserError(f"{self.captions}: record {number} is not an object; write {{video, text}} for each video")
+        name = next((record[key] for key in VIDEO_KEYS if record.get(key)), None)
         if not name:
-            raise ValueError(f"{self.captions}: record {number} names no video; it needs one of {', '.join(VIDEOS)}")
+            raise UserError(f"{self.captions}: record {number} names no video; give it one of {', '.join(VIDEO_KEYS)}")
+        id = str(record.get("id") or "")
         path = self.root / name
         if not path.resolve().is_relative_to(self.root.resolve()):
-            return EpisodeEntry(str(record.get("id") or name), reason="path leaves the folder")
-        start, end = (float(record[key]) if record.get(key) not in (None, "") else None for key in ("start", "end"))
-        cut = "" if start is None else f"_{start:g}"
+            return EpisodeEntry(id or name, reason="path leaves the folder")
+        text = str(next((record[key] for key in CAPTION_KEYS if record.get(key)), "")).strip()
+        start, end = self._seconds(number, record, "start"), self._seconds(number, record, "end")
         return EpisodeEntry(
-            str(record.get("id") or f"{Path(name).with_suffix('')}{cut}"),
+            id or f"{Path(name).with_suffix('')}{'' if start is None else f'_{start:g}'}",
             str(record.get("split") or "train"),
             None if text else NO_CAPTION,
             (str(path), text, start, end),
         )
 
+    def _seconds(self, number: int, record: Mapping[str, Any], key: str) -> float | None:
+        value = record.get(key)
+        try:
+            return None if value in (None, "") else float(value)
+        except (TypeError, ValueError) as error:
+            raise UserError(
+                f"{self.captions}: record {number} has {key}={value!r}; give it in seconds, or leave it empty"
+            ) from error
 
-class Rlds:
-    """Robot episodes in an RLDS folder (Bridge, Fractal): every split that is there; `val` and `test` become val.
 
-    names: registry names, the first that lies under `root` counts; images: feature of each camera; text, state: of the
-    sentence and
-    the readings; each as a list of names of which the first that is there counts (releases of one set differ).
+class RldsSource:
+    """Robot episodes of an RLDS data set (Bridge, Fractal). Its split `train` stays train, all others become val.
+
+    names: names of the data set, of which the first that lies under `root` is read. images: the feature of every
+    camera. text, state: features of the sentence and of the robot's readings. Releases of one data set differ, so each
+    feature is a list of names of which the first that exists is read. fps: frames per second.
     """
 
     def __init__(
@@ -180,36 +194,36 @@ class Rlds:
         root = Path(root)
         self.folder = root if (root / "dataset_info.json").is_file() else rlds.find_version_folder(root, names)
         self.images, self.text, self.state, self.fps = images, text, state, fps
-        self.sets = {split: rlds.Rlds(self.folder, split) for split in rlds.splits(self.folder)}
+        self.splits = {split: rlds.RldsDataset(self.folder, split) for split in rlds.splits(self.folder)}
 
     def episodes(self) -> list[EpisodeEntry]:
         """See Source."""
         return [
             EpisodeEntry(f"{split}_{index}", "train" if split == "train" else "val", key=(split, index))
-            for split, episodes in self.sets.items()
+            for split, episodes in self.splits.items()
             for index in range(len(episodes))
         ]
 
-    def read(self, listed: EpisodeEntry) -> Episode:
+    def read(self, entry: EpisodeEntry) -> Episode:
         """See Source."""
-        split, index = listed.key
-        episode = self.sets[split][index]
-        text = episode.text(_first(episode, self.text)).strip()
+        split, index = entry.key
+        episode = self.splits[split][index]
+        text = episode.text(_first_feature(episode, self.text)).strip()
         if not text:
             raise FilteredSample(episode.id, NO_CAPTION)
         state = next((episode.values(name) for name in self.state if episode.has(name)), None)
-        return Episode([text], [self._camera(episode, _first(episode, image)) for image in self.images], state)
+        return Episode([text], [self._camera(episode, _first_feature(episode, image)) for image in self.images], state)
 
     def _camera(self, episode: rlds.Episode, image: str) -> Camera:
-        return Camera(len(episode), self.fps, _batches(len(episode), lambda place: episode.image(image, place)))
+        return Camera(len(episode), self.fps, _batches(len(episode), lambda index: episode.image(image, index)))
 
 
 class CalvinSource:
-    """CALVIN: one episode per annotated segment, cameras static and gripper; the training split of ABC.
+    """CALVIN: one episode for every annotated segment, with the static and the gripper camera; the training split.
 
-    Scene D is what the paper evaluates in: its frames are left out, in ABCD's training split as well (scene_info.npy
-    tells), unless
-    `scene_d` asks for them. `val` is then the validation split, which is D.
+    The paper evaluates in scene D. Its frames are left out, also from ABCD's training split, where scene_info.npy names
+    them, unless `scene_d` asks for them. `val` is then the validation split, which is scene D.
+    lang_folder: the folder of the sentences within a split.
     """
 
     FPS = 30.0
@@ -219,44 +233,42 @@ class CalvinSource:
 
     def episodes(self) -> list[EpisodeEntry]:
         """See Source."""
-        found = []
+        entries = []
         for split, name in [("training", "train")] + [("validation", "val")] * self.scene_d:
             folder = self.root / split
             scenes = calvin.read_scenes(folder)
-            withheld = [span for scene, span in scenes.items() if scene.upper().endswith("D") and not self.scene_d]
-            for number, (note, _) in enumerate(
-                calvin.read_annotations(folder, calvin.read_recordings(folder), self.lang_folder)
-            ):
-                in_d = any(note.start <= last and note.end >= first for first, last in withheld)
-                key = (split, note.start, note.end, note.text, calvin.scene_of(note.start, scenes))
-                found.append(EpisodeEntry(f"{name}_{number:06d}", name, SCENE_D if in_d else None, key))
-        return found
+            excluded = [span for scene, span in scenes.items() if scene.upper().endswith("D") and not self.scene_d]
+            segments = calvin.read_annotations(folder, calvin.read_recordings(folder), self.lang_folder)
+            for number, (segment, _) in enumerate(segments):
+                in_scene_d = any(segment.start <= last and segment.end >= first for first, last in excluded)
+                key = (split, segment.start, segment.end, segment.text, calvin.scene_of(segment.start, scenes))
+                entries.append(EpisodeEntry(f"{name}_{number:06d}", name, SCENE_D if in_scene_d else None, key))
+        return entries
 
-    def read(self, listed: EpisodeEntry) -> Episode:
+    def read(self, entry: EpisodeEntry) -> Episode:
         """See Source."""
-        split, start, end, text, scene = listed.key
+        split, start, end, text, scene = entry.key
+        folder, length = self.root / split, end - start + 1
 
         def camera(key: str) -> Camera:
-            length = end - start + 1
             return Camera(
                 length,
                 self.FPS,
-                _batches(length, lambda place: calvin.read_frame(self.root / split, start + place, [key])[key]),
+                _batches(length, lambda index: calvin.read_frame(folder, start + index, [key])[key]),
             )
 
         state = np.stack(
-            [calvin.read_frame(self.root / split, frame, ["robot_obs"])["robot_obs"] for frame in range(start, end + 1)]
+            [calvin.read_frame(folder, frame, ["robot_obs"])["robot_obs"] for frame in range(start, end + 1)]
         )
         return Episode([text], [camera(key) for key in calvin.KEYS.values()], state, scene)
 
 
 class Ego4dSource:
-    """Ego4D's hand-object benchmark: clips/<clip_uid>.mp4 or full_scale/<video_uid>.mp4, cut around each narrated
-    action of fho_main.json.
+    """Ego4D's hand-object benchmark: one episode for every narrated action of fho_main.json.
 
-    Where both are there, the clip is read. A cut is the action's pre to post frame, or its start to end where those are
-    not annotated.
-    Only what the camera wearer does ("#C C cuts the carrot" -> "cuts the carrot"), neither rejected nor invalid.
+    Its video is clips/<clip_uid>.mp4, or full_scale/<video_uid>.mp4 where the clip does not exist. It is cut from the
+    action's pre frame to its post frame, or from start to end where those are not annotated. Only valid actions of the
+    camera wearer are used ("#C C cuts the carrot" -> "cuts the carrot").
     """
 
     WEARER = re.compile(r"^\s*#c\s+c\s+", re.IGNORECASE)
@@ -274,45 +286,50 @@ class Ego4dSource:
 
     def episodes(self) -> list[EpisodeEntry]:
         """See Source."""
-        content = _json(self.root / self.annotations, dict)
-        found, number = [], {}
+        content = _read_json(self.root / self.annotations, dict)
+        entries, number = [], {}
         intervals = [
-            (entry.get("video_uid"), interval)
-            for entry in content.get("videos", [])
-            for interval in entry.get("annotated_intervals", [])
+            (record.get("video_uid"), interval)
+            for record in content.get("videos", [])
+            for interval in record.get("annotated_intervals", [])
         ]
-        for whole, interval in intervals:
-            name = str(interval.get("clip_uid") or whole)
-            path, counted = self._file(interval.get("clip_uid"), whole)
+        for video_uid, interval in intervals:
+            name = str(interval.get("clip_uid") or video_uid)
+            path, prefix = self._video_file(interval.get("clip_uid"), video_uid)
             for action in interval.get("narrated_actions") or []:
                 number[name] = number.get(name, -1) + 1
-                found.append(self._listed(f"{name}_{number[name]:03d}", path, counted, action))
-        return found or _nothing(self.root, f"narrated actions in {self.annotations}")
+                entries.append(self._entry(f"{name}_{number[name]:03d}", path, prefix, action))
+        return _not_empty(entries, self.root, f"narrated actions in {self.annotations}")
 
-    def read(self, listed: EpisodeEntry) -> Episode:
+    def read(self, entry: EpisodeEntry) -> Episode:
         """See Source."""
-        path, text, first, last = listed.key
+        path, text, first, last = entry.key
         length, fps, _ = video.probe(path)
         if not 0 <= first <= last < length:
-            raise UnreadableSample(listed.id, f"frames {first}..{last} of a clip of {length}")
-        return Episode([text], [Camera(last - first + 1, fps, video.read_batches(path, first, last, BATCH))])
+            raise UnreadableSample(
+                entry.id, f"is annotated for frames {first} to {last}, but {path} has {length} frames"
+            )
+        return Episode([text], [Camera(last - first + 1, fps, video.read_batches(path, first, last, BATCH_SIZE))])
 
-    def _file(self, clip: str | None, whole: str | None) -> tuple[str, str]:
-        """The file of an interval, and what the keys of its frame numbers begin with: those of a clip count from the
-        clip's first."""
-        cut, uncut = self.root / self.clips / f"{clip}.mp4", self.root / self.videos / f"{whole}.mp4"
-        return (str(uncut), "") if uncut.is_file() and not cut.is_file() else (str(cut), "clip_")
+    def _video_file(self, clip_uid: str | None, video_uid: str | None) -> tuple[str, str]:
+        """The file of an interval, and the prefix of the keys that hold its frame numbers.
 
-    def _listed(self, id: str, path: str, counted: str, action: dict[str, Any]) -> EpisodeEntry:
+        The keys with the prefix "clip_" count from the first frame of the clip, those without from that of the video.
+        """
+        clip = self.root / self.clips / f"{clip_uid}.mp4"
+        whole = self.root / self.videos / f"{video_uid}.mp4"
+        return (str(whole), "") if whole.is_file() and not clip.is_file() else (str(clip), "clip_")
+
+    def _entry(self, id: str, path: str, prefix: str, action: dict[str, Any]) -> EpisodeEntry:
         text = str(action.get("narration_text") or "")
         if action.get("is_rejected") or action.get("is_invalid_annotation") or action.get("is_valid_action") is False:
             return EpisodeEntry(id, reason=REJECTED)
         if not self.WEARER.match(text):
             return EpisodeEntry(id, reason=NOT_WEARER if text.strip() else NO_CAPTION)
         sentence = " ".join(self.TAG.sub(" ", self.WEARER.sub("", text)).split()).strip(" .")
-        critical = action.get(f"{counted}critical_frames") or {}
+        critical = action.get(f"{prefix}critical_frames") or {}
         first, last = (
-            action.get(f"{counted}{edge}_frame") if critical.get(key) is None else critical[key]
+            action.get(f"{prefix}{edge}_frame") if critical.get(key) is None else critical[key]
             for key, edge in (("pre_frame", "start"), ("post_frame", "end"))
         )
         if first is None or last is None or not sentence:
@@ -320,39 +337,51 @@ class Ego4dSource:
         return EpisodeEntry(id, key=(path, sentence, int(first), int(last)))
 
 
-def _first(episode: rlds.Episode, names: Sequence[str]) -> str:
+def _first_feature(episode: rlds.Episode, names: Sequence[str]) -> str:
     found = next((name for name in names if episode.has(name)), None)
     if found is None:
-        raise rlds.RldsError(f"{episode.id}: has none of {', '.join(names)}; name its feature in the source's config")
+        raise rlds.RldsError(
+            f"{episode.id}: has none of the features {', '.join(names)}; name its feature in configs/source"
+        )
     return found
 
 
-def _batches(length: int, frame: Callable[[int], np.ndarray]) -> Iterator[np.ndarray]:
-    for start in range(0, length, BATCH):
-        yield np.stack([frame(place) for place in range(start, min(start + BATCH, length))])
+def _batches(length: int, read_frame: Callable[[int], np.ndarray]) -> Iterator[np.ndarray]:
+    """`length` frames (H, W, 3) as batches (n, H, W, 3)."""
+    for start in range(0, length, BATCH_SIZE):
+        yield np.stack([read_frame(index) for index in range(start, min(start + BATCH_SIZE, length))])
 
 
-def _file(path: str, start: float | None = None, end: float | None = None) -> Camera:
-    """A video file, or the part of it between two times in seconds."""
+def _video_camera(path: str, start: float | None = None, end: float | None = None) -> Camera:
+    """A video file, or its part between two times in seconds. Raises UnreadableSample and VideoError."""
     length, fps, _ = video.probe(path)
     first = 0 if start is None else round(start * fps)
     last = length if end is None else min(round(end * fps), length)
     if not 0 <= first < last:
-        raise UnreadableSample(path, f"{start}..{end} s is no part of {length / fps if fps else 0:.1f} s")
-    return Camera(last - first, fps, video.read_batches(path, first, last - 1, BATCH))
+        duration = length / fps if fps else 0
+        raise UnreadableSample(
+            path, f"is asked for from {start} s to {end} s, but is {duration:.1f} s long; correct start and end"
+        )
+    return Camera(last - first, fps, video.read_batches(path, first, last - 1, BATCH_SIZE))
 
 
-def _json(path: Path, kind: type | tuple[type, ...]) -> Any:
+def _read_json(path: Path, kind: type | tuple[type, ...]) -> Any:
+    """The content of a JSON file that holds an instance of `kind`. Raises UserError."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing; see data/README.md for where a source looks")
+        raise MissingFileError(f"{path} is missing; data/README.md shows where every source looks for its files")
     try:
         content = json.loads(path.read_text())
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}); download it again") from error
+        raise UserError(f"{path} is not JSON ({error}); download it again") from error
     if not isinstance(content, kind):
-        raise ValueError(f"{path}: holds a {type(content).__name__} where the published file has another structure")
+        raise UserError(
+            f"{path} holds a {type(content).__name__}, which is not the structure of the published file; "
+            "download it again"
+        )
     return content
 
 
-def _nothing(root: Path, what: str) -> list[EpisodeEntry]:
-    raise FileNotFoundError(f"{root}: found no {what}")
+def _not_empty(entries: list[EpisodeEntry], root: Path, what: str) -> list[EpisodeEntry]:
+    if not entries:
+        raise MissingFileError(f"{root}: found no {what}; data/README.md shows the layout, root= names the folder")
+    return entries

@@ -89,7 +89,7 @@ class _FeatureBlock(nn.Module):
 
 
 class FeatureUNet(nn.Module):
-    """A UNet that shares the modules of `unet`, stops after the last feature block and returns the feature blocks' outputs.
+    """The modules of `unet` in a pass that stops after the last feature block and returns the feature blocks' outputs.
 
     The forward of diffusers runs unchanged on it, so that the outputs equal those of the full pass bit for bit in every
     version of diffusers.

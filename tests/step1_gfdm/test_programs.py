@@ -1,4 +1,4 @@
-"""The programs as a user runs them, and their configuration."""
+"""The programs of step 1 as a user runs them, and their configuration."""
 
 import contextlib
 import io
@@ -134,7 +134,7 @@ def trained(hub, run, tmp_path_factory):
         "encode": run(
             "step1_gfdm.encode",
             "scale=tiny",
-            "data=data/playtable/A/videos_set",
+            "videos=data/playtable/A/videos_set",
             "out=data/playtable/A/latents_set",
             cwd=work,
         )
@@ -144,7 +144,7 @@ def trained(hub, run, tmp_path_factory):
     run(
         "step1_gfdm.encode",
         "scale=tiny",
-        "data=data/playtable/hand/videos_set",
+        "videos=data/playtable/hand/videos_set",
         "out=data/playtable/hand/latents_set",
         cwd=work,
     )
@@ -160,13 +160,13 @@ def trained(hub, run, tmp_path_factory):
     said["eval"] = run(
         "step1_gfdm.eval",
         "path=ckpts/gfdm/squares",
-        "data=data/playtable/A/videos_set",
+        "videos=data/playtable/A/videos_set",
         "count=3",
         "strips=2",
         "steps=[1,2]",
-        "guidance=[1,2]",
+        "guidance_scale=[1,2]",
         "lpips=null",
-        "eye=ckpts/hub/tiny/dinov2",
+        "feature_extractor=ckpts/hub/tiny/dinov2",
         "feature_extractor_size=64",
         "probe=8",
         cwd=work,
@@ -194,14 +194,14 @@ def test_eval_writes_table_results_and_strips(trained):
     results = json.loads((out / "results.json").read_text())
     assert results["clips"] == 3 and set(results["summary"]) == {
         "copy the first frame",
-        "copy it through the VAE",
-        "VAE there and back",
+        "copy its VAE reconstruction",
+        "VAE reconstruction",
         "1 step",
         "2 steps",
         "1 step, guidance 2",
         "2 steps, guidance 2",
     }
-    limit, coded = (results["by_frame"][name]["psnr"] for name in ("VAE there and back", "copy it through the VAE"))
+    limit, coded = (results["by_frame"][name]["psnr"] for name in ("VAE reconstruction", "copy its VAE reconstruction"))
     assert all(a > b for a, b in zip(limit, coded)), "what moved is missing from a copy"
     assert len(results["by_frame"]["1 step"]["psnr"]) == 3 and results["summary"]["1 step"]["frechet"]["mean"] > 0
     assert "hold no readings of the robot" in said["eval"] and "DINOv2 from ckpts/hub/tiny/dinov2" in said["eval"]
@@ -235,11 +235,11 @@ def test_the_dino_row_is_trained_by_the_same_program(trained, run):
         patch.chdir(work)
         model = artifact.load(work / "ckpts/gfdm/t6_dino", "gfdm")
     assert model.imagine(torch.zeros(1, 3, 64, 64), ["go"]).shape == (1, 4, model.num_tokens, model.feature_dim)
-    with pytest.raises(ValueError, match="holds a DinoFuture, which makes no pictures"):
+    with pytest.raises(ValueError, match="holds a DinoFuture, which makes no images"):
         run(
             "step1_gfdm.eval",
             "path=ckpts/gfdm/t6_dino",
-            "data=data/playtable/A/videos_set",
+            "videos=data/playtable/A/videos_set",
             "clip={stride: 10}",
             cwd=work,
         )
@@ -248,11 +248,11 @@ def test_the_dino_row_is_trained_by_the_same_program(trained, run):
 def test_one_line_for_what_is_missing(trained, run):
     work, _ = trained
     with pytest.raises(artifact.ArtifactError, match="meta.json is missing.*step1_train_svd.sh name=none"):
-        run("step1_gfdm.eval", "path=ckpts/gfdm/none", "data=data/playtable/A/videos_set", cwd=work)
+        run("step1_gfdm.eval", "path=ckpts/gfdm/none", "videos=data/playtable/A/videos_set", cwd=work)
     with pytest.raises(InstantiationException, match="no annotations here"):
         run("step1_gfdm.train", "scale=tiny", "paths.data=nowhere", cwd=work)
     with pytest.raises(ValueError, match="precision=fp8; use one of"):
-        run("step1_gfdm.encode", "scale=tiny", "data=data/playtable/A/videos_set", "precision=fp8", cwd=work)
+        run("step1_gfdm.encode", "scale=tiny", "videos=data/playtable/A/videos_set", "precision=fp8", cwd=work)
 
 
 @pytest.mark.parametrize(("pays", "precision"), [(True, "bf16"), (False, "fp32")])
@@ -265,7 +265,7 @@ def test_auto_encodes_in_bf16_where_that_pays(trained, run, monkeypatch, pays, p
         run(
             "step1_gfdm.encode",
             "scale=tiny",
-            "data=data/playtable/A/videos_set",
+            "videos=data/playtable/A/videos_set",
             f"out={out}",
             f"precision={wish}",
             "limit=1",
