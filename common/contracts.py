@@ -5,6 +5,7 @@ Legend: B batch, V views, F frames, N patch tokens, L feature tokens, K latent-a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol, TypedDict
 
 import numpy as np
@@ -100,8 +101,16 @@ class ChunkPolicy(Protocol):
 
     execute: int  # actions of a chunk that are carried out before the next plan
 
-    def plan(self, observations: list[dict], instructions: list[str]) -> np.ndarray:
+    def predict_action_chunk(
+        self,
+        observations: list[dict],
+        instructions: list[str],
+        *,
+        rollout_keys: Sequence[tuple[int, int, int, int]] | None = None,
+    ) -> np.ndarray:
         """Observations in CALVIN's format, one instruction each -> (B, A, 7) actions, gripper -1 or 1.
 
-        What leaves [-1, 1] is clipped, and counted, where it is carried out.
+        Actions outside [-1, 1] are clipped, and counted, where they are carried out. A rollout gives one key for each
+        observation: (seed, sequence, place of the sub-task in it, place of the plan in that). The noise that a policy
+        samples with then depends on the key alone, so that a rollout repeats.
         """

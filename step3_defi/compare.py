@@ -1,15 +1,16 @@
-"""Compare two rollouts on the same sequences, paired (DESIGN 6).
-
-    python -m step3_defi.compare outputs/eval/defi outputs/eval/blind [out=outputs/compare]
+"""Compare two rollouts on the same sequences, in pairs: difference of average lengths, interval and p-value.
 
 Leaves compare.json and table.md in `out`.
+
+Examples:
+    python -m step3_defi.compare a=outputs/eval/defi b=outputs/eval/blind
+    python -m step3_defi.compare a=outputs/defi b=outputs/vpp out=outputs/defi_vpp
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,24 +24,29 @@ LOG = logging.getLogger(__name__)
 
 
 def compare_folders(a: Path, b: Path, *, seed: int = 0) -> tuple[dict[str, Any], str]:
-    """Two folders of step3_defi.eval -> (result, Markdown), at every usual horizon that both cover."""
-    records = [journal.read(folder / journal.NAME) for folder in (a, b)]
+    """Two folders of step3_defi.eval -> (result, Markdown), at every usual horizon that both cover.
+
+    Raises JournalError where a folder holds no rollout, or where the two hold different sequences.
+    """
+    records = [journal.read(folder / journal.JOURNAL_FILE) for folder in (a, b)]
     settings = [journal.read_settings(folder) for folder in (a, b)]
     length = settings[0]["length"]
-    horizons = stats.reported_horizons(min(s["horizon"] for s in settings))
+    horizons = stats.reported_horizons(min(own["horizon"] for own in settings))
     result = {
         "a": str(a),
         "b": str(b),
-        "worlds": [s["world"] for s in settings],
+        "worlds": [own["world"] for own in settings],
         "horizons": {str(h): stats.compare(*records, h, seed=seed) for h in horizons},
         "tasks": stats.compare_tasks(*records, horizons[-1], seed=seed),
         "tasks_horizon": horizons[-1],
     }
-    common = sorted(set(records[0]) & set(records[1]))
+    shared = stats.shared(*records)
     rows = {
-        f"{name}: {folder}, {s['world']}, {h} steps": stats.chain_stats([own[i] for i in common], h, length=length)
+        f"{name}: {folder}, {own['world']}, {h} steps": stats.chain_stats(
+            [own_records[i] for i in shared], h, length=length
+        )
         for h in horizons
-        for name, folder, own, s in zip("ab", (a, b), records, settings)
+        for name, folder, own_records, own in zip("ab", (a, b), records, settings)
     }
     lines = [
         stats.chain_table(rows, length=length),
@@ -65,14 +71,13 @@ def compare_folders(a: Path, b: Path, *, seed: int = 0) -> tuple[dict[str, Any],
         low, high = (100 * bound for bound in row["difference_ci95"])
         lines.append(
             f"| {task} | {row['pairs']} | {100 * row['rate_a']:.0f} % | {100 * row['rate_b']:.0f} % | "
-            f"{100 * row['difference']:+.0f} | "
-            f"[{low:+.0f}, {high:+.0f}] | {row['p_value']:.4f} |"
+            f"{100 * row['difference']:+.0f} | [{low:+.0f}, {high:+.0f}] | {row['p_value']:.4f} |"
         )
     return result, "\n".join(lines)
 
 
 def write(out: Path, result: dict[str, Any], table: str) -> None:
-    """compare.json and table.md."""
+    """Write compare.json and table.md."""
     write_text(out / "compare.json", json.dumps(result, indent=2) + "\n")
     write_text(out / "table.md", table + "\n")
 
@@ -86,12 +91,5 @@ def main(cfg: DictConfig) -> None:
     LOG.info("results in %s", out)
 
 
-def plain_keys(arguments: list[str]) -> list[str]:
-    """The first two words that are no key=value or option are `a` and `b`."""
-    names = iter("ab")
-    return [word if "=" in word or word.startswith("-") else f"{next(names, '')}={word}" for word in arguments]
-
-
 if __name__ == "__main__":
-    sys.argv[1:] = plain_keys(sys.argv[1:])
     main()

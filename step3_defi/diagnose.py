@@ -1,9 +1,11 @@
-"""Program: of the sub-tasks that a rollout failed in, was the forecast wrong or the action? (App. Q9)
+"""Tell which was wrong in the sub-tasks that a rollout failed in, the forecast or the action (App. Q9).
 
+The first sequences are rolled out again, the scripted expert continues from moments of them, and the policy's forecast
+and actions are compared with what the expert shows. Leaves diagnosis.json, table.md and films/ in `out`.
+
+Examples:
     python -m step3_defi.diagnose run=outputs/eval path=ckpts/defi/tiny
-
-Carries the first sequences out again, has the expert go on from moments of them, and leaves diagnosis.json, table.md
-and films/ in `out`.
+    python -m step3_defi.diagnose run=outputs/eval path=ckpts/defi/tiny failures=15 out=outputs/diagnosis
 """
 
 from __future__ import annotations
@@ -21,17 +23,27 @@ from tqdm import tqdm
 
 from common import artifact
 from common.distributed import processes
+from common.errors import UserError
 from common.files import write_text
 from common.program import program
 from common.video import write_mp4
 from step3_defi.rollout import film, journal
-from step3_defi.rollout.diagnosis import FailureScorer, Subtask, assign_verdicts, check_criteria, enlarged, split, table
-from step3_defi.rollout.replay import PlanKey, PlanRecorder, RecordedPlan, Replay, policy_continuation
-from step3_defi.rollout.simulators import RolloutError, SimulatorPool
-from step3_defi.rollout.worker import Branch
+from step3_defi.rollout.diagnosis import (
+    FailureScorer,
+    Subtask,
+    assign_verdicts,
+    check_criteria,
+    count_verdicts,
+    enlarged,
+    table,
+)
+from step3_defi.rollout.handle import RolloutError
+from step3_defi.rollout.messages import Branch
+from step3_defi.rollout.replay import Moment, PlanRecorder, RecordedPlan, Replay, policy_continuation
+from step3_defi.rollout.simulators import SimulatorPool
 
 LOG = logging.getLogger(__name__)
-FILM_FPS, FILM_HOLD = 8, 2  # frames a second, and frames that each picture stays
+FILM_FPS, FILM_REPEATS = 8, 2  # frames a second, and frames that each picture is shown for
 PAPER = "The paper sorted 200 failures on CALVIN by eye: forward dynamics 62 %, inverse dynamics 38 %."
 
 
@@ -40,146 +52,158 @@ def diagnose(
     run: Path,
     path: Path,
     failures: int,
-    every: int,
+    plan_stride: int,
     max_step: int,
     continuation_steps: int,
-    steps: int,
+    num_inference_steps: int,
     criteria: dict[str, str],
     quantile: float,
     workers: int,
     films: int,
     out: Path,
 ) -> dict[str, Any]:
-    """Judge the failures of `run`, a folder of step3_defi.eval that rolled out the policy in `path`; returns what
-    stands in diagnosis.json.
+    """Diagnose the failures of `run`, a folder of step3_defi.eval that rolled out the policy in `path`.
 
-    ValueError where the folder, the policy or the numbers do not fit together, RolloutError where a simulator fails.
+    The other arguments are the keys of configs/step3_diagnose.yaml. Returns the content of diagnosis.json. Raises
+    UserError where the folder, the policy or the numbers do not fit together, and RolloutError where a simulator fails.
     """
     settings = journal.read_settings(run)
     if settings["policy_sha256"] is None or settings["policy_sha256"] != artifact.sha256(path):
-        raise ValueError(
-            f"{run} holds rollouts of {settings['policy']} {str(settings['policy_sha256'])[:12]}, not of {path}; name "
-            "the policy that it was"
+        raise UserError(
+            f"{run} holds rollouts of {settings['policy']} {str(settings['policy_sha256'])[:12]}, not of {path}; give "
+            "path= as the policy that was rolled out"
         )
     check_criteria(**criteria, quantile=quantile)
-    if min(failures, every, max_step, workers) < 1:
-        raise ValueError(
-            f"failures={failures}, every={every}, within={max_step}, workers={workers}: each must be at least 1"
-        )
-    replay = Replay(journal.read(run / journal.NAME), failures=failures, horizon=settings["horizon"])
+    for key, value in {
+        "failures": failures,
+        "plan_stride": plan_stride,
+        "max_step": max_step,
+        "workers": workers,
+    }.items():
+        if value < 1:
+            raise UserError(f"{key}={value}: must be at least 1")
+    replay = Replay(journal.read(run / journal.JOURNAL_FILE), failures=failures, horizon=settings["horizon"])
     policy = instantiate(OmegaConf.create(settings["planner"]), str(path), device=str(processes().device))
-    critic, recorder = FailureScorer(policy.model, steps=steps), PlanRecorder(policy, every=every, max_step=max_step)
-    check_criteria(**criteria, quantile=quantile, errors=critic.errors)
-    if continuation_steps % (critic.frames - 1) or continuation_steps < recorder.execute:
-        raise ValueError(
-            f"ahead={continuation_steps}: a multiple of {critic.frames - 1}, the frames ahead that are imagined, and at least the "
-            f"{recorder.execute} "
-            "actions of a plan"
+    scorer = FailureScorer(policy.model, num_inference_steps=num_inference_steps)
+    recorder = PlanRecorder(policy, plan_stride=plan_stride, max_step=max_step)
+    check_criteria(**criteria, quantile=quantile, errors=scorer.errors)
+    forecast_steps = scorer.frames - 1
+    if continuation_steps % forecast_steps or continuation_steps < recorder.execute:
+        raise UserError(
+            f"continuation_steps={continuation_steps}: must be a multiple of {forecast_steps}, the number of future "
+            f"frames of a forecast, and at least {recorder.execute}, the number of actions of a plan"
         )
     with SimulatorPool(settings["env"], count=workers) as simulators:
         chains = replay.chains(slots=workers)
         diverged = replay.diverged(
-            tqdm(simulators.rollout(chains, recorder), total=len(chains), desc="repeat", unit="chain")
+            tqdm(simulators.rollout(chains, recorder), total=len(chains), desc="repeat", unit="sequence")
         )
         if len(diverged) == len(chains):
-            raise ValueError(
-                f"{run}: none of {len(chains)} sequences ends as in the journal; give workers= as the run had it, on a "
-                "machine of its kind"
+            raise UserError(
+                f"{run}: none of {len(chains)} sequences ends as in the journal; give workers= as the run had it, and "
+                "use a machine of the same kind"
             )
         branches = {
-            key: branch
+            moment: branch
             for index in replay.records
             if index not in diverged
-            for key, branch in replay.moments(
-                index, recorder, continuation_steps=continuation_steps, every=continuation_steps // (critic.frames - 1)
+            for moment, branch in replay.moments(
+                index,
+                recorder,
+                continuation_steps=continuation_steps,
+                frame_stride=continuation_steps // forecast_steps,
             ).items()
         }
-        subtasks = _examine(simulators, branches, replay, recorder, critic)
+        subtasks = _score(simulators, branches, replay, recorder, scorer)
         limits = assign_verdicts(subtasks, **criteria, quantile=quantile)
         failed = [subtask for subtask in subtasks if not subtask.solved]
         for subtask in tqdm(failed[:films], desc="films", unit="film"):
-            _film(simulators, branches, subtask, recorder, critic, out / "films")
+            _film(simulators, branches, subtask, recorder, scorer, out / "films")
     results = {
         "run": str(run),
         "world": settings["world"],
         "policy_sha256": settings["policy_sha256"],
         "sequences": len(chains),
-        "strayed": sorted(diverged),
+        "diverged": sorted(diverged),
         "criteria": criteria,
         "quantile": quantile,
         "limits": limits,
-        "split": split(failed) if failed else {},
+        "verdicts": count_verdicts(failed) if failed else {},
         "subtasks": [asdict(subtask) for subtask in subtasks],
     }
     write_text(out / "diagnosis.json", json.dumps(results, indent=2) + "\n")
+    thresholds = " and ".join(f"{limit:.2f} ({name})" for name, limit in limits.items())
     note = (
-        f"{len(chains)} sequences in {settings['world']}, {len(diverged)} of them left out because they did not repeat; "
-        "wrong is above "
-        + " and ".join(f"{limit:.2f} ({name})" for name, limit in limits.items())
-        + f", {100 * quantile:.0f} % of the successes. {PAPER}"
+        f"{len(chains)} sequences in {settings['world']}; {len(diverged)} of them are left out because they did not "
+        f"repeat exactly. An error counts as wrong above {thresholds}, which {100 * quantile:.0f} % of the successful "
+        f"sub-tasks stay below. {PAPER}"
     )
     write_text(out / "table.md", f"{table(subtasks)}\n\n{note}\n")
     LOG.info("%s\n\n%s\nresults in %s", table(subtasks), note, out)
     return results
 
 
-def _examine(
+def _score(
     simulators: SimulatorPool,
-    branches: dict[PlanKey, Branch],
+    branches: dict[Moment, Branch],
     replay: Replay,
     recorder: PlanRecorder,
-    critic: FailureScorer,
+    scorer: FailureScorer,
 ) -> list[Subtask]:
-    """Scored sub-tasks, in order."""
+    """The sub-tasks of the moments, in order, with their scores."""
     found: dict[tuple[int, int], Subtask] = {}
-    shown = simulators.branch(list(branches.values()))
-    ways = list(branches.items())
-    for position, expert in tqdm(shown, total=len(branches), desc="expert", unit="moment"):
-        key, branch = ways[position]
-        plan = recorder.plans[key]
-        _check_start(plan, expert["start"], branch)
-        subtask = found.setdefault(key[:2], Subtask(*key[:2], branch.task, solved=key[1] < replay.solved(key[0])))
-        subtask.moments.append({"plan": key[2], **critic.score(plan, expert)})
+    moments = list(branches)
+    results = simulators.branch(list(branches.values()))
+    for position, expert in tqdm(results, total=len(branches), desc="expert", unit="moment"):
+        moment = moments[position]
+        plan, branch = recorder.plans[moment], branches[moment]
+        _check_start(plan, expert.start, branch)
+        place = moment.sequence, moment.subtask
+        solved = moment.subtask < replay.num_solved(moment.sequence)
+        subtask = found.setdefault(place, Subtask(*place, branch.task, solved=solved))
+        subtask.moments.append({"plan": moment.plan, **scorer.score(plan, expert)})
     for subtask in found.values():
-        subtask.moments.sort(key=lambda moment: moment["plan"])
-    return [found[key] for key in sorted(found)]
+        subtask.moments.sort(key=lambda scores: scores["plan"])
+    return [found[place] for place in sorted(found)]
 
 
 def _check_start(plan: RecordedPlan, start: np.ndarray, branch: Branch) -> None:
-    seen = np.concatenate([plan.observation["robot_obs"], plan.observation["scene_obs"]])
-    if not np.allclose(seen, start, atol=1e-6):
+    """Raise RolloutError unless the branch starts in the state that the policy observed."""
+    observed = np.concatenate([plan.observation["robot_obs"], plan.observation["scene_obs"]])
+    if not np.allclose(observed, start, atol=1e-6):
         raise RolloutError(
-            f"sequence {branch.index}, step {len(branch.past)}: the same actions led elsewhere "
-            f"({np.abs(seen - start).max():.1g} apart), so "
-            "this simulator cannot go back to a moment"
+            f"sequence {branch.index}, step {len(branch.prefix_actions)}: the same actions led to another state "
+            f"({np.abs(observed - start).max():.1g} apart), so this simulator cannot return to a moment"
         )
 
 
 def _film(
     simulators: SimulatorPool,
-    branches: dict[PlanKey, Branch],
+    branches: dict[Moment, Branch],
     subtask: Subtask,
     recorder: PlanRecorder,
-    critic: FailureScorer,
+    scorer: FailureScorer,
     folder: Path,
 ) -> None:
-    """The seconds after a sub-task's moments: what happened, what was imagined, what the expert shows, side by side."""
-    keys = [(subtask.index, subtask.number, int(moment["plan"])) for moment in subtask.moments]
-    asked = [branch for key in keys for branch in (policy_continuation(branches[key], key, recorder), branches[key])]
-    shown = dict(simulators.branch(asked))
+    """Write the continuations of a sub-task's moments, side by side: the policy's, its forecast, and the expert's."""
+    moments = [Moment(subtask.index, subtask.number, int(scores["plan"])) for scores in subtask.moments]
+    requests = [
+        branch
+        for moment in moments
+        for branch in (policy_continuation(branches[moment], moment, recorder), branches[moment])
+    ]
+    results = dict(simulators.branch(requests))
     movie = film.Film()
-    for place, key in enumerate(keys):
-        plan = recorder.plans[key]
-        happened, expert = ([pictures[critic.key] for pictures in shown[2 * place + i]["frames"]] for i in range(2))
-        imagined = enlarged(critic.imagine(plan), happened[0].shape[0])
-        movie.start_task(
-            f"{plan.instruction}, from step {key[2] * recorder.execute}: what happened | what was imagined | what the "
-            "expert shows"
-        )
-        for row in range(critic.frames):
-            page = [happened[min(row, len(happened) - 1)], imagined[row], expert[row]]
-            for _ in range(FILM_HOLD):
-                movie.add(np.concatenate(page, axis=1))
+    for place, moment in enumerate(moments):
+        plan = recorder.plans[moment]
+        actual, expert = ([pictures[scorer.key] for pictures in results[2 * place + i].frames] for i in range(2))
+        forecast = enlarged(scorer.imagine(plan), actual[0].shape[0])
+        step = moment.plan * recorder.execute
+        movie.start_task(f"{plan.instruction}, from step {step}: what happened | the policy's forecast | the expert")
+        for row in range(scorer.frames):
+            pictures = [actual[min(row, len(actual) - 1)], forecast[row], expert[row]]
+            for _ in range(FILM_REPEATS):
+                movie.add(np.concatenate(pictures, axis=1))
     name = f"{subtask.index:04d}_{subtask.number + 1}_{subtask.task}_{subtask.verdict}.mp4"
     write_mp4(folder / name, np.stack(movie.frames), FILM_FPS)
 
@@ -187,8 +211,8 @@ def _film(
 @program("step3_diagnose", RolloutError)
 def main(cfg: DictConfig) -> None:
     settings = OmegaConf.to_container(cfg, resolve=True)
-    places = {name: Path(settings.pop(name)) for name in ("run", "path", "out")}
-    diagnose(**places, **settings)
+    folders = {name: Path(settings.pop(name)) for name in ("run", "path", "out")}
+    diagnose(**folders, **settings)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
-"""The GPU that a process's simulators draw on: its own, where several processes share a machine (Sec. 4.2, DESIGN 6).
+"""Which GPU a process's simulators render on: its own GPU, where several processes share a machine (Sec. 4.2).
 
-Left alone, EGL draws everything on its first device. playtable's MuJoCo reads MUJOCO_EGL_DEVICE_ID, calvin_env's
-pybullet
-EGL_VISIBLE_DEVICES, a place in EGL's list; neither follows torch.
+By default EGL renders everything on its first device, whichever GPU torch uses. playtable's MuJoCo reads the variable
+MUJOCO_EGL_DEVICE_ID; calvin_env's pybullet reads EGL_VISIBLE_DEVICES, which is a place in EGL's list of devices.
 """
 
 from __future__ import annotations
@@ -13,16 +12,15 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 
 CUDA_DEVICE = 0x323A  # EGL_CUDA_DEVICE_NV of EGL_NV_device_cuda
-MAX_DEVICES = 64  # devices that are asked for
+MAX_DEVICES = 64  # EGL lists so many devices at most
 
 
 def egl_environment(environment: Mapping[str, str], numbers: Sequence[int | None]) -> dict[str, str]:
-    """The variables to add to an environment for EGL to draw on the GPU of its LOCAL_RANK; what is set there already
-    stays.
+    """The variables that make EGL render on the GPU of LOCAL_RANK, for addition to `environment`.
 
-    `numbers`: the CUDA number of each of EGL's devices. Nothing is added where EGL does not list that GPU, as without a
-    GPU, or where
-    CUDA_VISIBLE_DEVICES names GPUs by other than numbers.
+    `numbers` holds the CUDA number of each of EGL's devices. Variables that are set already are kept. The result is
+    empty where EGL does not list the GPU, for instance on a machine without one, and where CUDA_VISIBLE_DEVICES names
+    GPUs otherwise than by numbers.
     """
     visible = environment.get("CUDA_VISIBLE_DEVICES")
     listed = sorted(number for number in numbers if number is not None)
@@ -30,12 +28,13 @@ def egl_environment(environment: Mapping[str, str], numbers: Sequence[int | None
     if not all(str(name).isdecimal() for name in names):
         return {}
     gpus, rank = [int(name) for name in names], int(environment.get("LOCAL_RANK", 0))
-    counted = gpus if set(gpus) <= set(listed) else range(len(gpus))  # a driver may count among the visible ones only
+    # Some drivers number the visible GPUs only.
+    counted = gpus if set(gpus) <= set(listed) else range(len(gpus))
     if rank >= len(gpus) or counted[rank] not in listed:
         return {}
     added = {} if "EGL_VISIBLE_DEVICES" in environment else {"EGL_VISIBLE_DEVICES": str(numbers.index(counted[rank]))}
     if "MUJOCO_EGL_DEVICE_ID" not in environment:
-        # MuJoCo 4 counts among CUDA_VISIBLE_DEVICES, MuJoCo 3 among all: with one that is visible they agree
+        # MuJoCo 4 numbers the GPUs of CUDA_VISIBLE_DEVICES and MuJoCo 3 all GPUs. With one visible GPU they agree.
         added |= {"MUJOCO_EGL_DEVICE_ID": str(gpus[rank])} | (
             {} if visible is None else {"CUDA_VISIBLE_DEVICES": str(gpus[rank])}
         )
@@ -44,7 +43,7 @@ def egl_environment(environment: Mapping[str, str], numbers: Sequence[int | None
 
 @cache
 def egl_cuda_indices() -> tuple[int | None, ...]:
-    """The CUDA number of each device that EGL lists, None of one that is no GPU of CUDA's; empty without EGL."""
+    """The CUDA number of each device that EGL lists, None for a device that CUDA does not know; empty without EGL."""
     library = ctypes.util.find_library("EGL")
     if library is None:
         return ()

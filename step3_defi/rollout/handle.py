@@ -1,5 +1,4 @@
-"""A simulator's process as the program sees it that plans for it: `rollout.SimulatorPool` holds as many as it needs
-(DESIGN 6)."""
+"""A simulator's process as its parent sees it: starting it, sending it work, noticing that it hangs or died."""
 
 from __future__ import annotations
 
@@ -15,93 +14,102 @@ import numpy as np
 import torch
 
 from step3_defi.rollout.gpu import egl_cuda_indices, egl_environment
-from step3_defi.rollout.worker import Branch, Chain, SequencesRequest, SimulatorConfig
+from step3_defi.rollout.messages import Branch, Chain, ErrorReport, SequencesRequest, SimulatorConfig, SimulatorReady
 
-SHUTDOWN_TIMEOUT = 10  # seconds a worker gets to end on its own
-STARTUP_TIMEOUT = 120  # seconds a simulator gets to its first word, where patience is shorter
+SHUTDOWN_TIMEOUT = 10  # seconds that a worker gets to end on its own
+STARTUP_TIMEOUT = 120  # seconds that a simulator gets to start, where `response_timeout` is shorter
 
 
 class RolloutError(RuntimeError):
-    """Sequences that could not be judged, or a policy whose actions cannot be carried out."""
+    """A rollout that cannot be completed: simulators that fail, or a policy whose actions cannot be carried out.
+
+    The message is one line and says all that a user needs, so the programs that roll out print it alone.
+    """
 
 
 class SimulatorError(RolloutError):
-    """A simulator process that died, hung or reported an error."""
+    """A simulator's process that died, hung or reported an error."""
 
 
 class SimulatorHandle:
-    """A simulator process as the parent sees it. `response_timeout`: seconds without a word from it that count as hanging."""
+    """One simulator's process.
 
-    def __init__(self, number: int, setup: SimulatorConfig, response_timeout: float):
+    `number` is its place in the pool. A process that sends no message for `response_timeout` seconds counts as
+    hanging.
+    """
+
+    def __init__(self, number: int, config: SimulatorConfig, response_timeout: float):
         self.number, self.response_timeout, self.started = number, response_timeout, False
         self.task: Chain | Branch | SequencesRequest | None = None
-        self.connection, theirs = Pipe()
-        # One thread a simulator: the cores belong to the other workers and to the policy.
-        own = egl_environment(os.environ, egl_cuda_indices()) if torch.cuda.is_available() else {}
-        settings = {
+        self.connection, worker_end = Pipe()
+        egl = egl_environment(os.environ, egl_cuda_indices()) if torch.cuda.is_available() else {}
+        environment = {
             **os.environ,
-            **own,
-            "OMP_NUM_THREADS": "1",
+            **egl,
+            "OMP_NUM_THREADS": "1",  # the other cores belong to the other workers and to the policy
             "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
         }
-        command = [sys.executable, "-c", "from step3_defi.rollout.worker import main; main()", str(theirs.fileno())]
-        self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=settings, stdin=subprocess.DEVNULL)
-        theirs.close()
-        self._send(setup)
+        command = [sys.executable, "-c", "from step3_defi.rollout.worker import main; main()", str(worker_end.fileno())]
+        self.process = subprocess.Popen(
+            command, pass_fds=[worker_end.fileno()], env=environment, stdin=subprocess.DEVNULL
+        )
+        worker_end.close()
+        self._send(config)
 
     def submit(self, task: Chain | Branch | SequencesRequest) -> None:
-        """Hand out work."""
+        """Send a request. Its answer, and for a chain the messages before it, come from `receive`."""
         self.task = task
         self._send(task)
 
     def send_actions(self, actions: np.ndarray) -> None:
-        """Answer a "plan"."""
+        """Answer a PlanRequest with the actions (n, 7) to carry out."""
         self._send(actions)
 
     def remaining(self) -> float:
-        """Seconds until its silence counts as hanging."""
+        """Seconds until the process counts as hanging."""
         return max(0.0, self.deadline - time.monotonic())
 
-    def receive(self) -> tuple[str, Any]:
-        """The next answer. Raises SimulatorError where the worker reports an error, died, or stays silent past its
-        deadline."""
+    def receive(self) -> Any:
+        """The next message (see `messages`).
+
+        Raises SimulatorError where the worker reports an error, died, or sends nothing until its deadline.
+        """
         if not self.connection.poll(self.remaining()):
             raise SimulatorError(
-                f"{self._where()}: no sign of life; where its pace is more than {self.response_timeout:g} s, raise patience="
+                f"{self._describe()}: no sign of life for {self.timeout:g} s; raise response_timeout= if it is slow"
             )
         try:
-            kind, content = self.connection.recv()
+            message = self.connection.recv()
         except (EOFError, ConnectionError) as error:
-            raise SimulatorError(f"{self._where()}: the process died (exit code {self._exit_code()})") from error
-        if kind == "error":
-            raise SimulatorError(f"{self._where()}: {content}")
-        self.started = kind != "up"  # the work may have a beginning of its own
+            raise SimulatorError(f"{self._describe()}: the process died (exit code {self._exit_code()})") from error
+        if isinstance(message, ErrorReport):
+            raise SimulatorError(f"{self._describe()}: {message.reason}")
+        # The first request may have been submitted during the start and be slow to begin: it gets the long deadline.
+        self.started = not isinstance(message, SimulatorReady)
         self._reset_deadline()
-        return kind, content
+        return message
 
     def close(self) -> None:
-        """Hang up; the worker frees its simulator and ends."""
+        """Close the connection; the worker then frees its simulator and ends. It is killed where it does not."""
         self.connection.close()
         if self._exit_code() is None:
             self.kill()
 
     def kill(self) -> None:
-        """End a worker that answers to nothing else."""
+        """End the process at once."""
         self.connection.close()
         self.process.kill()
         self.process.wait()
 
     def _send(self, message: Any) -> None:
         self._reset_deadline()
-        with suppress(
-            ConnectionError
-        ):  # a worker that is gone shows where it is listened to, and may have left word why
+        # A dead worker is noticed in `receive`, where the error that it reported last may still be read.
+        with suppress(ConnectionError):
             self.connection.send(message)
 
     def _reset_deadline(self) -> None:
-        self.deadline = time.monotonic() + (
-            self.response_timeout if self.started else max(self.response_timeout, STARTUP_TIMEOUT)
-        )
+        self.timeout = self.response_timeout if self.started else max(self.response_timeout, STARTUP_TIMEOUT)
+        self.deadline = time.monotonic() + self.timeout
 
     def _exit_code(self) -> int | None:
         try:
@@ -109,9 +117,11 @@ class SimulatorHandle:
         except subprocess.TimeoutExpired:
             return None
 
-    def _where(self) -> str:
-        if isinstance(self.task, Chain):
-            return f"simulator {self.number}, sequence {self.task.index} ({', '.join(self.task.tasks)})"
-        if isinstance(self.task, Branch):
-            return f"simulator {self.number}, sequence {self.task.index} ({self.task.task}, gone back to step {len(self.task.past)})"
+    def _describe(self) -> str:
+        task = self.task
+        if isinstance(task, Chain):
+            return f"simulator {self.number}, sequence {task.index} ({', '.join(task.tasks)})"
+        if isinstance(task, Branch):
+            moment = f"{task.task}, returning to step {len(task.prefix_actions)}"
+            return f"simulator {self.number}, sequence {task.index} ({moment})"
         return f"simulator {self.number}"

@@ -1,24 +1,30 @@
-"""A rollout carried out again from its journal, with a memory of every plan, to go back to moments of it (DESIGN 6,
-App. Q9)."""
+"""Repeats a rollout from its journal and records every plan, so that its moments can be visited again (App. Q9)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
 from common.contracts import ChunkPolicy
 from step3_defi.rollout.journal import Record
+from step3_defi.rollout.messages import Branch, Chain, ChainFailure, ChainResult, RolloutKey
 from step3_defi.rollout.stats import chain_length
-from step3_defi.rollout.worker import Branch, Chain
 
-PlanKey = tuple[int, int, int]  # sequence, sub-task in it, plan in that
+
+class Moment(NamedTuple):
+    """The moment of a rollout at which a plan was made."""
+
+    sequence: int
+    subtask: int  # its place in the sequence
+    plan: int  # its place in the sub-task
 
 
 @dataclass
 class RecordedPlan:
-    """What the policy did at one moment, and where it is to be judged, what it saw there."""
+    """What the policy planned at one moment and, where the moment is to be scored, what it observed."""
 
     actions: np.ndarray  # (execute, 7), clipped as they are carried out
     instruction: str
@@ -26,49 +32,60 @@ class RecordedPlan:
 
 
 class PlanRecorder:
-    """A ChunkPolicy that remembers its plans; every `every`-th with what was seen, in the first `within` steps of a
-    sub-task."""
+    """A ChunkPolicy that wraps another one and records its plans in `plans`.
 
-    def __init__(self, policy: ChunkPolicy, *, every: int, max_step: int) -> None:
-        self.policy, self.execute, self.every, self.max_step = policy, policy.execute, every, max_step
-        self.plans: dict[PlanKey, RecordedPlan] = {}
+    It keeps the observation of every `plan_stride`-th plan within the first `max_step` steps of a sub-task: the
+    moments to score.
+    """
 
-    def plan(self, observations: list[dict], instructions: list[str]) -> np.ndarray:
-        """As the policy's."""
-        chunks = self.policy.plan(observations, instructions)
-        for observation, instruction, chunk in zip(observations, instructions, chunks):
-            _, index, number, k = observation["rollout_key"]
-            seen = observation if self.judged(k) else None
-            self.plans[index, number, k] = RecordedPlan(
-                np.clip(np.asarray(chunk[: self.execute], np.float64), -1, 1), instruction, seen
+    def __init__(self, policy: ChunkPolicy, *, plan_stride: int, max_step: int) -> None:
+        self.policy, self.execute = policy, policy.execute
+        self.plan_stride, self.max_step = plan_stride, max_step
+        self.plans: dict[Moment, RecordedPlan] = {}
+
+    def predict_action_chunk(
+        self, observations: list[dict], instructions: list[str], *, rollout_keys: Sequence[RolloutKey]
+    ) -> np.ndarray:
+        """The chunks of the wrapped policy."""
+        chunks = self.policy.predict_action_chunk(observations, instructions, rollout_keys=rollout_keys)
+        for observation, instruction, key, chunk in zip(observations, instructions, rollout_keys, chunks):
+            _, sequence, subtask, plan = key
+            self.plans[Moment(sequence, subtask, plan)] = RecordedPlan(
+                np.clip(np.asarray(chunk[: self.execute], np.float64), -1, 1),
+                instruction,
+                observation if self.is_scored(plan) else None,
             )
         return chunks
 
-    def judged(self, k: int) -> bool:
-        """Whether plan k of a sub-task is a moment to be judged."""
-        return k % self.every == 0 and k * self.execute < self.max_step
+    def is_scored(self, plan: int) -> bool:
+        """Whether the moment of this plan of a sub-task is to be scored."""
+        return plan % self.plan_stride == 0 and plan * self.execute < self.max_step
 
 
 class Replay:
-    """The sequences of a journal, from the first one to the `failures`-th that failed. `horizon`: steps that a failed
-    sub-task took."""
+    """The sequences of a journal, from the first one to the one with the `failures`-th failure.
+
+    `horizon` is the number of steps that a failed sub-task took.
+    """
 
     def __init__(self, records: Mapping[int, Record], *, failures: int, horizon: int) -> None:
         self.horizon = horizon
         self.records: dict[int, Record] = {}
         for index, record in records.items():
             self.records[index] = record
-            failures -= self.solved(index) < len(record["tasks"])
+            failures -= self.num_solved(index) < len(record["tasks"])
             if not failures:
                 break
 
-    def solved(self, index: int) -> int:
-        """Sub-tasks that a sequence solved; the next one failed, where there is one."""
+    def num_solved(self, index: int) -> int:
+        """How many sub-tasks of a sequence succeeded. The next one, if there is one, failed."""
         return chain_length(self.records[index], self.horizon)
 
     def chains(self, *, slots: int) -> list[Chain]:
-        """What to hand to as many simulators as the run had: every plan is then made in the row of the batch that it
-        had there."""
+        """The requests that repeat the rollout.
+
+        With as many `slots` as the run had simulators, each plan is made in the row of the batch that it had there.
+        """
         return [
             Chain(
                 index,
@@ -82,45 +99,45 @@ class Replay:
             for index, record in self.records.items()
         ]
 
-    def diverged(self, results: Iterable[dict]) -> set[int]:
-        """Sequences whose result, {"index", "steps_to_success"} or a failure of the simulator, is not the journal's."""
+    def diverged(self, results: Iterable[ChainResult | ChainFailure]) -> set[int]:
+        """The sequences that ended otherwise than in the journal, or whose simulator failed."""
         return {
-            result["index"]
+            result.index
             for result in results
-            if result.get("steps_to_success") != self.records[result["index"]]["steps_to_success"]
+            if isinstance(result, ChainFailure)
+            or result.steps_to_success != self.records[result.index]["steps_to_success"]
         }
 
     def moments(
-        self, index: int, recorder: PlanRecorder, *, continuation_steps: int, every: int
-    ) -> dict[PlanKey, Branch]:
-        """The way back to every moment to be judged of a sequence that was carried out again."""
+        self, index: int, recorder: PlanRecorder, *, continuation_steps: int, frame_stride: int
+    ) -> dict[Moment, Branch]:
+        """For each moment to score of a sequence that `recorder` has recorded, the branch that continues from it."""
         record, done, found = self.records[index], np.zeros((0, 7)), {}
-        for number, steps in enumerate(record["steps_to_success"]):
-            plans = -(-(steps or self.horizon) // recorder.execute)
-            actions = np.concatenate([recorder.plans[index, number, k].actions for k in range(plans)])[
-                : steps or self.horizon
-            ]
-            for k in filter(recorder.judged, range(plans)):
-                prefix_actions = np.concatenate([done, actions[: k * recorder.execute]])
-                seed = int(np.random.SeedSequence((record["seed"], index, number, k)).generate_state(1)[0])
-                found[index, number, k] = Branch(
+        for subtask, steps in enumerate(record["steps_to_success"]):
+            length = steps or self.horizon
+            plans = -(-length // recorder.execute)
+            chunks = [recorder.plans[Moment(index, subtask, plan)].actions for plan in range(plans)]
+            actions = np.concatenate(chunks)[:length]
+            for plan in filter(recorder.is_scored, range(plans)):
+                seed = int(np.random.SeedSequence((record["seed"], index, subtask, plan)).generate_state(1)[0])
+                found[Moment(index, subtask, plan)] = Branch(
                     index,
                     record["initial_state"],
-                    record["tasks"][number],
-                    prefix_actions,
+                    record["tasks"][subtask],
+                    np.concatenate([done, actions[: plan * recorder.execute]]),
                     continuation_steps,
-                    every,
+                    frame_stride,
                     seed,
                 )
             done = np.concatenate([done, actions])
         return found
 
 
-def policy_continuation(branch: Branch, key: PlanKey, recorder: PlanRecorder) -> Branch:
-    """The same moment, going on as the policy did, to the sub-task's last plan at most."""
-    index, number, first = key
-    keys = [(index, number, first + i) for i in range(-(-branch.continuation_steps // recorder.execute))]
-    following = np.concatenate([recorder.plans[key].actions for key in keys if key in recorder.plans])[
-        : branch.continuation_steps
-    ]
-    return replace(branch, following=following, continuation_steps=len(following))
+def policy_continuation(branch: Branch, moment: Moment, recorder: PlanRecorder) -> Branch:
+    """The same branch continued with the policy's own actions, as far as the sub-task went."""
+    sequence, subtask, first = moment
+    plans = range(first, first + -(-branch.continuation_steps // recorder.execute))
+    moments = [Moment(sequence, subtask, plan) for plan in plans]
+    chunks = [recorder.plans[moment].actions for moment in moments if moment in recorder.plans]
+    actions = np.concatenate(chunks)[: branch.continuation_steps]
+    return replace(branch, override_actions=actions, continuation_steps=len(actions))

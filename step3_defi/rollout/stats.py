@@ -1,7 +1,8 @@
-"""What a journal says: chain rates at several horizons with intervals, tables, paired comparison (DESIGN 6, Table 1).
+"""Statistics of a journal: success rates at several horizons with intervals, tables, paired comparisons (Table 1).
 
-A journal holds steps to success up to the longest horizon. At a shorter horizon a chain ends at the first sub-task
-that took longer, so one run gives the paper's 280 (App. Q9), CALVIN's 360 and the release's 720 steps.
+A journal holds the steps to success up to the longest horizon. At a shorter horizon a sequence ends at its first
+sub-task that took longer, so one run gives the results at the paper's 280 steps (App. Q9), at CALVIN's 360 and at the
+release's 720.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ NORMAL_95 = 1.959964
 
 
 def reported_horizons(longest: int) -> list[int]:
-    """The usual horizons that a run up to `longest` steps covers, and `longest` itself."""
+    """The usual horizons that a run of up to `longest` steps covers, and `longest` itself."""
     return sorted({h for h in HORIZONS if h <= longest} | {longest})
 
 
 def chain_length(record: Record, horizon: int) -> int:
-    """Sub-tasks solved in a row, each within `horizon` steps."""
+    """How many sub-tasks in a row succeeded, each within `horizon` steps."""
     done = 0
     for steps in record["steps_to_success"]:
         if steps is None or steps > horizon:
@@ -38,13 +39,15 @@ def chain_length(record: Record, horizon: int) -> int:
 
 
 def chain_lengths(records: Iterable[Record], horizon: int) -> np.ndarray:
-    """(N,) solved sub-tasks of each sequence."""
+    """(N,) sub-tasks in a row that succeeded in each sequence."""
     return np.array([chain_length(record, horizon) for record in records])
 
 
 def chain_stats(records: Iterable[Record], horizon: int, *, length: int = 5, seed: int = 0) -> dict[str, Any]:
-    """{"avg_len", "avg_len_ci95", "chain_sr": {"1": ...}, "chain_sr_ci95": {"1": [low, high], ...}}, bootstrapped over
-    sequences."""
+    """Average length and success rates of sequences of `length` sub-tasks, bootstrapped over sequences.
+
+    {"avg_len", "avg_len_ci95", "chain_sr": {"1": ...}, "chain_sr_ci95": {"1": [low, high], ...}}
+    """
     lengths = chain_lengths(records, horizon)
     mean, low, high = bootstrap_ci(lengths, seed=seed)
     rates = {str(k): bootstrap_ci(lengths >= k, seed=seed) for k in range(1, length + 1)}
@@ -57,8 +60,11 @@ def chain_stats(records: Iterable[Record], horizon: int, *, length: int = 5, see
 
 
 def task_stats(records: Iterable[Record], horizon: int) -> dict[str, dict[str, Any]]:
-    """{task: {"success", "total", "rate", "ci95"}} over the sub-tasks that were reached; Wilson intervals, for they
-    stay honest at 0 and 100 % of a few tries, where a bootstrap has no width."""
+    """{task: {"success", "total", "rate", "ci95"}} over the sub-tasks that were reached.
+
+    The intervals are Wilson's: they keep their coverage where all of a few trials succeed or fail, and a bootstrap
+    interval has no width there.
+    """
     counts: dict[str, list[int]] = {}
     for record in records:
         done = chain_length(record, horizon)
@@ -72,17 +78,15 @@ def task_stats(records: Iterable[Record], horizon: int) -> dict[str, dict[str, A
     }
 
 
-def action_stats(records: Iterable[Record], longest: int) -> dict[str, int | None]:
-    """{"steps": control steps of all sub-tasks, "clipped": those whose action left [-1, 1], None where a journal did
-    not count}."""
+def action_stats(records: Iterable[Record], longest: int) -> dict[str, int]:
+    """{"steps": control steps of all sub-tasks, "clipped": those whose action left [-1, 1]}."""
     records = list(records)
     steps = sum(longest if taken is None else taken for record in records for taken in record["steps_to_success"])
-    counts = [record["clipped"] for record in records]
-    return {"steps": steps, "clipped": None if None in counts else sum(counts)}
+    return {"steps": steps, "clipped": sum(record["clipped"] for record in records)}
 
 
 def wilson(success: int, total: int) -> list[float]:
-    """95 % interval of a proportion."""
+    """Wilson's 95 % interval of a proportion, [low, high]."""
     rate, square = success / total, NORMAL_95**2
     centre = (rate + square / (2 * total)) / (1 + square / total)
     half = NORMAL_95 * np.sqrt(rate * (1 - rate) / total + square / (4 * total**2)) / (1 + square / total)
@@ -90,13 +94,15 @@ def wilson(success: int, total: int) -> list[float]:
 
 
 def is_calvin(world: str) -> bool:
-    """Whether numbers of this world may stand beside the paper's as equals."""
+    """Whether a world is the real CALVIN, so that its numbers may be compared with the paper's."""
     return world.lower().startswith("calvin")
 
 
 def caveat(world: str, vocabulary: Sequence[str] | None) -> str:
-    """What keeps results of `world` over the tasks of `vocabulary` (None: all) from standing beside the paper's; ""
-    where nothing does."""
+    """Why results of `world` over the tasks of `vocabulary` (None: all) must not be compared with the paper's.
+
+    An empty string where they may be compared.
+    """
     if not is_calvin(world):
         return "This world is not CALVIN: its numbers are not comparable with the paper's."
     if world != "calvin-D" or len(vocabulary or ()) not in (0, CALVIN_TASKS):
@@ -107,8 +113,9 @@ def caveat(world: str, vocabulary: Sequence[str] | None) -> str:
 def compare(a: Mapping[int, Record], b: Mapping[int, Record], horizon: int, *, seed: int = 0) -> dict[str, Any]:
     """Paired comparison of average lengths on the sequences that both journals hold.
 
-    {"sequences", "avg_len_a", "avg_len_b", "difference" (a - b), "difference_ci95", "p_value"}: bootstrap over pairs,
-    and a two-sided permutation test that swaps a and b within pairs. Raises JournalError where sequences differ.
+    {"sequences", "avg_len_a", "avg_len_b", "difference" (a - b), "difference_ci95", "p_value"}: the interval is
+    bootstrapped over pairs, and the p-value is that of a two-sided permutation test that swaps a and b within pairs.
+    Raises JournalError where the journals share no sequence or their sequences differ.
     """
     common = shared(a, b)
     first, second = (chain_lengths([records[i] for i in common], horizon) for records in (a, b))
@@ -123,12 +130,11 @@ def compare(a: Mapping[int, Record], b: Mapping[int, Record], horizon: int, *, s
 def compare_tasks(
     a: Mapping[int, Record], b: Mapping[int, Record], horizon: int, *, seed: int = 0
 ) -> dict[str, dict[str, Any]]:
-    """{task: {"pairs", "rate_a", "rate_b", "difference" (a - b), "difference_ci95", "p_value"}} over the sub-tasks that
-    both reached.
+    """Paired comparison of each task, over the sub-tasks that both journals reached.
 
-    Reaching one takes success in all before it, so these are other trials than those of `task_stats`. p-values as of
-    `compare`, one a task:
-    not corrected for their number.
+    {task: {"pairs", "rate_a", "rate_b", "difference" (a - b), "difference_ci95", "p_value"}}. These are fewer trials
+    than those of `task_stats`, because both runs must have succeeded in all sub-tasks before. The p-values are those of
+    `compare`, not corrected for the number of tasks.
     """
     outcomes: dict[str, list[tuple[bool, bool]]] = {}
     for index in shared(a, b):
@@ -154,23 +160,23 @@ def _paired(first: np.ndarray, second: np.ndarray, seed: int) -> dict[str, Any]:
 
 
 def shared(a: Mapping[int, Record], b: Mapping[int, Record]) -> list[int]:
-    """Sequences that both journals hold. Raises JournalError where there are none, or where they are not the same."""
+    """The sequences that both journals hold. Raises JournalError where there are none, or where they differ."""
     common = sorted(set(a) & set(b))
     if not common:
         raise JournalError(
-            "the two journals share no sequence; roll out with the same sequences=, tasks=, length= and seed="
+            "the two journals share no sequence; roll out with equal sequences=, tasks=, length= and seed="
         )
     for index in common:
         if any(a[index][key] != b[index][key] for key in ("initial_state", "tasks")):
             raise JournalError(
-                f"sequence {index} differs between the two journals; roll out with the same sequences=, tasks=, "
-                "length= and seed= in the same kind of world"
+                f"sequence {index} differs between the two journals; roll out with equal sequences=, tasks=, "
+                "length= and seed=, in one kind of world"
             )
     return common
 
 
 def permutation_p(difference: np.ndarray, *, seed: int = 0) -> float:
-    """Two-sided p-value of a mean of paired differences under random signs; never zero."""
+    """Two-sided p-value of a mean of paired differences under random signs. It is never zero."""
     rng = np.random.default_rng(seed)
     observed = abs(difference.sum())
     extreme = 0
@@ -181,8 +187,10 @@ def permutation_p(difference: np.ndarray, *, seed: int = 0) -> float:
 
 
 def chain_table(rows: Mapping[str, Mapping[str, Any]], *, length: int = 5, paper: str | None = None) -> str:
-    """Markdown in the shape of Table 1: {label: chain_stats} and, for chains of five, the paper's row called
-    `paper`."""
+    """Markdown in the form of Table 1: a row for each {label: chain_stats}.
+
+    For sequences of five sub-tasks the paper's row follows, under the label `paper`.
+    """
     columns = [str(k) for k in range(1, length + 1)]
     lines = ["| | " + " | ".join(columns) + " | Avg. Len. |", "|---|" + "---|" * (length + 1)]
     for label, stats in rows.items():
@@ -199,12 +207,12 @@ def chain_table(rows: Mapping[str, Mapping[str, Any]], *, length: int = 5, paper
 
 
 def paper_label(world: str) -> str:
-    """How the paper's row is called beside results of `world`."""
+    """The label of the paper's row in a table of results of `world`."""
     return "DeFI, paper, CALVIN ABC→D" + ("" if is_calvin(world) else f" (another world than {world})")
 
 
 def task_table(tasks: Mapping[str, Mapping[str, Any]]) -> str:
-    """Markdown: success of each sub-task that was reached."""
+    """Markdown: the success of each sub-task that was reached."""
     lines = ["| task | success | rate, 95 % |", "|---|---|---|"]
     for task, count in tasks.items():
         lines.append(

@@ -1,93 +1,57 @@
-"""The process that holds one simulator and rolls out chains of sub-tasks in it (DESIGN 6; CALVIN's LH-MTLC protocol).
+"""The process that holds one simulator and rolls out sequences of sub-tasks in it (CALVIN's LH-MTLC protocol).
 
-`rollout.SimulatorPool` starts it and talks to it through a pipe; a worker imports the simulator and nothing of the models.
-
-    parent -> worker   Setup, once; then Survey, Chain or Branch; actions (A, 7) after each "plan"
-    worker -> parent   ("up", dict), once; then ("survey", dict) | ("plan", (observation, instruction)) | ("alive",
-    None) | ("chain", dict)
-                       | ("branch", dict); at any time ("error", str)
+`simulators.SimulatorPool` starts it and talks to it through a pipe, in the terms of `messages`. A worker imports the
+simulator and no models: torch would cost each worker half a gigabyte of memory and seconds at the start.
 """
 
 from __future__ import annotations
 
 import signal
 import sys
-from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 
+from step3_defi.action_chunk import ActionChunkBroker
 from step3_defi.rollout.film import Film
+from step3_defi.rollout.messages import (
+    Branch,
+    BranchResult,
+    Chain,
+    ChainResult,
+    ErrorReport,
+    Heartbeat,
+    PlanRequest,
+    RolloutKey,
+    SequencesAnswer,
+    SequencesRequest,
+    SimulatorReady,
+)
 
-if TYPE_CHECKING:  # a simulator needs no torch: half a gigabyte and seconds for each worker
+if TYPE_CHECKING:  # envs.protocol is needed for annotations only
     from envs.protocol import Env
 
 ACTION_DIM = 7
-HEARTBEAT_STEPS = 100  # control steps between two signs of life
-
-
-@dataclass(frozen=True)
-class SimulatorConfig:
-    """Which simulator to make, as Hydra configures it."""
-
-    env_config: dict[str, Any]
-    pictures: bool  # draw one at once: a machine without GL should say so now
-
-
-@dataclass(frozen=True)
-class SequencesRequest:
-    """Ask a worker what its world is and which chains it would be judged on."""
-
-    count: int
-    tasks: list[str] | None
-    length: int
-    seed: int
-
-
-@dataclass(frozen=True)
-class Chain:
-    """One sequence to roll out. `agent` is "policy" (the parent plans), "random" or "expert"."""
-
-    index: int
-    initial_state: dict
-    tasks: list[str]
-    agent: str
-    horizon: int
-    seed: int
-    slot: int = 0  # row of the batch that its plans are made in
-    film_every: int = 0  # control steps between two frames of the film, 0 for none
-
-
-@dataclass(frozen=True)
-class Branch:
-    """Go back to a moment of a sequence and see what follows: of the scripted expert on `task`, or of known actions."""
-
-    index: int
-    initial_state: dict
-    task: str
-    prefix_actions: np.ndarray  # (T, 7) actions from the initial state to the moment
-    continuation_steps: int  # steps after it
-    every: int  # of them between two pictures
-    seed: int
-    following: np.ndarray | None = None  # (ahead, 7) actions in the expert's place
+HEARTBEAT_STEPS = 100  # control steps between two heartbeats
 
 
 class Controller(Protocol):
-    """What carries out one chain: told of each sub-task, asked for each action."""
+    """Chooses the actions of one chain."""
 
-    def start_task(self, number: int, task: str) -> None: ...
+    def start_task(self, number: int, task: str) -> None:
+        """Called when sub-task `number` of the chain begins."""
 
-    def act(self) -> np.ndarray: ...
+    def act(self) -> np.ndarray:
+        """The next action, (7,)."""
 
 
 class RandomController:
-    """Uniform actions, the gripper open or closed."""
+    """Uniform actions in [-1, 1]; the gripper is either open or closed."""
 
     def __init__(self, chain: Chain):
         self.rng = np.random.default_rng((chain.seed, chain.index))
@@ -115,29 +79,32 @@ class ExpertController:
 
 
 class PolicyController:
-    """Asks the parent for a chunk of actions whenever the last one is used up; only then pictures are rendered."""
+    """Asks the parent for a chunk of actions whenever the last one is used up. Pictures are rendered only then."""
 
     def __init__(self, env: Env, chain: Chain, connection: Connection):
         self.env, self.chain, self.connection = env, chain, connection
-        self.queue: deque[np.ndarray] = deque()
+        self.broker = ActionChunkBroker(self._request_chunk)
 
     def start_task(self, number: int, task: str) -> None:
         self.number, self.plans = number, 0
         self.instruction = self.env.instruction(task)
-        self.queue.clear()
+        self.broker.reset()
 
     def act(self) -> np.ndarray:
-        if not self.queue:
-            key = (self.chain.seed, self.chain.index, self.number, self.plans)
-            self.connection.send(("plan", ({**self.env.get_obs(), "rollout_key": key}, self.instruction)))
-            self.queue.extend(self.connection.recv())
-            self.plans += 1
-        return self.queue.popleft()
+        return self.broker.next_action()
+
+    def _request_chunk(self) -> np.ndarray:
+        key = RolloutKey(self.chain.seed, self.chain.index, self.number, self.plans)
+        self.connection.send(PlanRequest(self.env.get_obs(), self.instruction, key))
+        self.plans += 1
+        return self.connection.recv()
 
 
 class ClippedController:
-    """A controller's actions as they are carried out: clipped to [-1, 1], and the steps counted where that changed
-    one."""
+    """Clips another controller's actions to [-1, 1] and counts the steps where that changed the action.
+
+    It also sends the parent a Heartbeat every HEARTBEAT_STEPS steps.
+    """
 
     def __init__(self, controller: Controller, connection: Connection):
         self.controller, self.connection = controller, connection
@@ -148,18 +115,18 @@ class ClippedController:
 
     def act(self) -> np.ndarray:
         if self.steps % HEARTBEAT_STEPS == 0:
-            self.connection.send(("alive", None))
-        meant = self.controller.act()
-        action = np.clip(meant, -1, 1)
+            self.connection.send(Heartbeat())
+        chosen = self.controller.act()
+        action = np.clip(chosen, -1, 1)
         self.steps += 1
-        self.clipped += bool((action != meant).any())
+        self.clipped += bool((action != chosen).any())
         return action
 
 
 def run_chain(env: Env, chain: Chain, controller: Controller, film: Film | None = None) -> list[int | None]:
-    """Sub-tasks one after the other without a reset, to the first that is not done within the horizon.
+    """Carry out the sub-tasks one after the other, without a reset between them, up to the first that fails.
 
-    Returns the steps to success of each sub-task that was tried, None for the one that failed.
+    Returns the steps to success of each sub-task that was tried, and None for one that was not done within the horizon.
     """
     env.reset(chain.initial_state)
     steps: list[int | None] = []
@@ -172,12 +139,12 @@ def run_chain(env: Env, chain: Chain, controller: Controller, film: Film | None 
 
 def _run_task(env: Env, chain: Chain, number: int, task: str, controller: Controller, film: Film | None) -> int | None:
     controller.start_task(number, task)
-    start = env.get_info()
+    start_info = env.get_info()
     if film:
         film.start_task(f"{number + 1}/{len(chain.tasks)} {env.instruction(task)}")
     for step in range(1, chain.horizon + 1):
         _, info = env.step(controller.act(), render=False)
-        done = env.check_success(task, start, info)
+        done = env.check_success(task, start_info, info)
         if film and (done or step % chain.film_every == 0):
             film.add(env.get_obs()["rgb_obs"]["rgb_static"], done=done)
         if done:
@@ -185,11 +152,11 @@ def _run_task(env: Env, chain: Chain, number: int, task: str, controller: Contro
     return None
 
 
-def run_branch(env: Env, branch: Branch) -> dict[str, Any]:
-    """{"start": scene and robot vectors at the moment, "frames": pictures of all cameras there and every so many steps
-    after, "actions": (ahead, 7)}.
+def run_branch(env: Env, branch: Branch) -> BranchResult:
+    """Return to the moment of a branch and continue from there.
 
-    The past is carried out again from the initial state: that needs no more of a simulator than to repeat itself.
+    The moment is reached by carrying out its prefix actions from the initial state, so the simulator needs to be
+    deterministic and need not save its state.
     """
     env.reset(branch.initial_state)
     for action in branch.prefix_actions:
@@ -197,13 +164,13 @@ def run_branch(env: Env, branch: Branch) -> dict[str, Any]:
     observation = env.get_obs()
     start = np.concatenate([observation["robot_obs"], observation["scene_obs"]])
     frames, actions = [observation["rgb_obs"]], []
-    following = _expert_actions(env, branch) if branch.following is None else iter(branch.following)
+    upcoming = _expert_actions(env, branch) if branch.override_actions is None else iter(branch.override_actions)
     for step in range(branch.continuation_steps):
-        actions.append(next(following))
+        actions.append(next(upcoming))
         env.step(actions[-1], render=False)
-        if (step + 1) % branch.every == 0:
+        if (step + 1) % branch.frame_stride == 0:
             frames.append(env.get_obs()["rgb_obs"])
-    return {"start": start, "frames": frames, "actions": np.stack(actions)}
+    return BranchResult(start, frames, np.stack(actions))
 
 
 def _expert_actions(env: Env, branch: Branch) -> Iterator[np.ndarray]:
@@ -215,31 +182,29 @@ def _expert_actions(env: Env, branch: Branch) -> Iterator[np.ndarray]:
 
 def handle_request(
     env: Env, request: SequencesRequest | Chain | Branch, connection: Connection
-) -> tuple[str, dict[str, Any]]:
-    """Do what the parent asked and name the kind of the answer."""
+) -> SequencesAnswer | ChainResult | BranchResult:
+    """Do what the parent asked and return the answer. A chain sends messages through `connection` meanwhile."""
     if isinstance(request, SequencesRequest):
-        sequences = env.sequences(request.count, tasks=request.tasks, length=request.length, seed=request.seed)
-        return "survey", {"world": env.name, "sequences": sequences}
+        sequences = env.get_sequences(request.count, tasks=request.tasks, length=request.length, seed=request.seed)
+        return SequencesAnswer(env.name, sequences)
     if isinstance(request, Branch):
-        return "branch", run_branch(env, request)
+        return run_branch(env, request)
     controllers = {
         "random": lambda: RandomController(request),
         "expert": lambda: ExpertController(env, request),
         "policy": lambda: PolicyController(env, request, connection),
     }
     film = Film() if request.film_every else None
-    carried = ClippedController(controllers[request.agent](), connection)
-    steps = run_chain(env, request, carried, film)
-    return "chain", {
-        "index": request.index,
-        "steps_to_success": steps,
-        "clipped": carried.clipped,
-        "film": film.frames if film else None,
-    }
+    controller = ClippedController(controllers[request.controller](), connection)
+    steps = run_chain(env, request, controller, film)
+    return ChainResult(request.index, steps, controller.clipped, film.frames if film else None)
 
 
 class ErrorReporter:
-    """Tells the parent in one line why this process ends; a parent that is gone needs no answer."""
+    """A context manager that sends the parent an ErrorReport where its body raises.
+
+    Nothing is sent where the connection itself broke, because the parent is gone then.
+    """
 
     def __init__(self, connection: Connection):
         self.connection = connection
@@ -252,25 +217,25 @@ class ErrorReporter:
     ) -> bool:
         if kind is None or issubclass(kind, (EOFError, ConnectionError)):
             return True
-        # hydra wraps what an environment's constructor raised
+        # Hydra wraps the error that an environment's constructor raised.
         cause = error.__cause__ if isinstance(error, InstantiationException) and error.__cause__ else error
         where = trace
         while where.tb_next:
             where = where.tb_next
         code = where.tb_frame.f_code
-        self.connection.send(("error", f"{type(cause).__name__}: {cause} ({code.co_name}, line {where.tb_lineno})"))
+        self.connection.send(ErrorReport(f"{type(cause).__name__}: {cause} ({code.co_name}, line {where.tb_lineno})"))
         return True
 
 
 def serve(connection: Connection) -> None:
-    """Say what came up, then answer requests until the parent hangs up."""
+    """Make the simulator, report its versions, then answer requests until the parent closes the connection."""
     with ErrorReporter(connection):
-        setup = connection.recv()
-        env = instantiate(setup.env_config)
+        config = connection.recv()
+        env = instantiate(config.env_config)
         try:
-            if setup.pictures:
+            if config.check_rendering:
                 env.get_obs()
-            connection.send(("up", {"versions": env.versions(), "choices": env.resolved_options()}))
+            connection.send(SimulatorReady(env.versions(), env.resolved_options()))
             while True:
                 connection.send(handle_request(env, connection.recv(), connection))
         finally:
@@ -279,5 +244,6 @@ def serve(connection: Connection) -> None:
 
 def main() -> None:
     """Serve the pipe whose file descriptor is the last argument."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # ctrl-C reaches the parent, which hangs up
+    # Ctrl-C reaches the parent as well, which then closes the connection.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     serve(Connection(int(sys.argv[-1])))

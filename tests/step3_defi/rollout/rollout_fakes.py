@@ -1,4 +1,4 @@
-"""A world without physics: a task is done after as many steps as its chain says. Also fake policies for it."""
+"""A world without physics, in which a task is done after as many steps as its name says, and policies for it."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+
+from step3_defi.rollout.messages import RolloutKey
 
 
 def make_tasks(steps: list[int]) -> list[str]:
@@ -26,13 +28,11 @@ class FakeExpert:
 
 
 class FakeEnv:
-    """Tasks named <name>_<steps>: done once the first action entry summed over the sub-task reaches <steps>.
+    """Tasks are named <name>_<steps> and done once the first action entry, summed over the sub-task, reaches <steps>.
 
-    trouble: rows of a sequence, "kill", "hang" or "raise", and in how many of its trials that happens on the 20th step;
-    the trials
-    are counted in the folder `trials`. renderer: "auto" finds egl for the first that starts, as the folder `starts`
-    counts them, and cpu for
-    later ones; drifts: each that starts draws another reference frame.
+    `trouble` has rows (sequence, "kill" | "hang" | "raise", number of trials in which that happens at the 20th step);
+    the trials are counted in the folder `trials`. With `renderer="auto"` the first environment that starts finds egl
+    and later ones cpu; the folder `starts` counts them. With `drifts` each environment has another reference frame.
     """
 
     name = "fake-D"
@@ -61,7 +61,7 @@ class FakeEnv:
         self.name = f"fake-{scene}"
         self.progress, self.renders, self.index = 0.0, 0, -1
 
-    def sequences(
+    def get_sequences(
         self, count: int, *, tasks: list[str] | None = None, length: int = 5, seed: int = 0
     ) -> list[tuple[dict, list[str]]]:
         return [
@@ -98,8 +98,8 @@ class FakeEnv:
     def instruction(self, task: str) -> str:
         return f"please do {task}"
 
-    def check_success(self, task: str, start: dict, now: dict) -> bool:
-        return now["progress"] - start["progress"] >= int(task.rsplit("_", 1)[1]) - 1e-9
+    def check_success(self, task: str, start_info: dict, end_info: dict) -> bool:
+        return end_info["progress"] - start_info["progress"] >= int(task.rsplit("_", 1)[1]) - 1e-9
 
     def expert(self, seed: int = 0) -> FakeExpert:
         return FakeExpert()
@@ -140,7 +140,7 @@ class FakeEnv:
 
 
 class SteadyPolicy:
-    """Advances by one a step, always."""
+    """Every action advances by one."""
 
     def __init__(
         self,
@@ -155,49 +155,53 @@ class SteadyPolicy:
         self.execute, self.length, self.delay = execute, length, delay
         self.batches: list[list[tuple[int, ...]]] = []
 
-    def plan(self, observations: list[dict], instructions: list[str]) -> np.ndarray:
-        self.batches.append([o["rollout_key"] for o in observations])
+    def predict_action_chunk(
+        self, observations: list[dict], instructions: list[str], *, rollout_keys: Sequence[RolloutKey]
+    ) -> np.ndarray:
+        self.batches.append(list(rollout_keys))
         return np.ones((len(observations), self.length, 7))
 
 
 class NoisyPolicy(SteadyPolicy):
     """Its pace is drawn from the rollout key, as a sampler's noise is."""
 
-    def plan(self, observations: list[dict], instructions: list[str]) -> np.ndarray:
+    def predict_action_chunk(
+        self, observations: list[dict], instructions: list[str], *, rollout_keys: Sequence[RolloutKey]
+    ) -> np.ndarray:
         time.sleep(self.delay)
-        keys = [o["rollout_key"] for o in observations]
-        paces = [np.random.default_rng(key).uniform(0, 2) for key in keys]
+        paces = [np.random.default_rng(key).uniform(0, 2) for key in rollout_keys]
         return np.stack([np.full((self.length, 7), pace) for pace in paces])
 
 
 class RowPolicy(SteadyPolicy):
-    """Its pace is drawn from the rollout key and the row of the batch, for a row's last bits do depend on its place."""
+    """Its pace is drawn from the rollout key and the row of the batch: a real model's last bits depend on the row."""
 
-    def plan(self, observations: list[dict], instructions: list[str]) -> np.ndarray:
-        paces = [np.random.default_rng((*o["rollout_key"], row)).uniform(0, 2) for row, o in enumerate(observations)]
+    def predict_action_chunk(
+        self, observations: list[dict], instructions: list[str], *, rollout_keys: Sequence[RolloutKey]
+    ) -> np.ndarray:
+        paces = [np.random.default_rng((*key, row)).uniform(0, 2) for row, key in enumerate(rollout_keys)]
         return np.stack([np.full((self.length, 7), pace) for pace in paces])
 
 
 class InstructionDependentPolicy(SteadyPolicy):
-    """The expert's actions, but backwards where the sentence ends in _250. It forecasts a grey level more a step, but
-    nothing new where it ends in _999."""
+    """It acts as the expert does, but backwards where the sentence ends in _250. Its forecast gains grey levels with
+    every frame, but stays as it is where the sentence ends in _999."""
 
     def __init__(self, folder: str = "", *, execute: int = 10, device: str = "cpu", compile: bool = False):
         super().__init__(folder, execute=execute, device=device)
         latents = SimpleNamespace(decode=lambda latents: latents / 2 + 0.5)
-        gfdm = SimpleNamespace(
-            generate=self.generate, encode_image=lambda image: image, latent_space=latents, num_frames=4
-        )
+        gfdm = SimpleNamespace(generate=self.generate, encode_image=lambda image: image, vae=latents, num_frames=4)
         gidm = SimpleNamespace(embed=lambda pictures: pictures.flatten(2).transpose(1, 2), num_tokens=64)
         self.model = SimpleNamespace(
             forward_model=gfdm, gidm=gidm, views=("static", "gripper"), image_size=8, imagine_seed=0, device=device
         )
 
-    def plan(self, observations: list[dict], instructions: list[str]) -> np.ndarray:
-        chunks = super().plan(observations, instructions)
-        return (
-            chunks * np.array([-0.1 if sentence.endswith("_250") else 1.0 for sentence in instructions])[:, None, None]
-        )
+    def predict_action_chunk(
+        self, observations: list[dict], instructions: list[str], *, rollout_keys: Sequence[RolloutKey]
+    ) -> np.ndarray:
+        chunks = super().predict_action_chunk(observations, instructions, rollout_keys=rollout_keys)
+        scales = np.array([-0.1 if sentence.endswith("_250") else 1.0 for sentence in instructions])
+        return chunks * scales[:, None, None]
 
     def generate(self, image: Any, text: list[str], *, steps: int, seed: int) -> Any:
         speed = 0.0 if text[0].endswith("_999") else 10 / 255

@@ -1,4 +1,4 @@
-"""Two rollouts side by side, from their folders."""
+"""Comparing two rollouts by their folders."""
 
 from __future__ import annotations
 
@@ -9,19 +9,21 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from common.program import CONFIGS
-from step3_defi.compare import compare_folders, plain_keys, write
-from step3_defi.rollout.journal import SETTINGS, JournalError
+from step3_defi.compare import compare_folders, write
+from step3_defi.rollout.journal import FORMAT, SETTINGS_FILE, JournalError
 
 
 def folder(path: Path, lengths: list[int], horizon: int = 360) -> Path:
     path.mkdir()
-    (path / SETTINGS).write_text(json.dumps({"world": "playtable-D", "horizon": horizon, "length": 5}))
+    settings = {"format": FORMAT, "world": "playtable-D", "horizon": horizon, "length": 5}
+    (path / SETTINGS_FILE).write_text(json.dumps(settings))
     lines = [
         {
             "index": i,
             "initial_state": {},
             "tasks": list("abcde"),
             "steps_to_success": [9] * n + [None] * (n < 5),
+            "clipped": 0,
             "seed": 0,
         }
         for i, n in enumerate(lengths)
@@ -50,20 +52,19 @@ def test_different_sequences_are_refused(tmp_path: Path) -> None:
     (b / "rollouts.jsonl").write_text(text)
     with pytest.raises(JournalError, match="sequence 0 differs"):
         compare_folders(a, b)
-    with pytest.raises(FileNotFoundError, match="no journal"):
+    with pytest.raises(JournalError, match="there is no journal"):
         compare_folders(a, tmp_path)
+
+
+def test_a_folder_of_an_older_version_is_refused(tmp_path: Path) -> None:
+    a, b = folder(tmp_path / "a", [5, 4]), folder(tmp_path / "b", [5, 4])
+    (b / SETTINGS_FILE).write_text(json.dumps({"world": "playtable-D", "horizon": 360, "length": 5}))
+    said = r"b holds rollouts of another version of this program \(format None"
+    with pytest.raises(JournalError, match=said) as caught:
+        compare_folders(a, b)
+    assert "\n" not in str(caught.value)
 
 
 def test_config_composes() -> None:
     with initialize_config_dir(CONFIGS, version_base=None):
         assert compose("step3_compare", ["a=x", "b=y"]).out == "outputs/compare"
-
-
-def test_two_folders_may_be_named_by_their_place() -> None:
-    assert plain_keys(["outputs/x", "seed=1", "outputs/y", "--cfg"]) == [
-        "a=outputs/x",
-        "seed=1",
-        "b=outputs/y",
-        "--cfg",
-    ]
-    assert plain_keys(["a=x", "b=y"]) == ["a=x", "b=y"]

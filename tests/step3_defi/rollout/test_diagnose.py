@@ -1,4 +1,4 @@
-"""Why sub-tasks fail: going back to moments, scores, verdicts, and the program over a world without physics."""
+"""Why sub-tasks fail: returning to moments, scores, verdicts, and the program in a world without physics."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from common import artifact
+from common.errors import UserError
 from common.video import read_frames
 from step3_defi.diagnose import diagnose
 from step3_defi.released.vpp import NullInverseDynamics
@@ -22,13 +23,13 @@ from step3_defi.rollout.diagnosis import (
     action_metrics,
     assign_verdicts,
     check_criteria,
+    count_verdicts,
     error_over_copy_db,
-    split,
     table,
 )
+from step3_defi.rollout.messages import Branch, BranchResult
 from step3_defi.rollout.replay import PlanRecorder, RecordedPlan, Replay, policy_continuation
 from step3_defi.rollout.simulators import RolloutError, SimulatorPool
-from step3_defi.rollout.worker import Branch
 from tests.step3_defi.parts import configure
 from tests.step3_defi.rollout import test_eval, test_rollout
 from tests.step3_defi.rollout.rollout_fakes import InstructionDependentPolicy, NoisyPolicy, make_tasks
@@ -36,10 +37,10 @@ from tests.step3_defi.rollout.rollout_fakes import InstructionDependentPolicy, N
 CHAINS = [[30, 60], [40, 999], [30, 250], [50, 50]]
 SETTINGS = {
     "failures": 9,
-    "every": 3,
-    "within": 120,
-    "ahead": 30,
-    "steps": 1,
+    "plan_stride": 3,
+    "max_step": 120,
+    "continuation_steps": 30,
+    "num_inference_steps": 1,
     "criteria": {"forecast": "forecast", "action": "action"},
     "quantile": 0.9,
     "workers": 2,
@@ -48,7 +49,7 @@ SETTINGS = {
 
 
 class WithoutInverse(InstructionDependentPolicy):
-    """As VPP has it."""
+    """A policy without an inverse model, as VPP is."""
 
     def __init__(self, folder: str = "", **settings: Any):
         super().__init__(folder, **settings)
@@ -59,17 +60,17 @@ def branch(prefix_actions: int, **more: Any) -> Branch:
     return Branch(0, {"index": 0}, "task0_30", np.ones((prefix_actions, 7)), 30, 10, seed=0, **more)
 
 
-def test_a_branch_goes_back_and_on_with_the_expert_or_with_what_was_done() -> None:
-    asked = [branch(7), branch(50), branch(50, following=np.full((30, 7), 2.0)), branch(0)]
+def test_a_branch_returns_and_continues_with_the_expert_or_with_given_actions() -> None:
+    asked = [branch(7), branch(50), branch(50, override_actions=np.full((30, 7), 2.0)), branch(0)]
     with SimulatorPool(test_rollout.config(), count=2) as simulators:
         found = dict(simulators.branch(asked))
     assert sorted(found) == [0, 1, 2, 3]
-    levels = [[int(pictures["rgb_static"][0, 0, 0]) for pictures in found[i]["frames"]] for i in range(4)]
+    levels = [[int(pictures["rgb_static"][0, 0, 0]) for pictures in found[i].frames] for i in range(4)]
     assert levels == [[7, 17, 27, 37], [50, 60, 70, 80], [50, 70, 90, 110], [0, 10, 20, 30]]
     assert (
-        [found[i]["start"][0] for i in range(4)] == [7, 50, 50, 0]
-        and found[2]["actions"][0, 0] == 2
-        and found[1]["actions"].shape == (30, 7)
+        [found[i].start[0] for i in range(4)] == [7, 50, 50, 0]
+        and found[2].actions[0, 0] == 2
+        and found[1].actions.shape == (30, 7)
     )
 
 
@@ -77,13 +78,13 @@ def test_a_simulator_that_fails_on_the_way_back_names_the_moment(tmp_path: Path)
     trouble = {"trouble": [(0, "raise", 1)], "trials": str(tmp_path)}
     with (
         SimulatorPool(test_rollout.config(**trouble), count=1) as simulators,
-        pytest.raises(RolloutError, match="sequence 0 .*gone back to step 50.*block fell"),
+        pytest.raises(RolloutError, match="sequence 0 .*returning to step 50.*block fell"),
     ):
         list(simulators.branch([branch(50)]))
 
 
 def test_the_way_back_is_what_was_carried_out() -> None:
-    """Paces differ from plan to plan; the world's progress at a moment is the sum of the actions before it."""
+    """The pace differs between plans; the progress at a moment is the sum of the actions before it."""
     records = {
         0: {
             "index": 0,
@@ -93,14 +94,14 @@ def test_the_way_back_is_what_was_carried_out() -> None:
             "seed": 5,
         }
     }
-    recorder = PlanRecorder(NoisyPolicy(execute=8), every=2, max_step=30)
+    recorder = PlanRecorder(NoisyPolicy(execute=8), plan_stride=2, max_step=30)
     replay = Replay(records, failures=1, horizon=100)
     with SimulatorPool(test_rollout.config(), count=1) as simulators:
         result = next(simulators.rollout(replay.chains(slots=1), recorder))
     assert replay.diverged([result]) == {0}
-    replay.records[0]["steps_to_success"] = result["steps_to_success"]
-    assert not replay.diverged([result]) and result["steps_to_success"][-1] is None
-    moments = replay.moments(0, recorder, continuation_steps=20, every=10)
+    replay.records[0]["steps_to_success"] = result.steps_to_success
+    assert not replay.diverged([result]) and result.steps_to_success[-1] is None
+    moments = replay.moments(0, recorder, continuation_steps=20, frame_stride=10)
     assert {key[1:] for key in moments} >= {(0, 0), (0, 2), (1, 0), (1, 2)} and (1, 4) not in {
         key[1:] for key in moments
     }
@@ -108,8 +109,11 @@ def test_the_way_back_is_what_was_carried_out() -> None:
         assert way.prefix_actions[:, 0].sum() == pytest.approx(recorder.plans[key].observation["robot_obs"][0]), key
         assert way.task == records[0]["tasks"][key[1]]
     on = policy_continuation(moments[0, 1, 2], (0, 1, 2), recorder)
-    assert np.array_equal(on.following[:8], recorder.plans[0, 1, 2].actions) and on.following.shape == (20, 7)
-    assert recorder.plans[0, 1, 1].observation is None  # pictures are kept of judged moments only
+    assert np.array_equal(on.override_actions[:8], recorder.plans[0, 1, 2].actions) and on.override_actions.shape == (
+        20,
+        7,
+    )
+    assert recorder.plans[0, 1, 1].observation is None  # only the moments to score keep their pictures
 
 
 def test_replay_stops_at_the_failures_that_were_asked_for() -> None:
@@ -118,7 +122,7 @@ def test_replay_stops_at_the_failures_that_were_asked_for() -> None:
 
     records = {0: record(0, 5, 5), 1: record(1, None), 2: record(2, 5, None), 3: record(3, None)}
     replay = Replay(records, failures=2, horizon=9)
-    assert list(replay.records) == [0, 1, 2] and [replay.solved(i) for i in range(3)] == [2, 0, 1]
+    assert list(replay.records) == [0, 1, 2] and [replay.num_solved(i) for i in range(3)] == [2, 0, 1]
 
 
 def test_errors_are_zero_for_the_expert_and_grow_away_from_it() -> None:
@@ -139,7 +143,7 @@ def subtask(solved: bool, forecast: float, action: float, task: str = "open_draw
     return Subtask(0, 0, task, solved, [scores, scores])
 
 
-def test_verdicts_are_held_against_the_successes() -> None:
+def test_verdicts_compare_with_the_successes() -> None:
     good = [subtask(True, -i, 0.1 * i) for i in range(10)]
     bad = [
         subtask(False, 5, 0.2),
@@ -151,7 +155,7 @@ def test_verdicts_are_held_against_the_successes() -> None:
     limits = assign_verdicts([*good, *bad], forecast="forecast", action="action", quantile=0.9)
     assert limits == {"forecast": pytest.approx(-0.9), "action": pytest.approx(0.81)}
     assert [s.verdict for s in bad] == ["forecast", "action", "both", "neither", "action"]
-    assert {verdict: cell["count"] for verdict, cell in split(bad).items()} == {
+    assert {verdict: cell["count"] for verdict, cell in count_verdicts(bad).items()} == {
         "forecast": 1,
         "action": 2,
         "both": 1,
@@ -163,30 +167,32 @@ def test_verdicts_are_held_against_the_successes() -> None:
         "| **all failures** | 5 | 1 (20 % [4, 62]) | 2 (40 %" in text
         and "| successes, for comparison | 10 | 1 (10 %" in text
     )
-    with pytest.raises(ValueError, match="no sub-task .* succeeded"):
+    with pytest.raises(UserError, match="no sub-task .* succeeded"):
         assign_verdicts(bad, forecast="forecast", action="action", quantile=0.9)
-    with pytest.raises(ValueError, match="pixels.*forecast_tokens"):
+    with pytest.raises(UserError, match="pixels.*forecast_tokens"):
         check_criteria(forecast="pixels", action="action", quantile=0.9)
-    with pytest.raises(ValueError, match="quantile=1"):
+    with pytest.raises(UserError, match="quantile=1"):
         check_criteria(forecast="forecast", action="action", quantile=1)
 
 
 def test_a_forward_model_without_pictures_is_refused() -> None:
     model = InstructionDependentPolicy().model
     del model.forward_model.generate
-    with pytest.raises(ValueError, match="no pictures"):
+    with pytest.raises(UserError, match="no pictures"):
         FailureScorer(model)
 
 
-def test_a_vpp_policy_is_held_to_pixels_and_actions(tree: Path) -> None:
-    """The one that its config makes, whose inverse model has no visual tokens."""
+def test_a_vpp_policy_is_scored_by_pixels_and_actions(tree: Path) -> None:
+    """The policy of the config, whose inverse model has no visual tokens."""
     model = instantiate(
-        OmegaConf.to_container(configure("step3_defi", f"paths.ckpts={tree}/ckpts", "policy=vpp").policy, resolve=True)
+        OmegaConf.to_container(configure("step3_defi", f"paths.ckpts={tree}/ckpts", "defi=vpp").policy, resolve=True)
     ).eval()
     assert isinstance(model.gidm, NullInverseDynamics)
     pictures = np.random.default_rng(0).integers(0, 255, (2, 200, 200, 3), np.uint8)
     plan = RecordedPlan(np.zeros((10, 7)), "open the drawer", {"rgb_obs": {"rgb_static": pictures[0]}})
-    scores = FailureScorer(model).score(plan, {"frames": [{"rgb_static": pictures[1]}], "actions": np.ones((30, 7))})
+    scores = FailureScorer(model).score(
+        plan, BranchResult(np.zeros(39), [{"rgb_static": pictures[1]}], np.ones((30, 7)))
+    )
     assert scores.keys() == {"forecast", "action", "direction", "gripper"} and np.isfinite(list(scores.values())).all()
 
 
@@ -209,7 +215,7 @@ def rolled(tmp_path: Path, request: pytest.FixtureRequest) -> tuple[Path, Path]:
 def test_the_program_tells_forecast_from_action(rolled: tuple[Path, Path], tmp_path: Path) -> None:
     run, path = rolled
     results = diagnose(run=run, path=path, out=tmp_path / "out", **SETTINGS)
-    assert json.loads((tmp_path / "out/diagnosis.json").read_text()) == results and results["strayed"] == []
+    assert json.loads((tmp_path / "out/diagnosis.json").read_text()) == results and results["diverged"] == []
     found = {s["task"]: s for s in results["subtasks"]}
     assert {task: s["verdict"] for task, s in found.items() if not s["solved"]} == {
         "task1_999": "forecast",
@@ -227,10 +233,10 @@ def test_the_program_tells_forecast_from_action(rolled: tuple[Path, Path], tmp_p
 
 
 @pytest.mark.parametrize("rolled", ["tests.step3_defi.rollout.test_diagnose.WithoutInverse"], indirect=True)
-def test_the_program_judges_a_policy_without_inverse_model_by_pixels(rolled: tuple[Path, Path], tmp_path: Path) -> None:
+def test_the_program_scores_a_policy_without_inverse_model_by_pixels(rolled: tuple[Path, Path], tmp_path: Path) -> None:
     run, path = rolled
     with pytest.raises(
-        ValueError, match=r"criteria names \['forecast_tokens'\]: choose among \['forecast', 'action', 'gripper'\]"
+        UserError, match=r"criteria names \['forecast_tokens'\]: choose among \['forecast', 'action', 'gripper'\]"
     ):
         diagnose(
             run=run,
@@ -244,19 +250,19 @@ def test_the_program_judges_a_policy_without_inverse_model_by_pixels(rolled: tup
         "task1_250": "action",
     }
     text = (tmp_path / "out/table.md").read_text()
-    assert "squared error above copying" in text and "visual tokens" not in text
+    assert "squared error relative to copying" in text and "visual tokens" not in text
 
 
 def test_the_program_refuses_what_does_not_belong_together(rolled: tuple[Path, Path], tmp_path: Path) -> None:
     run, path = rolled
-    with pytest.raises(ValueError, match="ahead=31: a multiple of 3"):
-        diagnose(run=run, path=path, out=tmp_path / "out", **{**SETTINGS, "ahead": 31})
+    with pytest.raises(UserError, match="continuation_steps=31: must be a multiple of 3"):
+        diagnose(run=run, path=path, out=tmp_path / "out", **{**SETTINGS, "continuation_steps": 31})
     text = (run / "rollouts.jsonl").read_text()
     (run / "rollouts.jsonl").write_text(text.replace("[40,null]", "[41,null]"))
-    assert diagnose(run=run, path=path, out=tmp_path / "out", **{**SETTINGS, "films": 0})["strayed"] == [1]
+    assert diagnose(run=run, path=path, out=tmp_path / "out", **{**SETTINGS, "films": 0})["diverged"] == [1]
     (run / "rollouts.jsonl").write_text(text.splitlines()[1].replace("[40,null]", "[41,null]") + "\n")
-    with pytest.raises(ValueError, match="none of 1 sequences ends as in the journal"):
+    with pytest.raises(UserError, match="none of 1 sequences ends as in the journal"):
         diagnose(run=run, path=path, out=tmp_path / "out", **SETTINGS)
     other = artifact.save(torch.nn.Linear(1, 1), tmp_path / "other", kind="defi", config={"width": 3})
-    with pytest.raises(ValueError, match="not of .*other"):
+    with pytest.raises(UserError, match="not of .*other"):
         diagnose(run=run, path=other, out=tmp_path / "out", **SETTINGS)

@@ -18,8 +18,10 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from common import artifact
+from common.errors import UserError
 from common.program import CONFIGS
-from step3_defi.eval import evaluate, plain_keys
+from envs import resolve_tasks
+from step3_defi.eval import evaluate
 from step3_defi.rollout import journal, stats
 from step3_defi.rollout.journal import Journal, JournalError
 from step3_defi.rollout.replay import Replay
@@ -41,7 +43,7 @@ def policy(tmp_path: Path) -> str:
     return str(folder)
 
 
-def run(out: Path, agent: str = "expert", **changes: Any) -> dict[str, Any]:
+def run(out: Path, policy: str = "expert", **changes: Any) -> dict[str, Any]:
     env = {"_target_": f"{FAKES}.FakeEnv", "chains": CHAINS, **changes.pop("env", {})}
     arguments = {
         "planner": OmegaConf.create({"_target_": f"{FAKES}.NoisyPolicy", "execute": 10}),
@@ -53,7 +55,7 @@ def run(out: Path, agent: str = "expert", **changes: Any) -> dict[str, Any]:
         "seed": 0,
         "films": {"candidates": 0, "keep": 1, "every": 40},
     }
-    return evaluate(env_config=env, agent=agent, out=out, **{**arguments, **changes})
+    return evaluate(env_config=env, policy=policy, out=out, **{**arguments, **changes})
 
 
 def command(out: Path, policy: str, *more: str) -> list[str]:
@@ -63,7 +65,6 @@ def command(out: Path, policy: str, *more: str) -> list[str]:
         "sequences=6",
         "workers=2",
         "films.candidates=0",
-        "tasks.tasks=null",
         f"env._target_={FAKES}.FakeEnv",
         f"+env.chains={json.dumps(CHAINS)}",
         f"planner._target_={FAKES}.NoisyPolicy",
@@ -130,7 +131,7 @@ def test_a_killed_run_goes_on_and_ends_as_an_unbroken_one(tmp_path: Path, policy
         os.kill(process.pid, signal.SIGKILL)
     assert 2 <= len(journal.read(lines)) < 6 and not (broken / "results.json").exists()
     with lines.open("ab") as file:
-        file.write(b'{"index":5,"initial_state":{"ind')  # torn by the kill
+        file.write(b'{"index":5,"initial_state":{"ind')  # cut off by the kill
     settings = json.loads((broken / "settings.json").read_text())
     run(broken, policy, env={"scene": "D"}, planner=OmegaConf.create(settings["planner"]))
     assert {k: v for k, v in files(broken).items() if k != "settings.json"} == {
@@ -148,15 +149,15 @@ def test_a_finished_run_does_nothing_but_report(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "change,named",
     [
-        ({"seed": 1}, "seed: 0 there, 1 asked"),
-        ({"horizon": 360}, "horizon: 720 there"),
+        ({"seed": 1}, "seed is 0 there and 1 now"),
+        ({"horizon": 360}, "horizon is 720 there"),
         ({"tasks": ["a"]}, "tasks"),
-        ({"agent": "random"}, "policy"),
+        ({"policy": "random"}, "policy"),
         ({"env": {"scene": "A"}}, "env"),
         ({"sequences": 7}, "sequences"),
     ],
 )
-def test_a_foreign_journal_is_refused(tmp_path: Path, change: dict[str, Any], named: str) -> None:
+def test_a_journal_of_other_settings_is_refused(tmp_path: Path, change: dict[str, Any], named: str) -> None:
     run(tmp_path, workers=1)
     before = files(tmp_path)
     with pytest.raises(JournalError, match=named) as caught:
@@ -174,8 +175,7 @@ def test_other_weights_are_refused(tmp_path: Path, policy: str) -> None:
 
 
 def test_workers_killed_every_few_sequences_leave_no_trace(tmp_path: Path, policy: str) -> None:
-    """Must be shown: journal, results and table, byte for byte, but for the settings, where the fake's trouble
-    stands."""
+    """Journal, results and table are equal to the byte. The settings differ, because they hold the fake's trouble."""
     trials = tmp_path / "trials"
     trials.mkdir()
     trouble = {"trouble": [[index, "kill", 1] for index in (1, 3, 6, 8, 9)], "trials": str(trials)}
@@ -186,15 +186,13 @@ def test_workers_killed_every_few_sequences_leave_no_trace(tmp_path: Path, polic
     assert all(straight[name] == broken[name] for name in ("rollouts.jsonl", "results.json", "table.md"))
 
 
-def test_sequences_that_could_not_be_judged_are_named_and_no_result_is_made_without_them(
-    tmp_path: Path, policy: str
-) -> None:
+def test_sequences_that_failed_are_named_and_no_result_is_made_without_them(tmp_path: Path, policy: str) -> None:
     trials, out = tmp_path / "trials", tmp_path / "out"
     trials.mkdir()
     env = {"trouble": [[1, "kill", 2], [4, "raise", 2]], "trials": str(trials)}
     with pytest.raises(
         RolloutError,
-        match=r"^2 of 6 sequences could not be judged, .*: 1, 4; the others are in .*, the same command tries these again$",
+        match=r"^2 of 6 sequences could not be rolled out .*: 1, 4; the others .*, and the same command tries these .*$",
     ):
         run(out, policy, env=env)
     assert (
@@ -216,18 +214,13 @@ def test_clipped_actions_are_counted_over_a_resume(tmp_path: Path, policy: str) 
     lines = (tmp_path / "a/rollouts.jsonl").read_bytes().splitlines(keepends=True)
     (tmp_path / "a/rollouts.jsonl").write_bytes(b"".join(lines[:2]))
     assert run(tmp_path / "a", policy) == results
-    old = [json.loads(line) for line in lines]
-    old[0].pop("clipped")
-    (tmp_path / "a/rollouts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in old))
-    assert run(tmp_path / "a", policy)["actions"]["clipped"] is None, "a journal that did not count says so"
-    assert "clipped" not in (tmp_path / "a/table.md").read_text()
 
 
 def test_two_runs_do_not_share_a_journal(tmp_path: Path, policy: str) -> None:
     with (
         journal.exclusive_lock(tmp_path),
         pytest.raises(
-            JournalError, match="another run is writing its journal; wait for its end, or choose another out="
+            JournalError, match="another run is writing its journal; wait until it ends, or choose another out="
         ),
     ):
         run(tmp_path, policy, sequences=1)
@@ -262,9 +255,8 @@ def test_two_processes_make_one_result(tmp_path: Path, policy: str) -> None:
     assert not list(shared.glob("rollouts.*.jsonl"))
     replay = Replay(journal.read(shared / "rollouts.jsonl"), failures=9, horizon=720)
     with SimulatorPool({"_target_": f"{FAKES}.FakeEnv", "chains": CHAINS}, count=2) as simulators:
-        assert not replay.diverged(simulators.rollout(replay.chains(slots=2), RowPolicy())), (
-            "diagnose plans in the rows of the run"
-        )
+        results = simulators.rollout(replay.chains(slots=2), RowPolicy())
+        assert not replay.diverged(results), "diagnose plans in the rows of the run"
 
 
 def test_two_processes_in_different_worlds_make_none(tmp_path: Path, policy: str) -> None:
@@ -288,7 +280,7 @@ def test_two_processes_in_different_worlds_make_none(tmp_path: Path, policy: str
 
 
 def test_a_killed_run_of_two_processes_goes_on_in_one(tmp_path: Path, policy: str) -> None:
-    """Claims of the dead are void, and a plan's row in the batch is the sequence's, whichever process makes it."""
+    """The claims of killed processes do not count, and a plan's row in the batch depends on the sequence alone."""
     out = tmp_path / "out"
     run(tmp_path / "straight", policy, env={"scene": "D"})
     whole = (tmp_path / "straight/rollouts.jsonl").read_bytes().splitlines(keepends=True)
@@ -315,7 +307,7 @@ def test_parts_of_other_processes_are_merged(tmp_path: Path) -> None:
 
 def test_torn_and_broken_lines(tmp_path: Path) -> None:
     path = tmp_path / "rollouts.jsonl"
-    good = b'{"index":0,"initial_state":{},"tasks":["a"],"steps_to_success":[3],"seed":0}\n'
+    good = b'{"index":0,"initial_state":{},"tasks":["a"],"steps_to_success":[3],"clipped":0,"seed":0}\n'
     path.write_bytes(good + b'{"index":1,"ini')
     with Journal(path) as lines:
         assert list(lines.records) == [0]
@@ -329,20 +321,37 @@ def test_torn_and_broken_lines(tmp_path: Path) -> None:
 def test_bad_arguments(tmp_path: Path) -> None:
     with pytest.raises(
         artifact.ArtifactError,
-        match=r"^policy=no/where/: not random, not expert, and no/where/: neither a folder nor a hub id.*$",
+        match=r"^policy=no/where/ is not random, not expert, and no/where/: neither a folder nor a hub id.*$",
     ):
         run(tmp_path, "no/where/")
-    with pytest.raises(ValueError, match="workers=0"):
+    with pytest.raises(UserError, match="workers=0"):
         run(tmp_path, workers=0)
-    with pytest.raises(ValueError, match="sequences=0"):
+    with pytest.raises(UserError, match="sequences=0"):
         run(tmp_path, sequences=0)
     assert not list(tmp_path.iterdir())
 
 
-def test_keys_that_are_also_groups() -> None:
-    overrides = plain_keys(["policy=ckpts/defi/x", "tasks=[a,b]", "scene=A", "policy_x=1"])
-    assert overrides == ["agent=ckpts/defi/x", "tasks.tasks=[a,b]", "scene=A", "policy_x=1"]
+def test_the_keys_are_those_of_the_config() -> None:
     with initialize_config_dir(CONFIGS, version_base=None):
-        cfg = compose("step3_eval", overrides[:3])
-        assert (cfg.agent, list(cfg.tasks.tasks), cfg.scene) == ("ckpts/defi/x", ["a", "b"], "A")
-        assert len(compose("step3_eval", plain_keys(["policy=random", "tasks=eleven"])).tasks.tasks) == 11
+        cfg = compose("step3_eval", ["policy=ckpts/defi/x", "tasks=[open_drawer,turn_on_led]", "scene=A"])
+        assert (cfg.policy, resolve_tasks(cfg.tasks), cfg.scene) == (
+            "ckpts/defi/x",
+            ("open_drawer", "turn_on_led"),
+            "A",
+        )
+        for tasks, count in (("all", 34), ("eleven", 11), ("lifts", 3)):
+            assert len(resolve_tasks(compose("step3_eval", ["policy=random", f"tasks={tasks}"]).tasks)) == count
+        assert len(resolve_tasks(compose("step3_eval", ["policy=random"]).tasks)) == 34
+
+
+def test_a_folder_of_an_older_version_is_refused(tmp_path: Path) -> None:
+    run(tmp_path)
+    settings = json.loads((tmp_path / "settings.json").read_text())
+    assert settings.pop("format") == journal.FORMAT
+    (tmp_path / "settings.json").write_text(json.dumps(settings))
+    before = files(tmp_path)
+    with pytest.raises(
+        JournalError, match="another version of this program.*choose another out= or delete it"
+    ) as caught:
+        run(tmp_path)
+    assert "\n" not in str(caught.value) and files(tmp_path) == before

@@ -1,4 +1,4 @@
-"""Which GPU simulators draw on."""
+"""Which GPU simulators render on."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from step3_defi.rollout import gpu, handle
+from step3_defi.rollout.messages import SequencesRequest
 from step3_defi.rollout.simulators import SimulatorPool
-from step3_defi.rollout.worker import SequencesRequest
 
 FOUR = (0, 1, 2, 3, None)  # the last one is Mesa's
 
@@ -35,7 +35,7 @@ def both(number: int, *visible: str) -> dict[str, str]:
         ),
     ],
 )
-def test_each_rank_draws_on_its_gpu(
+def test_each_rank_renders_on_its_gpu(
     environment: dict[str, str], numbers: tuple[int | None, ...], added: dict[str, str]
 ) -> None:
     assert gpu.egl_environment(environment, numbers) == added
@@ -81,5 +81,5 @@ def test_simulators_are_told_where_there_is_a_gpu(there: bool, monkeypatch: pyte
         "version": "egl ${oc.env:EGL_VISIBLE_DEVICES,none} ${oc.env:MUJOCO_EGL_DEVICE_ID,none}",
     }
     with SimulatorPool(env, count=1) as simulators:
-        assert simulators.survey(SequencesRequest(1, None, 1, 0))["world"] == "fake-D"
+        assert simulators.get_sequences(SequencesRequest(1, None, 1, 0)).world == "fake-D"
     assert simulators.versions["simulator"] == ("fake egl 3 3" if there else "fake egl none none")

@@ -1,4 +1,4 @@
-"""The page: everything inline, everything escaped, and a missing piece named instead of fatal."""
+"""The report page: everything is embedded and escaped, and a missing piece is named on the page."""
 
 from __future__ import annotations
 
@@ -29,11 +29,12 @@ def rollouts(folder: Path, lengths: list[int]) -> None:
             "initial_state": {},
             "tasks": list("abcde"),
             "steps_to_success": [9] * n + [None] * (n < 5),
+            "clipped": 0,
             "seed": 0,
         }
         for i, n in enumerate(lengths)
     ]
-    write_text(folder / journal.NAME, "".join(json.dumps(r) + "\n" for r in records))
+    write_text(folder / journal.JOURNAL_FILE, "".join(json.dumps(r) + "\n" for r in records))
     results = {
         "world": "playtable-D",
         "vocabulary": None,

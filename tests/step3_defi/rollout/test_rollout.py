@@ -1,5 +1,4 @@
-"""Rollouts in processes: protocol, batching, pictures only where they are looked at, and what happens when things
-break."""
+"""Rollouts in processes: protocol, batches, pictures for plans only, and simulators that fail."""
 
 from __future__ import annotations
 
@@ -15,21 +14,22 @@ import pytest
 
 from step3_defi.policy import DeFIPolicy
 from step3_defi.rollout.journal import Claims
-from step3_defi.rollout.simulators import RolloutError, SimulatorPool, plan
-from step3_defi.rollout.worker import Chain, SequencesRequest
+from step3_defi.rollout.messages import Chain, ChainFailure, PlanRequest, RolloutKey, SequencesRequest
+from step3_defi.rollout.simulators import RolloutError, SimulatorPool, plan_batch
 from tests.step3_defi.parts import SENTENCES, build, wake
 from tests.step3_defi.rollout.rollout_fakes import NoisyPolicy, RowPolicy, SteadyPolicy, make_tasks
 
 CHAINS = [[30, 250, 300, 500, 30], [30, 999, 30, 30, 30], [300, 300, 300, 300, 300]]
+REQUEST = PlanRequest({}, "go", RolloutKey(0, 0, 0, 0))
 
 
 def config(**arguments: Any) -> dict[str, Any]:
     return {"_target_": "tests.step3_defi.rollout.rollout_fakes.FakeEnv", "chains": CHAINS, **arguments}
 
 
-def chains(agent: str = "policy", horizon: int = 720, count: int = 3, slots: int = 1, **more: Any) -> list[Chain]:
+def chains(controller: str = "policy", horizon: int = 720, count: int = 3, slots: int = 1, **more: Any) -> list[Chain]:
     return [
-        Chain(i, {"index": i}, make_tasks(CHAINS[i % 3]), agent, horizon, seed=5, slot=i % slots, **more)
+        Chain(i, {"index": i}, make_tasks(CHAINS[i % 3]), controller, horizon, seed=5, slot=i % slots, **more)
         for i in range(count)
     ]
 
@@ -44,7 +44,7 @@ def run(
     **arguments: Any,
 ) -> dict[int, Any]:
     with SimulatorPool(config(**arguments), count=workers, response_timeout=response_timeout) as simulators:
-        return {r["index"]: r for r in simulators.rollout(work, policy, claim)}
+        return {result.index: result for result in simulators.rollout(work, policy, claim)}
 
 
 def notes(log: Path) -> list[str]:
@@ -53,12 +53,12 @@ def notes(log: Path) -> list[str]:
 
 def test_steps_to_success_end_at_the_first_failure() -> None:
     results = run(chains(), SteadyPolicy())
-    assert [results[i]["steps_to_success"] for i in range(3)] == [[30, 250, 300, 500, 30], [30, None], [300] * 5]
+    assert [results[i].steps_to_success for i in range(3)] == [[30, 250, 300, 500, 30], [30, None], [300] * 5]
 
 
 def test_a_shorter_horizon_ends_chains_earlier() -> None:
     results = run(chains(horizon=280), SteadyPolicy())
-    assert [results[i]["steps_to_success"] for i in range(3)] == [[30, 250, None], [30, None], [None]]
+    assert [results[i].steps_to_success for i in range(3)] == [[30, 250, None], [30, None], [None]]
 
 
 def test_pictures_are_rendered_for_plans_only(tmp_path: Path) -> None:
@@ -77,20 +77,20 @@ def test_a_new_subtask_gets_a_new_plan() -> None:
 
 def test_expert_and_random_need_no_pictures(tmp_path: Path) -> None:
     expert = run(chains("expert"), log=str(tmp_path / "env"))
-    assert expert[0]["steps_to_success"] == [30, 250, 300, 500, 30]
+    assert expert[0].steps_to_success == [30, 250, 300, 500, 30]
     first, second = (run(chains("random", horizon=40), workers=n) for n in (1, 2))
-    assert {i: r["steps_to_success"] for i, r in first.items()} == {i: r["steps_to_success"] for i, r in second.items()}
+    assert {i: r.steps_to_success for i, r in first.items()} == {i: r.steps_to_success for i, r in second.items()}
     assert "render" not in notes(tmp_path / "env")
 
 
 def test_two_workers_get_what_one_gets() -> None:
     one, two = (run(chains(count=5, slots=n), NoisyPolicy(), workers=n) for n in (1, 2))
     assert one == two
-    assert len({tuple(r["steps_to_success"]) for r in one.values()}) > 3  # the noise does something
+    assert len({tuple(r.steps_to_success) for r in one.values()}) > 3  # the noise does something
 
 
 def test_processes_share_work_as_they_get_free_and_come_to_the_same(tmp_path: Path) -> None:
-    """Two that take from one folder, one of them in a slow world."""
+    """Two processes claim from one folder, one of them with a slow simulator."""
     work, claims = chains(count=12, slots=2, horizon=60), Claims(tmp_path)
     straight = run(work, RowPolicy(), workers=2)
     with ThreadPoolExecutor() as pool:
@@ -117,30 +117,30 @@ def test_a_chain_is_always_planned_in_its_slot() -> None:
     asked = [(row, key[1]) for batch in policy.batches for row, key in enumerate(batch) if len(set(batch)) == 2]
     assert asked and all(row == int(index > 0) for row, index in asked)
     keys = [key for batch in policy.batches for key in batch]
-    plans = {index: sum(-(-(s or 720) // 10) for s in results[index]["steps_to_success"]) for index in results}
+    plans = {index: sum(-(-(s or 720) // 10) for s in results[index].steps_to_success) for index in results}
     assert {i: len({key for key in keys if key[1] == i}) for i in plans} == plans
 
 
 def test_films_hold_every_second_frame_with_a_caption() -> None:
-    film = run(chains(horizon=280, count=1, film_every=2), SteadyPolicy())[0]["film"]
+    film = run(chains(horizon=280, count=1, film_every=2), SteadyPolicy())[0].film
     assert len(film) > (30 + 250 + 280) / 2
     assert film[0].shape == (228, 200, 3)
-    assert film[0][200:].max() > 100 and run(chains(horizon=280, count=1), SteadyPolicy())[0]["film"] is None
+    assert film[0][200:].max() > 100 and run(chains(horizon=280, count=1), SteadyPolicy())[0].film is None
 
 
-def test_survey() -> None:
+def test_get_sequences() -> None:
     with SimulatorPool(config(scene="A"), count=2) as simulators:
-        survey = simulators.survey(SequencesRequest(4, None, 2, 9))
-    assert survey["world"] == "fake-A" and simulators.versions["simulator"] == "fake 1"
-    assert survey["sequences"][3] == ({"index": 3, "seed": 9}, make_tasks([30, 250]))
+        answer = simulators.get_sequences(SequencesRequest(4, None, 2, 9))
+    assert answer.world == "fake-A" and simulators.versions["simulator"] == "fake 1"
+    assert answer.sequences[3] == ({"index": 3, "seed": 9}, make_tasks([30, 250]))
 
 
-@pytest.mark.parametrize("agent", ["policy", "random"])
+@pytest.mark.parametrize("controller", ["policy", "random"])
 def test_sequences_of_simulators_that_fail_once_are_tried_again_and_come_to_the_same(
-    agent: str, tmp_path: Path
+    controller: str, tmp_path: Path
 ) -> None:
-    """Killed, hung, and told an error, in the middle of a sub-task, while others wait for their plans."""
-    work, policy = chains(agent, count=9, slots=3, horizon=400), NoisyPolicy()
+    """Simulators are killed, hang and raise in the middle of a sub-task, while others wait for their plans."""
+    work, policy = chains(controller, count=9, slots=3, horizon=400), NoisyPolicy()
     straight = run(work, policy, workers=3)
     trouble = [(0, "kill", 1), (2, "kill", 1), (4, "hang", 1), (5, "raise", 1), (8, "kill", 1)]
     assert run(work, policy, workers=3, response_timeout=4, trouble=trouble, trials=str(tmp_path)) == straight
@@ -151,11 +151,11 @@ def test_sequences_of_simulators_that_fail_once_are_tried_again_and_come_to_the_
     "kind, why",
     [
         ("kill", r"the process died \(exit code -9\)"),
-        ("hang", "no sign of life; .* more than 2 s, raise patience="),
+        ("hang", "no sign of life for 2 s; raise response_timeout= if it is slow"),
         ("raise", r"ValueError: block fell off the table \(_fail, line \d+\)"),
     ],
 )
-def test_a_sequence_whose_simulator_fails_twice_is_told_apart(
+def test_a_sequence_whose_simulator_fails_twice_is_reported_as_failed(
     kind: str, why: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     results = run(
@@ -166,12 +166,14 @@ def test_a_sequence_whose_simulator_fails_twice_is_told_apart(
         trouble=[(1, kind, 9)],
         trials=str(tmp_path),
     )
-    assert sorted(results) == [0, 1, 2, 3] and [index for index in results if "failure" in results[index]] == [1]
-    assert re.fullmatch(r"simulator \d, sequence 1 \(task0_30.*\): " + why, results[1]["failure"])
+    assert sorted(results) == [0, 1, 2, 3] and [
+        index for index in results if isinstance(results[index], ChainFailure)
+    ] == [1]
+    assert re.fullmatch(r"simulator \d, sequence 1 \(task0_30.*\): " + why, results[1].reason)
     assert (tmp_path / "1").read_text() == "xx", "tried once more, not twice"
     assert (
-        "tries the sequence again" in caplog.messages[0]
-        and "goes on without" in caplog.messages[1]
+        "trying the sequence again" in caplog.messages[0]
+        and "going on without" in caplog.messages[1]
         and len(caplog.messages) == 2
     )
 
@@ -179,34 +181,35 @@ def test_a_sequence_whose_simulator_fails_twice_is_told_apart(
 def test_simulators_that_never_work_end_the_run(tmp_path: Path) -> None:
     trouble = [(index, "raise", 9) for index in range(9)]
     with pytest.raises(
-        RolloutError, match="3 sequences in a row failed twice, the last: simulator 0, sequence 2 .*block fell"
+        RolloutError,
+        match="3 sequences in a row failed 2 times each, the last with: simulator 0, sequence 2 .*block fell",
     ):
         run(chains(count=9), SteadyPolicy(), trouble=trouble, trials=str(tmp_path))
     assert len(list(tmp_path.iterdir())) == 3
 
 
 def test_silence_is_measured_between_signs_of_life_and_not_over_a_chain() -> None:
-    """The expert asks for nothing: its chain of 1110 steps takes longer than the patience."""
+    """The expert sends no plan requests: its chain of 1110 steps takes longer than the timeout."""
     work = chains("expert", count=1)
     began = time.monotonic()
-    assert run(work, response_timeout=1.5, pace=0.002)[0]["steps_to_success"] == [30, 250, 300, 500, 30]
+    assert run(work, response_timeout=1.5, pace=0.002)[0].steps_to_success == [30, 250, 300, 500, 30]
     assert time.monotonic() - began > 2
 
 
 def test_actions_out_of_range_are_clipped_and_counted() -> None:
     fast, slow = SteadyPolicy(), SteadyPolicy()
-    fast.plan = lambda observations, instructions: (
+    fast.predict_action_chunk = lambda observations, instructions, rollout_keys: (
         np.where(np.arange(10) % 5, 1.0, 1.5)[None, :, None] * np.ones((len(observations), 10, 7))
     )
     one, other = (run(chains(count=1), policy)[0] for policy in (fast, slow))
-    assert one["steps_to_success"] == other["steps_to_success"], "1.5 carries no further than 1"
-    assert one["clipped"] == 1110 / 5 and other["clipped"] == 0
+    assert one["steps_to_success"] == other.steps_to_success, "1.5 carries no further than 1"
+    assert one.clipped == 1110 / 5 and other.clipped == 0
 
 
 def test_a_simulator_that_dies_before_it_answers_is_replaced() -> None:
     with SimulatorPool(config(), count=1) as simulators:
         simulators.workers[0].process.kill()
-        assert simulators.survey(SequencesRequest(1, None, 5, 0))["world"] == "fake-D"
+        assert simulators.get_sequences(SequencesRequest(1, None, 5, 0)).world == "fake-D"
 
 
 def test_a_simulator_that_does_not_start_says_why() -> None:
@@ -217,8 +220,8 @@ def test_a_simulator_that_does_not_start_says_why() -> None:
         pass
 
 
-def test_what_the_first_simulator_chooses_all_draw_with(tmp_path: Path) -> None:
-    """Also one that takes a dead one's place; alone each later one would fall back to the CPU."""
+def test_all_simulators_render_with_what_the_first_chooses(tmp_path: Path) -> None:
+    """Also one that replaces a dead one. Without this, each later one would choose the CPU."""
     (tmp_path / "starts").mkdir()
     trouble = {"trouble": [(1, "kill", 1)], "trials": str(tmp_path)}
     with SimulatorPool(config(renderer="auto", starts=str(tmp_path / "starts"), **trouble), count=3) as simulators:
@@ -227,8 +230,8 @@ def test_what_the_first_simulator_chooses_all_draw_with(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_simulator_that_draws_differently_ends_the_run(workers: int, tmp_path: Path) -> None:
-    """The second, or where there is one only, the one that takes its place after a death."""
+def test_a_simulator_that_renders_differently_ends_the_run(workers: int, tmp_path: Path) -> None:
+    """The second simulator does or, where there is only one, the simulator that replaces it."""
     (tmp_path / "starts").mkdir()
     trouble = {"trouble": [(0, "kill", workers % 2)], "trials": str(tmp_path)}
     with pytest.raises(
@@ -248,23 +251,23 @@ def test_a_simulator_that_draws_differently_ends_the_run(workers: int, tmp_path:
 
 def test_processes_end_with_their_context() -> None:
     with SimulatorPool(config(), count=2) as simulators:
-        simulators.survey(SequencesRequest(1, None, 5, 0))
+        simulators.get_sequences(SequencesRequest(1, None, 5, 0))
     assert [worker.process.poll() for worker in simulators.workers] == [0, 0]
 
 
 @pytest.mark.parametrize("shape", [(2, 10, 6), (2, 9, 7), (1, 10, 7), (2, 7)])
 def test_wrong_action_shapes_are_refused(shape: tuple[int, ...]) -> None:
     policy = SteadyPolicy(execute=10)
-    policy.plan = lambda observations, instructions: np.zeros(shape)
+    policy.predict_action_chunk = lambda observations, instructions, rollout_keys: np.zeros(shape)
     with pytest.raises(RolloutError, match=r"shape .* needed are \(2, at least 10, 7\)"):
-        plan(policy, {0: ({}, "go")}, size=2)
+        plan_batch(policy, {0: REQUEST}, size=2)
 
 
 def test_actions_that_are_not_finite_are_refused() -> None:
     policy = SteadyPolicy()
-    policy.plan = lambda observations, instructions: np.full((1, 10, 7), np.nan)
+    policy.predict_action_chunk = lambda observations, instructions, rollout_keys: np.full((1, 10, 7), np.nan)
     with pytest.raises(RolloutError, match="not finite, for 'go'"):
-        plan(policy, {0: ({}, "go")}, size=1)
+        plan_batch(policy, {0: REQUEST}, size=1)
 
 
 def test_a_plan_of_the_real_policy_depends_on_its_key_and_not_on_its_neighbours() -> None:
@@ -272,15 +275,16 @@ def test_a_plan_of_the_real_policy_depends_on_its_key_and_not_on_its_neighbours(
     wake(model)
     policy = DeFIPolicy(model)
 
-    def request(picture: int, number: int) -> tuple[dict, str]:
+    def request(picture: int, number: int) -> PlanRequest:
         rng = np.random.default_rng(picture)
         pictures = {
             "rgb_static": rng.integers(0, 255, (200, 200, 3), np.uint8),
             "rgb_gripper": rng.integers(0, 255, (84, 84, 3), np.uint8),
         }
-        return {"rgb_obs": pictures, "robot_obs": np.zeros(15), "rollout_key": (0, 7, 0, number)}, SENTENCES[0]
+        observation = {"rgb_obs": pictures, "robot_obs": np.zeros(15)}
+        return PlanRequest(observation, SENTENCES[0], RolloutKey(0, 7, 0, number))
 
-    alone = plan(policy, {2: request(0, 3)}, size=3)[2]
-    together = plan(policy, {0: request(1, 5), 1: request(2, 3), 2: request(0, 3)}, size=3)[2]
-    assert np.array_equal(alone, together)  # bit for bit: what a resumed run rests on
-    assert not np.allclose(alone, plan(policy, {2: request(0, 4)}, size=3)[2])
+    alone = plan_batch(policy, {2: request(0, 3)}, size=3)[2]
+    together = plan_batch(policy, {0: request(1, 5), 1: request(2, 3), 2: request(0, 3)}, size=3)[2]
+    assert np.array_equal(alone, together)  # bit for bit, so that a resumed run repeats
+    assert not np.allclose(alone, plan_batch(policy, {2: request(0, 4)}, size=3)[2])

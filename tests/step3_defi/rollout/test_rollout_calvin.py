@@ -1,5 +1,4 @@
-"""env=calvin through the rollout program, on the stand-in for calvin_env: what a result says of its world, and going
-on."""
+"""env=calvin in the rollout program, with the stand-in for calvin_env: what results say of the world, resuming."""
 
 from __future__ import annotations
 
@@ -20,13 +19,13 @@ FAKE = Path(__file__).resolve().parents[2] / "envs" / "calvin" / "fake_calvin"
 
 def configured() -> dict[str, Any]:
     with initialize_config_dir(version_base=None, config_dir=CONFIGS):
-        return OmegaConf.to_container(compose("step3_eval", overrides=["env=calvin", "agent=random"]).env)
+        return OmegaConf.to_container(compose("step3_eval", overrides=["env=calvin", "policy=random"]).env)
 
 
 def run(out: Path, sequences: int = 2, tasks: list[str] | None = None) -> dict[str, Any]:
     return program.evaluate(
         env_config=configured(),
-        agent="random",
+        policy="random",
         planner=OmegaConf.create(),
         tasks=tasks,
         sequences=sequences,
