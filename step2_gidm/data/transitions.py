@@ -1,8 +1,7 @@
-"""Where pairs of frames and their instruction come from: RLDS, videos, CALVIN's npz (Sec. 3.2, A.2). How they are
-drawn: step2_gidm.data.pairs.
+"""The sources of transitions: video sets, CALVIN's npz files and RLDS (Sec. 3.2, A.2).
 
-A set without a val split of its own holds out every twentieth episode (common.video_set). Where a set does not name its scenes, it counts
-as one.
+How pairs are drawn from them stands in step2_gidm.data.pairs. A set without a val split of its own holds out every
+twentieth episode (common.video_set). A set that does not name its scenes counts as one scene.
 """
 
 from __future__ import annotations
@@ -14,18 +13,24 @@ from typing import Any
 import numpy as np
 
 from common import calvin_format, human_video, rlds, video_set
-from common.errors import MissingFileError, UserError
-from common.mixture import FilteredSample, UnreadableSample
+from common.errors import FilteredSample, MissingFileError, UnreadableSample, UserError
 from common.video import VideoError, probe, read_frames
 from step2_gidm.data.pairs import EpisodeView, FramePair, Transitions
 
 
 class VideoTransitions(Transitions):
-    """A video-set folder: annotation/{split}/<id>.json beside videos (human video, playtable, VPP's sets).
+    """A video set in the format of common.video_set: human video, playtable, and the sets that VPP published.
 
-    `view` is the index of a camera, or None to draw one each time. `fps` overrides containers that lie about their rate
-    (VPP's Bridge says 3). `fraction` keeps that share of the clips (common.human_video, Fig. 8). `only` names the one split
-    on disk to train on and to hold out from (VPP's samples have val alone).
+    Args:
+        folder: the set.
+        split: "train" or "val".
+        fps: frames per second, where the containers state a wrong rate (3 in VPP's Bridge).
+        view: index of a camera, or None to draw one for each pair.
+        fraction: fraction of the clips that is kept (common.human_video, Fig. 8).
+        only_split: the only split that is on disk; it is divided into train and val (VPP's samples have val alone).
+        options: those of Transitions.
+
+    Raises MissingFileError where there are no annotations.
     """
 
     def __init__(
@@ -37,20 +42,20 @@ class VideoTransitions(Transitions):
         view: int | None = 0,
         fraction: float = 1.0,
         only_split: str | None = None,
-        **pairs: Any,
+        **options: Any,
     ) -> None:
-        super().__init__(**pairs)
+        super().__init__(**options)
         self.folder, self.fps, self.view = Path(folder), fps, view
         files = video_set.annotations(self.folder / "annotation", split, only_split=only_split)
         place = self.folder / "annotation" / (only_split or ("train" if split == "val" else split))
         if not files and not any(place.glob("*.json")):
             others = sorted({path.parent.name for path in self.folder.glob("annotation/*/*.json")})
             hint = (
-                f"there is {' and '.join(others)}: only={others[0]} shares it out"
+                f"there is {' and '.join(others)}, which only_split={others[0]} divides into train and val"
                 if others
                 else "a video set holds annotation/train/<id>.json and videos/"
             )
-            raise MissingFileError(f"{place}: no json here; {hint}")
+            raise MissingFileError(f"{place}: there are no .json files here; {hint}")
         self._unfiltered_length, self.files = len(files), human_video.subset_videos(files, fraction)
         self._probed: dict[Path, tuple[int, float]] = {}
 
@@ -63,7 +68,7 @@ class VideoTransitions(Transitions):
         return self._unfiltered_length
 
     def open_episode(self, index: int, rng: np.random.Generator | None = None) -> EpisodeView:
-        """See Transitions. Frames stay in their video: it is small, and seeks are cheap."""
+        """See Transitions. A pair holds the path of its video, because seeking in it is cheap."""
         file = self.files[index]
         id = f"{self.folder.name}/{file.stem}"
         record = video_set.read_annotation(file)
@@ -105,12 +110,19 @@ class VideoTransitions(Transitions):
 
 
 class CalvinTransitions(Transitions):
-    """A folder of CALVIN's npz frames, such as task_ABC_D/training or what playtable records: pairs inside the
-    annotated segments.
+    """A folder of CALVIN's npz frames, such as task_ABC_D/training or a recording of playtable.
 
-    `view` is "static", "gripper", or None to draw one each time. The twentieth that is held out are whole recordings,
-    where there are
-    several.
+    Pairs lie inside the annotated segments. Whole recordings are held out where there are several, else annotations.
+
+    Args:
+        folder: the folder with the frames.
+        split: "train" or "val".
+        fps: frames per second.
+        view: "static", "gripper", or None to draw one for each pair.
+        lang_folder: name of the folder with the annotations.
+        options: those of Transitions.
+
+    Raises UserError for an unknown view and CalvinFormatError where the folder is not in CALVIN's format.
     """
 
     def __init__(
@@ -121,26 +133,27 @@ class CalvinTransitions(Transitions):
         fps: float = 30.0,
         view: str | None = "static",
         lang_folder: str = "lang_annotations",
-        **pairs: Any,
+        **options: Any,
     ) -> None:
-        super().__init__(**pairs)
+        super().__init__(**options)
         if view is not None and view not in calvin_format.KEYS:
-            raise UserError(f"unknown view {view!r}; use {', '.join(calvin_format.KEYS)} or null for any")
+            raise UserError(f"unknown view {view!r}; use {', '.join(calvin_format.KEYS)}, or null for any of them")
         self.folder, self.fps = Path(folder), fps
         self.views = [view] if view else list(calvin_format.KEYS)
         recordings = calvin_format.read_recordings(self.folder)
         self.scenes = calvin_format.read_scenes(self.folder)
         found = calvin_format.read_annotations(self.folder, recordings, lang_folder)
-        kept = set(video_set.split_indices(len(recordings) if len(recordings) > 1 else len(found), split).tolist())
+        by_recording = len(recordings) > 1
+        kept = set(video_set.split_indices(len(recordings) if by_recording else len(found), split).tolist())
         self.segments = [
-            note for number, (note, row) in enumerate(found) if (row if len(recordings) > 1 else number) in kept
+            note for number, (note, recording) in enumerate(found) if (recording if by_recording else number) in kept
         ]
 
     def __len__(self) -> int:
         return len(self.segments)
 
     def open_episode(self, index: int, rng: np.random.Generator | None = None) -> EpisodeView:
-        """See Transitions. Frames stay in their files, one each."""
+        """See Transitions. A pair holds the numbers of its frames, each of which is a file."""
         note = self.segments[index]
         view = self.views[int(rng.integers(len(self.views))) if rng else 0]
         name = f"{self.folder.parent.name}/{self.folder.name}"
@@ -164,11 +177,10 @@ class CalvinTransitions(Transitions):
         return EpisodeView(id, length, self.fps, pair)
 
     def _states(self, id: str, frames: Sequence[int]) -> np.ndarray:
-        """(2, 15) the robot's readings."""
+        """The robot's readings at both frames, (2, 15)."""
         try:
-            return np.stack(
-                [calvin_format.read_frame(self.folder, frame, ["robot_obs"])["robot_obs"] for frame in frames]
-            ).astype(np.float64)
+            states = [calvin_format.read_frame(self.folder, frame, ["robot_obs"])["robot_obs"] for frame in frames]
+            return np.stack(states).astype(np.float64)
         except calvin_format.CalvinFormatError as error:
             raise UnreadableSample(id, str(error)) from error
 
@@ -183,10 +195,18 @@ class CalvinTransitions(Transitions):
 
 
 class RldsTransitions(Transitions):
-    """An RLDS folder. `image` and `text` are paths inside a step, `encoding` is that of the sentence (common.rlds),
-    `fps` the control rate.
+    """A data set in RLDS format. Episodes without an instruction are left out, as in UniVLA.
 
-    Episodes without an instruction are FilteredSample, as UniVLA drops them.
+    Args:
+        folder: the folder of one version of the set.
+        split: "train" or "val".
+        fps: control steps per second.
+        image: path of the camera image inside a step.
+        text: path of the sentence inside a step.
+        encoding: of the sentence, one of common.rlds.ENCODINGS.
+        options: those of Transitions.
+
+    Raises UserError for an unknown encoding and RldsError where the folder is not in RLDS format.
     """
 
     def __init__(
@@ -198,9 +218,9 @@ class RldsTransitions(Transitions):
         image: str = "observation/image",
         text: str = "language_instruction",
         encoding: str = "text",
-        **pairs: Any,
+        **options: Any,
     ) -> None:
-        super().__init__(**pairs)
+        super().__init__(**options)
         if encoding not in rlds.ENCODINGS:
             raise UserError(f"unknown encoding {encoding!r} of sentences; use {', '.join(rlds.ENCODINGS)}")
         self.fps, self.image, self.text, self.encoding = fps, image, text, encoding
@@ -212,7 +232,7 @@ class RldsTransitions(Transitions):
         return len(self.kept)
 
     def open_episode(self, index: int, rng: np.random.Generator | None = None) -> EpisodeView:
-        """See Transitions. A record has to be read whole, so its pairs come with the bytes of their images."""
+        """See Transitions. A record can only be read whole, so a pair holds its encoded images."""
         name = f"{self.episodes.name}/{self.kept[index]}"
         try:
             episode = self.episodes[int(self.kept[index])]
@@ -236,9 +256,10 @@ class RldsTransitions(Transitions):
     def decode(self, pair: FramePair) -> Sequence[np.ndarray]:
         """See Transitions."""
         try:
+            first, second = pair.frames
             return [
-                rlds.decode(frame, f"{self.image} of its {which} frame")
-                for frame, which in zip(pair.frames, ("first", "second"))
+                rlds.decode(first, f"{self.image} of its first frame"),
+                rlds.decode(second, f"{self.image} of its second frame"),
             ]
         except rlds.RldsError as error:
             raise UnreadableSample(pair.id, str(error)) from error
