@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -32,3 +33,7 @@ def register() -> None:
         store.store(group=f"experiment/{step}", name=name, node=node, package="_global_")
         for scale, more in at_scale.items():
             store.store(group=f"experiment/{step}/{name}", name=scale, node=more, package="_global_")
+
+
+if __name__ == "__main__":  # python -m common.rows prints their names, for scripts
+    sys.stdout.write("".join(f"{row}\n" for row in load()))

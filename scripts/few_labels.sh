@@ -1,15 +1,35 @@
 #!/usr/bin/env bash
-# Table 4's rows at few labels: rows x seeds of short finetunings on a share of the demonstrations -> outputs/few_labels/table.md
-# FRACTION=0.05 SEEDS="0 1 2 3 4" STEPS=1200 scripts/few_labels.sh scale=tiny     STEPS include those of the alignment, 600 at tiny
+# Table 4 with few labels: finetune every row with several seeds on a small share of the demonstrations, and compare the
+# rows seed by seed -> outputs/few_labels/table.md
+#
+#   scripts/few_labels.sh scale=tiny
+#   FRACTION=0.05 SEEDS="0 1 2 3 4" STEPS=1200 ROWS="pretrained t4_gidm_no_pretrain" scripts/few_labels.sh scale=tiny
+#
+# All arguments go to every training. A training that is finished is not repeated.
 source "$(dirname "$0")/common.sh"
-out=outputs/few_labels
-rows="${ROWS:-pretrained t4_gidm_no_pretrain t4_gfdm_no_pretrain}"
-for seed in ${SEEDS:-0 1 2 3 4}; do
-    for row in $rows; do
-        experiment="$([ "$row" = pretrained ] && echo null || echo "defi/$row")"  # the paper's policy is no row of its own
+
+FRACTION="${FRACTION:-0.05}"    # share of the demonstrations
+SEEDS="${SEEDS:-0 1 2 3 4}"
+STEPS="${STEPS:-1200}"          # of a training, with those of the alignment at its start (600 at tiny)
+ROWS="${ROWS:-pretrained t4_gidm_no_pretrain t4_gfdm_no_pretrain}"    # pretrained: the policy of the paper
+CKPTS="${DEFI_CKPTS:-ckpts}"
+
+for seed in $SEEDS; do
+    for row in $ROWS; do
         name="few/$row/$seed"
-        [ -f "${DEFI_CKPTS:-ckpts}/defi/$name/meta.json" ] || python -m step3_defi.train "experiment=$experiment" "name=$name" "seed=$seed" \
-            "data.fraction=${FRACTION:-0.05}" "loop.max_steps=${STEPS:-1200}" loop.save_every=100000 "$@"
+        if [ -f "$CKPTS/defi/$name/meta.json" ]; then
+            continue
+        fi
+        if [ "$row" = pretrained ]; then
+            experiment=null
+        else
+            experiment="defi/$row"
+        fi
+        banner "Finetune $row with seed $seed"
+        python -m step3_defi.train experiment="$experiment" name="$name" seed="$seed" data.fraction="$FRACTION" \
+            loop.max_steps="$STEPS" loop.save_every=100000 "$@"
     done
 done
-python -m step3_defi.seeds "runs=${DEFI_CKPTS:-ckpts}/defi/few" base=pretrained "out=$out"
+
+banner "Compare the rows"
+python -m step3_defi.seeds runs="$CKPTS/defi/few" base=pretrained out=outputs/few_labels

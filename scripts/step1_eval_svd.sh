@@ -1,4 +1,6 @@
 #!/usr/bin/env bash
-# Step 1: measure a forward model and draw its forecasts.   e.g. path=ckpts/gfdm/full
+# Step 1: measure a forward model and draw its forecasts.
+#
+#   scripts/step1_eval_svd.sh path=ckpts/gfdm/full videos=<video set>
 source "$(dirname "$0")/common.sh"
 launch step1_gfdm.eval "$@"

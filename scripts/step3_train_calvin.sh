@@ -1,4 +1,6 @@
 #!/usr/bin/env bash
-# Step 3: couple and finetune.   e.g. scale=tiny|small|full experiment=defi/<row> name=<artifact>
+# Step 3: couple both models and finetune the policy.
+#
+#   scripts/step3_train_calvin.sh scale=tiny|small|full [experiment=defi/<row>] [name=<name>]
 source "$(dirname "$0")/common.sh"
 launch step3_defi.train "$@"

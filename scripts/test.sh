@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
 # Install where needed, then lint and test.   scripts/test.sh [pytest arguments]
 set -euo pipefail
-[ -f "$(dirname "$0")/../.venv/installed" ] || "$(dirname "$0")/setup.sh"
+if [ ! -f "$(dirname "$0")/../.venv/installed" ]; then
+    "$(dirname "$0")/setup.sh"
+fi
 source "$(dirname "$0")/common.sh"
 ruff check .
 exec python -m pytest -q "$@"
