@@ -17,9 +17,9 @@ import psutil
 import pytest
 import yaml
 
-from envs import record as program
+from envs.recording import recorder
 from envs.playtable import PlayTableEnv
-from envs.record import record
+from envs.recording.recorder import record
 from envs.recording.demonstrate import demonstrate, demonstrate_chain
 from envs.tasks import ELEVEN, INSTRUCTIONS
 
@@ -139,7 +139,7 @@ def test_the_number_of_workers_and_a_kill_do_not_matter(tmp_path: Path, monkeypa
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(program.files, "write_split", killed)  # half of the frames are already in place
+        patch.setattr(recorder.writer, "write_split", killed)  # half of the frames are already in place
         record(**request, out=tmp_path / "one", workers=1)
     assert (tmp_path / "one" / ".parts").is_dir()
     with pytest.raises(ValueError, match="other settings"):
@@ -149,7 +149,7 @@ def test_the_number_of_workers_and_a_kill_do_not_matter(tmp_path: Path, monkeypa
     )
     text = summary.read_text()
     summary.write_text(text.replace('"renderer": "', '"renderer": "another '))
-    with pytest.raises(RuntimeError, match=r"renderer: .*begin anew"):
+    with pytest.raises(UserError, match=r"renderer: .*begin again"):
         record(**request, out=tmp_path / "one", workers=1)
     summary.write_text(text)
     record(**request, out=tmp_path / "one", workers=1)
@@ -180,8 +180,8 @@ def test_a_worker_that_dies_is_replaced_but_not_for_ever(tmp_path: Path, times: 
     request = {"scenes": ["D"], "tasks": FIXTURES, "episodes": 3, "seed": 3, "out": tmp_path / "shot", "workers": 1}
     gun = threading.Thread(target=shoot, args=(times,), daemon=True)
     gun.start()
-    if times > program.MAX_RESTARTS:
-        with pytest.raises(RuntimeError, match="run the same command again"):
+    if times > recorder.MAX_RESTARTS:
+        with pytest.raises(UserError, match="run the same command again"):
             record(**request)
         gun.join(20)
     record(**request)
@@ -302,7 +302,7 @@ def test_an_end_waits_for_no_chain_that_is_under_way(tmp_path: Path, monkeypatch
         pool.submit(time.sleep, 200)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(program, "_in_order", interrupted)
+    monkeypatch.setattr(recorder, "_in_order", interrupted)
     began = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         record(scenes=["D"], tasks=FIXTURES, episodes=1, out=tmp_path / "x", workers=1)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from envs import record as program
+from envs.recording import recorder
 from envs import sequences
 from envs.calvin import env as calvin
 from envs.calvin import simulator as calvin_sim
@@ -295,10 +295,10 @@ def _installed() -> bool:
 
 def test_the_recorder_closes_a_world_before_it_opens_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = {"_target_": "envs.calvin.env.CalvinEnv", "scene": "D", "renderer": "cpu"}
-    monkeypatch.setattr(program, "_envs", {})
-    first = program._get_env("A", settings)
-    assert first.name == "calvin-A" and program._get_env("A", settings) is first
-    second = program._get_env("D", settings)
+    monkeypatch.setattr(recorder, "_envs", {})
+    first = recorder._get_env("A", settings)
+    assert first.name == "calvin-A" and recorder._get_env("A", settings) is first
+    second = recorder._get_env("D", settings)
     assert second.name == "calvin-D" and list(worlds()) == [0]
     second.close()
 

@@ -12,7 +12,7 @@ import pytest
 from envs.playtable import PlayTableEnv, human
 from envs.playtable.mjcf import compile_model
 from envs.playtable.scene import get_scene
-from envs.record import record
+from envs.recording.recorder import record
 from envs.recording.demonstrate import demonstrate_chain
 from envs.tasks import INSTRUCTIONS
 from step1_gfdm.dataset import VideoClips
