@@ -49,7 +49,7 @@ class Meta(nn.Module):
 
 def make(kind: type = GIDM, quantizer: nn.Module | None = None, **options: object) -> nn.Module:
     """A model of any kind at a toy size."""
-    options = {"dim": DIM, "heads": 2, "encoder_layers": 2, "decoder_layers": 2, "queries": 2, **options}
+    options = {"dim": DIM, "num_heads": 2, "encoder_layers": 2, "decoder_layers": 2, "queries": 2, **options}
     model = kind(vision=Eyes(), text=Words(), quantizer=quantizer or VectorQuantizer(8, 6, restart_every=10), **options)
     model.decoder.out.reset_parameters()  # a residual decoder starts at zero, where nothing could be told apart
     return model

@@ -33,7 +33,7 @@ def test_protocol(kind: str, quantizer: str, text_in: list[str]) -> None:
     now, future = model.embed(batch["frames"][:, 0]), model.embed(batch["frames"][:, 1])
     assert now.shape == (5, model.num_tokens, model.embed_dim)
     action = model.infer(now, future, batch["text"])
-    assert action.continuous.shape == action.quantized.shape == (5, model.num_action_tokens, model.latent_dim)
+    assert action.continuous.shape == action.quantized.shape == (5, model.num_action_tokens, model.quantizer.dim)
     assert model.embed_action(action.quantized).shape == (5, model.num_action_tokens, model.embed_dim)
     assert model.decode(now, action.quantized, batch["text"]).shape == future.shape
     out = model.train()(batch)
@@ -61,7 +61,7 @@ def test_the_decoder_sees_the_future_through_the_latent_action_only(kind: str, t
     batch = moving(4)
     seen = {}
     model.decoder.register_forward_hook(lambda _, args, out: seen.update(inputs=args, out=out.detach()))
-    latent = torch.randn(4, model.num_action_tokens, model.latent_dim)
+    latent = torch.randn(4, model.num_action_tokens, model.quantizer.dim)
     replaced = model.quantizer.register_forward_hook(lambda _, args, out: out._replace(quantized=latent))
     model.train()(batch)
     first = seen["out"]
@@ -82,7 +82,7 @@ def test_the_encoder_is_causal() -> None:
     model = make().eval()
     batch = moving(3)
     now, future = model.embed(batch["frames"][:, 0]), model.embed(batch["frames"][:, 1])
-    words = model._read(batch["text"])
+    words = model.encode_text(batch["text"])
     one, two = (model.encode_frames(now, f, *words) for f in (future, torch.randn_like(future)))
     assert torch.equal(one[:, 0], two[:, 0])
     assert not torch.allclose(one[:, 1, : model.num_action_tokens], two[:, 1, : model.num_action_tokens])
@@ -129,7 +129,7 @@ def test_bad_inputs() -> None:
     with pytest.raises(ValueError, match=r"visual tokens must be \(B, 16, 16\)"):
         model.infer(tokens[:, :4], tokens[:, :4], ["a", "b"])
     with pytest.raises(ValueError, match="pass text"):
-        model.decode(tokens, torch.zeros(2, model.num_action_tokens, model.latent_dim))
+        model.decode(tokens, torch.zeros(2, model.num_action_tokens, model.quantizer.dim))
 
 
 @pytest.mark.parametrize(
@@ -140,7 +140,7 @@ def test_bad_inputs() -> None:
             16,
             ["encoder", "decoder"],
             201_554_560,
-        ),  # UniVLA's first stage and the release (facts/univla_lapa.md 1.4)
+        ),  # UniVLA's first stage and the release
         (16, 16, ["encoder", "decoder"], 267_685_504),
         (16, 128, ["encoder"], 267_699_840),  # the paper's reading of Table 10
     ],
@@ -198,7 +198,7 @@ def test_artifact_round_trip_with_the_real_loaders(hub: Path, tmp_path: Path) ->
     config = {
         "_target_": "step2_gidm.model.GIDM",
         "dim": 64,
-        "heads": 4,
+        "num_heads": 4,
         "encoder_layers": 1,
         "decoder_layers": 1,
         "vision": {"_target_": "common.frozen.dinov2", "path": str(hub / "dinov2"), "image_size": 64},
@@ -210,7 +210,7 @@ def test_artifact_round_trip_with_the_real_loaders(hub: Path, tmp_path: Path) ->
         text=t5_text(hub / "t5"),
         quantizer=VectorQuantizer(8, 16),
         dim=64,
-        heads=4,
+        num_heads=4,
         encoder_layers=1,
         decoder_layers=1,
     )
@@ -253,7 +253,7 @@ def test_residual_decoder_starts_from_no_change() -> None:
             text=Words(),
             quantizer=VectorQuantizer(8, 6),
             dim=32,
-            heads=2,
+            num_heads=2,
             encoder_layers=1,
             decoder_layers=1,
             residual=residual,

@@ -25,8 +25,15 @@ from common.video import probe
 from step2_gidm import eval as evaluate
 from step2_gidm import train
 from step2_gidm.analysis import QUANTIZED
-from step2_gidm.data.dataset import mixture
-from step2_gidm.eval import draw_pairs, encode_pairs, film, measure, summarize, table
+from step2_gidm.data.dataset import build_mixture
+from step2_gidm.eval import (
+    encode_pairs,
+    film_episodes,
+    reconstruction_errors,
+    reconstruction_table,
+    sample_pairs,
+    summarize,
+)
 from step2_gidm.model import GIDM
 from step2_gidm.quantizer import VectorQuantizer
 from tests.common.test_rlds import write_video_set
@@ -172,7 +179,7 @@ def test_real_data_trains(shared_data: Path, hub: Path, tmp_path: Path) -> None:
             "image": "observation/image_0",
         },
         **{
-            name: {"video": shared_data / "video_samples" / name, "only": "val", "fps": fps}
+            name: {"video": shared_data / "video_samples" / name, "only_split": "val", "fps": fps}
             for name, fps in (("bridge", 5.0), ("rt1", 3.0), ("sthv2", None))
         },
     }
@@ -180,7 +187,7 @@ def test_real_data_trains(shared_data: Path, hub: Path, tmp_path: Path) -> None:
     gidm["vision"]["path"], gidm["text"]["path"] = str(hub / "dinov2"), str(hub / "t5")
     data = {"image_size": 64, "length": 64}
     loop = Loop(output_dir=str(tmp_path / "run"), max_steps=12, eval_every=12, eval_batches=1, **LOOP)
-    loop.fit(instantiate(gidm), mixture(sets, augment=True, **data), mixture(sets, split="val", **data))
+    loop.fit(instantiate(gidm), build_mixture(sets, augment=True, **data), build_mixture(sets, split="val", **data))
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     steps = [row for row in rows if "train/mse" in row]
     error, copied = (sum(row[f"train/{key}"] for row in steps[6:]) for key in ("mse", "copy_mse"))
@@ -232,9 +239,7 @@ def test_logged_code_use_is_that_of_the_model_on_all_held_out_pairs(tmp_path: Pa
     """Not of a batch, whose four latent actions could be four codes at most."""
     every, model = moving_all(Squares()), make(quantizer=VectorQuantizer(128, 6))
     with torch.no_grad():
-        z = model.infer(
-            *model.embed(every["frames"].flatten(0, 1)).unflatten(0, (-1, 2)).unbind(1), every["text"]
-        ).continuous
+        z = model.infer(*model.embed_pair(every["frames"]), every["text"]).continuous
         model.quantizer.codebook.copy_(z.flatten(0, 1))
     still = {"batch_size": 2, "optimizer": {"lr": 0.0, "weight_decay": 0.0}}
     model = Loop(output_dir=str(tmp_path / "run"), max_steps=1, eval_every=1, eval_batches=99, **(LOOP | still)).fit(
@@ -260,7 +265,7 @@ def moving_all(samples: Squares) -> dict:
 
 
 def launched(folder: Path, sets: Path, processes: int) -> dict[str, tuple[dict[str, torch.Tensor], list[dict]]]:
-    """kind of set -> (weights, rows of metrics.jsonl) of one_or_two.py."""
+    """kind of set -> (weights, rows of metrics.jsonl) of train_distributed.py."""
     folder.mkdir()
     command = [
         sys.executable,
@@ -268,7 +273,7 @@ def launched(folder: Path, sets: Path, processes: int) -> dict[str, tuple[dict[s
         "torch.distributed.run",
         f"--nproc_per_node={processes}",
         "--master_port=29879",
-        str(Path(__file__).with_name("one_or_two.py")),
+        str(Path(__file__).with_name("train_distributed.py")),
         str(sets),
         str(folder),
     ]
@@ -315,21 +320,21 @@ def test_measure_knows_a_perfect_and_a_blind_model() -> None:
     pairs = [Squares().sample(i, np.random.default_rng(0)) for i in range(10)]
     model.decode = lambda now, latent, text=None: now
     seen = encode_pairs(model, pairs, batch_size=4)
-    errors, codes = measure(model, pairs, seen, batch_size=4), seen.codes.numpy()
+    errors, codes = reconstruction_errors(model, pairs, seen, batch_size=4), seen.codes.numpy()
     assert np.allclose(errors["mse"], errors["copy_mse"]) and np.allclose(errors["gap"], 0) and codes.shape == (10, 2)
     summary = summarize(errors, codes, 8)
     assert summary["codes"]["used"] == len(np.unique(codes)) and len(summary["codes"]["perplexity_by_query"]) == 2
-    text = table(summary, 10)
+    text = reconstruction_table(summary, 10)
     assert summary["codes"]["used_by_query"] == [len(np.unique(codes[:, query])) for query in range(2)]
     assert "no change" in text and f"Codes in use: {summary['codes']['used']} of 8 (by query: " in text
 
 
 def test_pairs_need_data() -> None:
-    pairs, skipped = draw_pairs(Squares(), 5, 0)
-    again, _ = draw_pairs(Squares(), 5, 0)
+    pairs, skipped = sample_pairs(Squares(), 5, 0)
+    again, _ = sample_pairs(Squares(), 5, 0)
     assert [p["id"] for p in pairs] == [p["id"] for p in again] and not skipped
     with pytest.raises(ValueError, match="2 are needed"):
-        draw_pairs(Squares(), 1, 0)
+        sample_pairs(Squares(), 1, 0)
 
 
 def test_films_of_every_kind_of_set(tmp_path: Path) -> None:
@@ -346,7 +351,7 @@ def test_films_of_every_kind_of_set(tmp_path: Path) -> None:
         "short": {"video": video_set(tmp_path / "short", 2, length=3)},
     }
     cfg = OmegaConf.create({"films": 1, "film_steps": 4, "fps": 8, "batch_size": 4})
-    notes = film(make().eval(), mixture(sets, image_size=16, labelled=True), tmp_path / "films", cfg)
+    notes = film_episodes(make().eval(), build_mixture(sets, image_size=16, labelled=True), tmp_path / "films", cfg)
     assert {path.name: probe(path)[0] for path in (tmp_path / "films").iterdir()} == {
         "toy_000.mp4": 3,
         "calvin_000.mp4": 4,
@@ -406,7 +411,7 @@ def test_train_then_eval_from_the_command_line(hub: Path, tmp_path: Path, monkey
         "pictures=3",
     )
     results, said = json.loads((out / "results.json").read_text()), (out / "table.md").read_text()
-    assert not results["notes"] and "Linear read-outs" in said and "Transfer" in said and "Neighbours" in said
+    assert not results["notes"] and "Linear probes" in said and "Transfer" in said and "Neighbours" in said
     assert results["motion"]["0"]["motion"]["pairs"][2] == 40 and set(results["motion"]["0"]) == {"motion", "gripper"}
     assert results["transfer"]["pairs"] > 10 and results["retrieval"]["sentence"][QUANTIZED]["queries"] == 40
     drawn = ("neighbours.png", "transfer.png", "attention/002.png", "attention/B_000.mp4", "attention/C_000.mp4")

@@ -15,7 +15,7 @@ from step2_gidm.transformer import SpatialTransformer, SpatioTemporalTransformer
 
 
 def test_first_frame_never_sees_the_second_and_the_second_sees_the_first() -> None:
-    model = SpatioTemporalTransformer(6, 8, tokens=5, layers=3, heads=2)
+    model = SpatioTemporalTransformer(6, 8, num_tokens=5, num_layers=3, num_heads=2)
     x = torch.randn(2, 2, 5, 6)
     changed = x.clone()
     changed[:, 1] += torch.randn(2, 5, 6)
@@ -30,8 +30,8 @@ def test_a_sample_is_the_same_alone_and_beside_longer_sentences() -> None:
     text = torch.randn(3, 4, 8)
     mask = torch.arange(4)[None] < torch.tensor(lengths)[:, None]
     for model, x in (
-        (SpatioTemporalTransformer(6, 8, tokens=5, layers=2, heads=2), torch.randn(3, 2, 5, 6)),
-        (SpatialTransformer(6, 8, out_dim=6, tokens=5, layers=2, heads=2), torch.randn(3, 5, 6)),
+        (SpatioTemporalTransformer(6, 8, num_tokens=5, num_layers=2, num_heads=2), torch.randn(3, 2, 5, 6)),
+        (SpatialTransformer(6, 8, out_dim=6, num_tokens=5, num_layers=2, num_heads=2), torch.randn(3, 5, 6)),
     ):
         together = model(x, text, mask)
         for i, length in enumerate(lengths):
@@ -44,7 +44,7 @@ def test_a_sample_is_the_same_alone_and_beside_longer_sentences() -> None:
 
 
 def test_positions_tell_tokens_apart() -> None:
-    model = SpatialTransformer(6, 8, out_dim=6, tokens=4, layers=1, heads=2)
+    model = SpatialTransformer(6, 8, out_dim=6, num_tokens=4, num_layers=1, num_heads=2)
     out = model(torch.ones(1, 4, 6))
     assert (out[0, 0] - out[0, 1]).abs().max() > 1e-4
 
@@ -64,10 +64,10 @@ def test_every_attention_goes_through_sdpa(monkeypatch: pytest.MonkeyPatch) -> N
         F, "scaled_dot_product_attention", lambda *args, **options: calls.append(options) or real(*args, **options)
     )
     text, mask = torch.randn(2, 4, 8), torch.ones(2, 4, dtype=torch.bool)
-    SpatioTemporalTransformer(6, 8, tokens=5, layers=3, heads=2)(torch.randn(2, 2, 5, 6), text, mask)
+    SpatioTemporalTransformer(6, 8, num_tokens=5, num_layers=3, num_heads=2)(torch.randn(2, 2, 5, 6), text, mask)
     assert [call["is_causal"] for call in calls] == [False, True] * 3 and all(
         (call["attn_mask"] is None) == call["is_causal"] for call in calls
     )
     calls.clear()
-    SpatialTransformer(6, 8, out_dim=6, tokens=5, layers=4, heads=2)(torch.randn(2, 5, 6), text, mask)
+    SpatialTransformer(6, 8, out_dim=6, num_tokens=5, num_layers=4, num_heads=2)(torch.randn(2, 5, 6), text, mask)
     assert len(calls) == 4 and not any(call["is_causal"] for call in calls)

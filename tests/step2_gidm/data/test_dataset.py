@@ -19,9 +19,9 @@ from common.mixture import FilteredSample, UnreadableSample
 from common.video import write_mp4
 from step1_gfdm.dataset import VideoClips
 from step2_gidm.data import dataset
-from step2_gidm.data.dataset import mixture, build_open_x_mixture
-from step2_gidm.data.oxe import HUMAN_SHARE, HUMAN_TRANSITIONS, OXE, official_windows
-from step2_gidm.data.pairs import Transitions, perturb
+from step2_gidm.data.dataset import build_mixture, build_open_x_mixture
+from step2_gidm.data.oxe import HUMAN_SHARE, OXE, official_windows
+from step2_gidm.data.pairs import Transitions, augment_frames
 from step2_gidm.data.transitions import CalvinTransitions, RldsTransitions, VideoTransitions
 from tests.common.test_rlds import record, write_video_set
 from tests.step3_defi.parts import write_calvin
@@ -236,15 +236,15 @@ def test_splits(tmp_path: Path) -> None:
     assert not set(train.files) & set(val.files)
     video_set(folder, 2, split="val")
     assert len(VideoTransitions(folder, "train", **PAIRS)) == 21 and len(VideoTransitions(folder, "val", **PAIRS)) == 2
-    with pytest.raises(FileNotFoundError, match="annotation/test: no json here; there is train"):
+    with pytest.raises(FileNotFoundError, match="annotation/test: there are no .json files here; there is train"):
         VideoTransitions(video_set(tmp_path / "other"), "test", **PAIRS)
-    with pytest.raises(FileNotFoundError, match="no json here; a video set holds annotation/train/<id>.json"):
+    with pytest.raises(FileNotFoundError, match="there are no .json files here; a video set holds annotation/train/<id>.json"):
         VideoTransitions(tmp_path / "nowhere", **PAIRS)
 
 
 def test_a_set_that_has_only_a_val_split_is_shared_out_when_told_to(tmp_path: Path) -> None:
     folder = video_set(tmp_path / "toy", 5, length=3, split="val")
-    with pytest.raises(FileNotFoundError, match="annotation/train: no json here; there is val: only=val shares it out"):
+    with pytest.raises(FileNotFoundError, match="annotation/train: there are no .json files here; there is val, which only_split=val divides"):
         VideoTransitions(folder, **PAIRS)
     train, val = (VideoTransitions(folder, split, only_split="val", **PAIRS) for split in ("train", "val"))
     assert [file.stem for file in train.files] == list("1234") and [file.stem for file in val.files] == ["0"]
@@ -297,47 +297,78 @@ def test_no_video_is_read_from_outside_its_set(tmp_path: Path) -> None:
 def test_augmentation_is_the_same_for_both_frames() -> None:
     image = torch.rand(1, 3, 32, 32).expand(2, -1, -1, -1)
     for seed in range(5):
-        out = perturb(image, np.random.default_rng(seed))
+        out = augment_frames(image, np.random.default_rng(seed))
         assert out.shape == image.shape and torch.equal(out[0], out[1]) and out.min() >= 0 and out.max() <= 1
         assert not torch.allclose(out[0], image[0])
-    assert not torch.equal(perturb(image, np.random.default_rng(0)), perturb(image, np.random.default_rng(1)))
+    assert not torch.equal(augment_frames(image, np.random.default_rng(0)), augment_frames(image, np.random.default_rng(1)))
 
 
 def test_only_training_augments(tmp_path: Path) -> None:
     folder = video_set(tmp_path / "toy", 3)
     sets = {"toy": {"video": folder}}
     for split, expected in (("train", True), ("val", False)):
-        assert mixture(sets, split=split, augment=True, **PAIRS).sets[0].augment is expected
+        assert build_mixture(sets, split=split, augment=True, **PAIRS).sets[0].augment is expected
 
 
 def test_mixture_weights_and_human_fraction(tmp_path: Path) -> None:
     robot, human = video_set(tmp_path / "robot", 10, length=3), video_set(tmp_path / "human", 10, length=3)
     sets = {"robot": {"video": robot, "weight": 3}, "human": {"video": human, "weight": 1, "human": True}}
-    assert mixture(sets, **PAIRS).shares.tolist() == [0.75, 0.25]
-    half = mixture(sets, human_fraction=0.5, **PAIRS)
+    assert build_mixture(sets, **PAIRS).shares.tolist() == [0.75, 0.25]
+    half = build_mixture(sets, human_fraction=0.5, **PAIRS)
     assert half.shares[1] == pytest.approx(0.5 / 3.5) and len(half.sets[1]) == 4 and len(half.sets[0]) == 9
-    none = mixture(sets, human_fraction=0.0, **PAIRS)
-    assert none.names == ["robot"] and len(none) == len(half) == len(mixture(sets, **PAIRS)) == 18, (
+    none = build_mixture(sets, human_fraction=0.0, **PAIRS)
+    assert none.names == ["robot"] and len(none) == len(half) == len(build_mixture(sets, **PAIRS)) == 18, (
         "epochs are equally long"
     )
     shutil.rmtree(human)
-    assert mixture(sets, human_fraction=0.0, length=5, **PAIRS).names == ["robot"]
+    assert build_mixture(sets, human_fraction=0.0, length=5, **PAIRS).names == ["robot"]
     with pytest.raises(FileNotFoundError, match=r"set 'human'.*give data.length"):
-        mixture(sets, human_fraction=0.0, **PAIRS)
+        build_mixture(sets, human_fraction=0.0, **PAIRS)
     with pytest.raises(ValueError, match=r"human_fraction=0.5, but no set of this mixture is marked human \(robot\)"):
-        mixture({"robot": sets["robot"]}, human_fraction=0.5, **PAIRS)
-    by_size = mixture({"a": {"video": robot}, "b": {"video": video_set(tmp_path / "b", 4, length=3)}}, **PAIRS)
+        build_mixture({"robot": sets["robot"]}, human_fraction=0.5, **PAIRS)
+    by_size = build_mixture({"a": {"video": robot}, "b": {"video": video_set(tmp_path / "b", 4, length=3)}}, **PAIRS)
     assert by_size.shares.tolist() == [0.75, 0.25]
     with pytest.raises(ValueError, match="a share between 0 and 1"):
-        mixture(sets, human_fraction=20, **PAIRS)
+        build_mixture(sets, human_fraction=20, **PAIRS)
     with pytest.raises(ValueError, match="needs one of video=<folder>, rlds=<folder>, calvin=<folder>"):
-        mixture({"x": {"weight": 1}}, **PAIRS)
+        build_mixture({"x": {"weight": 1}}, **PAIRS)
+
+
+TRANSITIONS = {  # set -> (UniVLA's factor on the number of transitions, that number in OpenVLA's published statistics)
+    "fractal": (0.5, 3_786_400),
+    "kuka": (0.1, 8_590_000),
+    "bridge": (1.0, 928_000),
+    "taco_play": (2.0, 237_798),
+    "jaco_play": (1.0, 77_965),
+    "berkeley_cable_routing": (1.0, 42_328),
+    "roboturk": (2.0, 187_507),
+    "viola": (2.0, 76_324),
+    "berkeley_autolab_ur5": (2.0, 97_939),
+    "toto": (1.0, 325_699),
+    "language_table": (0.1, 7_045_476),
+    "stanford_hydra": (2.0, 358_234),
+    "austin_buds": (1.0, 34_112),
+    "nyu_franka_play": (3.0, 44_875),
+    "furniture_bench": (0.1, 3_948_057),
+    "ucsd_kitchen": (2.0, 3_970),
+    "austin_sailor": (1.0, 353_094),
+    "austin_sirius": (1.0, 279_939),
+    "dlr_edan": (1.0, 8_928),
+    "iamlab_pickup_insert": (1.0, 146_241),
+    "utaustin_mutex": (1.0, 361_883),
+    "berkeley_fanuc": (2.0, 62_613),
+    "cmu_stretch": (1.0, 25_016),
+    "bc_z": (0.2, 6_015_535),
+    "fmb": (1.0, 1_137_459),
+    "dobbe": (0.2, 1_139_911),
+}  # Kuka and Bridge: the numbers that the paper's shares imply
+HUMAN_TRANSITIONS = 406_000  # of Ego4D, implied by its share
 
 
 def test_table_12() -> None:
-    assert len(OXE) == 26
+    assert len(OXE) == 26 and OXE.keys() == TRANSITIONS.keys()
     assert sum(row.share for row in OXE.values()) + HUMAN_SHARE == pytest.approx(99.9)
-    sizes = {name: row.weight * row.transitions for name, row in OXE.items()} | {"ego4d": HUMAN_TRANSITIONS}
+    sizes = {name: factor * count for name, (factor, count) in TRANSITIONS.items()} | {"ego4d": HUMAN_TRANSITIONS}
     paper = {name: row.share for name, row in OXE.items()} | {"ego4d": HUMAN_SHARE}
     shares = {name: 100 * size / sum(sizes.values()) for name, size in sizes.items()}
     off = {name: round(share - paper[name], 2) for name, share in shares.items() if abs(share - paper[name]) > 0.13}
@@ -372,7 +403,7 @@ def test_calvin_pairs_lie_inside_their_annotation(tmp_path: Path) -> None:
         seen.add(view)
     assert seen == {"static", "gripper"} and samples.sample(0, rng)["frames"].shape == (2, 3, 32, 32)
     assert (
-        mixture({"calvin": {"calvin": root / "training", "fps": 10, "view": "gripper"}}, **PAIRS)
+        build_mixture({"calvin": {"calvin": root / "training", "fps": 10, "view": "gripper"}}, **PAIRS)
         .sample(0, rng)["id"]
         .endswith("/gripper+10")
     )
@@ -423,7 +454,7 @@ def test_bad_calvin_is_one_line(tmp_path: Path) -> None:
 
 def test_frames_of_two_sizes_make_a_pair() -> None:
     grey = [np.full((6, 8, 3), 51, np.uint8), np.full((40, 30, 3), 102, np.uint8)]
-    images = Transitions(image_size=16).picture(grey, np.random.default_rng(0))
+    images = Transitions(image_size=16).preprocess(grey, np.random.default_rng(0))
     assert (
         images.shape == (2, 3, 16, 16)
         and torch.allclose(images[0], torch.tensor(0.2))
@@ -441,7 +472,7 @@ def test_open_x_finds_sets_by_table(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         def __len__(self) -> int:
             return 5
 
-    monkeypatch.setitem(dataset.KINDS, "rlds", Fake)
+    monkeypatch.setitem(dataset.FORMATS, "rlds", Fake)
     for name in ("fractal20220817_data", "dobbe", "austin_buds_dataset_converted_externally_to_rlds"):
         folder = tmp_path / "DOWNLOAD_DIR" / name / "0.1.0"
         folder.mkdir(parents=True)
@@ -559,8 +590,8 @@ def test_empty_shards_are_passed_over_and_an_empty_set_is_named(
         "none": {"rlds": write_video_set(tmp_path / "none" / "1.0.0", shards=(0,)), **toy},
     }
     with pytest.raises(ValueError, match="set 'none': rlds=.*none/1.0.0 gives no train episodes"):
-        mixture(sets, **PAIRS)
-    assert mixture(sets, split="val", **PAIRS).names == ["some"] and "set 'none': rlds=" in caplog.text
+        build_mixture(sets, **PAIRS)
+    assert build_mixture(sets, split="val", **PAIRS).names == ["some"] and "set 'none': rlds=" in caplog.text
 
 
 @pytest.mark.parametrize("name, fps, gap", [("bridge", 5, 5), ("rt1", 3, 3), ("sthv2", None, 12)])

@@ -17,7 +17,7 @@ from common import rlds
 from common.sampler import DistributedBatchSampler, loader
 from common.loop import Loop
 from common.mixture import SeededDataset, Mixture
-from step2_gidm.data.dataset import mixture
+from step2_gidm.data.dataset import build_mixture
 from step2_gidm.data.stream import ReadSchedule, StreamingMixture
 from step2_gidm.data.transitions import RldsTransitions
 from tests.common.test_rlds import record, write_video_set
@@ -33,7 +33,7 @@ def toy(tmp_path: Path) -> Path:
 
 
 def stream(folder: Path, *, length: int = EPISODES * ROOM, **options: object) -> StreamingMixture:
-    return mixture(
+    return build_mixture(
         {"toy": {"rlds": folder, **TOY}}, length=length, stream={"block": 6, "pairs": ROOM, **options}, **PAIRS
     )
 
@@ -68,7 +68,7 @@ def test_a_worker_reads_blocks_of_its_own_one_after_another(toy: Path) -> None:
     for rank in range(2):
         dealt = batches(samples, rank=rank, world=2, num_readers=3, stop=36)
         for number, batch in enumerate(dealt):
-            (block,) = {epoch * samples.blocks + index // samples.block for epoch, index in batch}
+            (block,) = {epoch * samples.num_blocks + index // samples.block for epoch, index in batch}
             lanes.setdefault((rank, number % 3), []).append(block)
     assert len(lanes) == 6 and all(
         lane == sorted(lane) and set(Counter(lane).values()) == {2} for lane in lanes.values()
@@ -111,7 +111,7 @@ def test_memory_is_bounded_and_the_bound_changes_nothing_else(toy: Path, caplog:
     sizes = [
         pair.size
         for i in range(EPISODES)
-        for pair in RldsTransitions(toy, **TOY, **PAIRS).pairs(i, np.random.default_rng(0), ROOM)
+        for pair in RldsTransitions(toy, **TOY, **PAIRS).sample_pairs(i, np.random.default_rng(0), ROOM)
     ]
     roomy, tight = stream(toy), stream(toy, buffer_gb=2.5 * max(sizes) / 1e9)
     draws = {"roomy": SeededDataset(roomy, 5), "tight": SeededDataset(tight, 5)}
@@ -120,28 +120,28 @@ def test_memory_is_bounded_and_the_bound_changes_nothing_else(toy: Path, caplog:
         for key in keys:
             one, other = (draw[key] for draw in draws.values())
             assert one["id"] == other["id"] and torch.equal(one["frames"], other["frames"])
-    assert max(sizes) < draws["tight"].reader.peak <= tight.buffer
-    assert 6 * min(sizes) <= draws["roomy"].reader.peak <= (6 + ROOM) * max(sizes), (
+    assert max(sizes) < draws["tight"].reader.peak_bytes <= tight.buffer_size
+    assert 6 * min(sizes) <= draws["roomy"].reader.peak_bytes <= (6 + ROOM) * max(sizes), (
         "a block and what is read ahead in place of what was drawn"
     )
     assert [message.split(":")[1] for message in caplog.messages] == [
         " 4 of 6 pairs do not fit into the buffer and are read again when drawn; "
-        "raise data.stream.buffer_gb or lower data.stream.block (said once)"
+        "raise data.stream.buffer_gb or lower data.stream.block (this is said once)"
     ]
 
 
 def test_sets_come_by_weight_and_episodes_all_once_before_any_again(tmp_path: Path, toy: Path) -> None:
     few = write_video_set(tmp_path / "few" / "1.0.0", shards=(5,))
     sets = {"toy": {"rlds": toy, "weight": 3, **TOY}, "few": {"rlds": few, "weight": 1, **TOY}}
-    samples = mixture(sets, length=1200, stream={"block": 6, "pairs": ROOM}, **PAIRS)
+    samples = build_mixture(sets, length=1200, stream={"block": 6, "pairs": ROOM}, **PAIRS)
     plan = ReadSchedule(samples, seed=1)
-    drawn = [plan.episode(block, run) for block in range(3 * samples.blocks) for run in range(samples.runs)]
+    drawn = [plan.episode(block, run) for block in range(3 * samples.num_blocks) for run in range(samples.runs)]
     assert np.mean([which == 0 for which, _ in drawn]) == pytest.approx(0.75, abs=0.03)
     by_draw = {which: {} for which in range(2)}
     for epoch in range(3):
-        chosen, draws = plan._drawn(epoch)
-        for place in range(plan.size):
-            block, run = divmod(epoch * plan.size + place, samples.runs)
+        chosen, draws = plan.draw_epoch(epoch)
+        for place in range(plan.runs_per_epoch):
+            block, run = divmod(epoch * plan.runs_per_epoch + place, samples.runs)
             by_draw[chosen[place]][int(draws[place])] = plan.episode(block, run)[1]
     for which, count in ((0, EPISODES), (1, 4)):
         episodes = [by_draw[which][draw] for draw in range(len(by_draw[which]))]  # none is left out over three epochs
@@ -154,8 +154,8 @@ def test_sets_come_by_weight_and_episodes_all_once_before_any_again(tmp_path: Pa
 def test_plan_holds_two_epochs_and_can_look_back(toy: Path) -> None:
     samples = stream(toy)
     plan = ReadSchedule(samples, seed=1)
-    straight = [plan.episode(block, 0) for block in range(4 * samples.blocks)]
-    assert [plan.episode(block, 0) for block in reversed(range(4 * samples.blocks))] == straight[::-1] and len(
+    straight = [plan.episode(block, 0) for block in range(4 * samples.num_blocks)]
+    assert [plan.episode(block, 0) for block in reversed(range(4 * samples.num_blocks))] == straight[::-1] and len(
         plan.epochs
     ) == 2
 
@@ -185,7 +185,7 @@ def test_episodes_without_a_sentence_and_short_ones_stop_no_run(toy: Path, tmp_p
         file = rlds.TFRecordFile(path)
         path.write_bytes(b"".join(record(silent(file[i]) if i < 3 else file[i]) for i in range(len(file))))
     short = {"rlds": write_video_set(tmp_path / "short" / "1.0.0", shards=(6,), steps=2), "weight": 1, **TOY, "fps": 4}
-    samples = mixture(
+    samples = build_mixture(
         {"toy": {"rlds": toy, "weight": 9, **TOY}, "short": short},
         length=36,
         stream={"block": 6, "pairs": ROOM},
@@ -198,7 +198,7 @@ def test_episodes_without_a_sentence_and_short_ones_stop_no_run(toy: Path, tmp_p
         RuntimeError,
         match="1000 episodes in a row were left out, the last: toy/.: 2 frames are too few for pairs 4 apart",
     ):
-        read(mixture({"short": short}, length=36, stream={"block": 6, "pairs": ROOM}, **PAIRS))
+        read(build_mixture({"short": short}, length=36, stream={"block": 6, "pairs": ROOM}, **PAIRS))
     run(tmp_path / "run", samples, max_unreadable_fraction=0.0)
 
 
@@ -230,26 +230,26 @@ def test_a_picture_that_breaks_late_is_replaced_within_its_block(toy: Path, monk
         for key in keys:
             sample = draws[key]
             assert not sample["skipped"] or sample["skipped"][0].line.startswith(("toy/4@1+1: ", "toy/4@2+1: "))
-            assert draws.reader.now.number == key[1] // samples.block
+            assert draws.reader.current.number == key[1] // samples.block
 
 
 def test_videos_feed_the_same_stream(tmp_path: Path, toy: Path) -> None:
     sets = {"toy": {"rlds": toy, "weight": 1, **TOY}, "clips": {"video": video_set(tmp_path / "clips", 4), "weight": 1}}
-    samples = mixture(sets, length=60, stream={"block": 6, "pairs": ROOM}, **PAIRS)
+    samples = build_mixture(sets, length=60, stream={"block": 6, "pairs": ROOM}, **PAIRS)
     found = ids(read(samples, stop=20))
     assert {id.split("/")[0] for id in found} == {"toy", "clips"} and all(
         id.endswith("+10") for id in found if id.startswith("clips")
     )
     reader = samples.reader(5, 1)
-    clip = next(n for n, slot in ((n, reader._run(n, 0)[0]) for n in range(20)) if slot.set == 1)
-    assert len({slot.pair.id for slot in reader._run(clip, 0)}) == ROOM and reader._run(clip, 0)[0].pair.size == 0, (
+    clip = next(n for n, slot in ((n, reader.read_run(n, 0)[0]) for n in range(20)) if slot.set == 1)
+    assert len({slot.pair.id for slot in reader.read_run(clip, 0)}) == ROOM and reader.read_run(clip, 0)[0].pair.size == 0, (
         "frames stay in their video"
     )
 
 
 def test_only_training_streams_and_eval_draws_by_random_access(toy: Path) -> None:
     sets = {"toy": {"rlds": toy, **TOY}}
-    assert isinstance(mixture(sets, split="val", stream={"block": 6, "pairs": ROOM}, **PAIRS), Mixture)
+    assert isinstance(build_mixture(sets, split="val", stream={"block": 6, "pairs": ROOM}, **PAIRS), Mixture)
     assert stream(toy).sample(0, np.random.default_rng(0))["id"].startswith("toy/")
     with pytest.raises(ValueError, match="1 <= pairs <= block"):
         stream(toy, block=2)

@@ -31,7 +31,7 @@ def built_small() -> list[str]:
     """Overrides of the official preset for SIZE."""
     return [
         "gidm.dim=64",
-        f"gidm.heads={HEADS}",
+        f"gidm.num_heads={HEADS}",
         "gidm.encoder_layers=2",
         "gidm.decoder_layers=2",
         "gidm.quantizer.codes=8",
@@ -72,10 +72,9 @@ def lightning(path: Path, weights: dict[str, Tensor], **held: Any) -> Path:
     return path
 
 
-@pytest.mark.parametrize("preset", ["official", "univla"])
-def test_imported_weights_compute_what_the_formulas_say(preset: str, run: Callable[..., None], tmp_path: Path) -> None:
+def test_imported_weights_compute_what_the_formulas_say(run: Callable[..., None], tmp_path: Path) -> None:
     weights = random_weights(**SIZE)
-    run(lightning(tmp_path / "lam_idm.ckpt", weights), f"gidm={preset}")
+    run(lightning(tmp_path / "lam_idm.ckpt", weights))
     folder = tmp_path / "ckpts/gidm/theirs"
     model, written = artifact.load(folder, "gidm"), ReferenceModel(weights)
     assert artifact.read_meta(folder)["scale"] == "full", "published weights are of the paper's scale"
@@ -89,7 +88,7 @@ def test_imported_weights_compute_what_the_formulas_say(preset: str, run: Callab
     for i, text in enumerate(TEXTS):
         words = model.text([text])[0][0]
         tokens, z, codes = written.encode(frames[i], words)
-        ours = model.encode_frames(frames[i : i + 1, 0], frames[i : i + 1, 1], *model._read([text]))[0]
+        ours = model.encode_frames(frames[i : i + 1, 0], frames[i : i + 1, 1], *model.encode_text([text]))[0]
         torch.testing.assert_close(ours, tokens[:, : ours.shape[1]], atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(action.continuous[i], z, atol=1e-4, rtol=1e-4)
         assert torch.equal(action.codes[i], codes)
@@ -122,7 +121,7 @@ def test_a_policys_inverse_model_fits_without_its_decoder() -> None:
         "lam.text_encoder.shared.weight": torch.ones(1),
     }
     before = {name: tensor.clone() for name, tensor in policy.items()}
-    with pytest.raises(ValueError, match=r"^1 unexpected beside lam.\*.*: perceiver.x$"):
+    with pytest.raises(ValueError, match=r"^1 unexpected besides lam.\*.*: perceiver.x$"):
         from_univla({**policy, "perceiver.x": torch.ones(1)})
     state = from_univla(policy)
     assert all(torch.equal(policy[name], before[name]) for name in before) and policy.keys() == before.keys()
@@ -131,7 +130,7 @@ def test_a_policys_inverse_model_fits_without_its_decoder() -> None:
         text=Reader(64),
         quantizer=VectorQuantizer(8, 16),
         dim=64,
-        heads=HEADS,
+        num_heads=HEADS,
         encoder_layers=2,
         decoder_layers=2,
         text_in=["encoder", "decoder"],
@@ -153,15 +152,15 @@ def test_what_is_left_out_is_named_and_counted(
         tmp_path / "bare.pt",
     )
     lightning(tmp_path / "lam_idm.ckpt", weights)
-    for file, left in (
+    for file, unused in (
         ("lam_idm.ckpt", {"lam.dino_encoder.": 4, "lam.text_encoder.": 12}),
         ("bare.pt", {"lam.dino_encoder.": 5}),
     ):
         run(tmp_path / file, f"name={file}", "foreign=skip")
         source = artifact.read_meta(tmp_path / "ckpts/gidm" / file)["stats"]["imported"]
-        assert source["file"] == file and source["left"] == left and len(source["sha256"]) == 64
+        assert source["file"] == file and source["unused"] == unused and len(source["sha256"]) == 64
         told = capsys.readouterr().out
-        assert all(f"left out: {prefix}* ({count} numbers; " in told for prefix, count in left.items())
+        assert all(f"not used: {prefix}* ({count} numbers; " in told for prefix, count in unused.items())
 
 
 def test_what_does_not_fit_is_one_line_and_leaves_nothing(run: Callable[..., None], tmp_path: Path) -> None:
@@ -182,7 +181,7 @@ def test_what_does_not_fit_is_one_line_and_leaves_nothing(run: Callable[..., Non
                 "encoder.ffn.0.weight": torch.ones(64),
                 "dino_encoder.x": torch.ones(1),
             },
-            r"3 unexpected beside lam.\*, .*: dino_encoder.x, encoder.ffn.0.weight, stranger.weight$",
+            r"3 unexpected besides lam.\*, .*: dino_encoder.x, encoder.ffn.0.weight, stranger.weight$",
         ),
         "shape": (
             {**weights, "lam.vq.codebook.weight": torch.ones(5, 16)},
@@ -211,14 +210,6 @@ def test_what_does_not_fit_is_one_line_and_leaves_nothing(run: Callable[..., Non
     run(lightning(tmp_path / "good.ckpt", weights))
     with pytest.raises(SystemExit, match="is an artifact already; choose another name="):
         run(tmp_path / "good.ckpt")
-
-
-def test_presets_are_one_model() -> None:
-    assert composed("gidm=univla")["gidm"] == composed("gidm=official")["gidm"]
-    assert {k: composed()["gidm"][k] for k in ("encoder_layers", "text_in")} == {
-        "encoder_layers": 16,
-        "text_in": ["encoder"],
-    }
 
 
 # ---- parity with the public code, where a checkout of it is at hand ----
@@ -333,7 +324,7 @@ def test_parity_with_the_public_code(
             "quantizer": quantizer,
         }
     ).eval()
-    import_weights.fill(ours, tmp_path / "lam_idm.ckpt")
+    import_weights.load_published(ours, tmp_path / "lam_idm.ckpt")
     videos = torch.rand(len(TEXTS), 2, 3, 14 * side, 14 * side)
     seen: dict[str, Tensor] = {}
     public.encoder.register_forward_hook(lambda _, args, out: seen.update(tokens=out))
@@ -345,7 +336,7 @@ def test_parity_with_the_public_code(
         out = public({"videos": videos[i : i + 1], "task_instruction": [text]})
         one = slice(i, i + 1)
         action = ours.infer(now[one], future[one], [text])
-        tokens = ours.encode_frames(now[one], future[one], *ours._read([text]))
+        tokens = ours.encode_frames(now[one], future[one], *ours.encode_text([text]))
         decoded = ours.decode(now[one], action.quantized, [text])
         assert torch.equal(action.codes, out["indices"]) and torch.equal(together.codes[one], out["indices"])
         for name, a, b in (

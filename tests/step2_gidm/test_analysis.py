@@ -67,7 +67,7 @@ def told(codes: Tensor) -> dict[str, Tensor]:
 def test_the_read_out_finds_motion_in_codes_that_decide_it_and_nowhere_else() -> None:
     fit, test = torch.randint(8, (800, 2)), torch.randint(8, (200, 2))
     known = labels(100, 8, motion=moved(fit)), labels(25, 8, prefix="t", motion=moved(test))
-    results = analysis.read_motion(told(fit), known[0], told(test), known[1], seed=0)
+    results = analysis.probe_motion(told(fit), known[0], told(test), known[1], seed=0)
     assert set(results) == {"0"} and set(results["0"]) == {"motion"}, "nothing is said of a gripper that nobody read"
     rows = results["0"]["motion"]["r2"]
     assert rows[QUANTIZED]["low"] > 0.6 and rows[CONTINUOUS]["low"] > 0.6
@@ -89,14 +89,14 @@ def test_the_gripper_is_read_where_it_moves() -> None:
     )
     fit = fit._replace(episode=np.char.add("f", fit.episode))
     inputs = told(codes[:200]), told(codes[200:])
-    rows = analysis.read_motion(inputs[0], fit, inputs[1], test, seed=0)["0"]["gripper"]["r2"]
+    rows = analysis.probe_motion(inputs[0], fit, inputs[1], test, seed=0)["0"]["gripper"]["r2"]
     assert rows[QUANTIZED]["low"] > 0.4 > 0.15 > rows[RANDOM]["mean"]
     for other in (
         test._replace(view=np.ones(100, int)),
         test._replace(gripper=0 * test.gripper),
     ):  # a camera never fitted; nothing moves
         with pytest.raises(MissingLabels, match="too few pairs hold readings"):
-            analysis.read_motion(
+            analysis.probe_motion(
                 inputs[0], fit._replace(gripper=fit.gripper * other.gripper.any()), inputs[1], other, seed=0
             )
 
@@ -116,7 +116,7 @@ def test_an_episode_that_is_measured_is_never_fitted_on(monkeypatch: pytest.Monk
     test = labels(60, 6, motion=motion)  # the very same episodes, of which a third is asked for
     third = np.arange(240, 360)
     test = Labels(*(column[third] for column in test))
-    parts = analysis.split(fit.episode, test.episode, 0)
+    parts = analysis.split_by_episode(fit.episode, test.episode, 0)
     own = np.concatenate([fit.episode, test.episode])
     fitted, choosing, measured = (set(own[part]) for part in parts)
     assert (
@@ -126,7 +126,7 @@ def test_an_episode_that_is_measured_is_never_fitted_on(monkeypatch: pytest.Monk
         and len(choosing) == 10
         and len(fitted) == 30
     )
-    honest = analysis.read_motion(fingerprints(fit), fit, fingerprints(test), test, seed=0)["0"]["motion"]["r2"][
+    honest = analysis.probe_motion(fingerprints(fit), fit, fingerprints(test), test, seed=0)["0"]["motion"]["r2"][
         QUANTIZED
     ]
     assert honest["mean"] < 0.2, "what an episode looks like says nothing of how another one moves"
@@ -135,8 +135,8 @@ def test_an_episode_that_is_measured_is_never_fitted_on(monkeypatch: pytest.Monk
         last = np.arange(len(fit)) % 6 == 5
         return ProbeSplit(np.flatnonzero(~last), np.flatnonzero(last), len(fit) + np.arange(len(test)))
 
-    monkeypatch.setattr(analysis, "split", leaky)
-    leaked = analysis.read_motion(fingerprints(fit), fit, fingerprints(test), test, seed=0)["0"]["motion"]["r2"][
+    monkeypatch.setattr(analysis, "split_by_episode", leaky)
+    leaked = analysis.probe_motion(fingerprints(fit), fit, fingerprints(test), test, seed=0)["0"]["motion"]["r2"][
         QUANTIZED
     ]
     assert leaked["mean"] > 0.8, "a split by pair would be believed"
@@ -148,7 +148,7 @@ def test_neighbours_are_the_planted_ones_of_other_episodes() -> None:
     episode = torch.arange(24).repeat_interleave(5)
     by_task = torch.eye(4)[task] * 10 + torch.randn(24, 4)[episode] * 0.1  # nearer within an episode than between two
     values = {CONTINUOUS: by_task, QUANTIZED: torch.eye(4)[task], PIXELS: torch.randn(120, 5)}
-    found = analysis.neighbours(values[QUANTIZED], by_task, known, 4)
+    found = analysis.find_neighbours(values[QUANTIZED], by_task, known, 4)
     assert (known.episode[found] != known.episode[:, None]).all() and (known.text[found] == known.text[:, None]).all()
     assert all(len(set(row)) == 4 for row in known.episode[found]), "twins of one episode count once"
     ties = torch.cdist(by_task, by_task)
@@ -156,8 +156,8 @@ def test_neighbours_are_the_planted_ones_of_other_episodes() -> None:
     assert (known.episode[found[:, 0]] == known.episode[ties.argmin(1).numpy()]).all(), (
         "equal codes are told apart by the continuous latent action"
     )
-    results = analysis.retrieve(
-        {source: analysis.neighbours(x, by_task, known, 4) for source, x in values.items()}, known
+    results = analysis.measure_retrieval(
+        {source: analysis.find_neighbours(x, by_task, known, 4) for source, x in values.items()}, known
     )
     for name in (CONTINUOUS, QUANTIZED):
         assert results["sentence"][name]["value"]["mean"] == 1 and results["sentence"][name]["gain"]["low"] > 0.7
@@ -171,14 +171,14 @@ def test_neighbours_are_the_planted_ones_of_other_episodes() -> None:
 
 def test_neighbours_are_of_the_same_camera_and_may_be_too_few() -> None:
     known = labels(4, 2)._replace(view=np.array([0, 1] * 4))
-    found = analysis.neighbours(torch.randn(8, 3), torch.zeros(8, 3), known, 5)
+    found = analysis.find_neighbours(torch.randn(8, 3), torch.zeros(8, 3), known, 5)
     assert (found[:, 3:] == -1).all() and (known.view[found[:, :3]] == known.view[:, None]).all()
 
 
 def test_retrieval_needs_something_to_compare() -> None:
     known = labels(4, 3)
     with pytest.raises(MissingLabels, match="no two episodes share a sentence"):
-        analysis.retrieve({CONTINUOUS: np.zeros((12, 2), int)}, known._replace(text=known.episode))
+        analysis.measure_retrieval({CONTINUOUS: np.zeros((12, 2), int)}, known._replace(text=known.episode))
 
 
 def carried(scenes: int) -> tuple[torch.nn.Module, EncodedPairs, Labels]:
@@ -196,7 +196,7 @@ def carried(scenes: int) -> tuple[torch.nn.Module, EncodedPairs, Labels]:
 
 def test_an_action_carries_over_to_another_scene() -> None:
     model, encoded, known = carried(2)
-    partners = analysis.transfers(known, 0)
+    partners = analysis.find_transfer_pairs(known, 0)
     assert len(partners.target) == 48 and (known.scene[partners.source] != known.scene[partners.target]).all()
     assert (known.text[partners.source] == known.text[partners.target]).all() and (
         known.text[partners.other] != known.text[partners.target]
@@ -225,10 +225,10 @@ def test_an_action_carries_over_to_another_scene() -> None:
 
 def test_transfer_needs_two_scenes_with_a_task_in_common() -> None:
     with pytest.raises(MissingLabels, match="all pairs are of one scene"):
-        analysis.transfers(carried(1)[2], 0)
+        analysis.find_transfer_pairs(carried(1)[2], 0)
     known = carried(2)[2]
     with pytest.raises(MissingLabels, match="scenes share no sentence"):
-        analysis.transfers(known._replace(text=np.char.add(known.text, known.scene)), 0)
+        analysis.find_transfer_pairs(known._replace(text=np.char.add(known.text, known.scene)), 0)
 
 
 def square_set(folder: Path, split: str, count: int, seed: int) -> Path:
@@ -268,9 +268,9 @@ def test_motion_is_read_out_of_real_pictures(tmp_path: Path) -> None:
     for split, count in (("train", 250), ("val", 90)):
         samples, rng = VideoTransitions(tmp_path / "set", split, image_size=32, labelled=True), np.random.default_rng(0)
         pairs = [samples.sample(i % len(samples), rng) for i in range(count)]
-        encoded = analysis.encode_pairs(model, pairs)
-        sides += [analysis.inputs(model, encoded, pairs), analysis.labels(pairs)]
-    results = analysis.read_motion(*sides, seed=0)
+        encoded = analysis.encode_batch(model, pairs)
+        sides += [analysis.representations(model, encoded, pairs), analysis.read_labels(pairs)]
+    results = analysis.probe_motion(*sides, seed=0)
     assert encoded.no_text is None and set(results["0"]) == {"motion"}, "this gripper is read and never moves"
     rows = results["0"]["motion"]["r2"]
     assert (
@@ -283,12 +283,17 @@ def test_the_sentence_can_be_withheld() -> None:
     pairs = [
         {"id": str(i), "frames": torch.rand(2, 3, 16, 16), "text": text} for i, text in enumerate(("open", "close", ""))
     ]
-    encoded = analysis.encode_pairs(model, pairs)
+    encoded = analysis.encode_batch(model, pairs)
     assert torch.allclose(encoded.no_text[2], encoded.continuous[2], atol=1e-6) and not torch.allclose(
         encoded.no_text[0], encoded.continuous[0], atol=1e-3
     )
-    assert NO_TEXT in analysis.inputs(model, encoded, pairs) and analysis.sentences(model, ["open", "close"]).shape == (
+    assert NO_TEXT in analysis.representations(model, encoded, pairs) and analysis.embed_sentences(
+        model, ["open", "close"]
+    ).shape == (
         2,
         8,
     )
-    assert analysis.labels(pairs).episode.tolist() == ["0", "1", "2"] and np.isnan(analysis.labels(pairs).motion).all()
+    assert (
+        analysis.read_labels(pairs).episode.tolist() == ["0", "1", "2"]
+        and np.isnan(analysis.read_labels(pairs).motion).all()
+    )

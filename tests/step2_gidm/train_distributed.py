@@ -1,7 +1,7 @@
 """Trains a toy inverse model for a few steps on an RLDS folder, by random access and in a stream, in as many processes
 as the launcher starts.
 
-    one_or_two.py <RLDS folder> <out>
+    train_distributed.py <RLDS folder> <out>
 
 The global batch is eight pairs. Four of them are a micro-batch of the stream, which reads two blocks side by side: two
 workers of one
@@ -16,7 +16,7 @@ from accelerate import PartialState
 from accelerate.utils import set_seed
 
 from common.loop import Loop
-from step2_gidm.data.dataset import mixture
+from step2_gidm.data.dataset import build_mixture
 from tests.step2_gidm.parts import make
 
 if __name__ == "__main__":
@@ -30,7 +30,7 @@ if __name__ == "__main__":
         "save_every": None,
         "eval_every": 5,
     }
-    alone = {1: {"batch_size": 4, "accumulate": 2, "num_workers": 2}, 2: {"batch_size": 4}}[processes]
+    alone = {1: {"batch_size": 4, "grad_accum_steps": 2, "num_workers": 2}, 2: {"batch_size": 4}}[processes]
     sets = {
         "toy": {
             "rlds": folder,
@@ -50,7 +50,9 @@ if __name__ == "__main__":
             torch.save(dict(model.named_parameters()), out / "start.pt")
         loop = Loop(output_dir=str(out / kind), **shared, **batch)
         model = loop.fit(
-            model, mixture(sets, stream=stream, length=36, image_size=16), mixture(sets, length=36, image_size=16)
+            model,
+            build_mixture(sets, stream=stream, length=36, image_size=16),
+            build_mixture(sets, length=36, image_size=16),
         )
         if loop.accelerator.is_main_process:
             torch.save(dict(model.named_parameters()), out / f"{kind}.pt")
