@@ -3,12 +3,10 @@
     python -m benchmarks.rollout [scene=D] [workers=4] [sequences=8] [horizon=60] [rounds=3] [policy=<folder of
     step3_defi.train>] [scale=tiny]
 
-Ours: step3_defi.rollout.simulators, pictures where the policy looks. Plain: the same chains in this process one after the other,
-batch 1, with pictures at
-every step as CALVIN's evaluation draws them; "plain, pictures when looked at" leaves those out. Without `policy` its
-weights are random:
-then nothing succeeds and a sequence is one sub-task of `horizon` steps. Rounds take turns; starting the simulators is
-not counted.
+Ours: step3_defi.rollout.simulators, with pictures where the policy looks. Plain: the same chains in this process one
+after the other, batch 1, with pictures at every step as CALVIN's evaluation draws them; "plain, pictures when looked
+at" leaves those out. Without `policy` its weights are random: then nothing succeeds and a sequence is one sub-task of
+`horizon` steps. Rounds take turns; starting the simulators is not counted.
 """
 
 from __future__ import annotations
@@ -25,15 +23,16 @@ import numpy as np
 import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
-from tqdm import tqdm
 
 from benchmarks.imagine import compose_config, machine, parse_command_line, ratio
 from benchmarks.replan import hub, random_policy
 from common.contracts import ChunkPolicy
+from common.progress import tqdm
 from envs.protocol import Env
 from step3_defi import policy as robots
+from step3_defi.rollout.messages import Chain
 from step3_defi.rollout.simulators import SimulatorPool
-from step3_defi.rollout.worker import Chain, run_chain
+from step3_defi.rollout.worker import run_chain
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +48,8 @@ class Alone:
 
     def act(self) -> np.ndarray:
         if not self.queue:
-            self.queue.extend(self.policy.plan([self.env.get_obs()], [self.instruction])[0, : self.policy.execute])
+            chunk = self.policy.predict_action_chunk([self.env.get_obs()], [self.instruction])[0]
+            self.queue.extend(chunk[: self.policy.execute])
         return self.queue.popleft()
 
 
@@ -81,7 +81,7 @@ def together(simulators: SimulatorPool, chains: list[Chain], policy: ChunkPolicy
     return sum(
         steps if steps is not None else horizon
         for result in simulators.rollout(chains, policy)
-        for steps in result["steps_to_success"]
+        for steps in result.steps_to_success
     )
 
 
