@@ -1,17 +1,18 @@
-"""Program: videos -> VAE latents, once, before training (Sec. 3.1).   python -m step1_gfdm.encode data=<video set>
-[out=<set>]
+"""Encode the videos of a video set into latents of SVD's VAE, once, before the forward model is trained (Sec. 3.1).
 
-Several processes (accelerate launch) share the files. What is there and whole is skipped, so a stopped run goes on.
+The latents are written beside the videos, or with `out` to a set of their own. Several processes (`accelerate launch`)
+share the videos. Complete latent files are skipped, so a run that was stopped goes on where it was.
+
+Examples:
+    python -m step1_gfdm.encode scale=tiny videos=data/playtable/A/videos_set out=data/playtable/A/latents_set
+    scripts/step1_prepare_data_latent.sh scale=full videos=data/opensource_robotdata/bridge precision=auto
 """
 
 from __future__ import annotations
 
-import errno
 import io
 import logging
 import pickle
-import re
-import sys
 import zlib
 from collections import Counter
 from dataclasses import dataclass
@@ -22,15 +23,15 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from common import video
 from common.distributed import processes
-from common.errors import MissingFileError, UserError
+from common.errors import MissingFileError, UnreadableSample, UserError
 from common.files import atomic_path
-from common.mixture import UnreadableSample
+from common.image_range import normalize
 from common.precision import bf16_pays
 from common.program import program
+from common.progress import tqdm
 from common.video_set import (
     known_length,
     latent_target,
@@ -39,97 +40,108 @@ from common.video_set import (
     video_path,
     write_latent_paths,
 )
-from step1_gfdm import vae
+from step1_gfdm import vae as svd_vae
+from step1_gfdm.bad_input import MIN_TRIED, check_unreadable_fraction, explain_full_disk
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-MIN_VIDEOS = 20  # videos before a share of bad ones says anything
 log = logging.getLogger(__name__)
 
 
 @dataclass
-class _View:
-    """One camera of one video: how many frames are there already or now, or its pictures, or why there are none."""
+class _Camera:
+    """One camera of an episode and the state of its latents.
+
+    length: number of frames of a complete latent file at `target`, 0 where there is none. encoded: this run wrote it.
+    images: the decoded video (T, 3, size, size) in [0, 1]. problem: why there are no latents.
+    """
 
     target: Path
-    there: int = 0
-    new: bool = False
+    length: int = 0
+    encoded: bool = False
     images: Tensor | None = None
     problem: str = ""
 
 
 @dataclass
-class _Video:
+class _Episode:
+    """An annotation file with its content and cameras, or the problem with it."""
+
     file: Path
     record: dict[str, Any]
-    views: list[_View]
+    cameras: list[_Camera]
     problem: str = ""
 
 
-class _Groups(Dataset):
-    """Annotations in groups of a fixed make: the VAE's numbers may depend on what shares a batch, so a resumed run
-    repeats its groups."""
+class _EpisodeGroups(Dataset):
+    """Episodes in fixed groups that share the VAE's batches.
+
+    The VAE's result may depend on what else is in a batch. A resumed run therefore decodes a group as a whole, even
+    where only one of its latent files is missing.
+    """
 
     def __init__(
         self,
-        data: Path,
+        root: Path,
         out: Path,
         files: list[Path],
-        group: int,
-        shape: tuple[int, int, int],
+        *,
+        group_size: int,
+        latent_shape: tuple[int, int, int],
         image_size: int,
         aspect: str,
     ) -> None:
-        self.data, self.out, self.shape, self.image_size, self.aspect = data, out, shape, image_size, aspect
-        self.groups = [files[start : start + group] for start in range(0, len(files), group)]
+        self.root, self.out = root, out
+        self.latent_shape, self.image_size, self.aspect = latent_shape, image_size, aspect
+        self.groups = [files[start : start + group_size] for start in range(0, len(files), group_size)]
 
     def __len__(self) -> int:
         return len(self.groups)
 
-    def __getitem__(self, index: int) -> list[_Video]:
-        videos = [self._named(file) for file in self.groups[index]]
-        if any(not view.there for each in videos for view in each.views):
-            for each in videos:
-                for number, view in enumerate(each.views):
-                    self._decode(each, number, view)
-        return videos
+    def __getitem__(self, index: int) -> list[_Episode]:
+        episodes = [self._read(file) for file in self.groups[index]]
+        if not all(camera.length for episode in episodes for camera in episode.cameras):
+            for episode in episodes:
+                for number, camera in enumerate(episode.cameras):
+                    self._decode(episode, number, camera)
+        return episodes
 
-    def _named(self, file: Path) -> _Video:
+    def _read(self, file: Path) -> _Episode:
         try:
             record = read_annotation(file)
             targets = [
-                latent_target(self.out, self.out / file.relative_to(self.data), record, number)
+                latent_target(self.out, self.out / file.relative_to(self.root), record, number)
                 for number in range(num_cameras(file, record))
             ]
         except UnreadableSample as error:
-            return _Video(file, {}, [], str(error))
-        return _Video(file, record, [_View(target, _finished_frames(target, self.shape)) for target in targets])
+            return _Episode(file, {}, [], str(error))
+        return _Episode(file, record, [_Camera(path, _finished_length(path, self.latent_shape)) for path in targets])
 
-    def _decode(self, each: _Video, number: int, view: _View) -> None:
+    def _decode(self, episode: _Episode, number: int, camera: _Camera) -> None:
         try:
-            source = video_path(self.data, each.file, each.record, number)
-            frames = video.read_frames(source)
-            stated = known_length(each.record)
-            if stated is not None and stated != len(frames):
+            path = video_path(self.root, episode.file, episode.record, number)
+            frames = video.read_frames(path)
+            length = known_length(episode.record)
+            if length is not None and length != len(frames):
                 raise UnreadableSample(
-                    str(source), f"has {len(frames)} frames, its annotation says {stated}; is the file truncated?"
+                    str(path), f"has {len(frames)} frames, its annotation says {length}; the file may be truncated"
                 )
-            view.images = video.resize(frames, self.image_size, self.aspect)
+            camera.images = video.resize(frames, self.image_size, self.aspect)
         except (UnreadableSample, video.VideoError) as error:
-            view.problem = str(error)
+            camera.problem = str(error)
 
 
 def encode_set(
-    data: Path,
+    root: Path,
     out: Path,
-    latent_space: vae.FrozenVAE,
+    vae: svd_vae.FrozenVAE,
     *,
     image_size: int,
     annotation: str = "annotation",
     aspect: str = "squeeze",
-    sample: bool = True,
+    sample_posterior: bool = True,
     chunk_size: int = 64,
-    group: int = 4,
-    store: torch.dtype = torch.float32,
+    group_size: int = 4,
+    dtype: torch.dtype = torch.float32,
     seed: int = 0,
     limit: int | None = None,
     workers: int = 0,
@@ -137,132 +149,144 @@ def encode_set(
     rank: int = 0,
     world: int = 1,
 ) -> Counter:
-    """Encode every camera of every video of a set, or of the first `limit` of each split; returns how many videos ended
-    how.
+    """Encode every camera of every video of the set `root` into the set `out`, those of process `rank`.
 
-    group: videos whose frames share the VAE's batches of `chunk`; workers: processes that decode ahead. Bad videos are
-    counted and
-    named; past `max_unreadable_fraction` of them the run stops.
+    annotation: the folder of the annotations. image_size, aspect: how frames are resized (common.video.resize).
+    sample_posterior: draw latents from the VAE's posterior, as VPP does, with `seed`; otherwise take its mode.
+    chunk_size: frames in a batch of the VAE. group_size: episodes whose frames share these batches.
+    dtype: of the latent files. limit: encode only so many episodes of each split, the first ones.
+    workers: processes that decode videos ahead. max_unreadable_fraction: the run stops where more are unreadable.
+
+    Returns the number of videos by outcome. Raises UserError.
     """
-    files = [file for split in sorted((data / annotation).glob("*/")) for file in sorted(split.glob("*.json"))[:limit]]
+    splits = sorted((root / annotation).glob("*/"))
+    files = [file for split in splits for file in sorted(split.glob("*.json"))[:limit]]
     if not files:
         raise MissingFileError(
-            f"{data / annotation}: no annotations of a video set here (data/README.md shows the layout)"
+            f"{root / annotation}: no annotations of a video set here (data/README.md shows the layout); "
+            "name the folder of a set with videos="
         )
-    side = image_size // latent_space.factor
-    groups = _Groups(data, out, files[rank::world], group, (latent_space.channels, side, side), image_size, aspect)
+    mine, side = files[rank::world], image_size // vae.downsample_factor
+    groups = _EpisodeGroups(
+        root,
+        out,
+        mine,
+        group_size=group_size,
+        latent_shape=(vae.channels, side, side),
+        image_size=image_size,
+        aspect=aspect,
+    )
     counts: Counter = Counter()
-    with tqdm(total=len(files[rank::world]), desc=f"encode {data.name}", unit="video", disable=rank != 0) as bar:
-        for videos in DataLoader(groups, batch_size=None, num_workers=workers):
-            _encode_group(videos, latent_space, sample=sample, chunk_size=chunk_size, store=store, seed=seed)
-            for each in videos:
-                _count(each, counts)
-                lengths = [view.there for view in each.views if view.there]
-                if lengths:
-                    write_latent_paths(out, out / each.file.relative_to(data), each.record, min(lengths))
-            bar.update(len(videos))
-            _check_unreadable_fraction(counts, max_unreadable_fraction, out)
+    with tqdm(total=len(mine), desc=f"encode {root.name}", unit="video", disable=rank != 0) as bar:
+        for episodes in DataLoader(groups, batch_size=None, num_workers=workers):
+            with explain_full_disk(out):
+                _encode_group(
+                    episodes, vae, sample_posterior=sample_posterior, chunk_size=chunk_size, dtype=dtype, seed=seed
+                )
+                for episode in episodes:
+                    _count(episode, counts)
+                    lengths = [camera.length for camera in episode.cameras if camera.length]
+                    if lengths:
+                        write_latent_paths(out, out / episode.file.relative_to(root), episode.record, min(lengths))
+            bar.update(len(episodes))
+            unreadable, tried = counts["unreadable video"] + counts["unreadable annotation"], sum(counts.values())
+            if tried >= MIN_TRIED:
+                check_unreadable_fraction(unreadable, tried, max_unreadable_fraction, what="videos", out=out)
     return counts
 
 
 def _encode_group(
-    videos: list[_Video], latent_space: vae.FrozenVAE, *, sample: bool, chunk_size: int, store: torch.dtype, seed: int
+    episodes: list[_Episode],
+    vae: svd_vae.FrozenVAE,
+    *,
+    sample_posterior: bool,
+    chunk_size: int,
+    dtype: torch.dtype,
+    seed: int,
 ) -> None:
-    """All decoded views in common batches; each to its own file, unless a whole one is there."""
+    """Encode all decoded cameras in shared batches, and write the latent files that are not complete yet."""
     decoded = [
-        (each, number, view) for each in videos for number, view in enumerate(each.views) if view.images is not None
+        (episode, number, camera)
+        for episode in episodes
+        for number, camera in enumerate(episode.cameras)
+        if camera.images is not None
     ]
     if not decoded:
         return
-    mean, deviation = latent_space.moments(
-        torch.cat([view.images for _, _, view in decoded]) * 2 - 1, chunk_size=chunk_size
-    )
-    lengths = [len(view.images) for _, _, view in decoded]
-    for (each, number, view), latents, spread in zip(
-        decoded, mean.cpu().split(lengths), deviation.cpu().split(lengths)
-    ):
-        view.images = None
-        if view.there:
+    images = torch.cat([camera.images for _, _, camera in decoded])  # (N, 3, size, size) in [0, 1], N frames of all
+    mean, std = vae.moments(normalize(images), chunk_size=chunk_size)  # each (N, c, h, w)
+    lengths = [len(camera.images) for _, _, camera in decoded]
+    posteriors = zip(mean.cpu().split(lengths), std.cpu().split(lengths))
+    for (episode, number, camera), (camera_mean, camera_std) in zip(decoded, posteriors):
+        camera.images = None
+        if camera.length:
             continue
-        if sample:
-            generator = torch.Generator().manual_seed(zlib.crc32(f"{each.file.stem}/{number}".encode()) + seed)
-            latents = vae.sample_gaussian(latents, spread, generator)
+        latents = camera_mean  # (T, c, h, w)
+        if sample_posterior:
+            generator = torch.Generator().manual_seed(zlib.crc32(f"{episode.file.stem}/{number}".encode()) + seed)
+            latents = svd_vae.sample_gaussian(camera_mean, camera_std, generator)
         if not torch.isfinite(latents).all():
-            view.problem = f"{each.file}: camera {number}: the VAE gave NaN or infinity; use precision=fp32 or bf16"
+            camera.problem = (
+                f"{episode.file}: camera {number}: the VAE returned NaN or infinity; use precision=fp32 or bf16"
+            )
             continue
-        _save(latents.to(store), view.target)
-        view.there, view.new = len(latents), True
+        _write_latents(latents.to(dtype), camera.target)
+        camera.length, camera.encoded = len(latents), True
 
 
-def _save(latents: Tensor, target: Path) -> None:
-    buffer = io.BytesIO()  # torch itself does not say that a disk is full
+def _write_latents(latents: Tensor, target: Path) -> None:
+    buffer = io.BytesIO()  # writing to a file itself, torch hides the error of a full disk
     torch.save(latents.clone(), buffer)
-    try:
-        with atomic_path(target) as part:
-            part.write_bytes(buffer.getvalue())
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise UserError(
-                f"{target}: the disk is full; free space and run the same command, finished latents are kept"
-            ) from error
-        raise
+    with atomic_path(target) as part:
+        part.write_bytes(buffer.getvalue())
 
 
-def _count(each: _Video, counts: Counter) -> None:
-    if each.problem:
+def _count(episode: _Episode, counts: Counter) -> None:
+    if episode.problem:
         counts["unreadable annotation"] += 1
-        tqdm.write(f"skipped: {each.problem}")
-    for view in each.views:
-        if view.there:
-            counts["encoded" if view.new else "already there"] += 1
+        tqdm.write(f"skipped: {episode.problem}")
+    for camera in episode.cameras:
+        if camera.length:
+            counts["encoded" if camera.encoded else "already there"] += 1
         else:
             counts["unreadable video"] += 1
-            tqdm.write(f"skipped: {view.problem}")
+            tqdm.write(f"skipped: {camera.problem}")
 
 
-def _check_unreadable_fraction(counts: Counter, limit: float, out: Path) -> None:
-    bad, total = counts["unreadable video"] + counts["unreadable annotation"], sum(counts.values())
-    if total >= MIN_VIDEOS and bad / total > limit:
-        raise UserError(
-            f"{bad} of {total} videos are unreadable, more than max_unreadable_fraction={limit}: see the reasons above, or raise "
-            "it; "
-            f"what was encoded stays in {out}"
-        )
-
-
-def _finished_frames(path: Path, shape: tuple[int, int, int]) -> int:
-    """Number of frames of a finished latent file of this shape, 0 where there is none."""
+def _finished_length(path: Path, latent_shape: tuple[int, int, int]) -> int:
+    """Number of frames of a complete latent file of this shape, 0 where there is none."""
     if not path.is_file():
         return 0
     try:
         latents = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError):
         return 0
-    return len(latents) if isinstance(latents, Tensor) and tuple(latents.shape[1:]) == shape else 0
+    return len(latents) if isinstance(latents, Tensor) and tuple(latents.shape[1:]) == latent_shape else 0
 
 
 @program("step1_encode")
 def main(cfg: DictConfig) -> None:
+    """Encode, and log the number of videos by outcome."""
     if cfg.precision not in (*PRECISIONS, "auto"):
         raise UserError(f"precision={cfg.precision}; use one of {', '.join(PRECISIONS)} or auto")
     if cfg.store not in ("fp32", "bf16"):
-        raise UserError(f"store={cfg.store}; use fp32 (VPP) or bf16 (half the disk)")
+        raise UserError(f"store={cfg.store}; use fp32 (as VPP does) or bf16 (half the disk)")
     state = processes()
     precision = cfg.precision if cfg.precision != "auto" else "bf16" if bf16_pays(state.device) else "fp32"
-    latent_space = vae.load(cfg.svd).to(state.device, PRECISIONS[precision])
-    data = Path(cfg.videos)
-    out = Path(cfg.out or data)
+    vae = svd_vae.load(cfg.svd).to(state.device, PRECISIONS[precision])
+    root = Path(cfg.videos)
+    out = Path(cfg.out or root)
     counts = encode_set(
-        data,
+        root,
         out,
-        latent_space,
+        vae,
         image_size=cfg.image_size,
         annotation=cfg.annotation,
         aspect=cfg.aspect,
-        sample=cfg.sample,
+        sample_posterior=cfg.sample_posterior,
         chunk_size=cfg.chunk_size,
-        group=cfg.group,
-        store=PRECISIONS[cfg.store],
+        group_size=cfg.group_size,
+        dtype=PRECISIONS[cfg.store],
         workers=cfg.workers,
         max_unreadable_fraction=cfg.max_unreadable_fraction,
         limit=cfg.limit,
@@ -275,6 +299,4 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    # `data` is also a config group, whose values Hydra would look up as files
-    sys.argv[1:] = [re.sub(r"^data=", "videos=", argument) for argument in sys.argv[1:]]
     main()

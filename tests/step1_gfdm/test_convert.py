@@ -1,4 +1,4 @@
-"""Converters: real files where they are at hand, published layouts around them, and nothing half-written."""
+"""convert: real samples in published layouts, unreadable episodes, and runs that were stopped."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from omegaconf import OmegaConf
 from common import video
 from common.calvin_format import CalvinFormatError
 from common.program import CONFIGS
+from common.video_set import annotations, read_annotation
 from step1_gfdm import convert as program
 from step1_gfdm.convert import convert
-from common.video_set import annotations, read_annotation
 from step1_gfdm.dataset import VideoClips
 from step1_gfdm.sources import CalvinSource, Ego4dSource, EpisodeEntry, FolderSource
 from tests.step3_defi.parts import write_calvin
@@ -145,8 +145,8 @@ def test_calvin_leaves_scene_d_out(tmp_path: Path) -> None:
     with pytest.raises(CalvinFormatError, match="scene_info.npy: expected a dictionary of scenes"):
         CalvinSource(root).episodes()
     (root / "training/scene_info.npy").unlink()
-    convert(CalvinSource(root), tmp_path / "untold", image_size=16, limit=1)
-    assert "scene" not in read_annotation(tmp_path / "untold/annotation/train/train_000000.json")
+    convert(CalvinSource(root), tmp_path / "without_scene", image_size=16, limit=1)
+    assert "scene" not in read_annotation(tmp_path / "without_scene/annotation/train/train_000000.json")
     os.symlink(root / "training", root / "validation")
     asked = CalvinSource(root, scene_d=True).episodes()
     assert Counter(entry.split for entry in asked) == {"train": 4, "val": 4} and not any(
@@ -287,7 +287,7 @@ def test_ranks_and_workers_share_and_a_second_run_does_nothing(tmp_path: Path) -
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "one").rglob("*")}
     assert convert(source, tmp_path / "one", image_size=16) == {"already there": 5, "frames": 60}
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "one").rglob("*")}
-    with pytest.raises(ValueError, match="choose another out="):
+    with pytest.raises(ValueError, match="choose another folder with out="):
         convert(source, tmp_path / "one", image_size=32)
 
 
@@ -298,13 +298,13 @@ def test_a_full_disk_ends_with_one_line_and_nothing_half_written(
     source = captioned(root, [f"{film(root / f'{number}.mp4').name},go" for number in range(2)])
     real, calls = video.write_mp4, []
 
-    def full(path: Path, *args: object, **options: object) -> None:
+    def write_to_full_disk(path: Path, *args: object, **options: object) -> None:
         calls.append(path)
         if len(calls) == 2:
             raise OSError(errno.ENOSPC, "No space left on device")
         real(path, *args, **options)
 
-    monkeypatch.setattr(program.video, "write_mp4", full)
+    monkeypatch.setattr(program.video, "write_mp4", write_to_full_disk)
     with pytest.raises(ValueError, match="the disk is full"):
         convert(source, tmp_path / "out", image_size=16)
     assert list((tmp_path / "out/annotation").rglob("*.json")) == [tmp_path / "out/annotation/train/0.json"]
@@ -320,13 +320,13 @@ def test_killed_and_resumed_equals_unbroken(tmp_path: Path) -> None:
         "-m",
         "step1_gfdm.convert",
         "source=folder",
-        f"in={root}",
+        f"root={root}",
         f"out={tmp_path / 'broken'}",
         "image_size=64",
     ]
     started = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     done = tmp_path / "broken/annotation/train"
-    limit = time.monotonic() + 60
+    limit = time.monotonic() + 300
     while not done.is_dir() or len(list(done.glob("*.json"))) < 3:
         assert started.poll() is None and time.monotonic() < limit
         time.sleep(0.01)
@@ -363,7 +363,7 @@ def test_the_program_ends_with_one_line(tmp_path: Path) -> None:
         "-m",
         "step1_gfdm.convert",
         "source=fractal",
-        f"in={tmp_path}",
+        f"root={tmp_path}",
         f"out={tmp_path / 'out'}",
     ]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -373,7 +373,7 @@ def test_the_program_ends_with_one_line(tmp_path: Path) -> None:
 
 
 def test_ids_become_safe_file_names() -> None:
-    listed = program._unique([EpisodeEntry("a/b:c"), EpisodeEntry("a b c"), EpisodeEntry("..")])
+    listed = program._mark_duplicates([EpisodeEntry("a/b:c"), EpisodeEntry("a b c"), EpisodeEntry("..")])
     assert [program._file_name(entry.id) for entry in listed] == ["a_b_c", "a_b_c", "_"] and listed[
         1
     ].reason == "id taken by another episode"

@@ -1,4 +1,4 @@
-"""Clips, mixtures and bad input; real Bridge latents where they are at hand."""
+"""Clips, mixtures and unreadable samples; real Bridge latents where they are there."""
 
 import json
 
@@ -7,8 +7,8 @@ import pytest
 import torch
 from video_sets import write_video_set
 
-from common.mixture import UnreadableSample
-from step1_gfdm.dataset import ClipRule, LatentClips, VideoClips, mixture
+from common.errors import UnreadableSample
+from step1_gfdm.dataset import ClipRule, LatentClips, VideoClips, build_mixture
 
 SHAPE = (4, 8, 8)
 STRIDE = {"stride": 2, "step_between_clips": 2}
@@ -75,7 +75,7 @@ def test_sets_without_a_val_folder_hold_videos_out(tmp_path):
 
 
 def test_real_bridge_latents(shared_data):
-    """Their annotations say latent_videos/, the files lie in latent_videos_svd/."""
+    """Their annotations name latent_videos/, but the files are in latent_videos_svd/."""
     videos = LatentClips(
         shared_data / "video_samples/bridge", "val", num_frames=16, clip={"span": "episode"}, max_frames=100
     )
@@ -138,8 +138,11 @@ class Evil:
         (save(torch.full((20, *SHAPE), float("nan"))), "NaN"),
         (save(torch.zeros(7, *SHAPE)), "holds 7 frames, its annotation says 20"),
         (save({"a": 1}), "holds dict"),
-        (save(Evil()), "not a latent file"),
-        (lambda root, file, record: (root / "latent_videos/train/0/0.pt").write_bytes(b"PK torn"), "not a latent file"),
+        (save(Evil()), "is not a latent file"),
+        (
+            lambda root, file, record: (root / "latent_videos/train/0/0.pt").write_bytes(b"PK torn"),
+            "is not a latent file",
+        ),
         (lambda root, file, record: (root / "latent_videos/train/0/0.pt").unlink(), "are missing; make them with"),
         (edit(latent_videos=[{"latent_video_path": "../../secret.pt"}]), "points outside its set"),
         (edit(latent_videos=[{"latent_video_path": "/etc/passwd"}]), "points outside its set"),
@@ -156,7 +159,7 @@ def test_bad_samples_are_named(tmp_path, change, says):
 
 def test_a_camera_too_many_is_named(tmp_path):
     write_video_set(tmp_path, 1, latent_shape=SHAPE)
-    with pytest.raises(UnreadableSample, match="has 1 cameras, camera 1 is asked for; set this set's views"):
+    with pytest.raises(UnreadableSample, match="has 1 cameras, and camera 1 was drawn; set the views of this set"):
         LatentClips(tmp_path, num_frames=4, clip=STRIDE, latent_shape=SHAPE, views={1: 1.0}).sample(0, rng())
 
 
@@ -184,7 +187,7 @@ def test_mixture_draws_by_weight_and_keeps_a_part_of_human_video(tmp_path):
     }
 
     def mix(human_fraction, sets=sets, **options):
-        return mixture(tmp_path, sets, num_frames=4, latent_shape=SHAPE, human_fraction=human_fraction, **options)
+        return build_mixture(tmp_path, sets, num_frames=4, latent_shape=SHAPE, human_fraction=human_fraction, **options)
 
     for fraction, share, kept in ((1.0, 1 / 4, 10), (0.5, 1 / 7, 5), (0.2, 1 / 16, 2)):
         drawn = [mix(fraction, length=77).sample(i, rng(i))["id"] for i in range(600)]
@@ -202,4 +205,4 @@ def test_mixture_draws_by_weight_and_keeps_a_part_of_human_video(tmp_path):
     with pytest.raises(ValueError, match=r"human_fraction=0.2, but no set of this mixture is marked human \(robot\)"):
         mix(0.2, {"robot": sets["robot"]})
     with pytest.raises(ValueError, match="a share between 0 and 1"):
-        mixture(tmp_path, sets, num_frames=4, latent_shape=SHAPE, human_fraction=1.5)
+        build_mixture(tmp_path, sets, num_frames=4, latent_shape=SHAPE, human_fraction=1.5)

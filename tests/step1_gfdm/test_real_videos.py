@@ -5,9 +5,10 @@ import torch
 
 from common.loop import Loop
 from common.mixture import collate
-from step1_gfdm import GFDM, vae
+from step1_gfdm import GFDM
 from step1_gfdm import unet as svd_unet
-from step1_gfdm.dataset import mixture
+from step1_gfdm import vae as svd_vae
+from step1_gfdm.dataset import build_mixture
 from step1_gfdm.encode import encode_set
 from step1_gfdm.objective import EDM
 
@@ -16,12 +17,12 @@ SETS = {"bridge": {"weight": 1, **WHOLE}, "rt1": {"weight": 3, **WHOLE}, "sthv2"
 
 
 def test_loss_falls_on_real_videos(shared_data, hub, tmp_path):
-    space = vae.load(hub / "svd")
+    vae = svd_vae.load(hub / "svd")
     for name, videos in (("bridge", 3), ("rt1", 3), ("sthv2", 4)):
-        assert encode_set(shared_data / "video_samples" / name, tmp_path / name, space, image_size=64) == {
+        assert encode_set(shared_data / "video_samples" / name, tmp_path / name, vae, image_size=64) == {
             "encoded": videos
         }
-    samples = mixture(tmp_path, SETS, split="val", num_frames=4, latent_shape=(space.channels, 8, 8), length=64)
+    samples = build_mixture(tmp_path, SETS, split="val", num_frames=4, latent_shape=(vae.channels, 8, 8), length=64)
     model = GFDM(str(hub / "svd"), str(hub / "clip"), objective=EDM(), image_size=64, num_frames=4)
     held = collate([samples.sample(i, np.random.default_rng(i)) for i in range(16)])
     assert len({i.split("/annotation")[0] for i in held["id"]}) == 3
@@ -45,7 +46,9 @@ def test_loss_falls_on_real_videos(shared_data, hub, tmp_path):
 
 def test_real_svd_latents_train(shared_data):
     """The published Bridge latents, 4 x 32 x 32, through a UNet of SVD's channels."""
-    samples = mixture(shared_data / "video_samples", {"bridge": {"weight": 1, **WHOLE}}, split="val", num_frames=4)
+    samples = build_mixture(
+        shared_data / "video_samples", {"bridge": {"weight": 1, **WHOLE}}, split="val", num_frames=4
+    )
     unet = svd_unet.build(
         {
             **svd_unet.SVD_UNET,

@@ -1,4 +1,4 @@
-"""Small video sets made on the spot."""
+"""Small generated video sets."""
 
 import json
 
@@ -11,8 +11,10 @@ from common.video import write_mp4
 def write_video_set(
     root, episodes=3, *, length=20, cameras=1, latent_shape=None, split="train", size=64, stated=True, val_folder=True
 ):
-    """A video set of moving squares; with `latent_shape`, latents whose every value is the frame number. An empty val
-    folder keeps the loader from holding videos out."""
+    """A video set of moving squares. With `latent_shape` it has latents, all of whose values are the frame number.
+
+    `val_folder` makes an empty val folder, so that no training video is held out.
+    """
     if val_folder:
         (root / "annotation/val").mkdir(parents=True, exist_ok=True)
     for episode in range(episodes):
