@@ -1,9 +1,9 @@
 """Record demonstrations of the scripted expert in CALVIN's format, together with a video set for steps 1 and 2.
 
-The expert carries out chains of tasks without a reset between them. Attempts that fail are dropped, so `episodes` counts
-successful demonstrations. With env=playtable_hand the images show a person's hand instead of the robot: then only the
-video set of the static camera is written, without actions, as a second source of human video. A recording that was
-killed continues with the same command.
+The expert carries out chains of tasks without a reset between them. Attempts that fail are dropped, so `episodes`
+counts successful demonstrations. With env=playtable_hand the images show a person's hand instead of the robot: then
+only the video set of the static camera is written, without actions, as a second source of human video. A recording that
+was killed continues with the same command.
 
 Examples:
     python -m envs.record scene=A tasks=eleven episodes=1400 out=data/playtable/A workers=2

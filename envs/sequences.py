@@ -1,8 +1,10 @@
-"""Five-in-a-row sequences and the poses they start from (DESIGN 7; CALVIN's long-horizon protocol).
+"""Sequences of five tasks in a row and the initial states that they start from (Sec. 4.2; CALVIN's LH-MTLC protocol).
 
-The draws repeat upstream's calls of numpy's legacy generator one by one, so that `generate(1000)` is the published
-list. A symbolic state is `{led, lightbulb: 0|1, slider: right|left, drawer: closed|open, <colour>_block: table|
-slider_right|slider_left|drawer|grasped|stacked_top|stacked_bottom, grasped: 0|1}`.
+The random draws repeat those of CALVIN's code call by call with numpy's legacy generator, so `get_sequences(1000)` is
+the published list. A symbolic state is a dictionary:
+    led, lightbulb, grasped: 0 or 1; slider: "right" or "left"; drawer: "closed" or "open"
+    red_block, blue_block, pink_block: "table", "slider_right", "slider_left", "drawer", "grasped", "stacked_top" or
+    "stacked_bottom"
 """
 
 from __future__ import annotations
@@ -15,23 +17,23 @@ from typing import Any
 
 import numpy as np
 
+from common.errors import UserError
 from envs.protocol import SceneLayout
 from envs.tasks import BLOCK_COLORS, TASKS, check_tasks
 
 State = dict[str, Any]
-Rule = tuple[dict[str, Any], dict[str, Any]]  # condition (a tuple lists the admitted values), effect
+# (condition, effect) of a task. In a condition, a tuple lists the admitted values of a key.
+Rule = tuple[dict[str, Any], dict[str, Any]]
 
 NUM_SEQUENCES = 1000
-OFFICIAL_SHA256 = {  # of the first so many of the published list, see `sequences_sha256`
+OFFICIAL_SHA256 = {  # number of sequences -> `sequences_sha256` of the first so many of the published list
     1: "f691091afd3c0490bc2155e22c81b3b5345933e2db44a36496f76c9731218515",
     10: "8dbbd38e9470de4dc34a46d5e1682cec738330bebfac6320c1fc5e64634c5e18",
     100: "5532f4910b6fa1ecc5bc56dde07a64ea6b871d5383823258eb215fbae732285d",
     1000: "90191d9ac76baecb4f292ab766bbbf3ae65dbf43a83bbe5c376d99db10fd6446",
 }
-DRAW_BATCH = (
-    512  # permutations drawn before they are judged; what is left over is thrown away with the state's generator
-)
-# CALVIN's numbers in scene D; x of the cabinet is from the sliding door's joint frame, the same in A to D.
+DRAW_BATCH = 512  # permutations that are drawn at once; each state has its own generator, so a surplus has no effect
+# CALVIN's numbers for scene D. In the cabinet, x is relative to the joint frame of the sliding door, as in all scenes.
 NEUTRAL_JOINTS = (-1.21779124, 1.03987629, 2.11978254, -2.34205014, -0.87015899, 1.64119093, 0.55344928)
 NEUTRAL_ROBOT_OBS = (
     *(0.02586889, -0.2313129, 0.5712808, 3.09045411, -0.02908596, 1.50013585, 0.07999963),
@@ -45,11 +47,11 @@ CABINET_POSITIONS = {
 TABLE_POSITIONS = ((0.0500000896, -0.120000177, 0.459990009), (0.229995412, -0.11999514, 0.45999001))
 SWITCH_ON, DRAWER_OPEN = 0.088, 0.22
 SIDES = ("slider_right", "slider_left")
-OPEN_SIDE = {"right": "slider_left", "left": "slider_right"}  # where the door stands -> what it leaves free
+OPEN_SIDE = {"right": "slider_left", "left": "slider_right"}  # position of the door -> the side that it leaves open
 
 
 def _block_rules(color: str) -> dict[str, list[Rule]]:
-    """Rules of the tasks that name a colour."""
+    """Rules of the tasks that name a block's color."""
     block = f"{color}_block"
     still = [({block: "table", "grasped": 0}, {block: "table"})]
     taken = {block: "grasped", "grasped": 1}
@@ -73,7 +75,8 @@ def _rules() -> dict[str, list[Rule]]:
     rules["move_slider_right"] = [({"slider": "left", "grasped": 0}, {"slider": "right"})]
     rules["open_drawer"] = [({"drawer": "closed", "grasped": 0}, {"drawer": "open"})]
     rules["close_drawer"] = [({"drawer": "open", "grasped": 0}, {"drawer": "closed"})]
-    # Upstream books a placed block under the side the door stands on; kept, since the published list rests on it.
+    # CALVIN records a placed block on the side where the door stands, which is the closed one. It is repeated here,
+    # because the published list depends on it.
     rules["place_in_slider"] = [
         ({block: "grasped", "slider": door, "grasped": 1}, {block: f"slider_{door}", "grasped": 0})
         for block in blocks
@@ -128,13 +131,13 @@ def _check_condition(state: State, condition: dict[str, Any]) -> bool:
 
 
 def next_state(state: State, task: str) -> State | None:
-    """The symbolic state after `task`, or None where it is not possible or has more than one outcome."""
+    """The symbolic state after `task`, or None if it is impossible or has more than one outcome."""
     effects = [effect for condition, effect in RULES[task] if _check_condition(state, condition)]
     return {**state, **effects[0]} if len(effects) == 1 else None
 
 
 def _initial_states() -> list[State]:
-    """Upstream's 192: every setting of the fixtures times the block places with one or two blocks on the table."""
+    """CALVIN's 192 states: each setting of the fixtures with each placement of one or two blocks on the table."""
     states = []
     for values in product((0, 1), (0, 1), ("right", "left"), ("closed", "open"), *[("table", *SIDES)] * 3):
         blocks = values[4:]
@@ -158,7 +161,7 @@ def _is_valid_sequence(state: State, tasks: tuple[str, ...]) -> bool:
 def _sequence_exists(
     state: State, tasks: tuple[str, ...], length: int, num_categories: int, done: tuple[str, ...] = ()
 ) -> bool:
-    """Is there any sequence of `length` different tasks with `num_categories` categories from this state?"""
+    """Whether any sequence of `length` different tasks with `num_categories` categories starts in this state."""
     seen = {TASK_CATEGORIES[task] for task in done}
     left = length - len(done)
     if len(seen) + left < num_categories:
@@ -173,7 +176,10 @@ def _sequence_exists(
 def _sample_sequences(
     state: State, tasks: tuple[str, ...], length: int, num_categories: int, *, count: int, seed: Any
 ) -> list[list[str]]:
-    """`count` accepted draws of `length` different tasks; a shuffle a draw, as legacy `choice` makes them."""
+    """Draw `count` sequences of `length` different tasks that are possible and have enough categories.
+
+    Each draw is one shuffle of all tasks, as numpy's legacy `choice` without replacement makes it.
+    """
     rng = np.random.RandomState(seed)
     labels = {name: number for number, name in enumerate(sorted({TASK_CATEGORIES[task] for task in tasks}))}
     category = np.array([1 << labels[TASK_CATEGORIES[task]] for task in tasks])
@@ -197,12 +203,12 @@ def _sample_sequences(
 def _sequence_schedule(
     tasks: tuple[str, ...], length: int, total: int, seed: int
 ) -> tuple[int, list[State], list[tuple[int, int]]]:
-    """(categories a sequence must have, usable states, for each sequence in order its state and its rank there)."""
+    """Return (number of categories in a sequence, usable states, (index of its state, rank there) per sequence)."""
     num_categories = min(length, len({TASK_CATEGORIES[task] for task in tasks}))
     states = [state for state in INITIAL_STATES if _sequence_exists(state, tasks, length, num_categories)]
     if not states:
-        raise ValueError(
-            f"no sequence of {length} of the tasks {', '.join(tasks)} is possible: add tasks or shorten it"
+        raise UserError(
+            f"no sequence of {length} of the tasks {', '.join(tasks)} is possible: add tasks or use a smaller length"
         )
     shares = [len(part) for part in np.array_split(range(total), len(states))]
     order = [(index, rank) for index, share in enumerate(shares) for rank in range(share)]
@@ -214,7 +220,7 @@ def _sequence_schedule(
 def _sequences_for_state(tasks: tuple[str, ...], length: int, total: int, seed: int, index: int) -> list[list[str]]:
     num_categories, states, order = _sequence_schedule(tasks, length, total, seed)
     share = sum(1 for where, _ in order if where == index)
-    # Seed 0 is upstream's, which seeds a state with its number.
+    # Seed 0 repeats CALVIN, which seeds each state with its index.
     return _sample_sequences(
         states[index], tasks, length, num_categories, count=share, seed=index if seed == 0 else [seed, index]
     )
@@ -223,15 +229,16 @@ def _sequences_for_state(tasks: tuple[str, ...], length: int, total: int, seed: 
 def get_sequences(
     count: int, tasks: list[str] | None = None, length: int = 5, seed: int = 0
 ) -> list[tuple[State, list[str]]]:
-    """`count` pairs of (symbolic initial state, `length` tasks in a row), upstream's for the default arguments.
+    """Return `count` pairs of (symbolic initial state, `length` tasks in a row); by default CALVIN's published ones.
 
-    The first of NUM_SEQUENCES (or of `count`, where that is more), so that a short run is the beginning of a long one.
-    A vocabulary with fewer categories than `length` admits a category twice, but never leaves one out.
-    Raises ValueError for unknown tasks, a length outside 1..5 and a vocabulary that allows no sequence.
+    They are the first ones of a list of NUM_SEQUENCES (or of `count`, if that is more), so that a short evaluation is
+    the beginning of a long one. tasks: the names that may occur, None for all 34. If they have fewer categories than
+    `length`, each category occurs at least once. Raises UserError for unknown tasks, a length outside 1 to 5, and tasks
+    that allow no sequence.
     """
     vocabulary = TASKS if tasks is None else check_tasks(dict.fromkeys(tasks))
     if not 1 <= length <= min(5, len(vocabulary)):
-        raise ValueError(f"length={length}: choose 1 to {min(5, len(vocabulary))} for {len(vocabulary)} task(s)")
+        raise UserError(f"length={length}: choose 1 to {min(5, len(vocabulary))} for {len(vocabulary)} task(s)")
     total = max(count, NUM_SEQUENCES)
     _, states, order = _sequence_schedule(vocabulary, length, total, seed)
     return [
@@ -241,25 +248,24 @@ def get_sequences(
 
 
 def sequences_sha256(pairs: list[tuple[State, list[str]]]) -> str:
-    """sha256 of sequences as compact JSON."""
+    """sha256 of the sequences, written as compact JSON."""
     return hashlib.sha256(
         json.dumps([list(pair) for pair in pairs], sort_keys=True, separators=(",", ":")).encode()
     ).hexdigest()
 
 
 def check_published_sequences(pairs: list[tuple[State, list[str]]]) -> None:
-    """Raises RuntimeError where these are not the beginning of the published list: numpy's legacy generator draws
-    differently."""
+    """Raise UserError if these are not the beginning of the published list, because numpy draws other numbers."""
     known = max(count for count in OFFICIAL_SHA256 if count <= len(pairs))
     if sequences_sha256(pairs[:known]) != OFFICIAL_SHA256[known]:
-        raise RuntimeError(
-            f"the first {known} sequences are not CALVIN's: numpy {np.__version__} draws otherwise, take the one of "
-            "requirements-lock.txt"
+        raise UserError(
+            f"the first {known} sequences are not CALVIN's published ones: numpy {np.__version__} draws other numbers, "
+            "install the version in requirements-lock.txt"
         )
 
 
 def _fnv1_32(text: str) -> int:
-    """FNV-1, 32 bit, from 0 instead of the offset basis, over UTF-16-LE: what upstream's pyhash computes."""
+    """32-bit FNV-1 over UTF-16-LE that begins with 0 instead of the offset basis, as CALVIN's pyhash computes it."""
     value = 0
     for byte in text.encode("utf-16-le"):
         value = (value * 0x01000193 & 0xFFFFFFFF) ^ byte
@@ -267,11 +273,11 @@ def _fnv1_32(text: str) -> int:
 
 
 def get_env_state_for_initial_condition(condition: State, scene: SceneLayout) -> tuple[np.ndarray, np.ndarray]:
-    """Symbolic state -> (robot_obs (15,), scene_obs (24,)); CALVIN's own in scene D, which a state determines fully.
+    """Convert a symbolic state into (robot_obs (15,), scene_obs (24,)), in scene D exactly as CALVIN does.
 
-    In other scenes the cabinet's places follow the door's frame, an open slider stands at the scene's limit, blocks are
-    filed under the scene's order, and where the button is on the right (B) the places on the table are mirrored.
-    Raises ValueError for a state that has no place for its blocks.
+    In the other scenes, positions in the cabinet are relative to the joint frame of the door, an open slider stands at
+    the scene's limit, blocks are in the scene's order, and positions on the table are mirrored if the button is on the
+    right (scene B). Raises ValueError for blocks in other places than the table and the two sides of the cabinet.
     """
     rng = np.random.RandomState(_fnv1_32(str({key: condition[key] for key in INITIAL_STATES[0]}.values())))
     table = [list(place) for place in TABLE_POSITIONS]
@@ -281,7 +287,7 @@ def get_env_state_for_initial_condition(condition: State, scene: SceneLayout) ->
     places = [condition[f"{color}_block"] for color in BLOCK_COLORS]
     if any(place not in ("table", *SIDES) for place in places) or not 1 <= places.count("table") <= 2:
         raise ValueError(
-            f"no initial poses for blocks at {places}: CALVIN knows one or two on the table, the rest inside"
+            f"no initial poses for blocks at {places}: one or two have to be on the table, the others in the cabinet"
         )
     scene_obs = np.zeros(24)
     scene_obs[0] = scene.limits["base__slide"] if condition["slider"] == "left" else 0.0

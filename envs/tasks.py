@@ -1,7 +1,7 @@
-"""The 34 CALVIN tasks: their sentences and the oracle that compares two infos (DESIGN 7; CALVIN's `Tasks`).
+"""CALVIN's 34 tasks: their sentences, and the success detection that compares two infos (Sec. 4.2; CALVIN's `Tasks`).
 
-An info is CALVIN's dictionary (`robot_info`, `scene_info`). A contact is a sequence in pybullet's order: entry 2 is the
-other body's uid, entry 4 the other body's link.
+An info is CALVIN's dictionary with `robot_info` and `scene_info`. A contact is a sequence in the order of pybullet's
+getContactPoints: entry 2 is the uid of the other body, entry 4 is the link of the other body.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Info = dict[str, Any]
 Predicate = Callable[[Info, Info], bool]
 
 BLOCK_COLORS = ("red", "blue", "pink")
-MAX_RESTING_SPEED = 1.0  # m/s and rad/s of a block that counts as stacked
+MAX_RESTING_SPEED = 1.0  # m/s and rad/s, per axis; a faster block does not count as stacked
 
 
 def _contact_uids(contacts: Iterable) -> set[int]:
@@ -39,10 +39,10 @@ def _table_link(info: Info, link: str) -> tuple[int, int]:
 
 
 def _relative_euler_deg(q_start: Iterable[float], q_end: Iterable[float]) -> np.ndarray:
-    """Fixed-axis xyz Euler angles in degrees (3,) of the turn between two quaternions xyzw."""
+    """Fixed-axis xyz Euler angles in degrees (3,) of the rotation from one quaternion (x, y, z, w) to another."""
     x0, y0, z0, w0 = q_start
     x1, y1, z1, w1 = q_end
-    # product of the later one and the conjugate of the earlier one
+    # The product of the end quaternion and the conjugate of the start quaternion.
     x = -w1 * x0 + x1 * w0 - y1 * z0 + z1 * y0
     y = -w1 * y0 + y1 * w0 - z1 * x0 + x1 * z0
     z = -w1 * z0 + z1 * w0 - x1 * y0 + y1 * x0
@@ -54,6 +54,7 @@ def _relative_euler_deg(q_start: Iterable[float], q_end: Iterable[float]) -> np.
 
 
 def _rotate_object(name: str, degrees: float, start_info: Info, end_info: Info) -> bool:
+    """The block turned about z by more than `degrees` (with its sign), stayed within 0.1 m and lies on something."""
     before, after = _block(start_info, name), _block(end_info, name)
     if np.linalg.norm(np.subtract(after["current_pos"], before["current_pos"])) > 0.1:
         return False
@@ -64,6 +65,7 @@ def _rotate_object(name: str, degrees: float, start_info: Info, end_info: Info) 
 
 
 def _push_object(name: str, metres: float, start_info: Info, end_info: Info) -> bool:
+    """The block moved along x by more than `metres` (with its sign) and still touches what it rested on."""
     before, after = _block(start_info, name), _block(end_info, name)
     robot = start_info["robot_info"]["uid"]
     resting, still = (
@@ -74,6 +76,7 @@ def _push_object(name: str, metres: float, start_info: Info, end_info: Info) -> 
 
 
 def _lift_object(name: str, metres: float, link: str, start_info: Info, end_info: Info) -> bool:
+    """The block rested on `link` without the robot, rose by more than `metres` and touches the robot only."""
     before, after = _block(start_info, name), _block(end_info, name)
     robot = start_info["robot_info"]["uid"]
     return bool(
@@ -85,6 +88,7 @@ def _lift_object(name: str, metres: float, link: str, start_info: Info, end_info
 
 
 def _place_object(link: str, start_info: Info, end_info: Info) -> bool:
+    """The block that the robot alone held at the start was released and touches `link`."""
     robot = start_info["robot_info"]["uid"]
     touched = _contact_uids(start_info["robot_info"]["contacts"])
     for name, block in start_info["scene_info"]["movable_objects"].items():
@@ -95,7 +99,9 @@ def _place_object(link: str, start_info: Info, end_info: Info) -> bool:
 
 
 def _push_object_into(source: str, target: str, start_info: Info, end_info: Info) -> bool:
-    # CALVIN also means to ask that the robot has let go at the end, but compares a uid with pairs: it never acts.
+    """A block that touched only `source` at the start touches `target` at the end."""
+    # CALVIN's code also intends to require that the robot has let go, but it compares a uid with pairs, so the
+    # condition has no effect. It is left out here.
     return any(
         _contact_links(block["contacts"]) == {_table_link(start_info, source)}
         and _table_link(end_info, target) in _contact_links(_block(end_info, name)["contacts"])
@@ -104,6 +110,7 @@ def _push_object_into(source: str, target: str, start_info: Info, end_info: Info
 
 
 def _move_door_rel(joint: str, metres: float, start_info: Info, end_info: Info) -> bool:
+    """The joint of a door moved by more than `metres` (with its sign)."""
     doors = start_info["scene_info"]["doors"], end_info["scene_info"]["doors"]
     moved = float(doors[1][joint]["current_state"]) - float(doors[0][joint]["current_state"])
     return moved * np.sign(metres) > abs(metres)
@@ -125,7 +132,7 @@ def _on_blocks_only(block: Info, uids: set[int]) -> bool:
 
 
 def _stack_objects(sign: int, start_info: Info, end_info: Info) -> bool:
-    """sign 1: a block that touched no block rests on blocks alone; -1: the reverse in time."""
+    """Sign 1: a block that touched no other block at the start rests on blocks only at the end. -1: the reverse."""
     before, after = (start_info, end_info) if sign > 0 else (end_info, start_info)
     uids = {block["uid"] for block in start_info["scene_info"]["movable_objects"].values()}
     return any(
@@ -135,7 +142,7 @@ def _stack_objects(sign: int, start_info: Info, end_info: Info) -> bool:
 
 
 def _build_tasks() -> dict[str, tuple[str, Predicate]]:
-    """Task -> (sentence, predicate), in the order of CALVIN's configuration."""
+    """Map each task to (sentence, predicate), in the order of CALVIN's configuration."""
     rows: dict[str, tuple[str, Predicate]] = {}
     for color in BLOCK_COLORS:
         for side, degrees in (("right", -60.0), ("left", 60.0)):
@@ -186,11 +193,8 @@ _TASK_SPECS = _build_tasks()
 TASKS: tuple[str, ...] = tuple(_TASK_SPECS)
 INSTRUCTIONS: dict[str, str] = {task: sentence for task, (sentence, _) in _TASK_SPECS.items()}
 TABLE_LIFT_TASKS: tuple[str, ...] = tuple(f"lift_{color}_block_table" for color in BLOCK_COLORS)
-HELD_BLOCK_TASKS: tuple[str, ...] = (
-    "place_in_slider",
-    "place_in_drawer",
-    "stack_block",
-)  # start with a block in the hand
+# These start with a block in the gripper.
+HELD_BLOCK_TASKS: tuple[str, ...] = ("place_in_slider", "place_in_drawer", "stack_block")
 ELEVEN: tuple[str, ...] = (
     *("open_drawer", "close_drawer", "move_slider_left", "move_slider_right"),
     *("turn_on_lightbulb", "turn_off_lightbulb", "turn_on_led", "turn_off_led"),
@@ -229,6 +233,6 @@ def resolve_tasks(value: str | Iterable[str]) -> tuple[str, ...]:
 
 
 def check_success(task: str, start_info: Info, end_info: Info) -> bool:
-    """CALVIN's oracle: was `task` carried out between the two infos? Raises ValueError for an unknown task."""
+    """Whether `task` was carried out between the two infos, by CALVIN's rules. Raises UserError for an unknown task."""
     check_tasks((task,))
     return bool(_TASK_SPECS[task][1](start_info, end_info))

@@ -1,1 +1,1 @@
-"""The real CALVIN: `calvin_env` behind the interface of `envs.protocol` (Sec. 4.2)."""
+"""The real CALVIN: `calvin_env` with the interface of `envs.protocol` (Sec. 4.2)."""

@@ -1,7 +1,7 @@
-"""Finding, configuring and opening `calvin_env`, the simulator of CALVIN, as its authors publish it (DESIGN 6).
+"""Find, configure and start `calvin_env`, the simulator that CALVIN's authors publish (Sec. 4.2).
 
-Nothing of it is copied here: robot, scenes, cameras and tasks come from the configuration of the installed checkout.
-It draws with TinyRenderer (on the CPU) or with EGL; scores move with the renderer, so results name it.
+Robot, scenes, cameras and tasks come from the configuration files of the installed checkout; none of them is copied
+here. It renders with TinyRenderer (on the CPU) or with EGL. Success rates depend on the renderer, so results name it.
 """
 
 from __future__ import annotations
@@ -26,9 +26,11 @@ import hydra
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
+from common.errors import UserError
+
 INSTALL_HINT = 'README.md, "Real CALVIN", has the steps'
 RENDERERS = ("auto", "egl", "cpu")
-SOFTWARE_RENDERERS = ("llvmpipe", "softpipe", "swrast", "swr")  # what Mesa calls its renderers that use no GPU
+SOFTWARE_RENDERERS = ("llvmpipe", "softpipe", "swrast", "swr")  # names of Mesa's renderers that use no GPU
 EGL_PROBE_TIMEOUT = 120
 EGL_PROBE = """
 import importlib.util, sys, pybullet
@@ -43,12 +45,12 @@ pybullet.getCameraImage(8, 8)
 log = logging.getLogger(__name__)
 
 
-class CalvinError(RuntimeError):
-    """calvin_env is absent, or its renderer does not start."""
+class CalvinError(UserError):
+    """calvin_env is not installed or incomplete, or its simulator or renderer does not start."""
 
 
 class RendererChoice(NamedTuple):
-    """What draws: for calvin_env, and for the result file."""
+    """Whether calvin_env renders with EGL, and the name of the renderer for result files."""
 
     egl: bool
     name: str
@@ -56,8 +58,7 @@ class RendererChoice(NamedTuple):
 
 @contextlib.contextmanager
 def suppress_output() -> Iterator[None]:
-    """pybullet, its EGL plugin and calvin_env chatter on stdout and stderr, in part from C; errors are raised all the
-    same."""
+    """Discard what pybullet, its EGL plugin and calvin_env write to stdout and stderr, also from C code."""
     c_library = ctypes.CDLL(None)
     kept = {}
     for number, stream in ((1, sys.stdout), (2, sys.stderr)):
@@ -79,14 +80,14 @@ def suppress_output() -> Iterator[None]:
 
 
 def _alias_gym_to_gymnasium() -> None:
-    """calvin_env asks for gym, which nobody maintains; its successor has all that is used."""
+    """Let calvin_env import gymnasium as gym, which is no longer maintained. It has all that calvin_env uses."""
     if importlib.util.find_spec("gym") is None:
         for name in ("", ".utils", ".utils.seeding"):
             sys.modules[f"gym{name}"] = importlib.import_module(f"gymnasium{name}")
 
 
 def import_calvin_env() -> tuple[ModuleType, ModuleType]:
-    """The modules pybullet and calvin_env. Raises CalvinError, in one line, where they or their parts are absent."""
+    """Import pybullet and calvin_env. Raises CalvinError, with a message of one line, if they or parts are missing."""
     try:
         with suppress_output():
             _alias_gym_to_gymnasium()
@@ -96,24 +97,24 @@ def import_calvin_env() -> tuple[ModuleType, ModuleType]:
         raise CalvinError(f"CALVIN's simulator is not installed ({error}): {INSTALL_HINT}") from error
     if getattr(package, "__file__", None) is None:
         raise CalvinError(
-            f"the folder {next(iter(package.__path__))} hides the installed calvin_env: keep the clone out of the "
-            "folder where programs start"
+            f"the folder {next(iter(package.__path__))} hides the installed calvin_env: move the clone out of the "
+            "folder in which programs are started"
         )
     if not (checkout_root(package) / "conf" / "scene").is_dir():
         raise CalvinError(
-            f"calvin_env in {checkout_root(package)} is without its folders conf/ and data/, install a clone with pip install "
-            f"-e: {INSTALL_HINT}"
+            f"calvin_env in {checkout_root(package)} is without its folders conf/ and data/: install a clone of it "
+            f"with pip install -e; {INSTALL_HINT}"
         )
     return pybullet, package
 
 
 def checkout_root(package: ModuleType) -> Path:
-    """The checkout that holds calvin_env/, conf/ and data/."""
+    """The checkout, with the folders calvin_env/, conf/ and data/."""
     return Path(package.__file__).resolve().parents[1]
 
 
 def make_config(folder: Path, scene: str, *, static_size: int, gripper_size: int, egl: bool) -> DictConfig:
-    """calvin_env's own configuration of the dataset's robot, scene "A" to "D" and the two cameras of a policy."""
+    """The configuration of calvin_env for a scene, with the robot of the dataset and the cameras static and gripper."""
     conf = folder / "conf"
     robot = OmegaConf.merge(
         OmegaConf.load(conf / "robot" / "panda.yaml"),
@@ -124,7 +125,7 @@ def make_config(folder: Path, scene: str, *, static_size: int, gripper_size: int
     for name, size in (("static", static_size), ("gripper", gripper_size)):
         cameras[name].width = cameras[name].height = size
     env = OmegaConf.load(conf / "env" / "play_table_env.yaml")
-    # scene_info is what the oracle compares
+    # The success detection compares scene_info.
     env.update(use_scene_info=True, use_egl=egl, show_gui=False)
     scene_config = OmegaConf.load(conf / "scene" / f"calvin_scene_{scene}.yaml")
     return OmegaConf.create(
@@ -140,35 +141,37 @@ def make_config(folder: Path, scene: str, *, static_size: int, gripper_size: int
 
 
 def create_simulator(config: DictConfig, seed: int) -> Any:
-    """A new simulator. Raises CalvinError where it does not start or another one lives in this process."""
+    """Start a simulator. Raises CalvinError if it does not start or if this process has another one already."""
     try:
         with suppress_output():
             simulator = hydra.utils.instantiate(config.env, seed=seed)
             for camera in simulator.cameras if config.env.use_egl else ():
-                camera.render()  # EGL says hello at its first picture
+                camera.render()  # EGL writes its greeting when it renders for the first time
     except HydraException as error:
         raise CalvinError(f"calvin_env does not start ({error.__cause__ or error}): {INSTALL_HINT}") from error
     if simulator.cid != 0:
         close_simulator(simulator)
-        raise CalvinError("calvin_env serves one world in a process: close the other one first")
+        raise CalvinError("calvin_env allows one simulator in a process: close the other one first")
     return simulator
 
 
 def close_simulator(simulator: Any) -> None:
-    """End a simulator, and see to it that its destructor does not end the next one."""
+    """End a simulator, and prevent its destructor from ending the next one."""
     with suppress_output():
         simulator.p.disconnect(physicsClientId=simulator.cid)
     simulator.close = lambda: None
 
 
 def make_task_oracle(folder: Path) -> Any:
-    """CALVIN's `Tasks`, which compares two infos."""
+    """CALVIN's `Tasks`, the success detection that compares two infos."""
     return hydra.utils.instantiate(OmegaConf.load(folder / "conf" / "tasks" / "new_playtable_tasks.yaml"))
 
 
 def version(package: ModuleType) -> str:
-    """calvin_env's commit and the versions below it. Raises CalvinError where it is no git checkout (its own code asks
-    git, too)."""
+    """The commit of calvin_env and the versions of pybullet and numpy.
+
+    Raises CalvinError if it is not a git checkout, which calvin_env's own code requires as well.
+    """
     git = importlib.import_module("git")
     try:
         commit = git.Repo(checkout_root(package)).head.commit.hexsha
@@ -176,14 +179,17 @@ def version(package: ModuleType) -> str:
         raise CalvinError(
             f"calvin_env in {checkout_root(package)} is no readable git checkout ({error!r}): {INSTALL_HINT}"
         ) from error
-    return f"calvin_env {commit[:12]}, pybullet {importlib.metadata.version('pybullet')}, numpy {importlib.metadata.version('numpy')}"
+    below = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("pybullet", "numpy"))
+    return f"calvin_env {commit[:12]}, {below}"
 
 
 def choose_renderer(requested: str) -> RendererChoice:
-    """ "egl" or "cpu" as wished; "auto" is EGL where it renders on a GPU. Raises CalvinError where a wished EGL does
-    not start."""
+    """Choose "egl" or "cpu" as requested; "auto" is EGL if it renders on a GPU.
+
+    Raises UserError for any other value, CalvinError if EGL is requested and does not start.
+    """
     if requested not in RENDERERS:
-        raise ValueError(f"renderer={requested}: choose one of {', '.join(RENDERERS)}")
+        raise UserError(f"renderer={requested}: choose one of {', '.join(RENDERERS)}")
     cpu = RendererChoice(False, "pybullet TinyRenderer (CPU)")
     if requested == "cpu":
         return cpu
@@ -192,21 +198,22 @@ def choose_renderer(requested: str) -> RendererChoice:
     except CalvinError as error:
         if requested == "egl":
             raise
-        log.warning("%s; pictures come from TinyRenderer", error)
+        log.warning("%s; TinyRenderer renders the images instead", error)
         return cpu
     if requested == "auto" and any(name in device.lower() for name in SOFTWARE_RENDERERS):
         log.warning(
-            "EGL finds no GPU here: pictures come from TinyRenderer, whose look differs from CALVIN's dataset "
-            "(renderer=egl takes Mesa)"
+            "EGL finds no GPU, so TinyRenderer renders the images, which look different from CALVIN's dataset "
+            "(renderer=egl uses Mesa instead)"
         )
         return cpu
     return RendererChoice(True, f"pybullet EGL, {device}")
 
 
 def egl_device() -> str:
-    """What EGL renders on, for instance "llvmpipe (LLVM 15.0.6, 256 bits), 4.5 (Core Profile) Mesa 22.3.6".
+    """The device that EGL renders on, for instance "llvmpipe (LLVM 15.0.6, 256 bits), 4.5 (Core Profile) Mesa 22.3.6".
 
-    Asked in a process of its own, because a machine without it may end the one that asks. Raises CalvinError.
+    It is found out in a separate process, because EGL may crash the process on a machine without it. Raises CalvinError
+    if EGL does not start.
     """
     settings = {**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
     try:
@@ -223,7 +230,7 @@ def egl_device() -> str:
         raise CalvinError(f"EGL did not answer within {EGL_PROBE_TIMEOUT} s") from error
     found = dict(re.findall(r"^(GL_RENDERER|GL_VERSION)=(.*)$", done.stdout, re.MULTILINE))
     if done.returncode or len(found) < 2:
-        last = (done.stderr.strip().splitlines() or ["it says nothing"])[-1]
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise CalvinError(
             f"pybullet's EGL does not start (exit code {done.returncode}: {last}), install libegl1 and the GPU's "
             "driver or take renderer=cpu"

@@ -1,1 +1,1 @@
-"""A scripted expert that carries out the 34 tasks from privileged state."""
+"""A scripted expert that carries out the 34 tasks from the privileged state of the simulator."""

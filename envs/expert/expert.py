@@ -1,7 +1,8 @@
-"""A scripted expert for the 34 tasks, written against the privileged state alone (DESIGN 7).
+"""A scripted expert for the 34 tasks that reads `envs.protocol.PrivilegedState` and nothing else.
 
-It begins from wherever the robot stands, lets go of a block that its task has no use for, and tries again until it is
-given another task. `act` gives the clean command; who executes it may disturb it with `add_action_noise` while `fast` is true.
+It starts from any state of the robot, releases a block that its task does not need, and repeats a task until it is
+given another one. `act` returns the clean action. The caller may execute `add_action_noise` of it while `noise_allowed`
+is true.
 """
 
 from __future__ import annotations
@@ -27,26 +28,29 @@ from envs.expert.motions import (
 from envs.protocol import MAX_REL_POS, PrivilegedState
 from envs.tasks import HELD_BLOCK_TASKS, TABLE_LIFT_TASKS, check_tasks
 
-SETTLE_STEPS = 12  # steps to stand still after a plan before it is tried again
-ROTATE_ANGLE = np.radians(76)  # a rotation counts from 60 degrees
-MIN_HOLD_ANGLE = np.radians(64)  # of it in one hold
-PUSH_DISTANCE = 0.135  # m, a push counts from 0.1
-DRAWER_REACH = 0.13  # m to both sides of the drawer's middle from where a block falls into it
-HALF_OPEN = 0.066  # m from the middle of an open hand to the outside of a finger
-DOOR_WIDTH = 0.28
-UP_FRONT_AXIS = np.array([0.0, 0.5, 0.866])  # the way of the switch, up the slanted front
+SETTLE_STEPS = 12  # steps to wait after an attempt before the next one
+ROTATE_ANGLE = np.radians(76)  # commanded; the task requires 60 degrees
+MIN_HOLD_ANGLE = np.radians(64)  # a grasp that allows this rotation is enough, without grasping again
+PUSH_DISTANCE = 0.135  # m; the task requires 0.1
+DRAWER_REACH = 0.13  # m in x from the middle of the drawer, within which a block falls into it
+HALF_OPEN = 0.066  # m from the middle of the open gripper to the outside of a finger
+DOOR_WIDTH = 0.28  # m
+UP_FRONT_AXIS = np.array([0.0, 0.5, 0.866])  # direction of the switch, up along the slanted front
 OUT_OF_FRONT_AXIS = np.array([0.0, -0.866, 0.5])
-CABINET_TILT = 0.45  # fingers before the slanted front
-REACHING_TILT = (0.85, 0.7, 0.95)  # fingers inside the cabinet, the wide hand outside; one a trial
+CABINET_TILT = 0.45  # rad, with the fingers in front of the slanted front
+REACHING_TILT = (0.85, 0.7, 0.95)  # rad, fingers inside the cabinet and hand outside; one for each attempt
 
 
 def block_of(task: str) -> str:
-    """The block that a task names: lift_red_block_table -> block_red."""
+    """The block in the name of a task: lift_red_block_table -> block_red."""
     return f"block_{task.split('_')[1]}"
 
 
 def add_action_noise(action: np.ndarray, rng: np.random.Generator, sigma: float, *, noise_allowed: bool) -> np.ndarray:
-    """What is executed for a clean action (7,): noise of `sigma` on the six pose entries of fast moves, clipped."""
+    """The action (7,) to execute: while noise is allowed, Gaussian noise on the six pose entries, clipped to [-1, 1].
+
+    `sigma` is the standard deviation for the translation; for the rotation it is half of it.
+    """
     if sigma == 0 or not noise_allowed:
         return action
     noisy = action.copy()
@@ -55,7 +59,7 @@ def add_action_noise(action: np.ndarray, rng: np.random.Generator, sigma: float,
 
 
 class ScriptedExpert(MotionPrimitives):
-    """Plays one task at a time; see `common.contracts.Expert`, which it fulfils."""
+    """Carries out one task at a time; it implements `envs.protocol.Expert`."""
 
     def __init__(self, state: PrivilegedState, seed: int = 0) -> None:
         super().__init__(state, np.random.default_rng(seed))
@@ -65,7 +69,7 @@ class ScriptedExpert(MotionPrimitives):
         self._last_held: str | None = None
 
     def reset(self, task: str) -> None:
-        """Start on a task; raises ValueError for an unknown one."""
+        """Start on a task. Raises UserError for an unknown one."""
         check_tasks((task,))
         self._task = task
         self.gripper_action = self.state.gripper_action()
@@ -76,7 +80,7 @@ class ScriptedExpert(MotionPrimitives):
         self._actions = self._attempts(task)
 
     def act(self) -> np.ndarray:
-        """The next clean action (7,), float64, each entry in [-1, 1], gripper -1 or 1."""
+        """The next clean action (7,), float64, with entries in [-1, 1] and the gripper -1 or 1."""
         if not self._task:
             raise RuntimeError("the expert has no task: call reset(task) first")
         return next(self._actions)
@@ -109,7 +113,7 @@ class ScriptedExpert(MotionPrimitives):
             "turn_off_led": self.press_button,
         }.get(task) or getattr(self, task)
 
-    # fixtures
+    # ---- fixtures
 
     def open_drawer(self) -> ActionStream:
         bar = -0.212 - self.state.joint_position("base__drawer")
@@ -137,12 +141,12 @@ class ScriptedExpert(MotionPrimitives):
         yield from self.move_to([handle_x + side, -0.005, 0.515], euler, speed=0.8, no_noise=True)
         yield from self.move_to([end + side * 0.3, -0.005, 0.515], euler, speed=0.8, push_on=True)
 
-    def handle_x(self, reading: float | None = None) -> float:
-        """Where the door's handle stands along x, now or at a reading of the door."""
+    def handle_x(self, slider: float | None = None) -> float:
+        """x of the handle of the sliding door, at the present position of the slider or at a given one."""
         return (
             self.state.fixtures.slide_x0
             + 0.14
-            - (self.state.joint_position("base__slide") if reading is None else reading)
+            - (self.state.joint_position("base__slide") if slider is None else slider)
         )
 
     def turn_on_lightbulb(self) -> ActionStream:
@@ -176,16 +180,16 @@ class ScriptedExpert(MotionPrimitives):
         return float(self.rng.uniform(-reach, reach))
 
     def _free_slider(self) -> ActionStream:
-        """Finish the way of a door that stands half open, so that one side is free."""
-        reading, limit = self.state.joint_position("base__slide"), self.state.joint_limit("base__slide")
-        if 0.02 < reading < limit - 0.02:
-            yield from self.slide(left=reading > limit / 2)
+        """Move a door that is half open to its nearer end, so that one side of the cabinet is free."""
+        slider, limit = self.state.joint_position("base__slide"), self.state.joint_limit("base__slide")
+        if 0.02 < slider < limit - 0.02:
+            yield from self.slide(left=slider > limit / 2)
 
     def _free_drawer(self) -> ActionStream:
         if self.state.joint_position("base__drawer") < 0.19:
             yield from self.open_drawer()
 
-    # blocks
+    # ---- blocks
 
     def lift(self, block: str, place: str) -> ActionStream:
         if place == "slider":
@@ -193,7 +197,7 @@ class ScriptedExpert(MotionPrimitives):
         elif place == "drawer":
             yield from self._free_drawer()
         if place == "slider":
-            # Straight in, for the wide hand's sake.
+            # The wide hand fits best in front of the opening if it points straight into the cabinet.
             yaw = align_yaw(self.best_grasp_yaw(block), 0.3)
             tilt = REACHING_TILT[self._attempt % len(REACHING_TILT)]
             yield from self.grasp(block, tilt=tilt, yaw=yaw, offset=(self._cabinet_shift(block), 0.0, 0.004))
@@ -212,13 +216,13 @@ class ScriptedExpert(MotionPrimitives):
             yield from self.move_to(start + [0, away, 0.14], speed=0.7)
 
     def _cabinet_shift(self, block: str) -> float:
-        """Shift along x that keeps open fingers off the walls and the door beside a block in the cabinet."""
+        """Offset along x of a grasp in the cabinet that keeps the open fingers away from walls and door."""
         x = self.state.block_pose(block)[0][0]
         low, high = self._cabinet_opening()
         return float(np.clip(np.clip(x, low + HALF_OPEN, high - HALF_OPEN) - x, -0.013, 0.013))
 
     def _cabinet_opening(self) -> tuple[float, float]:
-        """The part of the cabinet (x from, x to) that the door leaves open."""
+        """The part of the cabinet that the door leaves open: lowest and highest x."""
         left, right = self.state.fixtures.plank_x
         door = self.state.fixtures.slide_x0 - self.state.joint_position("base__slide")
         if self.state.joint_position("base__slide") < self.state.joint_limit("base__slide") / 2:
@@ -226,14 +230,15 @@ class ScriptedExpert(MotionPrimitives):
         return max(door + DOOR_WIDTH, left), right
 
     def rotate(self, block: str, angle: float) -> ActionStream:
-        """Turn a block about the vertical, in several holds where the wrist's range asks for it."""
+        """Rotate a block about the vertical axis, with up to three grasps if the range of the wrist requires it."""
         for _ in range(3):
             yaw, turn = self._best_rotation_grasp(block, angle)
             yield from self.grasp(block, yaw=yaw)
             at = self.state.target_pose()[0]
-            # Towards the robot, where the wide hand has room to turn; the oracle allows 0.1 m.
+            # Towards the robot, where the wide hand has room to rotate. The task allows the block to move by 0.1 m.
             at[1] -= np.clip(at[1] - FRONT_LIMIT_Y - 0.02, 0.0, 0.08)
-            # Off the table, so that the turn counts when the block is let go: a touched block cannot be lifted next.
+            # Lifted off the table, so that the task succeeds only when the block is released: a block that is still
+            # touched could not be lifted next.
             at[2] += 0.01
             yield from self.move_to(self.state.target_pose()[0] + [0, 0, 0.01], no_noise=True)
             yield from self.move_to(at, gripper_euler(yaw + turn), no_noise=True, push_on=True)
@@ -245,7 +250,11 @@ class ScriptedExpert(MotionPrimitives):
                 return
 
     def _best_rotation_grasp(self, block: str, angle: float) -> tuple[float, float]:
-        """(yaw of the hand, the turn that it can make from there): all of it from a comfortable yaw, or the most."""
+        """Return (yaw of the grasp, rotation that the wrist can make from there).
+
+        Among the grasps that allow the whole rotation, it is the one nearest to FORWARD at its start and its end; if
+        there is none, the one that allows the largest rotation.
+        """
         holds = []
         for period in range(-3, 4):
             for yaw in (base + period * np.pi for base in self.grasp_yaws(block)):
@@ -253,13 +262,13 @@ class ScriptedExpert(MotionPrimitives):
                     holds.append((float(yaw), float(np.clip(yaw + angle, *YAW_RANGE) - yaw)))
         whole = [hold for hold in holds if abs(hold[1]) > min(abs(angle) - 0.03, MIN_HOLD_ANGLE)]
         if whole:
-            # Near the front the first half must be easy: the block is drawn away while it turns.
+            # Near the front only the start matters, because the block is moved away from it during the rotation.
             near = self.state.block_pose(block)[0][1] > FRONT_LIMIT_Y + 0.02
             return min(whole, key=lambda hold: max(abs(hold[0] - FORWARD), 0.0 if near else abs(sum(hold) - FORWARD)))
         return max(holds, key=lambda hold: abs(hold[1]), default=(FORWARD, angle))
 
     def _half_extent(self, block: str, axis: int) -> float:
-        """Half of a block's size along a world axis."""
+        """Half of the extent of a block along a world axis (0, 1 or 2), in metres."""
         return float(np.abs(self.state.block_pose(block)[1][axis]) @ self.state.block_size(block)) / 2
 
     def push(self, block: str, sign: int) -> ActionStream:
@@ -278,7 +287,7 @@ class ScriptedExpert(MotionPrimitives):
                 raise MotionBlocked
             self._speed = min(self.cruise_speed, self._speed + 0.1)
             if not tapped and moved > 0.05:
-                # Stop short: the block slides on, and is free when the push counts.
+                # Stop before the required distance: the block slides on and is not touched when the task succeeds.
                 short = 0.1 - 12 * (self._speed * MAX_REL_POS) ** 2 - moved
                 steps = max(1, round(short / (self._speed * MAX_REL_POS)))
                 self._speed = min(1.0, short / (steps * MAX_REL_POS))
@@ -290,11 +299,14 @@ class ScriptedExpert(MotionPrimitives):
                 continue
             yield self._push_step(block, sign, self._speed)
 
-    def _push_step(self, block: str, sign: int, pace: float) -> np.ndarray:
-        """One step along x at a pace, keeping behind the middle of the block and just above the table."""
+    def _push_step(self, block: str, sign: int, speed: float) -> np.ndarray:
+        """An action along x that stays behind the middle of the block and just above the table.
+
+        `speed` is a fraction of MAX_REL_POS per step; `sign` is 1 for +x and -1 for -x.
+        """
         position, at = self.state.block_pose(block)[0], self.state.target_pose()[0]
         aside = np.clip(position[1] - at[1], -0.004, 0.004)
-        return self.make_action([sign * pace * MAX_REL_POS, aside, 0.464 - at[2]])
+        return self.make_action([sign * speed * MAX_REL_POS, aside, 0.464 - at[2]])
 
     def push_into_drawer(self) -> ActionStream:
         yield from self._free_drawer()
@@ -304,7 +316,7 @@ class ScriptedExpert(MotionPrimitives):
         position = self.state.block_pose(block)[0]
         behind = position[1] + self._half_extent(block, 1) + 0.035
         aside = abs(position[0] - self.state.fixtures.drawer_x) > DRAWER_REACH
-        # No room for the hand between the block and the slanted front, or nothing to fall into straight ahead.
+        # The hand does not fit between the block and the slanted front, or the drawer is not straight ahead.
         if aside or behind > -0.05 or self._attempt % 2:
             yield from self._drag_into_drawer(block)
             return
@@ -325,7 +337,7 @@ class ScriptedExpert(MotionPrimitives):
         yield from self.grasp(block)
         at, facing = self.state.target_pose()
         x = float(np.clip(at[0], *(self.state.fixtures.drawer_x + np.array([-0.08, 0.08]))))
-        if abs(x - at[0]) > 0.01:  # over whatever stands in between
+        if abs(x - at[0]) > 0.01:  # over the blocks in between
             yield from self.move_to(at + [0, 0, 0.07], speed=0.7, no_stop=True)
             yield from self.move_to([x, -0.13, at[2] + 0.07], gripper_euler(facing[2]), no_stop=True)
         yield from self.move_to([x, -0.235, at[2] + 0.004], gripper_euler(facing[2]), speed=0.7, push_on=True)
@@ -333,7 +345,7 @@ class ScriptedExpert(MotionPrimitives):
         yield from self.move_to(self.state.target_pose()[0] + [0, 0.02, 0.06], speed=0.85)
 
     def _nearest_on_table(self, x: float, exclude: str | None = None) -> str | None:
-        """The block on the table top that is nearest to a vertical plane x and not close to the slanted front."""
+        """The block on the table that is nearest to a given x, with a penalty for blocks near the slanted front."""
         lying = [
             name
             for name in self.state.blocks
@@ -349,7 +361,7 @@ class ScriptedExpert(MotionPrimitives):
         return min(lying, key=effort, default=None)
 
     def _ensure_grasped(self) -> ActionStream:
-        """Make sure that a block is in the hand: what was lost on the way is picked up where it lies."""
+        """Make sure that a block is held: if it was lost, it is grasped again where it lies."""
         if (held := self.held_block()) is not None:
             self._last_held = held
             return
@@ -385,13 +397,13 @@ class ScriptedExpert(MotionPrimitives):
         if below is None:
             return
         position = self.state.block_pose(below)[0]
-        hangs = self.state.block_pose(self._last_held)[0] - self.state.tcp_pose()[0]
-        now = float(self.state.target_pose()[1][2])
-        yaw = min((nearest_valid_yaw(y) for y in self.grasp_yaws(below)), key=lambda y: abs(y - now))
+        offset = self.state.block_pose(self._last_held)[0] - self.state.tcp_pose()[0]
+        present = float(self.state.target_pose()[1][2])
+        yaw = min((nearest_valid_yaw(y) for y in self.grasp_yaws(below)), key=lambda y: abs(y - present))
         if position[1] > FRONT_LIMIT_Y:
             yaw = FORWARD
-            position[1] -= 0.01  # what stands above the other block must not touch a handle
-        yield from self.place([*position[:2], position[2] + 0.043 - hangs[2]], yaw, tilt=0.5 * safe_tilt(position[1]))
+            position[1] -= 0.01  # so that the upper block does not touch a handle
+        yield from self.place([*position[:2], position[2] + 0.043 - offset[2]], yaw, tilt=0.5 * safe_tilt(position[1]))
 
     def unstack_block(self) -> ActionStream:
         tops = [
@@ -405,7 +417,11 @@ class ScriptedExpert(MotionPrimitives):
         yield from self.move_to(self.state.target_pose()[0] + [0, 0, 0.12], speed=0.7)
 
     def place(self, position: list[float], yaw: float, *, tilt: float = 0.0, ready: float = 0.08) -> ActionStream:
-        """Carry what is held to a pose of the hand, set it down and draw back."""
+        """Move the held block to a pose of the hand, release it and retreat.
+
+        position: of the tool, in metres. ready: distance in metres along the fingers from which it approaches
+        the pose.
+        """
         place, euler, back = np.array(position), gripper_euler(yaw, tilt), retreat_axis(yaw, tilt)
         above = place + ready * back
         self.gripper_action = -1

@@ -1,8 +1,6 @@
-"""The play table as a benchmark with CALVIN's observation, action, info and protocol (DESIGN 7).
+"""The play table as an environment with CALVIN's observations, actions, infos and protocol (Sec. 4.2).
 
-robot_obs (15,): tool position 0-2 (m), Euler angles 3-5 (rad), opening 6 (m), arm joints 7-13 (rad), last gripper
-command 14. scene_obs (24,): slider, drawer, button, switch (m), lightbulb, led (0 or 1), then position and Euler
-angles of each block in the scene's order.
+`envs.protocol` describes the vectors robot_obs (15,), scene_obs (24,) and action (7,).
 """
 
 from __future__ import annotations
@@ -13,6 +11,7 @@ from typing import Any, NamedTuple
 import mujoco
 import numpy as np
 
+from common.errors import UserError
 from envs import sequences, tasks
 from envs.expert import expert
 from envs.playtable import mjcf
@@ -23,17 +22,17 @@ from envs.protocol import CONTROL_FREQ, MAX_REL_ORN, MAX_REL_POS, Fixtures
 from envs.sequences import NEUTRAL_JOINTS
 
 SUBSTEPS = round(1 / (CONTROL_FREQ * mjcf.TIMESTEP))
-CLOSING_FORCE, OPENING_FORCE = 160.0, 4.0  # N on both fingers; opening weakly does not shove what lies beside them
+CLOSING_FORCE, OPENING_FORCE = 160.0, 4.0  # N on both fingers; a weak opening force does not push away nearby blocks
 DOORS, BUTTON, SWITCH = ("base__slide", "base__drawer"), "base__button", "base__switch"
 LIGHT_ON_RGB = {"lightbulb": (1.0, 0.95, 0.1), "led": (0.05, 0.95, 0.15)}
 LIGHT_OFF_RGB = (0.93, 0.93, 0.9)
 MAX_PLACEMENT_TRIES = 1000
-ENV_NAMES = {"robot": "playtable", "hand": "playtable_hand"}  # what is seen at work, and the world's name with it
+ENV_NAMES = {"robot": "playtable", "hand": "playtable_hand"}  # what the images show -> name of the environment
 NEUTRAL_ROBOT_OBS = np.array(sequences.NEUTRAL_ROBOT_OBS)
 
 
 class Contact(NamedTuple):
-    """One contact as pybullet lists it: entries 2 and 4 say what is touched."""
+    """One contact of a body with another one, in the order of pybullet's getContactPoints."""
 
     flag: int
     body: int
@@ -43,9 +42,11 @@ class Contact(NamedTuple):
 
 
 class PlayTableEnv:
-    """A simulated table, scene "A" to "D". `seed` drives the poses that a reset without arguments draws.
+    """A simulated table of scene "A", "B", "C" or "D"; see `envs.protocol.Env` for its methods.
 
-    `embodiment` says what the pictures show at work, a "robot" or a person's "hand"; the physics are the same.
+    seed: of the block poses that `reset` draws when it is called without arguments. static_size, gripper_size: edges of
+    the images in pixels. embodiment: what the images show, a "robot" or a person's "hand"; the physics are the same.
+    Raises UserError for an unknown scene or embodiment and for a size outside 8 to 2048.
     """
 
     def __init__(
@@ -58,10 +59,10 @@ class PlayTableEnv:
         embodiment: str = "robot",
     ) -> None:
         if embodiment not in ENV_NAMES:
-            raise ValueError(f"embodiment={embodiment!r}: choose one of {', '.join(ENV_NAMES)}")
+            raise UserError(f"embodiment={embodiment!r}: choose one of {', '.join(ENV_NAMES)}")
         for name, size in (("static_size", static_size), ("gripper_size", gripper_size)):
             if not 8 <= size <= 2048:
-                raise ValueError(f"{name}={size}: choose an edge of 8 to 2048 pixels")
+                raise UserError(f"{name}={size}: choose an image edge of 8 to 2048 pixels")
         self.scene = get_scene(scene)
         self.embodiment = embodiment
         self.name = f"{ENV_NAMES[embodiment]}-{scene}"
@@ -80,7 +81,7 @@ class PlayTableEnv:
         self.reset()
 
     def _setup_references(self) -> None:
-        """Addresses in MuJoCo's arrays, and which body and link each geom belongs to."""
+        """Look up addresses in MuJoCo's arrays, and the body and link that each geom belongs to."""
         m = self._model
         names = [
             *(f"arm_{i}" for i in range(1, 8)),
@@ -115,27 +116,27 @@ class PlayTableEnv:
             chain.add(body)
         return chain
 
-    # ---- readings
+    # ---- measurements, see `envs.protocol.PrivilegedState`
 
     def tcp_pose(self) -> tuple[np.ndarray, np.ndarray]:
-        """Measured tool position (3,) and Euler angles (3,)."""
+        """Measured position (3,) and Euler angles (3,) of the tool."""
         rotation = self._data.site_xmat[self._tcp_site].reshape(3, 3)
         return self._data.site_xpos[self._tcp_site].copy(), euler_from_matrix(rotation)
 
     def target_pose(self) -> tuple[np.ndarray, np.ndarray]:
-        """Commanded tool position (3,) and Euler angles (3,), which actions are added to."""
+        """Commanded position (3,) and Euler angles (3,) of the tool, to which actions are added."""
         return self._target_pose[0].copy(), self._target_pose[1].copy()
 
     def gripper_opening_width(self) -> float:
-        """Sum of both fingers' travel, 0 to 0.08 m."""
+        """Distance between the fingers, 0 to 0.08 m."""
         return self.joint_position("finger_left") + self.joint_position("finger_right")
 
     def joint_position(self, name: str) -> float:
-        """Position of a fixture's or finger's joint in metres."""
+        """Position of the joint of a fixture or a finger in metres."""
         return float(self._data.qpos[self._qpos[name]])
 
     def block_pose(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """A block's centre (3,) and rotation matrix (3, 3)."""
+        """Centre (3,) and rotation matrix (3, 3) of a block."""
         body = self._data.body(name)
         return body.xpos.copy(), body.xmat.reshape(3, 3).copy()
 
@@ -147,7 +148,7 @@ class PlayTableEnv:
         return frozenset(links[c.other_link] if c.other == self.uids["table"] else bodies[c.other] for c in touched)
 
     def _contacts(self) -> dict[int, list[Contact]]:
-        """Contacts of every body, seen from it. Like pybullet's, they include neighbours up to 2 mm apart."""
+        """Uid of each body -> its contacts. As in pybullet, bodies up to 2 mm apart are in contact."""
         found: dict[int, set[Contact]] = {uid: set() for uid in self.uids.values()}
         for first, second in self._data.contact.geom:
             one, two = self._geom_owner[first], self._geom_owner[second]
@@ -164,14 +165,14 @@ class PlayTableEnv:
         robot_obs: np.ndarray | None = None,
         scene_obs: np.ndarray | None = None,
     ) -> dict:
-        """Put the world into a symbolic state or into raw vectors; returns the observation without pictures.
+        """Set a symbolic state, or robot_obs (15,) and scene_obs (24,). Returns the observation without images.
 
-        Without arguments the robot takes its neutral pose, doors are shut and blocks lie on random surfaces of the
-        scene. One vector alone keeps the other's default. Raises ValueError for vectors of a wrong shape or with NaN.
+        By default the robot is in its neutral pose, the doors are closed, the lights are off, and the blocks lie at
+        random poses on the surfaces of the scene. Raises ValueError for vectors of a wrong shape or with NaN.
         """
         if state is not None:
             if robot_obs is not None or scene_obs is not None:
-                raise ValueError("reset takes a symbolic state or raw vectors, not both")
+                raise ValueError("reset takes a symbolic state or vectors, not both")
             robot_obs, scene_obs = sequences.get_env_state_for_initial_condition(state, self.scene)
         robot_obs = as_vector("robot_obs", NEUTRAL_ROBOT_OBS if robot_obs is None else robot_obs, 15)
         scene_obs = self._sample_scene() if scene_obs is None else as_vector("scene_obs", scene_obs, 24)
@@ -199,7 +200,7 @@ class PlayTableEnv:
             qpos[start + 3 : start + 7] = quaternion_from_matrix(matrix_from_euler(pose[3:]))
 
     def _sample_scene(self) -> np.ndarray:
-        """Doors shut, lights off, each block on a random surface with a random yaw and clear of the others."""
+        """Draw scene_obs (24,): closed doors, lights off, blocks at random poses with distance to each other."""
         for _ in range(MAX_PLACEMENT_TRIES):
             poses = np.zeros((3, 6))
             for pose in poses:
@@ -212,10 +213,9 @@ class PlayTableEnv:
         raise RuntimeError(f"could not place three blocks on the surfaces of scene {self.scene.name}")
 
     def step(self, action: np.ndarray, *, render: bool = True) -> tuple[dict, dict]:
-        """One control step of 1/30 s -> (observation, info).
+        """Execute an action (7,) for one control step of 1/30 s and return (observation, info).
 
-        `action` (7,): shift and turn in world axes in units of 0.02 m and 0.05 rad, added to the commanded pose; then
-        the gripper, open where positive and closed otherwise. Raises ValueError for another shape or NaN.
+        Raises ValueError for an action of another shape or with NaN, before anything moves.
         """
         action = as_vector("action", action, 7)
         self._target_pose[0][:] += MAX_REL_POS * action[:3]
@@ -231,7 +231,7 @@ class PlayTableEnv:
         return (self.get_obs() if render else self._state_obs()), self.get_info()
 
     def _set_control(self) -> None:
-        """Hand the wanted joints and the gripper's command to the actuators."""
+        """Pass the commanded joint angles and the gripper command to the actuators."""
         self._data.ctrl[:7] = self._target_joints
         opening = self.gripper_action > 0
         self._data.ctrl[self._gripper_actuator] = MAX_GRIPPER_WIDTH / 2 if opening else 0.0
@@ -242,7 +242,7 @@ class PlayTableEnv:
         return self.joint_position(joint) > self.scene.limits[joint] / 2
 
     def _update_lights(self) -> None:
-        """The button toggles its light when it goes down; the lever sets its light when it crosses the middle."""
+        """The button toggles the LED when it goes down; the switch sets the bulb when it crosses the middle."""
         down = self._pressed(BUTTON)
         if down and not self._button_down:
             self.lights["led"] = 1 - self.lights["led"]
@@ -269,7 +269,7 @@ class PlayTableEnv:
         return {"robot_obs": self._robot_obs(), "scene_obs": self._scene_obs()}
 
     def get_obs(self) -> dict:
-        """The present observation with pictures: uint8 RGB `rgb_static` and `rgb_gripper` under `rgb_obs`."""
+        """The present observation, with the uint8 RGB images `rgb_static` and `rgb_gripper` in `rgb_obs`."""
         if self._renderer is None:
             self._renderer = Renderer(self._model, max(self.static_size, self.gripper_size))
         for name, lit in LIGHT_ON_RGB.items():
@@ -284,7 +284,7 @@ class PlayTableEnv:
         return {"rgb_obs": images, **self._state_obs()}
 
     def get_info(self) -> dict[str, Any]:
-        """CALVIN's privileged info; contacts are `Contact` tuples, quaternions x, y, z, w."""
+        """CALVIN's info. Contacts are `Contact` tuples; quaternions are (x, y, z, w)."""
         contacts = self._contacts()
         robot = self._robot_obs()
         joints = {name: self.joint_position(name) for name in mjcf.FIXTURE_JOINTS}
@@ -329,45 +329,44 @@ class PlayTableEnv:
             "uid": self.uids[name],
         }
 
-    # ---- the benchmark
+    # ---- evaluation
 
     def get_sequences(
         self, count: int, *, tasks: list[str] | None = None, length: int = 5, seed: int = 0
     ) -> list[tuple[dict, list[str]]]:
-        """`count` pairs of (symbolic initial state, tasks in a row)."""
+        """`count` pairs of (symbolic initial state, tasks in a row), see `envs.sequences.get_sequences`."""
         return sequences.get_sequences(count, tasks=tasks, length=length, seed=seed)
 
     def instruction(self, task: str) -> str:
-        """The sentence that stands for a task in an evaluation."""
+        """The sentence that the policy is given for a task."""
         return tasks.INSTRUCTIONS[tasks.check_tasks([task])[0]]
 
     def check_success(self, task: str, start_info: dict, end_info: dict) -> bool:
-        """The oracle: was `task` carried out between two infos?"""
+        """Whether `task` was carried out between two infos."""
         return tasks.check_success(task, start_info, end_info)
 
     def expert(self, seed: int = 0) -> expert.ScriptedExpert:
-        """A scripted expert that reads this environment's state."""
+        """A new scripted expert that reads the state of this environment."""
         return expert.ScriptedExpert(PlayTableState(self), seed)
 
     def versions(self) -> dict[str, str]:
-        """Simulator and renderer; the renderer is known after the first picture."""
+        """Versions of simulator, renderer and Python. The renderer is "none" until the first image is rendered."""
         renderer = self._renderer.backend if self._renderer else "none"
         return {"simulator": f"mujoco {mujoco.__version__}", "renderer": renderer, "python": platform.python_version()}
 
     def resolved_options(self) -> dict[str, Any]:
-        """None: the renderer hangs on the machine and on MUJOCO_GL alone."""
+        """An empty dictionary: the renderer depends only on the machine and on MUJOCO_GL."""
         return {}
 
     def close(self) -> None:
-        """Free the GL context, where one was made."""
+        """Free the GL context. A second call does nothing."""
         if self._renderer is not None:
             self._renderer.close()
             self._renderer = None
 
 
 class PlayTableState:
-    """`PrivilegedState` of a `PlayTableEnv` or of what has its readings; it holds no copy and always reads the present
-    moment."""
+    """`PrivilegedState` of a PlayTableEnv, or of another environment with the same measurements, such as CalvinEnv."""
 
     def __init__(self, env: PlayTableEnv) -> None:
         self._env = env
@@ -412,7 +411,7 @@ class PlayTableState:
 
 
 def as_vector(name: str, values: object, length: int) -> np.ndarray:
-    """A private float64 copy of a caller's vector, checked for shape and finiteness."""
+    """Copy `values` to a float64 vector (length,). Raises ValueError for another shape or non-finite values."""
     vector = np.array(values, dtype=np.float64)
     if vector.shape != (length,):
         raise ValueError(f"{name} has shape {vector.shape}: expected ({length},)")

@@ -1,4 +1,4 @@
-"""Rotations, and the arm's forward and inverse kinematics from Franka's published link frames (DESIGN 7).
+"""Rotations, and forward and inverse kinematics of the arm from the link frames that Franka publishes.
 
 Euler angles are fixed-axis xyz (roll, pitch, yaw) in radians: R = Rz(yaw) Ry(pitch) Rx(roll).
 """
@@ -9,7 +9,7 @@ from math import asin, atan2, cos, pi, sin
 
 import numpy as np
 
-# Joint frame i in frame i - 1: a turn about x, then an offset seen from the parent (metres); each turns about its z.
+# Frame of joint i in frame i - 1: (rotation about x, offset in the parent's frame in metres). A joint turns about z.
 LINK_FRAMES: tuple[tuple[float, tuple[float, float, float]], ...] = (
     (0.0, (0.0, 0.0, 0.333)),
     (-pi / 2, (0.0, 0.0, 0.0)),
@@ -19,8 +19,8 @@ LINK_FRAMES: tuple[tuple[float, tuple[float, float, float]], ...] = (
     (pi / 2, (0.0, 0.0, 0.0)),
     (pi / 2, (0.088, 0.0, 0.0)),
 )
-HAND_OFFSET, HAND_YAW = 0.107, -pi / 4  # from joint 7 along and about its z
-TCP_OFFSET = 0.14  # from the hand along its z
+HAND_OFFSET, HAND_YAW = 0.107, -pi / 4  # m along and rad about the z axis of joint 7
+TCP_OFFSET = 0.14  # m along the z axis of the hand
 JOINT_LOWER = np.array([-2.8973, -1.7628, -2.8973, -3.0718, -2.8973, -0.0175, -2.8973])
 JOINT_UPPER = np.array([2.8973, 1.7628, 2.8973, -0.0698, 2.8973, 3.7525, 2.8973])
 
@@ -40,7 +40,7 @@ def matrix_from_euler(euler: np.ndarray) -> np.ndarray:
 def euler_from_matrix(matrix: np.ndarray) -> np.ndarray:
     """(3, 3) -> (3,) fixed-axis xyz angles, roll and yaw in (-pi, pi], pitch in [-pi/2, pi/2]."""
     down = min(1.0, max(-1.0, -float(matrix[2, 0])))
-    if abs(down) > 1.0 - 1e-12:  # roll and yaw turn about the same axis: give the whole turn to yaw
+    if abs(down) > 1.0 - 1e-12:  # gimbal lock: roll and yaw rotate about the same axis, so yaw gets all of it
         return np.array([0.0, asin(down), atan2(-float(matrix[0, 1]), float(matrix[1, 1]))])
     return np.array(
         [
@@ -70,7 +70,7 @@ def quaternion_from_matrix(matrix: np.ndarray) -> np.ndarray:
 
 
 def rotvec_from_matrix(matrix: np.ndarray) -> np.ndarray:
-    """(3, 3) -> (3,) axis times angle, angle in [0, pi]."""
+    """(3, 3) -> (3,) rotation vector: axis times angle, angle in [0, pi]."""
     quaternion = quaternion_from_matrix(matrix)
     norm = float(np.linalg.norm(quaternion[1:]))
     scale = 2.0 if norm < 1e-9 else 2.0 * atan2(norm, float(quaternion[0])) / norm
@@ -78,7 +78,10 @@ def rotvec_from_matrix(matrix: np.ndarray) -> np.ndarray:
 
 
 class ArmKinematics:
-    """Kinematics of the arm on its base; `base_position` is the position of its foot in the world (no rotation)."""
+    """Kinematics of the 7-joint arm. `base_position` (3,) is in the world frame; the base is not rotated.
+
+    rest: the joint angles (7,) that `inverse` prefers among those with the same tool pose.
+    """
 
     def __init__(self, base_position: tuple[float, float, float], rest: tuple[float, ...]) -> None:
         self.base_position = np.array(base_position, dtype=np.float64)
@@ -93,7 +96,7 @@ class ArmKinematics:
         self._tool = np.array([[c, -s, 0, 0], [s, c, 0, 0], [0, 0, 1, HAND_OFFSET + TCP_OFFSET], [0, 0, 0, 1]])
 
     def forward(self, joints: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(7,) joint angles -> tool position (3,), rotation (3, 3) and geometric Jacobian (6, 7), linear rows first."""
+        """Joint angles (7,) -> tool position (3,), rotation (3, 3) and geometric Jacobian (6, 7), linear rows first."""
         turn = np.zeros((7, 4, 4))
         turn[:, 0, 0] = turn[:, 1, 1] = np.cos(joints)
         turn[:, 1, 0] = np.sin(joints)
@@ -124,11 +127,11 @@ class ArmKinematics:
         nullspace_gain: float = 0.05,
         tolerance: float = 1e-4,
     ) -> np.ndarray:
-        """Joint angles within the limits whose tool pose is nearest to the wanted one, by damped least squares.
+        """Joint angles (7,) within the limits whose tool pose is nearest to the given one, by damped least squares.
 
-        `start` (7,) is where the search begins; `nullspace_gain` is the share of the way to the rest pose that a step takes
-        inside the null space. Stops early when position (m) and rotation (rad) errors are below `tolerance`. A pose
-        out of reach gives the nearest one found, never an error.
+        start: joint angles (7,) where the search begins. nullspace_gain: the fraction of the way to the rest pose that
+        each iteration moves inside the null space. The search ends early when the errors of position (m) and rotation
+        (rad) are below `tolerance`. For a pose out of reach, the nearest one found is returned.
         """
         q = np.clip(start, JOINT_LOWER, JOINT_UPPER)
         for step in range(iterations):
@@ -144,7 +147,7 @@ class ArmKinematics:
     def _ik_step(
         self, q: np.ndarray, jacobian: np.ndarray, error: np.ndarray, damping: float, nullspace_gain: float
     ) -> np.ndarray:
-        """One step; joints that would leave their range are held at its end and the others take over."""
+        """One damped least-squares step. Joints that would leave their range are fixed, and the others compensate."""
         free = np.ones(7)
         for _ in range(3):
             used = jacobian * free

@@ -1,6 +1,6 @@
-"""The MuJoCo model of a scene, written as MJCF from boxes, cylinders, capsules and spheres (DESIGN 7).
+"""The MuJoCo model of a scene: MJCF text of boxes, cylinders, capsules and spheres, with CALVIN's dimensions.
 
-Bodies are named after CALVIN's links, so that contacts tell the same stories.
+Bodies have the names of CALVIN's links, so that contacts are reported with the same names.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ LOOK_AT: Final = (-0.026242351159453392, -0.0302329882979393, 0.3920000493526459
 LOOK_UP: Final = (0.4041403970338857, 0.22629790978217404, 0.8862616969685161)
 STATIC_FOV: Final = 10.0
 FIXTURE_JOINTS = ("base__slide", "base__drawer", "base__button", "base__switch")
-SLOPE: Final = radians(60)  # of the cabinet's front
-ROOF: Final = 0.648
-CONTACT_MARGIN: Final = 0.001  # m around each geom within which a contact is listed, without force
+SLOPE: Final = radians(60)  # of the cabinet's slanted front against the horizontal
+ROOF: Final = 0.648  # m, height of the cabinet
+CONTACT_MARGIN: Final = 0.001  # m around each geom within which a contact is listed, but exerts no force
 
-GRAVCOMP = 'gravcomp="1"'  # fixtures stay where they are left; dry friction alone would let them creep
+GRAVCOMP = 'gravcomp="1"'  # so that fixtures stay in place; with gravity they would creep in spite of friction
 LIMIT_SOLVER = 'solreflimit="0.005 1" solimplimit="0.98 0.999 0.001"'
 WOOD, INNER, HANDLE, METAL = 'material="wood"', 'material="inner"', 'material="handle"', 'material="lever"'
 WOOD_MATERIALS = ("wood", "plank", "drawer", "door", "inner")
@@ -68,7 +68,7 @@ TEXTURE_SIZE = 256
 
 
 def _front(height: float) -> float:
-    """y of the slanted front at a height."""
+    """y of the slanted front at a height z."""
     return CABINET_DEPTH[0] + (height - TABLE_TOP) / tan(SLOPE)
 
 
@@ -80,7 +80,7 @@ def _slanted_box(
     appearance: str,
     collision: str = STATIC,
 ) -> str:
-    """A box in the slanted front between two heights; `depth` is measured from the front inwards."""
+    """A box in the slanted front between two heights. `depth` is measured from the front inwards."""
     y, z = (np.mean([_front(height) for height in heights]), np.mean(heights))
     inwards = np.mean(depth)
     centre = (np.mean(x), y + inwards * sin(SLOPE), z - inwards * cos(SLOPE))
@@ -89,7 +89,7 @@ def _slanted_box(
 
 
 def _cabinet(scene: Scene) -> list[str]:
-    """The upper part: back, roof and the two cheeks beside the cabinet's opening."""
+    """The upper part: back, roof and the two side parts beside the opening of the cabinet."""
     near, far = CABINET_DEPTH
     left, right = scene.plank_x
     parts = [
@@ -146,7 +146,7 @@ def _drawer(scene: Scene) -> str:
 
 
 def _slide(scene: Scene) -> str:
-    """The sliding door; its frame lies in the slanted front, local y runs up it and local z out of it."""
+    """The sliding door. Its frame lies in the slanted front: local y points up along it, local z out of it."""
     parts = _slide_joint("base__slide", "-1 0 0", scene.slide_travel, 1.5, 'frictionloss="4" damping="6"')
     parts += [
         box((0.0, -0.11, 0.001), (0.28, 0.11, 0.02), 'material="door"'),
@@ -159,7 +159,7 @@ def _slide(scene: Scene) -> str:
 
 
 def _switch(scene: Scene) -> str:
-    """The lever: two rods in slots of the front carry a bar; local y points out of the front and local z down it."""
+    """The switch: a bar on two rods in slots of the front. Local y points out of the front, local z down along it."""
     parts = _slide_joint("base__switch", "0 0 -1", SWITCH_TRAVEL, 0.24, 'frictionloss="3" damping="4"')
     parts += [box((x - 0.007, 0.0, -0.016), (x + 0.007, 0.05, 0.0), METAL) for x in (-0.05, 0.05)]
     parts.append(box((-0.06, 0.044, -0.024), (0.06, 0.064, 0.008), METAL))
@@ -241,14 +241,15 @@ def _static_camera() -> str:
 
 
 def _contact_margin() -> str:
-    """Attributes that list a contact before it presses; MuJoCo lists within `margin`, from 3.9 on plus `gap`."""
+    """Attributes that list a contact before it exerts force. MuJoCo 3.9 and later lists within margin + gap,
+    earlier versions within margin."""
     version = tuple(int(part) for part in mujoco.__version__.split(".")[:2])
     return f'margin="{0.0 if version >= (3, 9) else CONTACT_MARGIN}" gap="{CONTACT_MARGIN}"'
 
 
 def scene_xml(scene: Scene, offscreen_size: int = 256, *, human_arm: bool = False) -> str:
-    """The MJCF text of a scene; `edge` is the largest picture edge in pixels that will be asked for, `hand` shows a
-    person's arm."""
+    """The MJCF text of a scene. `offscreen_size` is the largest image edge in pixels that can be rendered; `human_arm`
+    shows a person's arm in place of the robot's."""
     return f"""<mujoco model="playtable_{scene.name}">
 <compiler angle="radian" eulerseq="xyz" autolimits="true"/>
 <option timestep="{TIMESTEP:.12g}" integrator="implicitfast" cone="elliptic" impratio="3"
@@ -279,7 +280,7 @@ def scene_xml(scene: Scene, offscreen_size: int = 256, *, human_arm: bool = Fals
 
 
 def _wood_texture(color: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """(3,) base colour -> (S, S, 3) uint8 wood with wavy fibres."""
+    """Base color (3,) -> (S, S, 3) uint8 texture of wood with wavy grain."""
     rows, columns = np.mgrid[0:TEXTURE_SIZE, 0:TEXTURE_SIZE] / TEXTURE_SIZE
     waves = sum(
         share * np.sin(2 * pi * (rings * rows + 0.15 * np.sin(2 * pi * (columns + phase)) + phase))
@@ -291,7 +292,7 @@ def _wood_texture(color: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def compile_model(scene: Scene, offscreen_size: int = 256, *, human_arm: bool = False) -> mujoco.MjModel:
-    """Compile a scene's model and paint its wood; the same scene always looks the same."""
+    """Compile the model of a scene and set its wood textures, which depend on the scene alone."""
     model = mujoco.MjModel.from_xml_string(scene_xml(scene, offscreen_size, human_arm=human_arm))
     rng = np.random.default_rng(ord(scene.name))
     for name in WOOD_MATERIALS:

@@ -1,6 +1,6 @@
-"""Off-screen pictures on EGL or OSMesa, without shadows, reflections or multi-sampling (DESIGN 7).
+"""Off-screen rendering with EGL or OSMesa, without shadows, reflections and multi-sampling.
 
-A GL context belongs to the thread that made it, so a renderer is made at the first picture.
+A GL context belongs to the thread that created it, so an environment creates its renderer for the first image.
 """
 
 from __future__ import annotations
@@ -17,15 +17,17 @@ from typing import Protocol
 import mujoco
 import numpy as np
 
+from common.errors import UserError
+
 BACKENDS = ("egl", "osmesa")
-INSTALL_HINT = "install libegl1 with libgl1-mesa-dri (egl) or libosmesa6 (osmesa), or run without pictures"
+INSTALL_HINT = "install libegl1 with libgl1-mesa-dri (egl) or libosmesa6 (osmesa), or run without images"
 MAX_GEOMS = 200
 
 log = logging.getLogger(__name__)
 
 
-class RenderError(RuntimeError):
-    """No GL backend could be started."""
+class RenderError(UserError):
+    """No off-screen GL backend can be started on this machine."""
 
 
 class _Context(Protocol):
@@ -35,7 +37,7 @@ class _Context(Protocol):
 
 
 def _egl_works() -> bool:
-    """Is there a device that EGL can render on? Asked without PyOpenGL, which stays with the first backend it met."""
+    """Whether EGL has a device to render on. PyOpenGL is not asked: it stays bound to the first backend it loads."""
     name = ctypes.util.find_library("EGL")
     if name is None:
         return False
@@ -53,15 +55,15 @@ def _egl_works() -> bool:
 
 
 def _select_backend() -> str:
-    """What MUJOCO_GL names; otherwise EGL where it works, and OSMesa elsewhere."""
+    """The backend that MUJOCO_GL names; if it is not set, EGL if it has a device and OSMesa otherwise."""
     requested = os.environ.get("MUJOCO_GL", "").lower()
     if requested:
         if requested not in BACKENDS:
-            raise RenderError(f"MUJOCO_GL={requested}: pictures are rendered off screen, set it to egl or osmesa")
+            raise RenderError(f"MUJOCO_GL={requested}: images are rendered off screen, set it to egl or osmesa")
         return requested
     if _egl_works():
         return "egl"
-    log.warning("no EGL device here: pictures come from OSMesa (set MUJOCO_GL to choose)")
+    log.warning("there is no EGL device, so OSMesa renders the images (set MUJOCO_GL to choose another backend)")
     return "osmesa"
 
 
@@ -71,7 +73,7 @@ def _create_context(offscreen_size: int) -> tuple[_Context, str]:
         context = importlib.import_module(f"mujoco.{backend}").GLContext(offscreen_size, offscreen_size)
         context.make_current()
     except (ImportError, RuntimeError, AttributeError, OSError) as error:
-        raise RenderError(f"no pictures, {backend} does not start ({error}): {INSTALL_HINT}") from error
+        raise RenderError(f"images cannot be rendered, {backend} does not start ({error}): {INSTALL_HINT}") from error
     return context, backend
 
 
@@ -82,9 +84,9 @@ def _free_context(gl: _Context, mjr: mujoco.MjrContext) -> None:
 
 
 class Renderer:
-    """Pictures of a model's fixed cameras, up to `edge` pixels wide and high.
+    """Renders images of a model's fixed cameras, up to `offscreen_size` pixels wide and high.
 
-    Raises RenderError where no off-screen GL starts. Use and close it in the thread that made it.
+    It has to be used and closed in the thread that created it. Raises RenderError if no off-screen GL starts.
     """
 
     def __init__(self, model: mujoco.MjModel, offscreen_size: int) -> None:
@@ -98,15 +100,15 @@ class Renderer:
         self._camera.type = mujoco.mjtCamera.mjCAMERA_FIXED
         self._mjr = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_100)
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._mjr)
-        # Runs at exit too, and there before what the import of the GL module registered: finalizers would all wait for
-        # their turn,
-        # which is that of the first one in the program, and a display that is gone cannot free its contexts.
+        # At exit the context has to be freed before the GL module closes its display, which it registered with atexit
+        # when it was imported. atexit calls in reverse order, so this call, registered later, comes first. All
+        # weakref finalizers together run at the place of the first one in the program, which may be too late.
         self._finalizer = weakref.finalize(self, _free_context, self._gl, self._mjr)
         self._finalizer.atexit = False
         atexit.register(self._finalizer)
 
     def render(self, data: mujoco.MjData, camera: str, size: int) -> np.ndarray:
-        """The view of a camera of the model -> (size, size, 3) uint8 RGB, top row first."""
+        """Image of a camera of the model, (size, size, 3) uint8 RGB, top row first."""
         self._gl.make_current()
         self._camera.fixedcamid = self._model.camera(camera).id
         everything = mujoco.mjtCatBit.mjCAT_ALL.value
@@ -118,5 +120,5 @@ class Renderer:
         return np.ascontiguousarray(upside_down[::-1])
 
     def close(self) -> None:
-        """Free the context; a second call does nothing."""
+        """Free the context. A second call does nothing."""
         self._finalizer()

@@ -1,7 +1,8 @@
-"""A Panda-like arm with a parallel gripper, as MJCF: Franka's link frames, shapes of our own (DESIGN 7).
+"""MJCF of an arm with a parallel gripper: link frames of Franka's Panda, with simple shapes instead of its meshes.
 
-The upper arm is only seen; wrist, hand and fingers collide. Gravity does not act on it, as if a controller compensated.
-As a `hand` the same bodies, joints and colliding shapes are there, unseen, and a person's arm is seen in their place.
+The upper arm is visual only; wrist, hand and fingers collide. Gravity is switched off for it, as a controller would
+compensate it. With `human_arm`, bodies, joints and colliding geoms stay the same but are invisible, and a person's arm
+is drawn in their place.
 """
 
 from __future__ import annotations
@@ -25,16 +26,16 @@ from envs.playtable.shapes import (
     inertial,
 )
 
-ARM_KP, ARM_KV, ARM_MAX_TORQUE = 4000.0, 160.0, 200.0  # N m/rad, N m s/rad, N m: 40 ms behind the command, as CALVIN's
-GRIPPER_KP, GRIPPER_KV = 8000.0, 320.0  # N/m, N s/m: at most 1 m/s, the force saturates on every block
-FINGER_BASE: Final = 0.0584  # from the hand along its z
-CAMERA_OFFSET: Final = (-0.1, 0.0, 0.0)  # in the hand's frame
+ARM_KP, ARM_KV, ARM_MAX_TORQUE = 4000.0, 160.0, 200.0  # N m/rad, N m s/rad, N m; 40 ms delay, as in CALVIN
+GRIPPER_KP, GRIPPER_KV = 8000.0, 320.0  # N/m, N s/m; at most 1 m/s, and any block saturates the force
+FINGER_BASE: Final = 0.0584  # m along the z axis of the hand
+CAMERA_OFFSET: Final = (-0.1, 0.0, 0.0)  # m in the hand's frame
 CAMERA_EULER: Final = (1.3, 0.0, -1.57)
 CAMERA_FOV: Final = 75.0
 
 MASSES = (2.7, 2.73, 2.04, 2.08, 3.0, 1.3, 0.2)
 WHITE, GREY = 'material="white"', 'material="joint"'
-# Per link: kind, ends, radius, look, does it collide
+# Geoms of links 1 to 7: (type, two ends in m, radius in m, material, whether it collides)
 LINK_GEOMS: tuple[tuple[tuple[str, tuple[Point, Point], float, str, bool], ...], ...] = (
     (
         ("capsule", ((0, 0, -0.17), (0, 0, -0.03)), 0.062, WHITE, False),
@@ -67,8 +68,9 @@ LINK_GEOMS: tuple[tuple[tuple[str, tuple[Point, Point], float, str, bool], ...],
 
 
 def _finger(name: str, side: int, *, human_arm: bool) -> str:
-    """A finger that opens along the hand's y on the given side; its pad reaches the middle when shut."""
-    # A stiff pad decides the contact alone: softer ones let a block creep out of the hand in fast motion.
+    """A finger that opens along the hand's y axis, to +y for `side` 1 and to -y for -1. Closed, its pad is at y = 0."""
+    # The pad has priority over the block's contact parameters and is stiff: with softer contacts, a block slowly slips
+    # out of the gripper during fast motion.
     solid = COLLISION_ONLY if human_arm else ROBOT
     pad = f'friction="1 0.02 0.001" solref="0.0042 1" solimp="0.99 0.999 0.0005" priority="1" {solid}'
 
@@ -89,7 +91,7 @@ def _finger(name: str, side: int, *, human_arm: bool) -> str:
 
 def _hand(*, human_arm: bool) -> str:
     camera = kinematics.matrix_from_euler(np.array(CAMERA_EULER))
-    axes = array_to_string((-camera[:, 0], -camera[:, 2]))  # it looks along its own y with its z pointing down
+    axes = array_to_string((-camera[:, 0], -camera[:, 2]))  # it looks along its own y axis, and its z axis points down
     content = [
         inertial(0.81, 0.004, (0.0, 0.0, 0.04)),
         box((-0.03, -0.1, -0.015), (0.03, 0.1, 0.064), WHITE, COLLISION_ONLY if human_arm else ROBOT),
@@ -108,7 +110,7 @@ def _hand(*, human_arm: bool) -> str:
 
 
 def _link_geoms(link: int, *, human_arm: bool) -> list[str]:
-    """The geoms of arm link 1 to 7."""
+    """The geoms of one of the arm's links, 1 to 7."""
     shapes = LINK_GEOMS[link - 1]
     if not human_arm:
         return [
@@ -127,8 +129,7 @@ def _link_geoms(link: int, *, human_arm: bool) -> list[str]:
 
 
 def robot_xml(*, human_arm: bool = False) -> str:
-    """The robot's bodies, each link inside the one before; with `hand` a person's arm is seen in place of the
-    robot's."""
+    """The bodies of the robot, each link inside the previous one. `human_arm` shows a person's arm instead."""
     inside = _hand(human_arm=human_arm)
     for i in reversed(range(7)):
         turn, offset = kinematics.LINK_FRAMES[i]
@@ -153,7 +154,7 @@ def robot_xml(*, human_arm: bool = False) -> str:
 
 
 def actuator_xml() -> str:
-    """Position control of the joints, and of one finger that the other follows."""
+    """Position control of the arm's joints and of the left finger, which the right finger follows."""
 
     def position(name: str, joint: str, stiffness: float, damping: float, limit: float) -> str:
         return (
@@ -162,7 +163,7 @@ def actuator_xml() -> str:
         )
 
     arm = [position(f"arm_{i}", f"arm_{i}", ARM_KP, ARM_KV, ARM_MAX_TORQUE) for i in range(1, 8)]
-    grip = position("grip", "finger_left", GRIPPER_KP, GRIPPER_KV, 1.0)  # the environment sets its force
+    grip = position("grip", "finger_left", GRIPPER_KP, GRIPPER_KV, 1.0)  # the environment sets its force range
     follow = 'polycoef="0 1 0 0 0" solref="0.004 1" solimp="0.99 0.999 0.001"'
     return (
         f'<equality><joint joint1="finger_right" joint2="finger_left" {follow}/></equality>\n'

@@ -1,21 +1,23 @@
-"""The four scenes: what stands where, how large it is, what it looks like (DESIGN 7; CALVIN's numbers).
+"""The four scenes A to D: positions, sizes and colors of everything on the table, with CALVIN's numbers.
 
-World frame in metres: x to the right seen from the robot's side, y towards the cabinet, z up, table top at 0.44.
+World frame in metres: x to the right as seen from the robot, y towards the cabinet, z upwards; the table top is at
+0.44.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from common.errors import UserError
 from envs.protocol import Fixtures
 
 ROBOT_BASE = (-0.34, -0.46, 0.24)
 TABLE_TOP = 0.44
 MAX_GRIPPER_WIDTH = 0.08
 
-SLIDE_Y, SLIDE_Z = 0.075, 0.535264  # middle of the sliding door, on the slanted front
-SWITCH_Y, SWITCH_Z = 0.060928, 0.494890  # lever's joint frame when the switch reads 0
-DRAWER_Z = 0.32  # lower face of the drawer's floor
+SLIDE_Y, SLIDE_Z = 0.075, 0.535264  # middle of the sliding door on the slanted front
+SWITCH_Y, SWITCH_Z = 0.060928, 0.494890  # joint frame of the switch at position 0
+DRAWER_Z = 0.32  # lower face of the drawer's bottom
 BUTTON_Y, BUTTON_Z = -0.12, 0.46
 CABINET_DEPTH = (0.02, 0.16)
 
@@ -28,7 +30,7 @@ RGB = tuple[float, float, float]
 
 @dataclass(frozen=True)
 class Appearance:
-    """Colours in [0, 1]; `wood` and `door` are textured with grain."""
+    """Colors of a scene, RGB in [0, 1]. `wood` and `door` get a wood texture."""
 
     wood: RGB
     door: RGB
@@ -38,7 +40,11 @@ class Appearance:
 
 @dataclass(frozen=True)
 class Scene:
-    """One of A, B, C, D. `blocks` maps names to size classes in the order in which `scene_obs` lists them."""
+    """One scene; it has the members of `envs.protocol.SceneLayout`.
+
+    blocks: name -> size class, in the order of scene_obs. surfaces: name of a surface -> lowest and highest corner of
+    the box of positions that a block on it may have.
+    """
 
     name: str
     blocks: dict[str, str]
@@ -57,12 +63,12 @@ class Scene:
 
     @property
     def sizes(self) -> dict[str, tuple[float, float, float]]:
-        """Full edge lengths of each block along its own axes."""
+        """Full edge lengths of each block along its own axes, in metres."""
         return {name: BLOCK_SIZES[size] for name, size in self.blocks.items()}
 
     @property
     def limits(self) -> dict[str, float]:
-        """Upper ends of the fixtures' joint ranges; all lower ends are 0."""
+        """Upper limits of the fixtures' joints in metres. All lower limits are 0."""
         return {
             "base__slide": self.slide_travel,
             "base__drawer": DRAWER_TRAVEL,
@@ -142,7 +148,7 @@ SCENES: dict[str, Scene] = {
 
 
 def get_scene(name: str) -> Scene:
-    """The scene called "A", "B", "C" or "D"; a ValueError names the choice for anything else."""
+    """The scene "A", "B", "C" or "D". Raises UserError for any other name."""
     if name not in SCENES:
-        raise ValueError(f"playtable has no scene {name!r}: choose one of {', '.join(SCENES)}")
+        raise UserError(f"playtable has no scene {name!r}: choose one of {', '.join(SCENES)}")
     return SCENES[name]

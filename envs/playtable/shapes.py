@@ -1,7 +1,7 @@
-"""MJCF text for bodies and geoms, and who may touch whom (DESIGN 7).
+"""MJCF text of bodies and geoms, and the collision classes.
 
-Table and fixtures meet robot and blocks, the robot meets both, blocks meet everything; robot parts never meet each
-other and fixtures never meet the table that carries them.
+Blocks collide with everything. Table and fixtures (STATIC) collide with robot and blocks, but not with each other.
+Parts of the robot do not collide with each other.
 """
 
 from __future__ import annotations
@@ -13,22 +13,21 @@ import numpy as np
 STATIC: Final = 'contype="1" conaffinity="0"'
 ROBOT: Final = 'contype="2" conaffinity="1"'
 BLOCK: Final = 'contype="4" conaffinity="7"'
-VISUAL_ONLY: Final = 'contype="0" conaffinity="0"'  # a picture of something, nothing collides with it
-COLLISION_ONLY: Final = (
-    f'{ROBOT} group="3"'  # collides like the robot; MuJoCo draws groups 0 to 2 unless told otherwise
-)
+VISUAL_ONLY: Final = 'contype="0" conaffinity="0"'  # seen, but collides with nothing
+COLLISION_ONLY: Final = f'{ROBOT} group="3"'  # collides as the robot does; MuJoCo renders groups 0 to 2 only
 
 Point = tuple[float, float, float]
 
 
 def array_to_string(values: object) -> str:
-    """Numbers of any nesting as an MJCF attribute."""
+    """Numbers, also nested ones, as the value of an MJCF attribute."""
     return " ".join(f"{float(value):.10g}" for value in np.ravel(np.asarray(values)))
 
 
 def geom(kind: str, position: object, size: object, appearance: str, collision: str = STATIC) -> str:
     """A geom; `appearance` and `group` are attribute text, sizes are MuJoCo's half lengths."""
-    return f'<geom type="{kind}" pos="{array_to_string(position)}" size="{array_to_string(size)}" {appearance} {collision}/>'
+    place = f'pos="{array_to_string(position)}" size="{array_to_string(size)}"'
+    return f'<geom type="{kind}" {place} {appearance} {collision}/>'
 
 
 def box(low: Point, high: Point, appearance: str, collision: str = STATIC) -> str:
@@ -42,7 +41,7 @@ def fromto_geom(kind: str, ends: tuple[Point, Point], radius: float, appearance:
 
 
 def body(name: str, position: object, content: list[str], frame: str = "") -> str:
-    """A body; `frame` is attribute text such as euler or gravcomp."""
+    """A body. `frame` is text of further attributes, such as euler or gravcomp."""
     inside = "\n".join(content)
     return f'<body name="{name}" pos="{array_to_string(position)}" {frame}>\n{inside}\n</body>'
 

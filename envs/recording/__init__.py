@@ -1,1 +1,1 @@
-"""Recording demonstrations: where they start, how they are chained, and the files they are written to."""
+"""Recording of demonstrations: initial states, chains of tasks, and the files they are written to."""

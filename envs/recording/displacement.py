@@ -1,8 +1,8 @@
-"""Where a demonstration begins: the hand brought off its course, unseen by the recording (DESIGN 7).
+"""Displace the hand before a demonstration starts, without recording it.
 
-A policy ends up where no expert goes by itself: beside the block that it closes on, at the wrong side of a handle,
-anywhere
-over the table after a task. Only demonstrations that begin there show it the way back.
+A policy arrives at states that the expert never reaches by itself: beside the block that it is to grasp, on the wrong
+side of a handle, or anywhere over the table after the previous task. Only demonstrations that start there show how to
+continue.
 """
 
 from __future__ import annotations
@@ -16,31 +16,30 @@ from envs.expert.expert import CABINET_TILT, ScriptedExpert, block_of
 from envs.expert.motions import ACROSS_TOLERANCE, FORWARD, MotionBlocked, gripper_euler
 from envs.tasks import TABLE_LIFT_TASKS
 
-# of lifts from the table begin with the open hand near the block, where a policy finds that it came down beside it
-HOVER_PROB = 0.2
+HOVER_PROB = 0.2  # of lifts from the table start with the open gripper near the block, as after a missed grasp
 WRONG_SIDE_PROB = (
-    0.25  # of the door's moves begin with the shut hand low beside its handle, as often as not where it cannot push
+    0.25  # of moves of the slider start with the closed gripper beside its handle, often on the wrong side
 )
-RANDOM_POSE_PROB = 0.35  # of the others begin with the empty hand anywhere over the table
-RANDOM_POSE_CLOSED_PROB = 0.6  # of lost hands are shut, as fixtures leave them
-PERTURB_PROB = 0.4  # of the rest begin behind an unrecorded push off their course
-PERTURB_AFTER, PERTURB_STEPS = (0, 45), (3, 11)
-PERTURB_CLOSED_PROB = 0.3  # of pushes shut an open hand: a grasp that missed
-HOVER_ASIDE, HOVER_TURN = 0.025, 0.35  # m (deviation) and rad
-HOVER_ABOVE, HOVER_AROUND = (
-    (0.035, 0.13),
-    (-0.004, 0.13),
-)  # m above a block's middle, where fingers would meet it and where they fit around it
-HANDLE_BOUNDS = (-0.12, -0.07, 0.48), (0.12, 0.0, 0.56)  # m, x from the handle
+RANDOM_POSE_PROB = 0.35  # of the others start with the empty gripper anywhere over the table
+RANDOM_POSE_CLOSED_PROB = 0.6  # of random poses have a closed gripper, as after a task with a fixture
+PERTURB_PROB = 0.4  # of the rest start after an unrecorded push
+PERTURB_AFTER, PERTURB_STEPS = (0, 45), (3, 11)  # steps of the expert before the push, and steps of the push
+PERTURB_CLOSED_PROB = 0.3  # of pushes close an open gripper, as in a missed grasp
+HOVER_ASIDE, HOVER_TURN = 0.025, 0.35  # m (standard deviation) and rad (at most) from the grasp
+HOVER_ABOVE = (0.035, 0.13)  # m above the middle of the block, where the fingers would otherwise touch it
+HOVER_AROUND = (-0.004, 0.13)  # m above the middle of the block, where the fingers fit around it
+HANDLE_BOUNDS = (-0.12, -0.07, 0.48), (0.12, 0.0, 0.56)  # m, x from the handle of the slider
 RANDOM_POSE_BOUNDS = (-0.38, -0.35, 0.47), (0.38, -0.02, 0.68)  # m
-RANDOM_POSE_YAW, RANDOM_POSE_TILT = 0.7, 0.4  # rad
-BLOCK_RADIUS, ABOVE_BLOCKS_Z = 0.1, 0.54  # m, an open hand within the first of a block stays above the second
-BACK_OFF_STEPS = 15
+RANDOM_POSE_YAW, RANDOM_POSE_TILT = 0.7, 0.4  # rad, at most
+BLOCK_RADIUS, ABOVE_BLOCKS_Z = 0.1, 0.54  # m; a random pose nearer to a block than the first is above the second
+BACK_OFF_STEPS = 15  # steps upwards, at most, to get away from a block
 
 
 def displace(env: TabletopEnv, expert: ScriptedExpert, rng: np.random.Generator, task: str) -> bool:
-    """Perhaps bring the hand, unseen by the recording, to where the expert would not have gone by itself. Did it
-    move?"""
+    """Draw whether and how to displace the hand before `task`, and do it. Returns whether it was displaced.
+
+    The expert has to be reset afterwards.
+    """
     block = block_of(task) if task.startswith("lift") else None
     free = expert.held_block() is None
     if free and task in TABLE_LIFT_TASKS and rng.random() < HOVER_PROB:
@@ -59,8 +58,8 @@ def displace(env: TabletopEnv, expert: ScriptedExpert, rng: np.random.Generator,
         _perturb(env, expert, rng, lift=block is not None)
     else:
         return False
-    # a block that a shut hand took by chance, or that is touched or falling before its lift begins, makes the task
-    # another one
+    # A block that the closing gripper took by chance, or that is touched or falls before its lift starts, would change
+    # the task. The hand moves up until the block rests on something and is not touched.
     touched = block or (expert.held_block() if free else None)
     for _ in range(BACK_OFF_STEPS if touched else 0):
         contacts = expert.state.get_contacts(touched)
@@ -71,7 +70,7 @@ def displace(env: TabletopEnv, expert: ScriptedExpert, rng: np.random.Generator,
 
 
 def _hover_near_block(env: TabletopEnv, expert: ScriptedExpert, rng: np.random.Generator, block: str) -> None:
-    """The open hand near the grasp of a block: beside its axis, turned a little, high or low."""
+    """Move the open gripper near the grasp of a block: beside its axis, slightly rotated, above or around the block."""
     position, euler = expert.state.block_pose(block)[0], expert.grasp_euler(block)
     aside = rng.normal(0, HOVER_ASIDE, 2)
     fits = np.abs(aside).max() < ACROSS_TOLERANCE
@@ -80,7 +79,7 @@ def _hover_near_block(env: TabletopEnv, expert: ScriptedExpert, rng: np.random.G
 
 
 def _move_to_random_pose(env: TabletopEnv, expert: ScriptedExpert, rng: np.random.Generator) -> None:
-    """The hand anywhere over the table, as high as blocks below allow, and perhaps shut."""
+    """Move the hand to a random pose over the table, above nearby blocks, with an open or a closed gripper."""
     place = rng.uniform(*RANDOM_POSE_BOUNDS)
     if any(
         np.linalg.norm(expert.state.block_pose(name)[0][:2] - place[:2]) < BLOCK_RADIUS for name in expert.state.blocks
@@ -98,7 +97,7 @@ def _move_to_random_pose(env: TabletopEnv, expert: ScriptedExpert, rng: np.rando
 def _move_gripper(
     env: TabletopEnv, expert: ScriptedExpert, place: np.ndarray, euler: np.ndarray, gripper_action: int = 1
 ) -> None:
-    """Over and down to a pose, unseen by the recording, or as far as nothing is in the way."""
+    """Move the hand above a pose and down to it, until something is in the way."""
     with suppress(MotionBlocked):
         for action in expert.move_above(place[0], place[1], euler, gripper_action=1):
             env.step(action, render=False)
@@ -108,16 +107,16 @@ def _move_gripper(
 
 
 def _perturb(env: TabletopEnv, expert: ScriptedExpert, rng: np.random.Generator, *, lift: bool) -> None:
-    """Some steps of the way, then a few into a random direction.
+    """Let the expert act for some steps, then move in a random direction for a few.
 
-    The way ends where a fixture might begin to move, or at a block, before the hand closes: there it may miss.
+    The expert is stopped before it closes the gripper, and before it can move a fixture.
     """
     for _ in range(int(rng.integers(*PERTURB_AFTER))):
         action = expert.act()
         if action[6] < env.gripper_action or not (expert.noise_allowed or lift):
             break
         env.step(action, render=False)
-    shut = env.gripper_action > 0 and rng.random() < PERTURB_CLOSED_PROB
-    push = np.append(rng.uniform(-0.8, 0.8, 6) * [1, 1, 1, 0.3, 0.3, 0.3], -1.0 if shut else env.gripper_action)
+    close = env.gripper_action > 0 and rng.random() < PERTURB_CLOSED_PROB
+    push = np.append(rng.uniform(-0.8, 0.8, 6) * [1, 1, 1, 0.3, 0.3, 0.3], -1.0 if close else env.gripper_action)
     for _ in range(int(rng.integers(*PERTURB_STEPS))):
         env.step(push, render=False)

@@ -22,11 +22,11 @@ from typing import Any
 
 import numpy as np
 from hydra.utils import get_object
-from tqdm import tqdm
 
 from common import workers as processes
 from common.errors import OutputExistsError, UserError
 from common.files import write_text
+from common.progress import tqdm
 from common.video_set import write_annotation
 from envs.calvin.env import TabletopEnv
 from envs.playtable.scene import SCENES

@@ -1,7 +1,7 @@
-"""Which tasks a scene allows, judged by physical thresholds, and random starts that allow one (DESIGN 7).
+"""Which tasks are possible in a state, judged by measurements, and random initial states in which a task is possible.
 
-A task's oracle stops at a threshold (slider 0.15 of 0.28 m), so that what follows in a chain must be asked of the
-readings, never of symbols.
+CALVIN's symbolic states are not exact enough: a task counts as done at a threshold (0.15 of the slider's 0.28 m), so
+what is possible next in a chain depends on the measured positions.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from envs.protocol import PrivilegedState
 from envs.sequences import DRAWER_OPEN, NEUTRAL_ROBOT_OBS, SWITCH_ON
 from envs.tasks import HELD_BLOCK_TASKS, check_tasks
 
-CROSSWISE_MAX_Y = -0.085  # m, y up to which the hand may stand across the front
-WALL_CLEARANCE = 0.055  # m from a wall or door that a finger needs beside a block's middle
-REACH = 0.75  # m over the ground from the robot's base: as far as a hand goes that hovers over the table
-BLOCK_CLEARANCE = 0.115  # m between the centres of two blocks that do not hinder the hand
+CROSSWISE_MAX_Y = -0.085  # m; at larger y the hand has to be parallel to the slanted front
+WALL_CLEARANCE = 0.055  # m from the middle of a block to a wall or the door, for a finger to fit in between
+REACH = 0.75  # m, largest horizontal distance from the robot's base of a hand above the table
+BLOCK_CLEARANCE = 0.115  # m between the centres of two blocks, for the hand to fit in between
 
 
 def block_location(state: PrivilegedState, block: str) -> str:
-    """Where a block is: hand, stacked, drawer, cabinet, table or lost (leaning, fallen, on a fixture)."""
+    """Where a block is: "hand", "stacked", "drawer", "cabinet", "table" or "lost" (leaning, fallen, on a fixture)."""
     position, axes = state.block_pose(block)
     touched = state.get_contacts(block)
     if "robot" in touched and state.gripper_action() < 0 and state.gripper_opening_width() > EMPTY_GRIPPER_WIDTH:
@@ -45,19 +45,22 @@ def block_location(state: PrivilegedState, block: str) -> str:
 
 
 def reachable_in_cabinet(x: float, door: float, plank: tuple[float, float]) -> bool:
-    """Can a block at x in the cabinet be gripped while the door's left edge stands at `door`?"""
+    """Whether a block at `x` in the cabinet can be grasped while the left edge of the door is at `door`."""
     if not plank[0] + WALL_CLEARANCE < x < plank[1] - WALL_CLEARANCE:
         return False
     return x < door - WALL_CLEARANCE or x > door + DOOR_WIDTH + WALL_CLEARANCE
 
 
 def within_reach(at: np.ndarray) -> bool:
-    """Can the hand work at (x, y) of the table?"""
+    """Whether the hand reaches a position of the table; only x and y count."""
     return bool(np.hypot(at[0] - ROBOT_BASE[0], at[1] - ROBOT_BASE[1]) < REACH)
 
 
 def corridor_free(at: np.ndarray, sign: int, obstacles: list[np.ndarray]) -> bool:
-    """May a block at (x, y) be pushed along x: room on the table, nothing ahead, room for the hand behind?"""
+    """Whether a block at (x, y) can be pushed along x: nothing is ahead, and the hand fits behind it.
+
+    sign: 1 pushes to +x, -1 to -x. obstacles: positions of the other blocks and of the button.
+    """
     if abs(at[0] + sign * 0.2) > 0.42 or not within_reach(at - [0.08 * sign, 0.0]):
         return False
     ahead = [(sign * (other[0] - at[0]), abs(other[1] - at[1])) for other in obstacles]
@@ -65,7 +68,10 @@ def corridor_free(at: np.ndarray, sign: int, obstacles: list[np.ndarray]) -> boo
 
 
 def graspable(at: np.ndarray, axes: np.ndarray, edges: np.ndarray) -> bool:
-    """Near the slanted front the wide hand must stand along it: is there a pair of faces that it can close on there?"""
+    """Whether a block can be grasped: near the slanted front, only by a hand that is parallel to it.
+
+    axes (3, 3): columns are the axes of the block. edges (3,): its edge lengths in metres.
+    """
     if at[1] < CROSSWISE_MAX_Y:
         return True
     closing = [axis for axis, edge in zip(axes.T, edges) if abs(axis[2]) < 0.5 and edge < MAX_GRASP_WIDTH]
@@ -78,7 +84,7 @@ def _clear(at: np.ndarray, others: list[np.ndarray]) -> bool:
 
 def _block_tasks(state: PrivilegedState, locations: dict[str, str]) -> list[str]:
     limit = state.joint_limit("base__slide")
-    # The expert shoves a door that stands half way to its nearer end first.
+    # The expert first moves a half open door to its nearer end.
     door = state.fixtures.slide_x0 - (limit if state.joint_position("base__slide") > limit / 2 else 0.0)
     tasks = []
     for block, place in locations.items():
@@ -101,8 +107,7 @@ def _block_tasks(state: PrivilegedState, locations: dict[str, str]) -> list[str]
 
 
 def feasible_tasks(state: PrivilegedState) -> list[str]:
-    """The tasks that can be carried out from here, in a fixed order. A block in the hand rules out none but lifts of
-    it."""
+    """The tasks that can be carried out in the present state, sorted. A held block excludes only its own lifts."""
     locations = {block: block_location(state, block) for block in state.blocks}
     drawer, slide = state.joint_position("base__drawer"), state.joint_position("base__slide")
     tasks = _block_tasks(state, locations)
@@ -131,7 +136,7 @@ def feasible_tasks(state: PrivilegedState) -> list[str]:
 
 @dataclass(frozen=True)
 class EnvState:
-    """Vectors for `Env.reset`, and the lift that puts a block into the hand where the task wants one there."""
+    """Vectors for `Env.reset`. setup_task: the lift to carry out first, if the task needs a block in the gripper."""
 
     robot_obs: np.ndarray
     scene_obs: np.ndarray
@@ -139,7 +144,7 @@ class EnvState:
 
 
 def _sample_fixtures(task: str, scene: Scene, rng: np.random.Generator) -> np.ndarray:
-    """Random readings (6,) of slider, drawer, button, switch, bulb and LED that leave the task to be done."""
+    """Draw slider, drawer, button, switch, lightbulb and led (6,), such that the task is not done yet."""
     limit = scene.limits["base__slide"]
     slide, drawer = limit * rng.integers(2), DRAWER_OPEN * rng.integers(2)
     bulb, led = rng.integers(2), rng.integers(2)
@@ -153,7 +158,7 @@ def _sample_fixtures(task: str, scene: Scene, rng: np.random.Generator) -> np.nd
 
 
 def _sample_locations(task: str, scene: Scene, open_side: str, rng: np.random.Generator) -> dict[str, str]:
-    """A place for every block: at most one a side of the cabinet, and the task's own where it needs it."""
+    """Draw the location of each block: at most one on each side of the cabinet, and what the task requires."""
     names = [str(name) for name in rng.permutation(scene.block_names)]
     sides = [str(side) for side in rng.permutation(["slider_left", "slider_right"])]
     places = dict(zip(names, rng.permutation(["table", "table" if rng.integers(2) else sides[0], sides[1]])))
@@ -189,7 +194,7 @@ def _sample_position(place: str, scene: Scene, rng: np.random.Generator) -> np.n
 
 
 def _placement_valid(task: str, block: str, poses: dict[str, np.ndarray], scene: Scene, slide: float) -> bool:
-    """Does the last block placed keep clear of all others, of the fixtures and of what the task needs?"""
+    """Whether the block that was placed last leaves room to the others, to the fixtures and for the task."""
     at, yaw = poses[block][:3], poses[block][3]
     button = np.array(scene.fixtures.button)
     others = [pose for name, pose in poses.items() if name != block]
@@ -204,7 +209,7 @@ def _placement_valid(task: str, block: str, poses: dict[str, np.ndarray], scene:
             return False
     words = task.split("_")
     if task == "unstack_block":
-        return at[1] > 0 or at[1] < -0.09  # what lies across another block must not touch the handles
+        return at[1] > 0 or at[1] < -0.09  # a block that lies across another one must not touch the handles
     if task == "push_into_drawer":
         return at[1] > 0 or abs(at[0] - scene.drawer_x) < 0.1
     target = f"block_{words[1]}"
@@ -215,9 +220,9 @@ def _placement_valid(task: str, block: str, poses: dict[str, np.ndarray], scene:
 
 
 def sample_env_state(task: str, scene: Scene, rng: np.random.Generator) -> EnvState:
-    """A start from the neutral pose in which `task` can be done, drawn from the scene's own surfaces.
+    """Draw an initial state with the neutral pose in which `task` is possible, with blocks on the scene's surfaces.
 
-    Raises ValueError for an unknown task, RuntimeError where the scene has no room for it.
+    Raises UserError for an unknown task, RuntimeError if no such state is found.
     """
     check_tasks((task,))
     for _ in range(200):
@@ -234,7 +239,7 @@ def sample_env_state(task: str, scene: Scene, rng: np.random.Generator) -> EnvSt
                 break
         else:
             return _make_env_state(task, scene, fixtures, locations=locations, poses=poses, rng=rng)
-    raise RuntimeError(f"no start for {task} found in scene {scene.name}: its surfaces leave no room")
+    raise RuntimeError(f"no initial state for {task} found in scene {scene.name}")
 
 
 def _sample_yaw(place: str, rng: np.random.Generator) -> float:

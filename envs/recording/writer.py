@@ -1,10 +1,10 @@
 """Write CALVIN's dataset format, and the videos of a video set (`common.video_set` writes its annotations).
 
-    <out>/{training,validation}/episode_0000000.npz ...                             one file per frame
-    <out>/{training,validation}/{ep_start_end_ids,ep_lens,scene_info}.npy           recordings and scenes
-    <out>/{training,validation}/lang_annotations/auto_lang_ann.npy                  sentences
-    <out>/{training,validation}/{statistics.yaml,.hydra/merged_config.yaml}
-    <out>/videos_set/{annotation,videos}/{train,val}/...    camera 0 is static, camera 1 is at the wrist (robot only)
+<out>/{training,validation}/episode_0000000.npz ...                             one file per frame
+<out>/{training,validation}/{ep_start_end_ids,ep_lens,scene_info}.npy           recordings and scenes
+<out>/{training,validation}/lang_annotations/auto_lang_ann.npy                  sentences
+<out>/{training,validation}/{statistics.yaml,.hydra/merged_config.yaml}
+<out>/videos_set/{annotation,videos}/{train,val}/...    camera 0 is static, camera 1 is at the wrist (robot only)
 """
 
 from __future__ import annotations

@@ -17,10 +17,11 @@ import psutil
 import pytest
 import yaml
 
-from envs.recording import recorder
+from common.errors import UserError
 from envs.playtable import PlayTableEnv
-from envs.recording.recorder import record
+from envs.recording import recorder
 from envs.recording.demonstrate import demonstrate, demonstrate_chain
+from envs.recording.recorder import record
 from envs.tasks import ELEVEN, INSTRUCTIONS
 
 FIXTURES = ["open_drawer", "close_drawer", "turn_on_led", "turn_off_led"]

@@ -11,13 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from envs.recording import recorder
+from common.errors import UserError
 from envs import sequences
 from envs.calvin import env as calvin
 from envs.calvin import simulator as calvin_sim
 from envs.calvin.env import CalvinEnv
 from envs.calvin.simulator import CalvinError
 from envs.playtable.env import NEUTRAL_ROBOT_OBS, PlayTableState
+from envs.recording import recorder
 from envs.sequences import INITIAL_STATES, get_env_state_for_initial_condition
 from envs.tasks import TASKS
 
@@ -200,7 +201,7 @@ def test_the_default_sequences_are_checked(env: CalvinEnv, monkeypatch: pytest.M
     real = sequences.get_sequences
     monkeypatch.setattr(sequences, "get_sequences", lambda *args, **options: real(*args, **{**options, "seed": 1}))
     env.get_sequences(12, seed=1)
-    with pytest.raises(RuntimeError, match="first 10 sequences are not CALVIN's"):
+    with pytest.raises(UserError, match="first 10 sequences are not CALVIN's"):
         env.get_sequences(12)
 
 
@@ -308,5 +309,5 @@ def test_sequences_that_are_not_calvins_are_refused(
     env: CalvinEnv, monkeypatch: pytest.MonkeyPatch, named: list[str] | None
 ) -> None:
     monkeypatch.setattr(sequences, "OFFICIAL_SHA256", dict.fromkeys(sequences.OFFICIAL_SHA256, "0"))
-    with pytest.raises(RuntimeError, match="not CALVIN's"):
+    with pytest.raises(UserError, match="not CALVIN's"):
         env.get_sequences(max(sequences.OFFICIAL_SHA256), tasks=named)

@@ -12,8 +12,8 @@ import pytest
 from envs.playtable import PlayTableEnv, human
 from envs.playtable.mjcf import compile_model
 from envs.playtable.scene import get_scene
-from envs.recording.recorder import record
 from envs.recording.demonstrate import demonstrate_chain
+from envs.recording.recorder import record
 from envs.tasks import INSTRUCTIONS
 from step1_gfdm.dataset import VideoClips
 from step2_gidm.data.transitions import VideoTransitions

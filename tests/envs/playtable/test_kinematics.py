@@ -1,4 +1,4 @@
-"""The arm's numbers against CALVIN's neutral pose and against MuJoCo (DESIGN 7)."""
+"""The arm's numbers against CALVIN's neutral pose and against MuJoCo."""
 
 from __future__ import annotations
 
