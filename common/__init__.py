@@ -1,1 +1,1 @@
-"""The ground floor: a module lives here only while two steps need it."""
+"""What at least two of the steps share: data formats, the training loop, artifacts, frozen encoders, programs."""

@@ -1,12 +1,12 @@
-"""How the steps hand each other models: a folder with weights, the config that builds them, and where they came from.
+"""Artifacts: how the steps pass models to each other. An artifact is a folder with weights, config and origin.
 
-    weights.safetensors   own parameters and buffers (a model may own its files through save_weights / load_weights)
-    config.yaml           the resolved subtree that builds the model; "${here}" stands for the folder itself
-    meta.json             {"format": 1, "kind", "scale", "git", "step", "parents": {name: sha256}, "stats"}
+    weights.safetensors   parameters and buffers, unless the model has files of its own (contracts.OwnsWeightFiles)
+    config.yaml           the resolved config that builds the model; "${here}" means the folder itself
+    meta.json             {"format": 2, "kind", "scale", "git", "step", "parents": {name: sha256}, "stats"}
+    SHA256SUMS            only of artifacts that were shipped (common.ship); loading then checks every file
 
-    SHA256SUMS            of what was shipped (common.ship): then loading checks every file
-
-"scale" is the tiny, small or full of the run that made it, or null where nobody can say.
+"kind" names what the model is (each step has one), "scale" is the tiny, small or full of the run that trained it, or
+null where that is not known.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -28,16 +29,24 @@ from torch import nn
 
 from common import files, rows
 from common.checkpoint import state_dict_mismatch
+from common.contracts import OwnsWeightFiles
+from common.errors import UserError
 
-FORMAT = 1
-KINDS = {"gfdm": "step1_gfdm", "gidm": "step2_gidm", "defi": "step3_defi"}
+FORMAT = 2
+PACKAGES = re.compile(r"common|step\d+_\w+")  # packages of this project whose classes a config may build
 HERE = "${here}"
 SUMS, MODEL_CARD = "SHA256SUMS", "model_card.md"
-BESIDE = ("resume", "parents", "best")  # folders inside an artifact's that are no part of it
+NO_PART = ("resume", "parents", "best")  # folders inside an artifact's folder that are no part of it
+_made_by: dict[str, str] = {}  # kind -> the command that trains one
 
 
-class ArtifactError(ValueError):
-    """An artifact that is missing, of another kind, or does not fit its own config."""
+class ArtifactError(UserError):
+    """An artifact is missing, is of another kind, or does not fit its own config."""
+
+
+def register_kind(kind: str, *, made_by: str) -> None:
+    """Each step tells which command trains its kind of artifact; the message about a missing one repeats it."""
+    _made_by[kind] = made_by
 
 
 def save(
@@ -51,15 +60,18 @@ def save(
     parents: dict[str, str] | None = None,
     stats: dict[str, Any] | None = None,
 ) -> Path:
-    """Write an artifact beside its place, then rename its files into it. Other files of the folder stay."""
-    if kind not in KINDS:
-        raise ArtifactError(f"unknown kind {kind!r}; kinds: {sorted(KINDS)}")
+    """Write an artifact into `folder` and return it. Other files of the folder stay.
+
+    The files are written under another name and then renamed, so that a save that fails leaves the previous artifact.
+    config: what `hydra.utils.instantiate` builds the model from. parents: name -> sha256 of the artifacts it was
+    trained on. stats: anything else to remember, as JSON.
+    """
     folder = Path(folder)
     tmp_dir = folder / f".artifact.{os.getpid()}"
     shutil.rmtree(tmp_dir, ignore_errors=True)
     tmp_dir.mkdir(parents=True)
     try:
-        if hasattr(model, "save_weights"):
+        if isinstance(model, OwnsWeightFiles):
             model.save_weights(tmp_dir)
         else:
             save_file(
@@ -77,9 +89,9 @@ def save(
             "stats": stats or {},
         }
         (tmp_dir / "meta.json").write_text(json.dumps(record, indent=2) + "\n")
-        for name in (SUMS, MODEL_CARD):  # they speak of what lay here before
+        for name in (SUMS, MODEL_CARD):  # they describe the previous artifact
             (folder / name).unlink(missing_ok=True)
-        # meta.json moves last: a folder with it is whole
+        # meta.json is renamed last: a folder that has it is complete
         for item in sorted(tmp_dir.iterdir(), key=lambda p: p.name == "meta.json"):
             target = folder / item.name
             if target.is_dir():
@@ -91,19 +103,24 @@ def save(
 
 
 def load(path: str | Path, kind: str, overrides: dict[str, Any] | None = None) -> nn.Module:
-    """Build the model from its own config, load its weights with strict keys, and return it in eval mode."""
+    """Build the model from its own config, load its weights with strict keys, and return it in eval mode.
+
+    overrides: dotted key of the config -> value. Raises ArtifactError.
+    """
     check_sums(path)
     folder, config = Path(path), read_config(path, kind, overrides)
     try:
-        model = instantiate(_place(config, folder))
+        model = instantiate(_fill_in_folder(config, folder))
     except InstantiationException as error:
+        if not isinstance(error.__cause__, (UserError, TypeError, ImportError, type(None))):
+            raise  # a bug in the model's constructor
         raise ArtifactError(f"{folder}: its config does not build: {error}") from error
-    _fill(model, folder)
+    _load_weights(model, folder)
     return model.eval()
 
 
 def read_config(path: str | Path, kind: str, overrides: dict[str, Any] | None = None) -> dict[str, Any]:
-    """The config that builds an artifact's model; `overrides` replace values at dotted keys that it has."""
+    """The config that builds the model of an artifact. `overrides` replace values at dotted keys that exist in it."""
     folder = Path(path)
     read_meta(folder, kind)
     config = yaml.safe_load((folder / "config.yaml").read_text())
@@ -120,13 +137,13 @@ def read_config(path: str | Path, kind: str, overrides: dict[str, Any] | None = 
 
 
 def load_weights(model: nn.Module, folder: str | Path) -> None:
-    """Load an artifact's weights into a built model, keys strict."""
+    """Load the weights of an artifact into a model that is built already, with strict keys."""
     check_sums(folder)
-    _fill(model, Path(folder))
+    _load_weights(model, Path(folder))
 
 
 def check_sums(path: str | Path) -> None:
-    """Refuse an artifact whose files are not those that its SHA256SUMS names; one without has nothing to check."""
+    """Raise ArtifactError where a file differs from the SHA256SUMS of the artifact; without that file, do nothing."""
     folder = Path(path)
     lines = (folder / SUMS).read_text().splitlines() if (folder / SUMS).is_file() else []
     for sha, name in (line.split("  ", 1) for line in lines):
@@ -134,8 +151,8 @@ def check_sums(path: str | Path) -> None:
             raise ArtifactError(f"{folder}: {name} is not what {SUMS} says was shipped; fetch the folder again")
 
 
-def _fill(model: nn.Module, folder: Path) -> None:
-    if hasattr(model, "load_weights"):
+def _load_weights(model: nn.Module, folder: Path) -> None:
+    if isinstance(model, OwnsWeightFiles):
         model.load_weights(folder)
         return
     file = folder / "weights.safetensors"
@@ -151,14 +168,16 @@ def _fill(model: nn.Module, folder: Path) -> None:
 
 
 def copy(source: str | Path, folder: str | Path) -> Path:
-    """A whole artifact elsewhere, without what its training left beside it: resume state, logs, parents. Written
-    beside, then renamed."""
+    """Copy an artifact to another folder, without the resume state, the logs and the parents of its training.
+
+    The copy is written under another name and then renamed.
+    """
     source, folder = Path(source), Path(folder)
     read_meta(source)
     if source.resolve() != folder.resolve():
         tmp_dir = folder.with_name(f".{folder.name}.{os.getpid()}")
         try:
-            shutil.copytree(source, tmp_dir, ignore=shutil.ignore_patterns(*BESIDE, "hydra", "wandb", "*.log", ".*"))
+            shutil.copytree(source, tmp_dir, ignore=shutil.ignore_patterns(*NO_PART, "hydra", "wandb", "*.log", ".*"))
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(tmp_dir, folder)
         finally:
@@ -167,49 +186,43 @@ def copy(source: str | Path, folder: str | Path) -> Path:
 
 
 def read_meta(path: str | Path, kind: str | None = None) -> dict[str, Any]:
-    """The folder's meta.json, checked for format and kind."""
+    """The folder's meta.json, checked for format and, if given, kind. Raises ArtifactError."""
     file = Path(path) / "meta.json"
     if not file.is_file():
-        maker = {
-            "gfdm": "scripts/step1_train_svd.sh",
-            "gidm": "scripts/step2_train_gidm.sh",
-            "defi": "scripts/step3_train_calvin.sh",
-        }
         name = Path(path).name
         row = f"experiment={kind}/{name} " if f"{kind}/{name}" in rows.load() else ""
-        hint = f"; make one with {maker[kind]} {row}name={name}" if kind in maker else ""
+        hint = f"; make one with {_made_by[kind]} {row}name={name}" if kind in _made_by else ""
         raise ArtifactError(f"{path}: no artifact here (meta.json is missing){hint}")
     record = json.loads(file.read_text())
     if record.get("format") != FORMAT:
-        raise ArtifactError(f"{path}: artifact format {record.get('format')}, this code reads {FORMAT}")
+        raise ArtifactError(
+            f"{path}: artifact of format {record.get('format')}, this version reads format {FORMAT} only; train it "
+            "again, or fetch it again if it was downloaded"
+        )
     if kind is not None and record.get("kind") != kind:
         raise ArtifactError(f"{path}: this is a {record.get('kind')!r} artifact, a {kind!r} artifact is needed")
     return record
 
 
 def check_scale(path: str | Path, kind: str, scale: str) -> None:
-    """Refuse an artifact that a run of another scale made: names do not hold the scale, and a policy builds itself to
-    whatever parent it is given.
+    """Raise ArtifactError where a run of another scale trained an artifact. A scale of null fits every scale.
 
-    An artifact whose scale is null (made elsewhere) fits every scale.
+    Names do not contain the scale, and a policy adapts its own sizes to those of the models that it is given.
     """
     record = read_meta(path, kind)
-    if "scale" not in record:
-        raise ArtifactError(f"{path}: this {kind} was trained before scales were recorded; train it again")
     if record["scale"] not in (None, scale):
-        elsewhere = f", and give it with policy.{kind}.path=" if kind != "defi" else ""
         raise ArtifactError(
-            f"{path}: this {kind} is of scale={record['scale']}, one of scale={scale} is needed; "
-            f"move it away, or train one with scale={scale} under another name={elsewhere}"
+            f"{path}: this {kind} has scale={record['scale']}, but scale={scale} is needed; move it away, or train one "
+            f"with scale={scale} under another name= and give its path"
         )
 
 
 def sha256(path: str | Path) -> str:
-    """One hash over an artifact's weight files and config, names included: the identity that children record."""
+    """One hash over the weight files and the config of an artifact, names included: what children record of it."""
     folder = Path(path)
     read_meta(folder)
     digest = hashlib.sha256()
-    weights = [f for f in folder.rglob("*.safetensors") if not {*BESIDE} & {*f.relative_to(folder).parts}]
+    weights = [f for f in folder.rglob("*.safetensors") if not {*NO_PART} & {*f.relative_to(folder).parts}]
     for file in sorted(weights) + [folder / "config.yaml"]:
         digest.update(file.relative_to(folder).as_posix().encode())
         with file.open("rb") as stream:
@@ -219,10 +232,10 @@ def sha256(path: str | Path) -> str:
 
 
 def _check_targets(config: Any, folder: Path) -> None:
-    """A loaded config may only build classes of our rooms: it comes from outside."""
+    """Raise ArtifactError where a config builds a class of another package, since a foreign config could run code."""
     if isinstance(config, dict):
         target = config.get("_target_")
-        if target is not None and str(target).split(".")[0] not in {"common", *KINDS.values()}:
+        if target is not None and not PACKAGES.fullmatch(str(target).split(".")[0]):
             raise ArtifactError(f"{folder}: its config builds {target!r}, which is not a class of this project")
         for value in config.values():
             _check_targets(value, folder)
@@ -231,11 +244,11 @@ def _check_targets(config: Any, folder: Path) -> None:
             _check_targets(value, folder)
 
 
-def _place(config: Any, folder: Path) -> Any:
+def _fill_in_folder(config: Any, folder: Path) -> Any:
     if isinstance(config, dict):
-        return {key: _place(value, folder) for key, value in config.items()}
+        return {key: _fill_in_folder(value, folder) for key, value in config.items()}
     if isinstance(config, list):
-        return [_place(value, folder) for value in config]
+        return [_fill_in_folder(value, folder) for value in config]
     return str(folder) if config == HERE else config
 
 

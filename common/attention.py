@@ -1,4 +1,4 @@
-"""Attention, MLP, adaLN modulation and fixed position codes shared by the rooms (Sec. 3.2-3.3)."""
+"""Attention, MLP, adaLN modulation and fixed position embeddings (Secs. 3.2-3.3)."""
 
 from __future__ import annotations
 
@@ -44,11 +44,10 @@ class Mlp(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention over a sequence, or from a sequence to a context, through SDPA.
+    """Multi-head self-attention or cross-attention through SDPA.
 
-    `qkv_bias` and `out_bias` follow the ancestors' weights: UniVLA's blocks have none on q, k, v and one on the output.
-    `dropout`
-    drops weights of the attention in training.
+    `qkv_bias` and `out_bias` follow the published weights: UniVLA's blocks have no bias on q, k, v and one on the
+    output. `dropout` is the probability of dropping an attention weight in training.
     """
 
     def __init__(

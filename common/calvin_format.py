@@ -1,8 +1,8 @@
-"""CALVIN's dataset as its authors publish it, read with care (Sec. 4.2; playtable records the same format).
+"""CALVIN's dataset as its authors publish it, read and checked (Sec. 4.2; envs.record writes the same format).
 
 <root>/<folder>/episode_0000123.npz                    one frame: rgb_static, rgb_gripper, rel_actions, ...
 <root>/<folder>/ep_start_end_ids.npy                   (n, 2) first and last frame of every recording, inclusive
-<root>/<folder>/scene_info.npy                         {name of a scene: (first, last) frame}; not everywhere
+<root>/<folder>/scene_info.npy                         {name of a scene: (first, last) frame}; optional
 <root>/<folder>/lang_annotations/auto_lang_ann.npy     {"language": {"ann", "task"}, "info": {"indx": [(start, end)]}}
 """
 
@@ -18,7 +18,10 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-# What a pickled numpy array of builtin containers needs, under numpy 1 and 2; all other globals are refused.
+from common.errors import UserError
+
+# What a pickled numpy array of builtin containers needs, under numpy 1 and 2. All other globals are refused, because
+# a pickle from outside could run any code.
 ADMITTED = {
     (module, name)
     for module in ("numpy.core.multiarray", "numpy._core.multiarray")
@@ -28,8 +31,8 @@ ADMITTED |= {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")}
 KEYS = {"static": "rgb_static", "gripper": "rgb_gripper"}
 
 
-class CalvinFormatError(ValueError):
-    """A file of the dataset that is missing, or not as CALVIN publishes it."""
+class CalvinFormatError(UserError):
+    """A file of the dataset is missing, or is not as CALVIN publishes it."""
 
 
 class _Restricted(pickle.Unpickler):
@@ -43,7 +46,7 @@ class _Restricted(pickle.Unpickler):
 
 @dataclass(frozen=True)
 class Annotation:
-    """One sentence and the frames it describes, first and last inclusive."""
+    """One sentence and the frames that it describes, first and last inclusive."""
 
     start: int
     end: int
@@ -52,8 +55,10 @@ class Annotation:
 
 
 def load_npy(path: str | Path) -> Any:
-    """An .npy file; pickled objects pass only if made of numpy arrays and builtin containers. 0-d object arrays are
-    unwrapped."""
+    """Read an .npy file. A 0-d object array is unwrapped. Raises CalvinFormatError.
+
+    Pickled objects are accepted only where they consist of numpy arrays and builtin containers.
+    """
     path = Path(path)
     if not path.is_file():
         raise CalvinFormatError(f"{path} is missing; expected the layout of CALVIN's published dataset")
@@ -92,7 +97,10 @@ def _read_array(stream: BinaryIO) -> np.ndarray:
 
 
 def read_frame(folder: Path, frame: int, keys: list[str]) -> dict[str, np.ndarray]:
-    """The named arrays of one frame's npz, pictures and motions checked. Only these members are decompressed."""
+    """The arrays `keys` of one frame's npz; images and actions are checked. Raises CalvinFormatError.
+
+    Only these members of the archive are decompressed.
+    """
     path = frame_path(folder, frame)
     try:
         with np.load(path, allow_pickle=False) as archive:
@@ -106,14 +114,8 @@ def read_frame(folder: Path, frame: int, keys: list[str]) -> dict[str, np.ndarra
         ) from error
     except CalvinFormatError:
         raise
-    except (
-        zipfile.BadZipFile,
-        zlib.error,
-        EOFError,
-        OSError,
-        KeyError,
-        ValueError,
-    ) as error:  # ValueError: no zip at all, or pickled objects
+    # numpy raises ValueError for a file that is no zip archive, and for pickled objects
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, KeyError, ValueError) as error:
         raise CalvinFormatError(f"{path}: truncated or damaged ({error})") from error
     for key, array in arrays.items():
         _check(path, key, array)
@@ -132,12 +134,12 @@ def _check(path: Path, key: str, array: np.ndarray) -> None:
 
 
 def frame_path(folder: Path, frame: int) -> Path:
-    """Where CALVIN keeps a frame: seven digits."""
+    """The file of a frame, whose number has seven digits."""
     return folder / f"episode_{frame:07d}.npz"
 
 
 def read_recordings(folder: Path) -> np.ndarray:
-    """(n, 2) first and last frames of the recordings, checked and sorted."""
+    """(n, 2) first and last frame of every recording, sorted. Raises CalvinFormatError."""
     spans = np.atleast_2d(load_npy(folder / "ep_start_end_ids.npy"))
     if (
         spans.ndim != 2
@@ -153,7 +155,7 @@ def read_recordings(folder: Path) -> np.ndarray:
 
 
 def read_scenes(folder: Path) -> dict[str, tuple[int, int]]:
-    """First and last frame of every scene; empty where the folder does not tell."""
+    """Name of a scene -> its first and last frame; empty where the folder has no scene_info.npy."""
     path = folder / "scene_info.npy"
     content = load_npy(path) if path.is_file() else {}
     try:
@@ -165,14 +167,17 @@ def read_scenes(folder: Path) -> dict[str, tuple[int, int]]:
 
 
 def scene_of(frame: int, scenes: Mapping[str, tuple[int, int]]) -> str | None:
-    """The name of the scene that a frame lies in, where it is known."""
+    """The name of the scene that a frame belongs to, None where it is not known."""
     return next((name for name, (first, last) in scenes.items() if first <= frame <= last), None)
 
 
 def read_annotations(
     folder: Path, recordings: np.ndarray, lang_folder: str = "lang_annotations"
 ) -> list[tuple[Annotation, int]]:
-    """Every annotation with the row of the recording that it lies in, in the file's order."""
+    """Every annotation and the row in `recordings` of the recording that contains it, in the order of the file.
+
+    Raises CalvinFormatError.
+    """
     path = folder / lang_folder / "auto_lang_ann.npy"
     content = load_npy(path)
     try:

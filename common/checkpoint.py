@@ -1,7 +1,6 @@
-"""Other people's checkpoints as flat dictionaries of tensors: .safetensors, and .ckpt, .pt, .bin as torch.save writes
-them.
+"""Checkpoints of other projects as flat dictionaries of tensors: .safetensors, and .ckpt, .pt, .bin of torch.save.
 
-Nothing but tensors and builtins is ever unpickled. Ours are artifacts (common/artifact.py).
+Nothing but tensors and builtins is ever unpickled. This project stores its own models as artifacts (common.artifact).
 """
 
 from __future__ import annotations
@@ -20,15 +19,17 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
-NESTS = ("state_dict", "model")  # where Lightning, and the release's and VPP's policies, keep their tensors
+from common.errors import MissingFileError, OutputExistsError, UserError
+
+NESTS = ("state_dict", "model")  # the keys under which Lightning, the release and VPP keep their tensors
 
 
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be read as it is, or does not fit a model."""
+class CheckpointError(UserError):
+    """A checkpoint cannot be read, or does not fit a model."""
 
 
 class _Blank:
-    """Stands where a checkpoint holds an object of a foreign class; keeps nothing of it and runs nothing."""
+    """Replaces an object of a foreign class in a checkpoint. It keeps nothing of it and runs none of its code."""
 
     def __new__(cls, *_: Any, **__: Any) -> Any:
         return object.__new__(cls)
@@ -38,21 +39,22 @@ class _Blank:
 
 
 class _BlankDict:
-    """Stands where the foreign class is a dictionary's: keeps the items, since torch sets items of its own kinds
-    only."""
+    """Replaces an object of a foreign dictionary class and keeps its items.
+
+    It creates an OrderedDict, because torch's unpickler sets items of its own dictionary types only.
+    """
 
     def __new__(cls, *_: Any, **__: Any) -> Any:
         return OrderedDict()
 
 
 def read_tensors(path: str | Path, *, skip_foreign: bool = False) -> dict[str, Tensor]:
-    """The tensors of a checkpoint by dotted name, on the CPU; a state_dict nested under NESTS is found, whatever else
-    lies beside it is left out.
+    """The tensors of a checkpoint by dotted name, on the CPU. Raises CheckpointError.
 
-    A pickle that holds objects of other classes (Lightning's hyper-parameters, a policy's DictConfig) raises
-    CheckpointError with their
-    names. With `skip_foreign` blanks take their place, plain dictionaries that of dictionaries: their code is neither
-    imported nor run.
+    A state_dict nested under NESTS is found; everything else in the file is left out. A pickle that holds objects of
+    other classes (Lightning's hyper-parameters, a policy's DictConfig) is refused, and the error names the classes.
+    With `skip_foreign`, empty objects replace them, and plain dictionaries replace their dictionaries: code of these
+    classes is neither imported nor run.
     """
     path = Path(path)
     if not path.is_file():
@@ -73,26 +75,28 @@ def read_tensors(path: str | Path, *, skip_foreign: bool = False) -> dict[str, T
 
 
 def check_import(path: str | Path, output_dir: str | Path, foreign: str, *, expected: str) -> None:
-    """Refuse what a program that imports a checkpoint cannot do: a `foreign` that is no choice, an artifact in the way,
-    no file."""
+    """Check the options of a program that imports a checkpoint. `expected` says what the file at `path` should be.
+
+    Raises UserError for an unknown choice of `foreign`, for an output folder that holds an artifact, and for a missing
+    file.
+    """
     if foreign not in ("refuse", "skip"):
-        raise ValueError(f"foreign={foreign}: use refuse or skip")
+        raise UserError(f"foreign={foreign}: use refuse or skip")
     if (Path(output_dir) / "meta.json").is_file():
-        raise FileExistsError(f"{output_dir} is an artifact already; choose another name=")
+        raise OutputExistsError(f"{output_dir} is an artifact already; choose another name=")
     if not Path(path).is_file():
-        raise FileNotFoundError(f"path={path}: no such file; it is {expected}")
+        raise MissingFileError(f"path={path}: no such file; it is {expected}")
 
 
 def renamed(name: str, table: Iterable[tuple[str, str]]) -> str:
-    """A tensor's name after every (pattern, replacement) of `table` in order: a later line sees what an earlier one
-    made."""
+    """`name` after the (pattern, replacement) pairs of `table`, applied one after the other."""
     for theirs, ours in table:
         name = re.sub(theirs, ours, name)
     return name
 
 
 def counted(tensors: Mapping[str, Tensor], prefixes: Iterable[str]) -> dict[str, int]:
-    """Prefix -> how many numbers stand under it, where there are any."""
+    """Prefix -> number of weights in the tensors whose names begin with it; prefixes without any are left out."""
     found = {
         prefix: sum(tensor.numel() for name, tensor in tensors.items() if name.startswith(prefix))
         for prefix in prefixes
@@ -101,7 +105,7 @@ def counted(tensors: Mapping[str, Tensor], prefixes: Iterable[str]) -> dict[str,
 
 
 def state_dict_mismatch(model: nn.Module, tensors: Mapping[str, Tensor]) -> str:
-    """Why `tensors` are not exactly the state of `model`, every key named on one line; empty where they are."""
+    """Why `tensors` are not exactly the state of `model`: one line that names every key. Empty where they are."""
     own = model.state_dict()
     wrong = {
         "missing": sorted(own.keys() - tensors.keys()),
@@ -123,40 +127,39 @@ def _safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _pickled(path: Path, skip_foreign: bool) -> Any:
-    zipped = zipfile.is_zipfile(path)  # torch.save's format since 1.6: the only one that can be mapped and listed
+    zipped = zipfile.is_zipfile(path)  # the format of torch.save since 1.6; only it can be memory-mapped and listed
     try:
         foreign = sorted(get_unsafe_globals_in_checkpoint(path)) if zipped else []
         if foreign and not skip_foreign:
             raise CheckpointError(
                 f"{path}: holds objects of {', '.join(foreign)} beside its tensors, and only tensors and builtins are "
-                "unpickled; "
-                "read past them, their code neither imported nor run, with foreign=skip"
+                "unpickled; skip them with foreign=skip, which neither imports nor runs their code"
             )
-        return _past(path, foreign, zipped)
+        return _load_without(path, foreign, zipped)
     except CheckpointError:
         raise
-    except (
-        LookupError,
-        TypeError,
-    ) as error:  # torch's unpickler stumbles over what is no pickle, or over a state of no common form
+    # torch's unpickler raises these for a file that is no pickle, and for objects with a state of a rare form
+    except (LookupError, TypeError) as error:
         raise CheckpointError(f"{path}: not readable as a checkpoint of tensors ({error!r})") from error
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
-        said = str(error).rpartition("WeightsUnpickler error:")[2]  # what stands before is torch's advice
-        lines = [line.strip() for line in said.splitlines() if line.strip()] or [type(error).__name__]
+        message = str(error).rpartition("WeightsUnpickler error:")[2]  # the part before is advice on torch.load
+        lines = [line.strip() for line in message.splitlines() if line.strip()] or [type(error).__name__]
         reason = (
             next((line for line in lines if "GLOBAL" in line), lines[0]).split(" was not an allowed")[0].rstrip(".")
         )
         hint = (
-            "; where you trust it, save its state_dict alone as .safetensors"
+            "; if you trust the file, save its state_dict alone as .safetensors"
             if isinstance(error, pickle.UnpicklingError)
             else ""
         )
         raise CheckpointError(f"{path}: not readable as a checkpoint of tensors ({reason}){hint}") from error
 
 
-def _past(path: Path, foreign: list[str], zipped: bool) -> Any:
-    """What a pickle holds, blanks in place of `foreign` classes. Only in reading does it show which of them are
-    dictionaries."""
+def _load_without(path: Path, foreign: list[str], zipped: bool) -> Any:
+    """What a pickle holds, with _Blank objects in place of the `foreign` classes.
+
+    Which of them are dictionaries shows only while reading: then the reading starts again with _BlankDict for that one.
+    """
     blanks = {
         name: type(name.rpartition(".")[2], (_Blank,), {"__module__": name.rpartition(".")[0]}) for name in foreign
     }
@@ -165,12 +168,12 @@ def _past(path: Path, foreign: list[str], zipped: bool) -> Any:
             with safe_globals([(blank, name) for name, blank in blanks.items()]):
                 return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped or None)
         except pickle.UnpicklingError as error:
-            filled = next(
+            dictionary = next(
                 (name for name, blank in blanks.items() if "SETITEM" in str(error) and str(blank) in str(error)), None
             )
-            if filled is None:
+            if dictionary is None:
                 raise
-            blanks[filled] = _BlankDict
+            blanks[dictionary] = _BlankDict
 
 
 def _flat(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
+from common.errors import MissingFileError, UserError
 from common.figures import pyplot, save_figure
 
 LOGARITHMIC = {"loss", "mse", "copy_mse"}
@@ -17,17 +18,16 @@ Series = dict[str, tuple[list[float], list[float]]]  # "train/mse" -> (steps, va
 
 
 def read_metrics(path: Path) -> Series:
-    """metrics.jsonl -> {key: (steps, values)}; a torn last line is left out. Raises FileNotFoundError, and ValueError
-    where it is no such file."""
+    """metrics.jsonl -> {key: (steps, values)}. An incomplete last line is left out. Raises UserError."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; a training writes it")
+        raise MissingFileError(f"{path} does not exist; a training writes it")
     series: Series = {}
     for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
         try:
             row = json.loads(line)
             step = row["step"]
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}: line {number} is no row of metrics ({error})") from error
+            raise UserError(f"{path}: line {number} is no row of metrics ({error})") from error
         for key, value in row.items():
             if key not in ("step", "time") and isinstance(value, (int, float)):
                 steps, values = series.setdefault(key, ([], []))
@@ -37,10 +37,10 @@ def read_metrics(path: Path) -> Series:
 
 
 def draw_curves(run: Path, panels: Mapping[str, str]) -> Figure:
-    """The metrics of the run in folder `run`: a panel a title, with every key whose last part matches its pattern,
-    training and validation together.
+    """Plot the metrics of the run in folder `run`, one panel per entry of `panels`, a title and a regular expression.
 
-    Panels without a key are left out. Raises FileNotFoundError, and ValueError where none is left.
+    A panel shows every key whose last part matches its expression, training and validation together. Panels without a
+    key are left out. Raises UserError where none is left or nothing was logged.
     """
     series = read_metrics(run / "metrics.jsonl")
     known = {
@@ -48,7 +48,7 @@ def draw_curves(run: Path, panels: Mapping[str, str]) -> Figure:
     }
     known = {title: keys for title, keys in known.items() if keys}
     if not known:
-        raise ValueError(
+        raise UserError(
             f"{run / 'metrics.jsonl'} has none of {', '.join(panels)}; it has {', '.join(series) or 'nothing'}"
         )
     figure, axes = pyplot.subplots(1, len(known), figsize=(4.2 * len(known), 3), squeeze=False)
@@ -79,16 +79,16 @@ def draw_curves(run: Path, panels: Mapping[str, str]) -> Figure:
 
 
 def save_curves(run: Path, panels: Mapping[str, str], path: Path) -> list[str]:
-    """`draw_curves` as a file; where it cannot be, a line that says why."""
+    """Save `draw_curves` as a file and return []; where that is impossible, return a line that says why."""
     try:
         save_figure(draw_curves(run, panels), path)
-    except (FileNotFoundError, ValueError) as error:
+    except UserError as error:
         return [f"No curves of the training: {error}."]
     return []
 
 
 def smooth(values: list[float], share: float = 0.05) -> np.ndarray:
-    """Running mean over the last `share` of the run, shorter at the start."""
+    """Running mean over a window of `share` of the run, which is shorter at the start."""
     width = max(2, int(len(values) * share))
     total = np.concatenate([[0.0], np.cumsum(values)])
     ends = np.arange(1, len(values) + 1)

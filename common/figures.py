@@ -1,4 +1,4 @@
-"""Figures without a display, written whole or not at all."""
+"""Figures that need no display and are written completely or not at all."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from matplotlib.figure import Figure
 from common.files import atomic_path
 
 matplotlib.use("Agg")
-from matplotlib import pyplot  # noqa: E402  (the backend must be chosen first: no display)
+from matplotlib import pyplot  # noqa: E402  (the backend must be chosen before the import)
 
 __all__ = ["pyplot", "save_figure"]
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write a figure as its suffix says and close it."""
+    """Write a figure in the format of the path's suffix and close it."""
     figure.tight_layout()
     try:
         with atomic_path(path) as part:

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all: written beside their place, then renamed."""
+"""Files that are complete or absent: they are written under another name in the same folder, then renamed."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from pathlib import Path
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """A hidden neighbour of `path`, of the same suffix, to write to; it takes the place of `path` at the end, or goes
-    where writing fails."""
+    """A hidden path in the same folder, with the same suffix, to write to.
+
+    At the end it is renamed to `path`; where writing fails it is removed.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
     try:
@@ -23,7 +25,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 def sha256(path: Path) -> str:
-    """Of a file's content, in hex."""
+    """SHA-256 of the content of a file, in hex."""
     digest = hashlib.sha256()
     with path.open("rb") as stream:
         while block := stream.read(1 << 20):
@@ -32,6 +34,6 @@ def sha256(path: Path) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Path.write_text, whole or not at all."""
+    """Path.write_text, completely or not at all."""
     with atomic_path(path) as part:
         part.write_text(text)

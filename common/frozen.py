@@ -18,15 +18,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoTokenizer, CLIPTextModelWithProjection, T5EncoderModel
 
+from common.errors import MissingFileError
+
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-class MissingWeights(FileNotFoundError):
-    """Third-party weights are not where the configuration says."""
+class MissingWeights(MissingFileError):
+    """Third-party weights are not where the config says."""
 
 
 def resolve_weights_path(path: str | Path, what: str) -> str:
-    """`path` if it is a folder or looks like a hub id, else one line that says what to fetch and how."""
+    """`path` if it is a folder or looks like a hub id. Else raises MissingWeights, which says how to fetch `what`."""
     path = str(path)
     if Path(path).is_dir():
         return path
@@ -42,10 +44,10 @@ def resolve_weights_path(path: str | Path, what: str) -> str:
 
 
 class FrozenModule(nn.Module):
-    """Holds a module that must never train: no gradients, always eval, absent from state_dict and parameters().
+    """Holds a module that must never train: no gradients, always in eval mode, absent from state_dict and parameters().
 
-    The module is kept out of torch's registry, so optimizers, DDP, FSDP and checkpoints never see it; `.to()` reaches
-    it.
+    The module is kept out of torch's registry, so that optimizers, DDP, FSDP and checkpoints never see it. `.to()`
+    moves it.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -70,13 +72,11 @@ class FrozenModule(nn.Module):
 
 
 class TextEncoder(FrozenModule):
-    """Encodes sentences and keeps what it saw on the CPU: instructions repeat.
+    """Encodes sentences and caches the results on the CPU, because instructions repeat.
 
-    Each sentence is encoded by itself, since what shares a batch changes the last bits, even at equal length: a run
-    that goes on,
-    or one that forgot a sentence, gets the same. At most `cache_bytes` are kept (512 MiB: 14,000 sentences of twelve
-    tokens from
-    t5-base) and the sentence that was not asked for the longest goes first.
+    Each sentence is encoded alone: in a batch its last bits depend on the other sentences, even at equal length, and a
+    resumed run must get the same numbers. The cache keeps at most `cache_bytes` (512 MiB are 14,000 sentences of twelve
+    tokens from t5-base) and drops the least recently used sentence first.
     """
 
     cache_bytes = 512 * 2**20
@@ -85,10 +85,10 @@ class TextEncoder(FrozenModule):
         super().__init__(module)
         self.tokenizer = tokenizer
         self.cache: OrderedDict[str, tuple[Tensor, ...]] = OrderedDict()
-        self.held = 0  # bytes of the cache
+        self.held = 0  # bytes in the cache
 
     def unknown(self, text: str) -> set[str]:
-        """Characters that the tokenizer has no piece for, so that the encoder cannot tell them apart."""
+        """Characters without a token of their own, which the encoder therefore cannot tell apart."""
         unknown = self.tokenizer.unk_token_id
         return (
             {c for c in set(text) if unknown in self.tokenizer(c, add_special_tokens=False)["input_ids"]}
@@ -106,7 +106,7 @@ class TextEncoder(FrozenModule):
     @torch.no_grad()
     def _row(self, text: str) -> tuple[Tensor, ...]:
         if text not in self.cache:
-            with torch.autocast(self.device.type, enabled=False):  # the same whoever asks first
+            with torch.autocast(self.device.type, enabled=False):  # the result must not depend on who asks first
                 self.cache[text] = self._encode([text])[0]
             self.held += _bytes(self.cache[text])
         self.cache.move_to_end(text)
@@ -121,7 +121,7 @@ def _bytes(row: tuple[Tensor, ...]) -> int:
 
 
 def text_encoders(model: nn.Module) -> Iterator[TextEncoder]:
-    """Every text encoder of a model, those inside of frozen parts as well."""
+    """Every text encoder of a model, including those inside frozen parts."""
     for part in model.modules():
         if isinstance(part, TextEncoder):
             yield part
@@ -130,11 +130,10 @@ def text_encoders(model: nn.Module) -> Iterator[TextEncoder]:
 
 
 def weights_sha256(module: nn.Module) -> str:
-    """One hash over every parameter and buffer of a module, those inside of frozen parts as well: bytes, type, shape
-    and name, in hex.
+    """One hash, in hex, over name, dtype, shape and bytes of every parameter and buffer, frozen parts included.
 
-    It tells apart what a path or a config does not, such as stand-ins that were fitted again in the same place. Some GB
-    take seconds.
+    It tells apart what a path or a config does not, for example stand-ins that were fitted again in the same folder. A
+    few GB take seconds.
     """
     digest = hashlib.sha256()
     for name, tensor in _tensors(module):
@@ -144,7 +143,7 @@ def weights_sha256(module: nn.Module) -> str:
 
 
 def _tensors(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Name and value of every tensor in the order of the modules, where Frozen ends torch's own walk, too."""
+    """Name and value of every tensor in the order of the modules, also inside a FrozenModule, which torch skips."""
     yield from (
         (prefix + name, tensor) for part in (module.named_parameters(), module.named_buffers()) for name, tensor in part
     )
@@ -154,7 +153,7 @@ def _tensors(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Tensor]
 
 
 class CLIPTextEncoder(TextEncoder):
-    """CLIP's text tower, `length` tokens padded and cut (VPP uses 20)."""
+    """CLIP's text encoder; sentences are padded or cut to `length` tokens (VPP uses 20)."""
 
     def __init__(self, module: CLIPTextModelWithProjection, tokenizer: Any, length: int) -> None:
         super().__init__(module, tokenizer)
@@ -179,7 +178,7 @@ class CLIPTextEncoder(TextEncoder):
 
 
 class T5TextEncoder(TextEncoder):
-    """T5's encoder, its tokens padded to the longest sentence of the batch."""
+    """T5's encoder; sentences are padded to the longest one of the batch."""
 
     def __init__(self, module: T5EncoderModel, tokenizer: Any) -> None:
         super().__init__(module, tokenizer)
@@ -192,7 +191,7 @@ class T5TextEncoder(TextEncoder):
         return [(hidden[keep].float().cpu(),) for hidden, keep in zip(out.last_hidden_state, mask)]
 
     def forward(self, texts: list[str]) -> tuple[Tensor, Tensor]:
-        """B strings -> tokens (B, L, dim), zero where padded, and mask (B, L) with True where a token counts."""
+        """B strings -> tokens (B, L, dim), zero where padded, and mask (B, L), True for real tokens."""
         rows = [tokens for (tokens,) in self._recall(texts)]
         tokens = nn.utils.rnn.pad_sequence(rows, batch_first=True)
         lengths = torch.tensor([len(row) for row in rows])
@@ -201,7 +200,7 @@ class T5TextEncoder(TextEncoder):
 
 
 class DinoV2(FrozenModule):
-    """DINOv2's patch tokens after the final norm, class and register tokens dropped."""
+    """DINOv2's patch tokens after the final norm, without class and register tokens."""
 
     def __init__(self, module: nn.Module, image_size: int) -> None:
         super().__init__(module)
@@ -225,7 +224,7 @@ class DinoV2(FrozenModule):
 
 
 def clip_text(path: str | Path, max_length: int = 20) -> CLIPTextEncoder:
-    """Load a CLIP text tower (the paper's f_text; VPP and the release use openai/clip-vit-base-patch32)."""
+    """Load a CLIP text encoder (f_text in the paper; VPP and the release use openai/clip-vit-base-patch32)."""
     path = resolve_weights_path(path, "CLIP text encoder")
     return CLIPTextEncoder(
         CLIPTextModelWithProjection.from_pretrained(path), AutoTokenizer.from_pretrained(path), max_length
@@ -239,8 +238,10 @@ def t5_text(path: str | Path) -> T5TextEncoder:
 
 
 def dinov2(path: str | Path, image_size: int = 224) -> DinoV2:
-    """Load DINOv2 through timm: a local folder in timm's hub format, or a hub id such as
-    timm/vit_base_patch14_reg4_dinov2.lvd142m."""
+    """Load DINOv2 through timm, from a local folder in timm's hub format or from a hub id.
+
+    The release uses timm/vit_base_patch14_reg4_dinov2.lvd142m.
+    """
     path = resolve_weights_path(path, "DINOv2")
     source = f"local-dir:{path}" if Path(path).is_dir() else f"hf-hub:{path}"
     return DinoV2(timm.create_model(source, pretrained=True, num_classes=0, img_size=image_size), image_size)

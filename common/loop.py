@@ -1,10 +1,12 @@
-"""The one training loop of all three steps, over accelerate (Table 10): the only place that steps an optimizer.
+"""The training loop of all three steps, on accelerate (Table 10); no other module steps an optimizer.
 
-Resuming means restoring its state and starting the sampler (batches.py) at another number.
+A resumed run restores the state of the loop and starts the sampler (common.sampler) at another batch number.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import math
 import os
@@ -22,59 +24,56 @@ from diffusers.training_utils import EMAModel
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 
 from common import optim
+from common.contracts import TrainableModel
 from common.distributed import processes
-from common.mixture import SampleSet, SeededDataset, Skipped, TooManyUnreadable, collate
+from common.errors import UserError
+from common.files import write_text
+from common.mixture import SampleSet, SeededDataset, Skipped, TooManyUnreadable, block_size, collate
 from common.precision import bf16_pays
+from common.progress import tqdm
 from common.sampler import DistributedBatchSampler, loader, validation_batches
 from common.tracking import Tracker
 
 log = logging.getLogger(__name__)
-MIN_DRAWS = (
-    5000  # draws of a process, some hundred episodes of a stream, before their share of damaged ones says anything
-)
+# The share of damaged draws is judged over at least this many draws of a process. A stream of some hundred episodes may
+# well begin with a damaged one.
+MIN_DRAWS = 5000
+RUN_FILE = "run.json"  # in a resume state: the run that wrote it
 
 
 class NonFiniteLoss(RuntimeError):
-    """The loss is not a number; the message names the samples of the batch."""
+    """The loss is NaN or infinite; the message names the samples of the batch."""
 
 
 class TrainState:
-    """Where a run stands, saved with accelerate's state."""
+    """The progress of a run, saved with accelerate's state: optimizer steps, draws of this process, best validation."""
 
-    def __init__(self, plan: dict[str, Any]) -> None:
-        self.step, self.skipped, self.left_out, self.drawn, self.plan = 0, 0, 0, 0, plan
+    def __init__(self) -> None:
+        self.step, self.skipped, self.left_out, self.drawn = 0, 0, 0, 0
         self.best = math.inf
 
     def state_dict(self) -> dict[str, Any]:
         return vars(self).copy()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        other = {k: (state["plan"].get(k), v) for k, v in self.plan.items() if state["plan"].get(k) != v}
-        if other:
-            raise ValueError(
-                f"resume state belongs to another run (then, now): {other}; choose another name= or delete its resume "
-                "folder"
-            )
-        self.step, self.skipped, self.drawn = state["step"], state["skipped"], state["drawn"]
-        self.left_out, self.best = state.get("left_out", 0), state.get("best", math.inf)
+        vars(self).update(state)
 
 
 class Loop:
     """Trains a model whose forward returns {"loss": scalar, **metrics} on a sample set.
 
-    Metrics are averaged over the batches between two log lines, or of a validation, and over the ranks. Those of
-    integers are counts:
-    they are added up instead, and the model's `metrics_from_counts` makes numbers of the sums.
-    `batch_size` is per process. `max_steps` counts optimizer steps and wins over `epochs`. `precision` is accelerate's
-    ("no", "bf16", "fp16"), or "auto": bf16 where the machine has it. `ema_decay` keeps an exponential moving average of
-    what
-    trains; validation and the returned model use it. `best` names the held-out metric whose lowest values `fit` tells
-    of.
-    `max_unreadable_fraction` is the share of a process's draws that may be damaged; what a rule leaves out does not count.
-    A run that was stopped goes on from `output_dir/resume` with the same result as an unbroken one.
+    Metrics are averaged over ranks and over the batches between two log lines or of a validation. Metrics of integers
+    are counts: they are added up, and `TrainableModel.metrics_from_counts` turns the sums into numbers.
+
+    batch_size: samples per process and forward pass. max_steps: optimizer steps; takes precedence over `epochs`.
+    precision: accelerate's "no", "bf16" or "fp16", or "auto" for bf16 where the machine is faster with it. ema_decay:
+    keep an exponential moving average of the trained parameters; validation and the returned model use it. best: the
+    validation metric to minimise; `on_best` of `fit` runs at each new minimum. max_unreadable_fraction: the share of a
+    process's draws that may be damaged; draws that a rule excludes do not count.
+
+    A run that was stopped continues from `output_dir/resume` with the same result as an uninterrupted one.
     """
 
     def __init__(
@@ -103,7 +102,7 @@ class Loop:
         wandb: dict[str, Any] | None = None,
     ) -> None:
         if epochs is None and max_steps is None:
-            raise ValueError("a loop needs epochs or max_steps")
+            raise UserError("loop.epochs and loop.max_steps are both null; give one of them")
         self.output_dir, self.seed, self.epochs, self.max_steps = Path(output_dir), seed, epochs, max_steps
         self.batch_size, self.grad_accum_steps, self.optimizer = batch_size, grad_accum_steps, dict(optimizer)
         self.schedule, self.warmup_steps, self.max_grad_norm = schedule, warmup_steps, max_grad_norm
@@ -120,30 +119,30 @@ class Loop:
 
     def fit(
         self,
-        model: nn.Module,
+        model: TrainableModel,
         train_set: SampleSet,
         val_set: SampleSet | None = None,
         *,
         on_best: Callable[[int], Any] | None = None,
-    ) -> nn.Module:
-        """Train to the end and return the unwrapped model, with EMA weights where EMA is on; under FSDP it is whole on
-        the main process alone.
+    ) -> TrainableModel:
+        """Train to the end and return the unwrapped model in eval mode, with EMA weights if EMA is on.
 
-        `keep(step)` is called on the main process whenever `best` was lower than ever before, while the model holds the
-        weights that were validated.
+        Under FSDP the returned model is complete on the main process only. `on_best(step)` is called on the main
+        process at each new minimum of the metric `best`, while the model holds the validated weights. Raises UserError
+        for settings that do not fit together and for the resume state of another run.
         """
         precision = self.precision if self.precision != "auto" else "bf16" if bf16_pays(processes().device) else "no"
         self.accelerator = Accelerator(mixed_precision=precision, gradient_accumulation_steps=1)
         sharded = self.accelerator.distributed_type is DistributedType.FSDP
         if sharded and self.ema_decay:
-            raise ValueError(
-                f"loop.ema_decay={self.ema_decay}: no average is kept of weights that FSDP shards; set "
+            raise UserError(
+                f"loop.ema_decay={self.ema_decay}: FSDP shards the weights, so no average is kept; set "
                 "loop.ema_decay=null or train under DDP"
             )
         if sharded and self.best:
-            raise ValueError(
-                f"loop.best={self.best}: no best is kept of weights that FSDP shards; set loop.best=null or train "
-                "under DDP"
+            raise UserError(
+                f"loop.best={self.best}: FSDP shards the weights, so the best ones are not kept; set loop.best=null or "
+                "train under DDP"
             )
         set_seed(self.seed, device_specific=self.accelerator.num_processes > 1)
         world, per_epoch = (
@@ -151,22 +150,25 @@ class Loop:
             DistributedBatchSampler.per_epoch(len(train_set), self.batch_size, self.accelerator.num_processes),
         )
         total = self.max_steps or max(1, math.ceil(self.epochs * per_epoch / self.grad_accum_steps))
-        plan = {
-            "seed": self.seed,
-            "batch_size": self.batch_size,
-            "accumulate": self.grad_accum_steps,
-            "world": world,
-            "samples": len(train_set),
-            "total": total,
-        }
-        if hasattr(train_set, "block"):
-            plan |= {"block": train_set.block, "streams": max(1, self.num_workers)}
+        block = block_size(train_set)
         raw_optimizer, scheduler = optim.build_optimizer(
             model, **self.optimizer, schedule=self.schedule, warmup_steps=self.warmup_steps, total_steps=total
         )
+        self.run = {
+            "seed": self.seed,
+            "batch_size": self.batch_size,
+            "grad_accum_steps": self.grad_accum_steps,
+            "world": world,
+            "samples": len(train_set),
+            "total": total,
+            "block": block,
+            "readers": block and max(1, self.num_workers),
+            "ema": bool(self.ema_decay),
+            "model": _model_signature(model, raw_optimizer),
+        }
         model.to(self.accelerator.device)
         wrapped, optimizer = self.accelerator.prepare(torch.compile(model) if self.compile else model, raw_optimizer)
-        self.progress = TrainState(plan)
+        self.total, self.progress = total, TrainState()
         self.trained = [p for p in model.parameters() if p.requires_grad]
         self.ema = (
             EMAModel(self.trained, decay=self.ema_decay, use_ema_warmup=True, power=0.75, foreach=True)
@@ -193,7 +195,7 @@ class Loop:
 
     def _run(
         self,
-        model: nn.Module,
+        model: TrainableModel,
         wrapped: nn.Module,
         optimizer: Any,
         scheduler: Any,
@@ -201,7 +203,7 @@ class Loop:
         val_set: SampleSet | None,
         tracker: Tracker | None,
     ) -> None:
-        total, progress = self.progress.plan["total"], self.progress
+        total, progress = self.total, self.progress
         batches = iter(self._loader(train_set, progress.step * self.grad_accum_steps, total * self.grad_accum_steps))
         bar = tqdm(
             total=total,
@@ -212,8 +214,7 @@ class Loop:
         )
         sums, since, clock = {}, 0, time.perf_counter()
         wrapped.train()
-        if hasattr(model, "on_train_begin"):
-            model.on_train_begin(progress.step)
+        model.on_train_begin(progress.step)
         while progress.step < total:
             for metrics in self._forward_backward(wrapped, batches):
                 _add(sums, metrics, 1 / self.grad_accum_steps)
@@ -224,10 +225,10 @@ class Loop:
             if self.ema:
                 self.ema.step(self.trained)
             progress.step, since = progress.step + 1, since + 1
-            extra = model.on_step_end(progress.step, self.accelerator) if hasattr(model, "on_step_end") else None
+            extra = model.on_step_end(progress.step, self.accelerator)
             bar.update()
             if progress.step % self.log_every == 0 or progress.step == total:
-                row = {f"train/{k}": float(v) for k, v in (self._metrics(model, sums, since) | (extra or {})).items()}
+                row = {f"train/{k}": float(v) for k, v in (self._metrics(model, sums, since) | extra).items()}
                 row |= {
                     "lr": scheduler.get_last_lr()[0],
                     "steps_per_second": since / (time.perf_counter() - clock),
@@ -260,7 +261,7 @@ class Loop:
             if stop and progress.step < total:
                 bar.close()
                 log.warning(
-                    "SIGTERM: saved at step %d in %s; run the same command to go on",
+                    "SIGTERM: saved at step %d in %s; run the same command to continue",
                     progress.step,
                     self.output_dir / "resume",
                 )
@@ -286,7 +287,7 @@ class Loop:
 
     def _take(self, batches: Iterator[dict]) -> dict[str, Any]:
         batch = next(batches)
-        damaged, left_out = _apart(batch.pop("skipped"))
+        damaged, left_out = _split_by_rule(batch.pop("skipped"))
         progress = self.progress
         progress.skipped += len(damaged)
         progress.left_out += len(left_out)
@@ -298,7 +299,7 @@ class Loop:
             raise TooManyUnreadable(
                 f"{progress.skipped} of {progress.drawn} samples were unreadable, more than "
                 f"loop.max_unreadable_fraction={self.max_unreadable_fraction}: "
-                f"mend the data or raise it; the last: {damaged[-1] if damaged else '(earlier)'}"
+                f"repair the data or raise it; the last: {damaged[-1] if damaged else '(earlier)'}"
             )
         return send_to_device(batch, self.accelerator.device)
 
@@ -311,15 +312,17 @@ class Loop:
             world=self.accelerator.num_processes,
             start=start,
             stop=stop,
-            block=getattr(samples, "block", None),
+            block=block_size(samples),
             num_readers=max(1, self.num_workers),
         )
         return loader(samples, batches, workers=self.num_workers, pin=self.accelerator.device.type == "cuda")
 
     @torch.no_grad()
-    def _validate(self, model: nn.Module, wrapped: nn.Module, val_set: SampleSet) -> dict[str, float]:
-        """Metrics over fixed held-out batches with fixed noise and EMA weights; training's generators stay
-        untouched."""
+    def _validate(self, model: TrainableModel, wrapped: nn.Module, val_set: SampleSet) -> dict[str, float]:
+        """Metrics over the same held-out batches with the same noise every time, with EMA weights if EMA is on.
+
+        The random generators of the training are not advanced.
+        """
         chunks = validation_batches(
             len(val_set),
             self.batch_size,
@@ -348,7 +351,7 @@ class Loop:
                 with self.accelerator.autocast():
                     metrics = wrapped(send_to_device(batch, self.accelerator.device))
                 _add(sums, metrics, weight)
-        damaged, left_out = _apart(skipped)
+        damaged, left_out = _split_by_rule(skipped)
         if damaged:
             log.warning("%d unreadable held-out samples replaced, the last: %s", len(damaged), damaged[-1])
         if left_out:
@@ -364,14 +367,14 @@ class Loop:
         if self.best is None or self.on_best is None:
             return
         if self.best not in row:
-            raise ValueError(f"loop.best={self.best}: the model reports no such metric; it reports {', '.join(row)}")
+            raise UserError(f"loop.best={self.best}: the model reports no such metric; it reports {', '.join(row)}")
         if row[self.best] < self.progress.best:
             self.progress.best = row[self.best]
             if self.accelerator.is_main_process:
                 self.on_best(self.progress.step)
 
-    def _metrics(self, model: nn.Module, sums: dict[str, torch.Tensor], batches: int) -> dict[str, Any]:
-        """Means over `batches` and ranks, and what the model makes of the counts of all ranks."""
+    def _metrics(self, model: TrainableModel, sums: dict[str, torch.Tensor], batches: int) -> dict[str, Any]:
+        """Means over `batches` and ranks, and the model's metrics from the counts of all ranks."""
         counts = {k: self.accelerator.reduce(v, reduction="sum") for k, v in sums.items() if not v.is_floating_point()}
         means = {k: self.accelerator.reduce(v, reduction="mean") / batches for k, v in sums.items() if k not in counts}
         return means | (model.metrics_from_counts(counts) if counts else {})
@@ -386,13 +389,15 @@ class Loop:
         return bool(self.accelerator.reduce(flag, reduction="sum") > 0)
 
     def _save(self) -> None:
-        """Write the resume state beside, then rename it: a killed save leaves the former one."""
+        """Write the resume state under another name, then rename it: a save that is killed leaves the previous one."""
         root = self.output_dir / "resume"
         part, done = root / "part", root / f"step_{self.progress.step:08d}"
         if self.accelerator.is_main_process:
             shutil.rmtree(part, ignore_errors=True)
         self.accelerator.wait_for_everyone()
         self.accelerator.save_state(str(part))
+        if self.accelerator.is_main_process:
+            write_text(part / RUN_FILE, json.dumps(self.run))
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             shutil.rmtree(done, ignore_errors=True)
@@ -403,30 +408,48 @@ class Loop:
         self.accelerator.wait_for_everyone()
 
     def _resume(self) -> None:
+        """Load the newest resume state. Raises UserError where another run wrote it, before anything is loaded."""
         states = sorted((self.output_dir / "resume").glob("step_*"))
-        if states:
-            self.accelerator.load_state(str(states[-1]))
-            log.info("resumed %s at step %d", self.output_dir, self.progress.step)
+        if not states:
+            return
+        file = states[-1] / RUN_FILE
+        known = json.loads(file.read_text()) if file.is_file() else {}
+        other = {key: (known.get(key), value) for key, value in self.run.items() if known.get(key) != value}
+        if other:
+            raise UserError(
+                f"{states[-1]}: this resume state belongs to another run (then, now): {other}; choose another name= or "
+                f"delete {self.output_dir / 'resume'}"
+            )
+        self.accelerator.load_state(str(states[-1]))
+        log.info("resumed %s at step %d", self.output_dir, self.progress.step)
 
 
-def _apart(skipped: list[list[Skipped]]) -> tuple[list[str], list[str]]:
-    """The lines of what is damaged, and of what a rule leaves out."""
+def _model_signature(model: nn.Module, optimizer: torch.optim.Optimizer) -> str:
+    """A short hash over what a resume state must fit: names and shapes of all tensors, and the optimizer's groups."""
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    tensors = [(name, list(tensor.shape), name in trained) for name, tensor in model.state_dict().items()]
+    groups = [len(group["params"]) for group in optimizer.param_groups]
+    return hashlib.sha256(json.dumps([tensors, groups]).encode()).hexdigest()[:12]
+
+
+def _split_by_rule(skipped: list[list[Skipped]]) -> tuple[list[str], list[str]]:
+    """(lines of the damaged draws, lines of the draws that a rule excludes)."""
     found = [each for entries in skipped for each in entries]
     return [each.line for each in found if not each.by_rule], [each.line for each in found if each.by_rule]
 
 
 def _add(sums: dict[str, torch.Tensor], metrics: dict[str, torch.Tensor], share: float = 1.0) -> None:
-    """Add the metrics of a batch: numbers by its share in their mean, integers whole where it has one."""
+    """Add the metrics of a batch: numbers times its share of the mean, counts as they are unless that share is 0."""
     for key, value in metrics.items():
         value = value.detach()
         sums[key] = sums.get(key, 0) + (value.float() * share if value.is_floating_point() else value * (share > 0))
 
 
 def _gather(model: nn.Module) -> None:
-    """Put whole parameters, on the CPU of rank zero, into the place of FSDP's shards. All ranks call it."""
-    whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    for name, tensor in whole.items():
+    """Replace FSDP's shards by complete parameters on the CPU of the main process. All ranks must call it."""
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    for name, tensor in state.items():
         owner, _, leaf = name.rpartition(".")
         module = model.get_submodule(owner)
-        if leaf in module._parameters:  # by hand: torch.nn has no way to exchange a sharded parameter for a whole one
+        if leaf in module._parameters:  # torch.nn has no method that replaces a sharded parameter by a complete one
             module._parameters[leaf] = nn.Parameter(tensor, requires_grad=module._parameters[leaf].requires_grad)

@@ -1,4 +1,4 @@
-"""Numbers that two steps report: picture quality, use of codes and bootstrap intervals."""
+"""Metrics of several steps: picture quality, use of codes, bootstrap intervals."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def ssim(prediction: Tensor, truth: Tensor) -> Tensor:
 
 
 def code_counts(codes: Tensor, size: int) -> Tensor:
-    """Indices (B, K) into `size` codes -> (K, size), how often each occurs at each position."""
+    """Indices (B, K) into `size` codes -> (K, size), the number of times that each occurs at each position."""
     counts = torch.zeros(codes.shape[1], size, dtype=torch.long, device=codes.device)
-    return counts.scatter_add_(1, codes.T, torch.ones_like(codes.T))  # bincount waits for the device
+    return counts.scatter_add_(1, codes.T, torch.ones_like(codes.T))  # bincount would wait for the device
 
 
 def perplexity(counts: Tensor) -> Tensor:
-    """exp of the entropy of a histogram: how many codes are in even use."""
+    """exp of the entropy of a histogram: the number of codes, if all were used equally often."""
     share = counts[counts > 0].float()
     share = share / share.sum()
     return (-(share * share.log()).sum()).exp()
@@ -38,7 +38,7 @@ def perplexity(counts: Tensor) -> Tensor:
 def bootstrap_ci(
     values: Sequence[float] | np.ndarray, *, seed: int = 0, level: float = 0.95, resamples: int = 2000
 ) -> tuple[float, float, float]:
-    """(mean, low, high): percentile bootstrap over independent units."""
+    """(mean, low, high): percentile bootstrap over independent values."""
     values = np.asarray(values, dtype=float)
     if not values.size:
         raise ValueError("bootstrap_ci needs at least one value")

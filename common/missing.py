@@ -1,8 +1,10 @@
-"""Program: which of these artifacts are still to be made?   python -m common.missing scale=tiny
-models=[gfdm/tiny,gidm/t8_binning]
+"""Print which of the given artifacts do not exist yet, for scripts.
 
-Prints their names, for scripts. An artifact of another kind or scale in the place of one is a line on stderr and exit
-status 1.
+An artifact of another kind or scale in the place of one ends the program with an error.
+
+Examples:
+    python -m common.missing scale=tiny models=[gfdm/tiny,gidm/tiny]
+    python -m common.missing scale=small models=[gidm/t8_binning] paths.ckpts=/data/ckpts
 """
 
 from __future__ import annotations
@@ -20,8 +22,10 @@ log = logging.getLogger(__name__)
 
 
 def missing(ckpts: str | Path, models: Iterable[str], scale: str) -> list[str]:
-    """Those of `models` (<kind>/<name>) that `ckpts` holds no artifact of. ArtifactError where it holds one of another
-    kind or scale."""
+    """Those of `models`, each <kind>/<name>, that have no artifact under the folder `ckpts`.
+
+    Raises ArtifactError where there is one of another kind or scale.
+    """
     absent = []
     for model in models:
         folder = Path(ckpts) / model

@@ -1,6 +1,7 @@
-"""AdamW and its schedule, returned together so that the schedule drives the optimizer in use (Table 10).
+"""AdamW and its learning-rate schedule (Table 10).
 
-VPP and the official release build the optimizer twice and schedule the copy that nobody steps (facts: vpp.md 5.5).
+They are built together, so that the schedule drives the optimizer in use. VPP and the official release call
+configure_optimizers() twice and schedule the copy that is never stepped, so their learning rate stays constant.
 """
 
 from __future__ import annotations
@@ -12,9 +13,12 @@ import torch
 from diffusers.optimization import get_scheduler
 from torch import nn
 
+from common.contracts import TrainableModel
+from common.errors import UserError
+
 
 def build_optimizer(
-    model: nn.Module,
+    model: TrainableModel,
     *,
     lr: float,
     weight_decay: float,
@@ -26,18 +30,17 @@ def build_optimizer(
     warmup_steps: int = 0,
     total_steps: int,
 ) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LambdaLR]:
-    """The optimizer over what requires gradients, and the schedule bound to it. `schedule` is a name that diffusers
-    knows.
+    """The optimizer over the parameters that require gradients, and its schedule, under diffusers' name.
 
-    A model may bring its own `parameter_groups()`; otherwise matrices decay and vectors (norms, biases) do not.
-    `lr_multipliers` names parts
-    of the model (its direct children) whose learning rate is that many times `lr`.
+    Weight decay applies to matrices and not to vectors (norms, biases), unless `decay_all`. `lr_multipliers`: name of a
+    direct child of the model -> factor on `lr`. A model with `parameter_groups()` decides both itself. Raises
+    UserError.
     """
-    groups = model.parameter_groups() if hasattr(model, "parameter_groups") else None
+    groups = model.parameter_groups()
     if groups is None:
         groups = _decay_groups(model, weight_decay, decay_all, lr, lr_multipliers or {})
     if not any(group["params"] for group in groups):
-        raise ValueError("nothing to train: no parameter requires a gradient")
+        raise UserError("nothing to train: no parameter requires a gradient")
     optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay, betas=tuple(betas), eps=eps, fused=True)
     scheduler = get_scheduler(schedule, optimizer, num_warmup_steps=warmup_steps, num_training_steps=total_steps)
     return optimizer, scheduler
@@ -47,8 +50,8 @@ def _decay_groups(
     model: nn.Module, weight_decay: float, decay_all: bool, lr: float, lr_multipliers: Mapping[str, float]
 ) -> list[dict[str, Any]]:
     if unknown := sorted(lr_multipliers.keys() - dict(model.named_children()).keys()):
-        raise ValueError(
-            f"optimizer.factors names {unknown}, which are no parts of the model; its parts: "
+        raise UserError(
+            f"loop.optimizer.lr_multipliers names {unknown}, which are no parts of the model; its parts: "
             f"{sorted(dict(model.named_children()))}"
         )
     groups: dict[tuple[bool, float], dict[str, Any]] = {}

@@ -1,4 +1,4 @@
-"""Where bf16 is worth its rounding: a setting of "auto" asks here, so that one config serves every machine."""
+"""Whether bf16 makes a machine faster; the setting "auto" asks here, so that one config serves every machine."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 
 def bf16_pays(device: torch.device) -> bool:
-    """GPUs, and CPUs with bf16 instructions; other CPUs imitate it and are slower than in fp32."""
+    """True for GPUs and for CPUs with bf16 instructions; other CPUs emulate bf16 and are slower than in fp32."""
     if device.type != "cpu":
         return True
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

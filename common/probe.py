@@ -1,7 +1,6 @@
-"""Read-outs: how much of a target stands in a vector, told on units that neither fitting nor choosing saw (Secs. 3.1
-and 3.2).
+"""Probes: how well a target can be predicted from a feature vector, measured on held-out samples (Secs. 3.1 and 3.2).
 
-N units (clips, pairs of frames), D numbers of a unit, Y numbers of its target, T units of the test part.
+N samples (clips, pairs of frames), D features of a sample, Y numbers of its target, T samples of the test part.
 """
 
 from __future__ import annotations
@@ -15,14 +14,13 @@ from sklearn.linear_model import Ridge
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
-STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # of the ridge, times the number of columns
-Regressor = Callable[
-    [np.ndarray, np.ndarray, np.ndarray, int], list[np.ndarray]
-]  # (N, D), (N, Y), units to fit on, seed -> guesses (N, Y)
+STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # of the ridge penalty, multiplied by the number of columns
+# features (N, D), target (N, Y), indices of the samples to fit on, seed -> predictions (N, Y), one per strength
+Regressor = Callable[[np.ndarray, np.ndarray, np.ndarray, int], list[np.ndarray]]
 
 
 class ProbeSplit(NamedTuple):
-    """Numbers of the units to fit on, to choose the strength by, and to measure."""
+    """Indices of the samples to fit on, to choose the strength by, and to measure."""
 
     fit: np.ndarray
     choose: np.ndarray
@@ -30,7 +28,7 @@ class ProbeSplit(NamedTuple):
 
 
 def ridge(x: np.ndarray, y: np.ndarray, fit: np.ndarray, seed: int) -> list[np.ndarray]:
-    """Ridge regression of every strength."""
+    """Ridge regression with every strength; a Regressor."""
     return [Ridge(alpha=strength * x.shape[1]).fit(x[fit], y[fit]).predict(x) for strength in STRENGTHS]
 
 
@@ -43,16 +41,14 @@ def probe_errors(
     columns: int | None = None,
     seed: int = 0,
 ) -> dict[str, np.ndarray]:
-    """Squared errors (T,) of reading `target` (N, Y) out of each input (N, D). Raises ValueError where parts share
-    units.
+    """Squared errors (T,) of predicting `target` (N, Y) from each of `inputs`, name -> (N, D).
 
-    Columns are brought to deviation 1. With `columns`, inputs keep the proportions of theirs (what is still while
-    fitting, as a
-    corner of a picture, would else explode when measured), and wider ones are cut to so many principal components of
-    the fitted part.
+    Every column is standardised on the samples to fit on. With `columns` all columns of an input share one scale
+    instead, and a wider input is reduced to that many principal components: a column that is constant there, such as a
+    corner of a picture, would otherwise become huge on the test part. Raises ValueError where parts share samples.
     """
     if len(np.unique(np.concatenate(parts))) < sum(map(len, parts)):
-        raise ValueError("the parts of a probe share units; what is measured must not be fitted on")
+        raise ValueError("the parts of a probe share samples; what is measured must not be fitted on")
     fit, choose, test = parts
     truth, errors = target.double().numpy(), {}
     for name, x in ((name, values.double().numpy()) for name, values in inputs.items()):
@@ -63,16 +59,15 @@ def probe_errors(
         )
         if columns is not None and x.shape[1] > columns:
             x = PCA(min(columns, len(fit)), random_state=seed).fit(x[fit]).transform(x)
-        guesses = (
-            guess.reshape(truth.shape) for guess in reader(x, truth, fit, seed)
-        )  # scikit-learn may drop the axis of a single number
-        guess = min(guesses, key=lambda guess: np.square(guess[choose] - truth[choose]).mean())
-        errors[name] = np.square(guess[test] - truth[test]).sum(1)
+        # scikit-learn may drop the axis of a target of one number
+        predictions = (prediction.reshape(truth.shape) for prediction in reader(x, truth, fit, seed))
+        best = min(predictions, key=lambda prediction: np.square(prediction[choose] - truth[choose]).mean())
+        errors[name] = np.square(best[test] - truth[test]).sum(1)
     return errors
 
 
 def mean_baseline_errors(target: Tensor, parts: ProbeSplit) -> np.ndarray:
-    """Squared errors (T,) of the mean of the fitted part: what R^2 measures against."""
+    """Squared errors (T,) of predicting the mean of the samples to fit on, the baseline of R^2."""
     truth = target.double().numpy()
     return np.square(truth[parts.test] - truth[parts.fit].mean(0)).sum(1)
 
@@ -80,8 +75,10 @@ def mean_baseline_errors(target: Tensor, parts: ProbeSplit) -> np.ndarray:
 def r2_ci(
     errors: np.ndarray, mean_baseline_errors: np.ndarray, groups: Sequence[str] | None = None, *, resamples: int = 2000
 ) -> tuple[float, float, float]:
-    """(R^2, low, high), 95 % bootstrap over units, or over `groups` of them (T names) where units of a group are
-    alike."""
+    """(R^2, low, high) with a 95 % bootstrap interval over samples.
+
+    groups: T names; where given, whole groups are resampled, because samples of one group are not independent.
+    """
     if groups is not None:
         group = np.unique(np.asarray(groups), return_inverse=True)[1]
         errors, mean_baseline_errors = np.bincount(group, errors), np.bincount(group, mean_baseline_errors)

@@ -1,7 +1,7 @@
 """How a program starts: Hydra reads its config, `--help` explains it, and bad input ends it with one line.
 
-A program is a module with `@program("<config>") def main(cfg)`. Its docstring is its help: the first paragraph says what
-it does, and a section "Examples:" holds command lines. The keys and the config groups are read from the config file.
+A program is a module with `@program("<config>") def main(cfg)`. Its docstring is its help: the first paragraph says
+what it does, and a section "Examples:" holds command lines. The keys and the config groups are read from the config.
 """
 
 from __future__ import annotations

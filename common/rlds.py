@@ -1,11 +1,11 @@
-"""Robot episodes in RLDS folders (TFRecord or ArrayRecord), read by random access and without TensorFlow (Sec. 3.2,
-A.2, Table 12).
+"""Robot episodes in RLDS folders, TFRecord or ArrayRecord, read by random access (Sec. 3.2, A.2, Table 12).
 
-    <root>[/DOWNLOAD_DIR|/CONVERSION_DIR]/<name>/<version>/{dataset_info,features}.json,
-    <name>-<split>.tfrecord-00000-of-00004
+    <root>[/DOWNLOAD_DIR|/CONVERSION_DIR]/<name>/<version>/{dataset_info,features}.json
+    <root>[/DOWNLOAD_DIR|/CONVERSION_DIR]/<name>/<version>/<name>-<split>.tfrecord-00000-of-00004
 
-A record is one episode. TFRecord's framing is ours, ArrayRecord's the array-record package's; the payload is decoded by
-tensorflow-datasets, which knows every feature codec, with images left as bytes until one is asked for.
+A record is one episode. TensorFlow is not needed: the framing of TFRecord is read here, that of ArrayRecord by the
+package array-record. tensorflow-datasets decodes the payload, because it knows every feature codec; images stay encoded
+until one is asked for.
 """
 
 from __future__ import annotations
@@ -25,23 +25,25 @@ import tensorflow_datasets as tfds
 from google.protobuf.message import DecodeError
 from PIL import Image
 
+from common.errors import MissingFileError, UserError
+
 _HEADER = struct.Struct("<QI")  # length, masked crc32c of the length
 _CRC = struct.Struct("<I")
 
 
-class RldsError(ValueError):
-    """An RLDS folder, shard or episode that cannot be read; the message names it and the remedy."""
+class RldsError(UserError):
+    """An RLDS folder, shard or episode cannot be read; the message names it and says what to do."""
 
 
 class TFRecordFile:
-    """The records of one shard by index, lengths and payloads checked by their crc."""
+    """The records of one TFRecord shard by index. Lengths and payloads are checked by their CRC."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
 
     @functools.cached_property
     def spans(self) -> np.ndarray:
-        """(N, 2) offset and length of every payload. Raises RldsError where the framing breaks."""
+        """(N, 2) offset and length in bytes of every payload. Raises RldsError where the framing is damaged."""
         if not self.path.is_file():
             raise RldsError(f"{self.path}: no such shard; download it again")
         size, spans, at = self.path.stat().st_size, [], 0
@@ -59,7 +61,8 @@ class TFRecordFile:
                     raise RldsError(f"{where} claims {length} bytes, the file ends before; download the shard again")
                 spans.append((at + _HEADER.size, length))
                 at += _HEADER.size + length + _CRC.size
-        return np.array(spans, np.int64).reshape(-1, 2)  # a set has up to a million records, and every worker an index
+        # an array, because a set has up to a million records and every worker of a loader keeps this index
+        return np.array(spans, np.int64).reshape(-1, 2)
 
     def __len__(self) -> int:
         return len(self.spans)
@@ -75,14 +78,14 @@ class TFRecordFile:
 
 
 class ArrayRecordFile:
-    """The same for ArrayRecord, whose records are checked by the package that reads them."""
+    """The records of one ArrayRecord shard by index. The package array-record reads and checks them."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
 
     @functools.cached_property
     def count(self) -> int:
-        """Records of the shard, from its footer. Raises RldsError where there is none."""
+        """Number of records, from the footer of the shard. Raises RldsError where there is no valid footer."""
         return self._ask("the file", lambda reader: reader.num_records())
 
     def __len__(self) -> int:
@@ -101,9 +104,8 @@ class ArrayRecordFile:
         if not self.path.is_file():
             raise RldsError(f"{self.path}: no such shard; download it again")
         try:
-            reader = ArrayRecordReader(
-                str(self.path), "readahead_buffer_size:0,max_parallelism:0"
-            )  # opened anew: threads do not outlive a fork
+            # opened for every read, because the threads of a reader do not survive a fork
+            reader = ArrayRecordReader(str(self.path), "readahead_buffer_size:0,max_parallelism:0")
             try:
                 return question(reader)
             finally:
@@ -112,10 +114,8 @@ class ArrayRecordFile:
             raise RldsError(f"{self.path}: {what} is corrupt ({_line(error)}); download the shard again") from error
 
 
-FORMATS = {
-    "tfrecord": TFRecordFile,
-    "array_record": ArrayRecordFile,
-}  # fileFormat in dataset_info.json, which shards are named after
+# fileFormat in dataset_info.json, which is part of the names of the shards -> reader
+FORMATS = {"tfrecord": TFRecordFile, "array_record": ArrayRecordFile}
 
 
 def _text(value: Any) -> str | None:
@@ -129,8 +129,8 @@ def _code_points(value: Any) -> str | None:
     return "".join(map(chr, value[value > 0])) if whole else None
 
 
-# How a sentence is stored: UTF-8, or as Language Table writes it, a zero-padded array of numbers. None where a value is
-# not of the kind.
+# How a sentence is stored: as UTF-8, or as Language Table does, as a zero-padded array of code points. A decoder returns
+# None for a value that is not stored in its way.
 ENCODINGS = {"text": _text, "code_points": _code_points}
 
 
@@ -144,15 +144,15 @@ class Episode:
         return len(self._steps)
 
     def has(self, key: str) -> bool:
-        """Is there such a feature?"""
+        """Whether the episode has this feature."""
         return _find(self._step(0), key)[1] is None
 
     def encoded(self, key: str, index: int) -> bytes | np.ndarray:
-        """The image of one step as it is stored: in most sets the bytes of a JPEG or PNG. `decode` opens it."""
+        """The image of one step as it is stored, in most sets the bytes of a JPEG or PNG. `decode` opens it."""
         return self._value(key, index)
 
     def image(self, key: str, index: int) -> np.ndarray:
-        """(H, W, 3) uint8 of one step; nothing else is decoded."""
+        """The image (H, W, 3) uint8 of one step; nothing else is decoded."""
         return decode(self.encoded(key, index), f"{self.id}: {key} of step {index}")
 
     def values(self, key: str) -> np.ndarray:
@@ -160,7 +160,7 @@ class Episode:
         return np.stack([self._value(key, index) for index in range(len(self))])
 
     def text(self, key: str, index: int = 0, encoding: str = "text") -> str:
-        """A sentence without its padding; see ENCODINGS. Raises RldsError where the feature is encoded otherwise."""
+        """A sentence without its padding; see ENCODINGS. Raises RldsError where the feature has another encoding."""
         value = self._value(key, index)
         sentence = ENCODINGS[encoding](value)
         if sentence is None:
@@ -186,16 +186,12 @@ class Episode:
 
 
 def decode(image: bytes | np.ndarray, what: str) -> np.ndarray:
-    """An image as stored -> (H, W, 3) uint8. Raises RldsError, which calls it `what`."""
+    """An image as it is stored -> (H, W, 3) uint8. Raises RldsError; `what` names the image in the message."""
     if not isinstance(image, np.ndarray):
         try:
             return np.array(Image.open(io.BytesIO(image)).convert("RGB"))
-        except (
-            OSError,
-            SyntaxError,
-            TypeError,
-            Image.DecompressionBombError,
-        ) as error:  # SyntaxError: what PIL calls a broken PNG
+        # PIL raises SyntaxError for a damaged PNG
+        except (OSError, SyntaxError, TypeError, Image.DecompressionBombError) as error:
             raise RldsError(f"{what} is not a readable image ({_line(error)})") from error
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
         raise RldsError(f"{what} is not an image but {image.dtype} of shape {image.shape}")
@@ -203,7 +199,7 @@ def decode(image: bytes | np.ndarray, what: str) -> np.ndarray:
 
 
 def _find(value: Any, key: str) -> tuple[Any, str | None]:
-    """What stands under a path, and None; or as far as the path goes, and the part that is missing there."""
+    """(value at the path, None), or (value at the last part that exists, name of the first part that does not)."""
     for part in key.split("/"):
         if not isinstance(value, dict) or part not in value:
             return value, part
@@ -212,7 +208,7 @@ def _find(value: Any, key: str) -> tuple[Any, str | None]:
 
 
 class RldsDataset:
-    """The episodes of one split of an RLDS folder, by index. Shards are indexed when first touched."""
+    """The episodes of one split of an RLDS folder, by index. A shard is indexed when it is first used."""
 
     def __init__(self, folder: str | Path, split: str = "train") -> None:
         self.folder, self.split = Path(folder), split
@@ -263,15 +259,17 @@ class RldsDataset:
 
 
 def splits(folder: str | Path) -> list[str]:
-    """Names of the splits whose shards lie in an RLDS folder."""
+    """Names of the splits that have shards in an RLDS folder; dataset_info.json may name more."""
     folder = Path(folder)
     named = [s["name"] for s in _json(folder / "dataset_info.json").get("splits", [])]
     return [name for name in named if any(path for format in FORMATS for path in folder.glob(f"*-{name}.{format}-*"))]
 
 
 def find_version_folder(root: str | Path, names: Iterable[str], version: str | None = None) -> Path:
-    """The version folder, without `version` the newest, of the first of `names` that lies under `root`, DOWNLOAD_DIR or
-    CONVERSION_DIR."""
+    """The version folder of the first of `names` found under `root`, root/DOWNLOAD_DIR or root/CONVERSION_DIR.
+
+    Without `version` it is the newest one. Raises MissingFileError.
+    """
     names, others = list(names), []
     for name in names:
         for place in (Path(root), Path(root) / "DOWNLOAD_DIR", Path(root) / "CONVERSION_DIR"):
@@ -281,25 +279,25 @@ def find_version_folder(root: str | Path, names: Iterable[str], version: str | N
                 return max(wanted, key=lambda p: [int(n) for n in re.findall(r"\d+", p.name)])
             others += versions
     if others:
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"{others[0].parent}: version {version} is wanted, there is {', '.join(sorted(p.name for p in others))}; "
             f"fetch {names[0]}/{version}, or leave the set out of the mixture"
         )
-    raise FileNotFoundError(
+    raise MissingFileError(
         f"no RLDS folder <name>/<version>/dataset_info.json for {' or '.join(names)} under {root}, "
         f"{root}/DOWNLOAD_DIR or {root}/CONVERSION_DIR; fetch it, or leave the set out of the mixture"
     )
 
 
 def masked_crc32c(data: bytes) -> int:
-    """TFRecord's checksum: CRC-32C, rotated and offset."""
+    """TFRecord's checksum: CRC-32C, rotated, plus a constant."""
     crc = google_crc32c.value(data)
     return (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF
 
 
 @functools.cache
 def _features(folder: str) -> tuple[Any, dict[str, Any]]:
-    """The feature tree of a folder, and decoders that leave the images of a step alone."""
+    """The feature tree of a folder, and decoders that leave images encoded."""
     try:
         features = tfds.features.FeaturesDict.from_config(folder)
     except (ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
@@ -324,7 +322,7 @@ def _skip_images(feature: Any) -> dict[str, Any]:
 
 def _json(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"{path} is missing; an RLDS folder needs dataset_info.json and features.json beside its shards"
         )
     try:

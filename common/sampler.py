@@ -1,6 +1,6 @@
 """Which samples a rank trains on, and in which order (Table 10).
 
-Batch number b of rank r is a pure function of (seed, b, r): resuming means starting at another number.
+Batch number b of rank r is a pure function of (seed, b, r), so a resumed run starts at another batch number.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Sampler
 
+from common.errors import UserError
 from common.mixture import SampleSet, SeededDataset, collate
 
-WITHIN_BLOCK = 4  # a generator of its own: keys of a sample's have three numbers
-VALIDATION_EPOCH = 2**31  # draws of the held-out set never meet draws of training
+WITHIN_BLOCK = 4  # fourth number of a seed, so that these generators differ from those of samples, which have three
+VALIDATION_EPOCH = 2**31  # no training reaches this epoch, so held-out draws have generators of their own
 
 
 class DistributedBatchSampler(Sampler[list[tuple[int, int]]]):
     """Batches of (epoch, index) keys for one rank, from batch number `start` to `stop`.
 
-    A set of `block`s is dealt block by block: lanes, one for each rank and each of its `streams` (the workers of its
-    loader), take the
-    blocks of an endless row in turn, a lane's batches come from one block after another, shuffled within it, and a
-    rank's batches go
-    round its streams, as DataLoader deals them to workers. So a worker reads only blocks of its own, each once.
+    A BlockSet is read block by block. Every reader, that is every loader worker of every rank, takes the next block of
+    an endless sequence in turn; its batches come from one block after another, shuffled within the block. The batches of
+    a rank alternate between its `num_readers` workers, as DataLoader distributes them, so that a worker reads only its
+    own blocks, each of them once.
     """
 
     def __init__(
@@ -42,9 +42,9 @@ class DistributedBatchSampler(Sampler[list[tuple[int, int]]]):
         num_readers: int = 1,
     ) -> None:
         if block and not batch_size <= block <= length:
-            raise ValueError(
-                f"{length} samples in blocks of {block} give no batches of {batch_size}, which lie in one block each; "
-                "raise data.stream.block"
+            raise UserError(
+                f"{length} samples in blocks of {block} give no batches of {batch_size}, which come from one block "
+                "each; raise data.stream.block"
             )
         self.length, self.batch_size, self.seed = length, batch_size, seed
         self.rank, self.world, self.start, self.stop = rank, world, start, stop
@@ -52,19 +52,19 @@ class DistributedBatchSampler(Sampler[list[tuple[int, int]]]):
 
     @staticmethod
     def per_epoch(length: int, batch_size: int, world: int) -> int:
-        """Whole batches of every rank in an epoch; a set smaller than one global batch is repeated to fill one."""
+        """Full batches per rank and epoch. A set smaller than one global batch is repeated to fill one."""
         return max(1, length // (batch_size * world))
 
     @property
-    def lanes(self) -> int:
-        """How many blocks are read side by side, over all ranks."""
+    def num_streams(self) -> int:
+        """How many blocks are read at the same time, over all ranks."""
         return self.world * self.num_readers
 
     def __len__(self) -> int:
         return self.stop - self.start
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        return self._dealt() if self.block else self._shuffled()
+        return self._blockwise() if self.block else self._shuffled()
 
     def _shuffled(self) -> Iterator[list[tuple[int, int]]]:
         per_epoch = self.per_epoch(self.length, self.batch_size, self.world)
@@ -77,12 +77,12 @@ class DistributedBatchSampler(Sampler[list[tuple[int, int]]]):
             mine = order[position * share : (position + 1) * share][self.rank :: self.world]
             yield [(epoch, int(index)) for index in mine]
 
-    def _dealt(self) -> Iterator[list[tuple[int, int]]]:
+    def _blockwise(self) -> Iterator[list[tuple[int, int]]]:
         per_block = self.block // self.batch_size  # samples of a block past its last whole batch are not drawn
         for number in range(self.start, self.stop):
             turn, position = divmod(number // self.num_readers, per_block)
             epoch, block = divmod(
-                turn * self.lanes + self.rank * self.num_readers + number % self.num_readers, self.length // self.block
+                turn * self.num_streams + self.rank * self.num_readers + number % self.num_readers, self.length // self.block
             )
             order = block * self.block + np.random.default_rng((self.seed, epoch, block, WITHIN_BLOCK)).permutation(
                 self.block
@@ -95,14 +95,12 @@ class DistributedBatchSampler(Sampler[list[tuple[int, int]]]):
 def validation_batches(
     length: int, batch_size: int, *, seed: int, rank: int, world: int, most: int
 ) -> list[tuple[list[tuple[int, int]], float]]:
-    """At most `most` batches of keys for one rank, each with its weight in the mean over ranks of the weighted sums:
-    the mean over samples.
+    """At most `most` batches of keys for one rank, each with a weight.
 
-    Samples of a held-out set lie in order (windows of one annotation side by side), so they are drawn from all of it,
-    the same at every
-    validation. Every rank has as many batches, because a forward of several processes waits for all of them; one
-    without samples left
-    goes along with a sample that weighs nothing.
+    The mean over ranks of the weighted sums of batch means is the mean over samples. Neighbouring samples of a held-out
+    set are alike (windows of one annotation), so the batches are drawn from all of it, the same ones at every
+    validation. Every rank gets the same number of batches, because a forward pass waits for all processes; a rank that
+    has no samples left repeats one with weight 0.
     """
     order = np.random.default_rng((seed, VALIDATION_EPOCH)).permutation(length)[: most * batch_size * world]
     mine = order[rank::world]
@@ -117,10 +115,10 @@ def validation_batches(
 
 
 def loader(samples: SampleSet, batches: DistributedBatchSampler, *, workers: int, pin: bool) -> DataLoader:
-    """What a rank trains on: its batches of a sample set, read ahead by `workers` processes."""
-    # its own generator: an iterator's base seed would otherwise advance the model's noise at every resume
+    """The training batches of a rank, prefetched by `workers` processes."""
+    # a generator of its own: DataLoader would otherwise draw its base seed from the generator of the model's noise
     return DataLoader(
-        SeededDataset(samples, batches.seed, stride=batches.lanes),
+        SeededDataset(samples, batches.seed, stride=batches.num_streams),
         batch_sampler=batches,
         collate_fn=collate,
         num_workers=workers,

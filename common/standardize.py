@@ -1,4 +1,4 @@
-"""Channels on one scale, by running statistics (Sec. 3.3; the bins of Table 8)."""
+"""Standardisation of channels by running statistics (Sec. 3.3; the bins of Table 8)."""
 
 from __future__ import annotations
 
@@ -9,15 +9,12 @@ from torch import Tensor, nn
 
 
 class RunningNorm(nn.Module):
-    """Every channel at mean 0 and deviation 1 over the training data, by running statistics that training gathers.
+    """Brings every channel to mean 0 and standard deviation 1 over the training data, by running statistics.
 
-    Channels of a UNet differ in offset and scale by far more than pictures make them differ. Statistics of the batch
-    would
-    let samples see each other, and would not exist in use. `eps` is added to every variance. Every `token_stride`-th token
-    of a
-    sample is measured, starting one further at every batch, so that all places have their turn. Processes share what
-    they
-    measured: the statistics are the global batch's.
+    The channels of a UNet differ from each other in offset and scale far more than from picture to picture. Statistics
+    of the batch would let samples influence each other, and do not exist at inference. In training mode the statistics
+    are updated from every `token_stride`-th token of a sample, beginning one token later at every batch, so that every
+    position is measured in turn. They are averaged over all processes. `eps` is added to every variance.
     """
 
     mean: Tensor
@@ -37,7 +34,7 @@ class RunningNorm(nn.Module):
         if self.training:
             with torch.no_grad():
                 self._measure(rows.unflatten(0, (len(x), -1)))
-        # a copy of the mean: a second pass before the backward of the first would change what autograd has kept
+        # a copy of the mean: a second pass before the backward pass of the first would change a tensor autograd saved
         variance = (self.square - self.mean.square()).clamp(min=0)
         return F.batch_norm(rows, self.mean.clone(), variance, training=False, eps=self.eps).view_as(x).to(x.dtype)
 
@@ -46,6 +43,6 @@ class RunningNorm(nn.Module):
         seen = tokens[:, (places + self.batches) % tokens.shape[1]].flatten(0, 1)
         mean, square = reduce(torch.stack([seen.mean(0), seen.square().mean(0)]), reduction="mean")
         self.batches += 1
-        share = (1 / self.batches).clamp(min=self.momentum)  # a plain mean at first
+        share = (1 / self.batches).clamp(min=self.momentum)  # a plain mean over the first batches
         self.mean += share * (mean - self.mean)
         self.square += share * (square - self.square)

@@ -39,7 +39,6 @@ from safetensors.torch import save_file
 from timm.models import save_for_hf
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import (
     CLIPImageProcessor,
     CLIPTextConfig,
@@ -51,9 +50,11 @@ from transformers import (
     T5EncoderModel,
 )
 
+from common.contracts import TrainableModel
 from common.frozen import IMAGENET_MEAN, IMAGENET_STD
 from common.loop import Loop
 from common.program import program
+from common.progress import tqdm
 from common.video import read_frames, resize
 
 log = logging.getLogger(__name__)
@@ -301,7 +302,7 @@ class Frames:
         }
 
 
-class VAELoss(nn.Module):
+class VAELoss(TrainableModel):
     """A VAE's training objective: reconstruction and a slight pull of the latents towards a unit Gaussian.
 
     A block covers 20 of 4096 pixels and is what a policy must see, so a pixel weighs the more the more saturated it is.
@@ -347,7 +348,7 @@ class PatchLatentTargets:
         return {"id": f"frame/{index}", "image": self.images[index].float() / 255, "target": around}
 
 
-class PatchLatentRegression(nn.Module):
+class PatchLatentRegression(TrainableModel):
     """The objective of the visual encoder: from each of its tokens, a linear layer tells the latents of the patch and
     of those around it.
 

@@ -1,4 +1,4 @@
-"""Where metrics go: metrics.jsonl always, wandb when it is logged in or asked for."""
+"""Metrics of a training: always to metrics.jsonl, and to wandb where the user is logged in or asks for it."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from typing import Any
 
 import wandb
 
+from common.errors import UserError
 from common.files import write_text
 
 
 class Tracker:
-    """Rank zero's sink. Lines of steps that a resumed run will repeat are cut from metrics.jsonl first."""
+    """Writes metrics, on the main process only. Lines of steps that a resumed run will repeat are removed first."""
 
     def __init__(self, folder: Path, step: int, options: dict[str, Any] | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -28,14 +29,14 @@ class Tracker:
         options = dict(options or {})
         mode = options.pop("mode", "auto")
         if mode not in ("auto", "online", "offline", "disabled"):
-            raise ValueError(f"wandb.mode is {mode!r}; use auto, online, offline or disabled")
+            raise UserError(f"wandb.mode is {mode!r}; use auto, online, offline or disabled")
         if mode == "auto":
             mode = "online" if logged_in() else "disabled"
         if mode != "disabled":
             self.run = wandb.init(mode=mode, name=folder.name, dir=str(folder), resume="allow", **options)
 
     def log(self, step: int, row: dict[str, float]) -> None:
-        """Append one line and flush it."""
+        """Append one line to metrics.jsonl and flush it."""
         self.stream.write(json.dumps({"step": step, "time": round(time.time(), 2), **row}) + "\n")
         self.stream.flush()
         if self.run:
@@ -48,7 +49,7 @@ class Tracker:
 
 
 def logged_in() -> bool:
-    """A wandb key is in the environment or in ~/.netrc."""
+    """Whether a wandb key is in the environment or in ~/.netrc."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     try:
@@ -61,4 +62,4 @@ def _step_of(line: str) -> float:
     try:
         return json.loads(line)["step"]
     except (json.JSONDecodeError, KeyError):
-        return float("inf")  # a torn last line
+        return float("inf")  # an incomplete last line

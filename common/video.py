@@ -1,4 +1,4 @@
-"""Reading, resizing and writing video: decord first, PyAV where decord cannot (AV1, odd containers)."""
+"""Reading, resizing and writing video, with decord first and PyAV where decord fails (AV1, unusual containers)."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from common.errors import UserError
 from common.files import atomic_path
 
 
-class VideoError(ValueError):
-    """A video that cannot be read."""
+class VideoError(UserError):
+    """A video cannot be read."""
 
 
 def read_frames(path: str | Path, indices: Sequence[int] | None = None) -> np.ndarray:
-    """Frames of a video as (T, H, W, 3) uint8 RGB, all of them or those at `indices`. Raises VideoError."""
+    """All frames of a video, or those at `indices`, as (T, H, W, 3) uint8 RGB. Raises VideoError."""
     path = _existing(path)
     try:
         reader = decord.VideoReader(str(path), num_threads=1)
@@ -31,7 +32,7 @@ def read_frames(path: str | Path, indices: Sequence[int] | None = None) -> np.nd
 
 
 def read_batches(path: str | Path, first: int, last: int, size: int) -> Iterator[np.ndarray]:
-    """Frames `first` to `last` inclusive, `size` at a time, from one opening of the video. Raises VideoError."""
+    """Frames `first` to `last` inclusive, in arrays of `size` frames; the file is opened once. Raises VideoError."""
     path = _existing(path)
     starts = range(first, last + 1, size)
     yielded = 0
@@ -57,7 +58,7 @@ def probe(path: str | Path) -> tuple[int, float, tuple[int, int]]:
 
 
 def write_mp4(path: str | Path, frames: np.ndarray, fps: float, *, gop: int = 8, crf: int = 18) -> None:
-    """Write (T, H, W, 3) uint8 RGB as H.264; written beside, then renamed. A short GOP keeps random access cheap."""
+    """Write (T, H, W, 3) uint8 RGB as H.264, completely or not at all. A short GOP makes random access cheap."""
     path = Path(path)
     height, width = frames.shape[1:3]
     with atomic_path(path) as part, av.open(str(part), "w") as container:
@@ -77,10 +78,12 @@ def write_mp4(path: str | Path, frames: np.ndarray, fps: float, *, gop: int = 8,
 
 
 def resize(frames: np.ndarray, size: int, mode: str = "squeeze") -> Tensor:
-    """(T, H, W, 3) uint8 -> (T, 3, size, size) float in [0, 1], antialiased. `squeeze` ignores the aspect ratio (VPP),
-    `crop` cuts the centre."""
+    """(T, H, W, 3) uint8 -> (T, 3, size, size) float in [0, 1], antialiased.
+
+    mode: "squeeze" ignores the aspect ratio (as VPP does), "crop" takes the central square.
+    """
     if mode not in ("squeeze", "crop"):
-        raise ValueError(f"unknown aspect rule {mode!r}; use squeeze or crop")
+        raise UserError(f"unknown aspect rule {mode!r}; use squeeze or crop")
     if mode == "crop":
         height, width = frames.shape[1:3]
         side = min(height, width)
@@ -111,7 +114,7 @@ def _wanted(path: Path, indices: Sequence[int] | None, count: int) -> list[int]:
 
 
 def _decode_with_av(path: Path, indices: Sequence[int] | None) -> np.ndarray:
-    """All frames are decoded, those asked for are kept."""
+    """Decode all frames and keep those at `indices`."""
     keep, found, count = None if indices is None else set(map(int, indices)), {}, 0
     try:
         with av.open(str(path)) as container:

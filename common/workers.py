@@ -12,8 +12,10 @@ from typing import Any
 
 
 def pool(workers: int, prepare: Callable[..., None] | None = None, *arguments: Any) -> ProcessPoolExecutor:
-    """Spawned processes, each of which calls `prepare(*arguments)` first. After a kill -9 of the program they end,
-    too."""
+    """A pool of spawned processes, each of which calls `prepare(*arguments)` first.
+
+    They end with the program, even if it was killed with SIGKILL.
+    """
     return ProcessPoolExecutor(
         workers, multiprocessing.get_context("spawn"), initializer=_begin, initargs=(prepare, arguments)
     )
@@ -26,6 +28,6 @@ def _begin(prepare: Callable[..., None] | None, arguments: tuple[Any, ...]) -> N
 
 
 def _end_with_parent() -> None:
-    """Nobody tells a worker that its program is gone."""
+    """Exit when the parent process ends: after SIGKILL it cannot tell its workers."""
     wait([multiprocessing.parent_process().sentinel])
     os._exit(1)

@@ -7,12 +7,14 @@ B batch, F frames, N visual tokens of a frame, E their width, T text tokens, D w
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
 from common.attention import Attention, Mlp, sincos_pos_embed_1d, sincos_pos_embed_2d
-from common.contracts import FrameBatch
+from common.contracts import FrameBatch, TrainableModel
 from common.errors import UserError
 from common.frozen import CLIPTextEncoder, DinoV2
 from common.image_range import denormalize
@@ -40,7 +42,7 @@ class FutureBlock(nn.Module):
         return x + self.mlp(self.norm_mlp(x))  # (B, F, N, D)
 
 
-class DinoFuture(nn.Module):
+class DinoFuture(TrainableModel):
     """contracts.FutureDynamics in the space of DINOv2: the tokens of one frame and a sentence -> those of F frames.
 
     Frame 0 of the output is the present. The model predicts the change from the present, which is zero before
@@ -100,6 +102,9 @@ class DinoFuture(nn.Module):
         """(B, 3, H, W) in [-1, 1], B sentences -> (B, F, N, E). The model is deterministic and ignores `seed`."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())):
             return self.predict(self.vision(denormalize(image)), text)
+
+    def compile_unet(self, **options: Any) -> None:
+        """Nothing to compile: there is no UNet."""
 
     def freeze_unused_blocks(self) -> None:
         """Nothing to freeze: every part of the model contributes to `imagine`."""

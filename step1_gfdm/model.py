@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from einops import rearrange, repeat
 from huggingface_hub import snapshot_download
-from torch import Tensor, nn
+from torch import Tensor
 
 from common import frozen
 from common.attention import sincos_pos_embed_1d
-from common.contracts import VideoBatch
+from common.contracts import TrainableModel, VideoBatch
 from common.errors import UserError
 from step1_gfdm import unet as svd_unet
 from step1_gfdm import vae as svd_vae
@@ -35,7 +35,7 @@ PIPELINE = ("vae", "scheduler", "image_encoder", "feature_extractor", "model_ind
 MAX_ROWS = 65_535
 
 
-class GFDM(nn.Module):
+class GFDM(TrainableModel):
     """Stable Video Diffusion conditioned on a sentence and, by concatenation on channels, on the first frame's latent.
 
     svd: diffusers SVD pipeline folder or hub id (the original SVD, VPP's checkpoints, artifacts of ours).
@@ -184,9 +184,16 @@ class GFDM(nn.Module):
                 shutil.copy(source / part, folder / part)
 
     def load_weights(self, folder: Path) -> None:
-        """Read the UNet of a pipeline folder, unless this model was built from that very folder."""
-        if self._untrained or Path(self.svd) != Path(folder):
+        """Read the UNet of a pipeline folder, unless this model was built from that very folder.
+
+        Raises UserError where its weights do not fit this model.
+        """
+        if not self._untrained and Path(self.svd) == Path(folder):
+            return
+        try:
             self.unet.load_state_dict(svd_unet.load(folder).state_dict())
+        except RuntimeError as error:
+            raise UserError(f"{folder}/unet does not fit this model's config.yaml: {error}") from error
 
     def _features(self, first: Tensor, text: Tensor, seed: int) -> Tensor:
         """First-frame latents (B, c, h, w), text (B, T, cross_attention_dim) -> (B, F, L, C), in one pass."""

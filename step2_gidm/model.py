@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from common.contracts import LatentAction, TransitionBatch
+from common.contracts import LatentAction, TrainableModel, TransitionBatch
 from common.errors import UserError
 from common.frozen import DinoV2, T5TextEncoder
 from common.metrics import code_counts, perplexity
@@ -29,7 +29,7 @@ from step2_gidm.transformer import SpatialTransformer, SpatioTemporalTransformer
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
-class InverseModel(nn.Module):
+class InverseModel(TrainableModel):
     """What the inverse models of Table 7 share: frozen encoders, a bottleneck, the decoder and the objective.
 
     A subclass builds its encoder in `build_encoder` and applies it in `encode`. The defaults are the paper's

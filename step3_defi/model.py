@@ -13,7 +13,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from common.contracts import FutureDynamics, InverseDynamics, LatentAction, PolicyBatch
+from common.contracts import FutureDynamics, InverseDynamics, LatentAction, PolicyBatch, TrainableModel, TrainableModel
 from common.errors import UserError
 from common.frozen import CLIPTextEncoder, FrozenModule
 from common.image_range import denormalize
@@ -66,7 +66,7 @@ class InferredStreams(NamedTuple):
     metrics: dict[str, Tensor]  # codes (K, number of codes), latent_deviation, and with target tokens copy_loss
 
 
-class DeFI(nn.Module):
+class DeFI(TrainableModel):
     """The coupled policy.
 
     `projector`, `video_former` and `adapter` are constructors: they are called with the widths of the two models.
@@ -94,7 +94,11 @@ class DeFI(nn.Module):
         super().__init__()
         _check_pairing(observation, pairing, gfdm.num_frames)
         self.observation, self.alignment, self.bottleneck = observation, alignment, bottleneck
-        self.views, self.image_size, self.imagine_seed = observation.views, observation.image_size, observation.imagine_seed
+        self.views, self.image_size, self.imagine_seed = (
+            observation.views,
+            observation.image_size,
+            observation.imagine_seed,
+        )
         self.pair_frames = pairing.frames
         self.pair_view_indices = [self.views.index(name) for name in pairing.views or self.views]
         self.fuse_grid = streams.fuse_grid
@@ -165,8 +169,7 @@ class DeFI(nn.Module):
 
         `options` are those of torch.compile. A forward model without a UNet is not compiled.
         """
-        if hasattr(self.forward_model, "compile_unet"):
-            self.forward_model.compile_unet(**options)
+        self.forward_model.compile_unet(**options)
         self.adapter.compile(**options)
 
     @property
@@ -235,7 +238,7 @@ class DeFI(nn.Module):
 
     @torch.no_grad()
     def reliance(self, encoded: EncodedObservation, text: list[str], actions: Tensor) -> dict[str, dict[str, Tensor]]:
-        """"swap_<stream>" and "mean_<stream>" -> what reliance.loss_increase gives. Call it in eval mode."""
+        """ "swap_<stream>" and "mean_<stream>" -> what reliance.loss_increase gives. Call it in eval mode."""
         return self._reliance(self.infer_streams(encoded, text), encoded, text, actions)
 
     def _reliance(
@@ -257,11 +260,11 @@ class DeFI(nn.Module):
         return {name: reliance.loss_increase(squared_errors(changed), own) for name, changed in ablated.items()}
 
     def on_train_begin(self, step: int) -> None:
-        """Called before the first step, `step` being that of the checkpoint that is resumed, or 0."""
+        """As TrainableModel.on_train_begin; the step says whether alignment is still the only loss."""
         self.step = step
 
     def on_step_end(self, step: int, accelerator: Any = None) -> dict[str, float]:
-        """Called after every optimizer step; lets unused codes restart where the settings ask for it."""
+        """As TrainableModel.on_step_end; unused codes restart where the settings ask for it."""
         self.step = step
         if self.bottleneck.restart_codes and "gidm" in self.trainable:
             return self.gidm.on_step_end(step, accelerator)
@@ -389,9 +392,7 @@ class DeFI(nn.Module):
         tokens: dict[str, Callable[[], Tensor]] = {
             "video": lambda: self.video_former(pairs.features),
             "latent": lambda: self.embed_latent(latent, len(text)),
-            "future": lambda: rearrange(
-                pool_token_grid(pairs.futures, self.fuse_grid), "b v p n e -> b (v p n) e"
-            ),
+            "future": lambda: rearrange(pool_token_grid(pairs.futures, self.fuse_grid), "b v p n e -> b (v p n) e"),
             "now": lambda: rearrange(pool_token_grid(pairs.present_tokens, self.fuse_grid), "b v n e -> b (v n) e"),
         }
         raw = {name: tokens[name]() for name in self.streams}
@@ -416,7 +417,9 @@ def _check_pairing(observation: ObservationConfig, pairing: PairingConfig, num_f
             f"{list(observation.views)}"
         )
     if wrong := [frame for frame in pairing.frames if not 0 <= frame < num_frames]:
-        raise UserError(f"policy.pairing.frames names {wrong}; the forward model imagines the frames 0..{num_frames - 1}")
+        raise UserError(
+            f"policy.pairing.frames names {wrong}; the forward model imagines the frames 0..{num_frames - 1}"
+        )
 
 
 def _detached(loss: Tensor, losses: dict[str, Tensor], metrics: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -14,6 +14,8 @@ import torch
 from accelerate.utils import DistributedType
 from torch import nn
 
+from common.contracts import TrainableModel
+from common.errors import UserError
 from common.loop import Loop, NonFiniteLoss
 from common.mixture import FilteredSample, Mixture, UnreadableSample
 from common.sampler import DistributedBatchSampler, validation_batches
@@ -47,7 +49,7 @@ class Line:
         }
 
 
-class Net(nn.Module):
+class Net(TrainableModel):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
@@ -84,12 +86,13 @@ class Dies(Net):
 
     last = 7
 
-    def on_step_end(self, step: int, accelerator) -> None:
+    def on_step_end(self, step: int, accelerator=None) -> dict:
         if step == self.last:
             raise Killed
+        return {}
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("grad_accum_steps", [1, 2])
 def test_resumed_run_equals_straight_run_bit_for_bit(tmp_path, grad_accum_steps):
     straight = make(tmp_path / "a", grad_accum_steps=grad_accum_steps).fit(Net(), Line())
     with pytest.raises(Killed):
@@ -151,6 +154,7 @@ def test_sigterm_saves_and_the_next_run_goes_on(tmp_path):
         def on_step_end(self, step, accelerator):
             if step == 5:
                 os.kill(os.getpid(), signal.SIGTERM)
+            return {}
 
     with pytest.raises(SystemExit) as stop:
         make(tmp_path / "b", save_every=None).fit(Signalled(), Line())
@@ -250,7 +254,7 @@ def test_the_best_validation_is_told_of_while_its_averaged_weights_are_in_place(
 
 
 def test_a_best_that_nobody_measures_is_named(tmp_path):
-    with pytest.raises(ValueError, match="loop.best=loss_: the model reports no such metric; it reports loss, error"):
+    with pytest.raises(UserError, match="loop.best=loss_: the model reports no such metric; it reports loss, error"):
         make(tmp_path, eval_every=2, best="loss_").fit(Net(), Line(), Line(8), on_best=print)
 
 
@@ -263,8 +267,8 @@ def test_unreadable_samples_are_counted_and_too_many_stop_the_run(tmp_path):
     make(tmp_path / "few", max_steps=10, max_unreadable_fraction=0.5).fit(Net(), Line(unreadable={3}))
     last = json.loads((tmp_path / "few/metrics.jsonl").read_text().splitlines()[-1])
     assert last["data/skipped"] == 1
-    says = r"25\d of \d+ samples were unreadable, more than loop.max_unreadable_fraction=0.05: mend the data or raise it; the last: line/"
-    with pytest.raises(RuntimeError, match=says):
+    says = r"25\d of \d+ samples were unreadable, more than loop.max_unreadable_fraction=0.05: repair the data or raise it; the last: line/"
+    with pytest.raises(UserError, match=says):
         make(tmp_path / "many", max_steps=100, batch_size=1, save_every=None).fit(
             Net(), Line(unreadable=set(range(30)))
         )
@@ -298,7 +302,7 @@ def test_what_a_rule_leaves_out_is_counted_apart_and_stops_no_run(tmp_path, capl
         sum("unreadable sample replaced: line/39: torn" in message for message in caplog.messages)
         == last["data/skipped"]
     )
-    with pytest.raises(RuntimeError, match="1000 samples in a row were left out, the last: line/.*: too short"):
+    with pytest.raises(UserError, match="1000 samples in a row were left out, the last: line/.*: too short"):
         make(tmp_path / "all").fit(Net(), Line(short=set(range(40))))
 
 
@@ -309,8 +313,38 @@ def test_unreadable_held_out_samples_are_counted(tmp_path, caplog):
 
 def test_state_of_another_run_is_refused(tmp_path):
     make(tmp_path).fit(Net(), Line())
-    with pytest.raises(ValueError, match="another run"):
+    with pytest.raises(UserError, match="another run"):
         make(tmp_path, batch_size=8).fit(Net(), Line())
+
+
+class Wider(TrainableModel):
+    """Another model than Net."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(1, 1)
+
+    def forward(self, batch: dict) -> dict:
+        return {"loss": (self.net(batch["x"]) - batch["y"]).square().mean()}
+
+
+@pytest.mark.parametrize("changes, model", [({}, Wider), ({"ema_decay": None}, Net), ({"seed": 2}, Net)])
+def test_a_resume_folder_of_another_model_or_setting_is_one_line(tmp_path, changes, model):
+    make(tmp_path).fit(Net(), Line())
+    with pytest.raises(UserError, match="resume/step_00000012: this resume state belongs to another run") as caught:
+        make(tmp_path, **changes).fit(model(), Line())
+    assert "\n" not in str(caught.value)
+    (tmp_path / "resume/step_00000012/run.json").unlink()  # as versions of before left it
+    with pytest.raises(UserError, match="belongs to another run"):
+        make(tmp_path).fit(Net(), Line())
+
+
+def test_parts_that_do_not_train_belong_to_the_model_of_a_resume_folder(tmp_path):
+    make(tmp_path).fit(Net(), Line())
+    model = Net()
+    model.net[0].bias.requires_grad_(False)
+    with pytest.raises(UserError, match="belongs to another run"):
+        make(tmp_path).fit(model, Line())
 
 
 def test_batches_are_a_pure_function_and_ranks_share_an_epoch():
@@ -326,7 +360,7 @@ def test_mixture_follows_weights_and_refuses_unknown_names():
     picks = [mix.sample(i, np.random.default_rng(i)) for i in range(400)]
     share = np.mean([int(p["id"].split("/")[1]) < 5 for p in picks])
     assert 0.68 < share < 0.85
-    with pytest.raises(ValueError, match="not there"):
+    with pytest.raises(UserError, match="not there"):
         Mixture({"a": Line()}, {"c": 1})
 
 
@@ -340,5 +374,5 @@ def test_precision_auto_asks_the_machine(tmp_path, monkeypatch, pays: bool, expe
 
 def test_no_average_is_promised_of_sharded_weights(tmp_path, monkeypatch):
     monkeypatch.setattr("common.loop.Accelerator", lambda **_: SimpleNamespace(distributed_type=DistributedType.FSDP))
-    with pytest.raises(ValueError, match="set loop.ema_decay=null"):
+    with pytest.raises(UserError, match="set loop.ema_decay=null"):
         make(tmp_path).fit(Net(), Line())

@@ -1,13 +1,19 @@
+"""The optimizer: factors of parts, and a schedule that drives the optimizer in use."""
+
 from __future__ import annotations
 
 import pytest
 from torch import nn
 
 from common import optim
+from common.contracts import TrainableModel
+from common.errors import UserError
 
 
-def model() -> nn.Module:
-    return nn.ModuleDict({"gidm": nn.Linear(2, 2), "adapter": nn.Linear(2, 2)})
+def model() -> TrainableModel:
+    whole = TrainableModel()
+    whole.gidm, whole.adapter = nn.Linear(2, 2), nn.Linear(2, 2)
+    return whole
 
 
 def test_a_part_may_learn_at_a_share_of_the_rate_and_the_schedule_keeps_it() -> None:
@@ -26,13 +32,13 @@ def test_a_part_may_learn_at_a_share_of_the_rate_and_the_schedule_keeps_it() -> 
         scheduler.step()
     rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
     decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
-    assert {rates[id(p)] for p in whole["gidm"].parameters()} == {2.5e-4} and {
-        rates[id(p)] for p in whole["adapter"].parameters()
+    assert {rates[id(p)] for p in whole.gidm.parameters()} == {2.5e-4} and {
+        rates[id(p)] for p in whole.adapter.parameters()
     } == {1e-3}
-    assert decays[id(whole["gidm"].weight)] == 0.1 and decays[id(whole["gidm"].bias)] == 0.0
+    assert decays[id(whole.gidm.weight)] == 0.1 and decays[id(whole.gidm.bias)] == 0.0
     assert scheduler.get_last_lr()[0] == 1e-3  # what is logged is the rate of the parts without a factor
 
 
 def test_a_factor_of_no_part_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"\['gadapter'\].*adapter"):
+    with pytest.raises(UserError, match=r"\['gadapter'\].*adapter"):
         optim.build_optimizer(model(), lr=1e-3, weight_decay=0.1, lr_multipliers={"gadapter": 0.5}, total_steps=10)

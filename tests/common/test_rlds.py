@@ -302,8 +302,8 @@ def test_unknown_codec(toy: Path) -> None:
 
 def test_no_tensorflow(toy: Path) -> None:
     code = (
-        "import sys; from common.rlds import Rlds; import step2_gidm.data.dataset, common.loop; episode = "
-        "Rlds(sys.argv[1])[0];"
+        "import sys; from common.rlds import RldsDataset; import step2_gidm.data.dataset, common.loop; "
+        "episode = RldsDataset(sys.argv[1])[0]; "
         "episode.image('observation/image', 1), episode.text('observation/wide'); sys.exit('tensorflow' in sys.modules)"
     )
     assert (

@@ -1,5 +1,4 @@
-"""The stream: every rank and worker reads its own pairs, the same in any process, in bounded memory, in one reading of
-a record each."""
+"""The stream: ranks and workers share the pairs, which depend on no process, in bounded memory, each record read once."""
 
 from __future__ import annotations
 
@@ -14,6 +13,8 @@ import torch
 from torch import nn
 
 from common import rlds
+from common.contracts import TrainableModel
+from common.errors import UserError
 from common.sampler import DistributedBatchSampler, loader
 from common.loop import Loop
 from common.mixture import SeededDataset, Mixture
@@ -23,18 +24,18 @@ from step2_gidm.data.transitions import RldsTransitions
 from tests.common.test_rlds import record, write_video_set
 from tests.step2_gidm.data.test_dataset import PAIRS, silent, video_set
 
-EPISODES, ROOM = 12, 3  # of four frames at 1 Hz: three pairs each
+EPISODES, PAIRS_PER_EPISODE = 12, 3  # an episode has four frames at 1 Hz
 TOY = {"fps": 1, "image": "observation/image", "text": "instruction", "encoding": "code_points"}
 
 
 @pytest.fixture
 def toy(tmp_path: Path) -> Path:
-    return write_video_set(tmp_path / "toy" / "1.0.0", shards=(6, 7))  # the thirteenth is held out
+    return write_video_set(tmp_path / "toy" / "1.0.0", shards=(6, 7))  # 13 episodes, of which the first is held out
 
 
-def stream(folder: Path, *, length: int = EPISODES * ROOM, **options: object) -> StreamingMixture:
+def stream(folder: Path, *, length: int = EPISODES * PAIRS_PER_EPISODE, **options: object) -> StreamingMixture:
     return build_mixture(
-        {"toy": {"rlds": folder, **TOY}}, length=length, stream={"block": 6, "pairs": ROOM, **options}, **PAIRS
+        {"toy": {"rlds": folder, **TOY}}, length=length, stream={"block": 6, "pairs": PAIRS_PER_EPISODE, **options}, **PAIRS
     )
 
 
@@ -58,7 +59,7 @@ def ids(found: list[dict]) -> list[str]:
 def test_ranks_and_workers_share_out_every_pair(toy: Path, workers: int) -> None:
     shares = [ids(read(stream(toy), workers, rank=rank, world=2, stop=6)) for rank in range(2)]
     assert len(shares[0]) == len(shares[1]) == 18 and not set(shares[0]) & set(shares[1])
-    assert len(set(shares[0] + shares[1])) == EPISODES * ROOM
+    assert len(set(shares[0] + shares[1])) == EPISODES * PAIRS_PER_EPISODE
     gaps = {id.split("+")[1] for id in shares[0]}
     assert gaps == {"1"}
 
@@ -81,7 +82,7 @@ def test_a_worker_reads_blocks_of_its_own_one_after_another(toy: Path) -> None:
 
 def test_resumed_in_mid_block_and_in_other_processes_it_is_the_same(toy: Path) -> None:
     whole = read(stream(toy), workers=2, stop=14)
-    for start in (1, 7):  # inside a block, and where workers change places
+    for start in (1, 7):  # inside a block, and at the border of two workers' batches
         for late, batch in zip(read(stream(toy), workers=2, start=start, stop=14), whole[start:], strict=True):
             assert late["id"] == batch["id"] and torch.equal(late["frames"], batch["frames"])
     here = SeededDataset(stream(toy), seed=5)
@@ -111,7 +112,7 @@ def test_memory_is_bounded_and_the_bound_changes_nothing_else(toy: Path, caplog:
     sizes = [
         pair.size
         for i in range(EPISODES)
-        for pair in RldsTransitions(toy, **TOY, **PAIRS).sample_pairs(i, np.random.default_rng(0), ROOM)
+        for pair in RldsTransitions(toy, **TOY, **PAIRS).sample_pairs(i, np.random.default_rng(0), PAIRS_PER_EPISODE)
     ]
     roomy, tight = stream(toy), stream(toy, buffer_gb=2.5 * max(sizes) / 1e9)
     draws = {"roomy": SeededDataset(roomy, 5), "tight": SeededDataset(tight, 5)}
@@ -121,7 +122,7 @@ def test_memory_is_bounded_and_the_bound_changes_nothing_else(toy: Path, caplog:
             one, other = (draw[key] for draw in draws.values())
             assert one["id"] == other["id"] and torch.equal(one["frames"], other["frames"])
     assert max(sizes) < draws["tight"].reader.peak_bytes <= tight.buffer_size
-    assert 6 * min(sizes) <= draws["roomy"].reader.peak_bytes <= (6 + ROOM) * max(sizes), (
+    assert 6 * min(sizes) <= draws["roomy"].reader.peak_bytes <= (6 + PAIRS_PER_EPISODE) * max(sizes), (
         "a block and what is read ahead in place of what was drawn"
     )
     assert [message.split(":")[1] for message in caplog.messages] == [
@@ -133,7 +134,7 @@ def test_memory_is_bounded_and_the_bound_changes_nothing_else(toy: Path, caplog:
 def test_sets_come_by_weight_and_episodes_all_once_before_any_again(tmp_path: Path, toy: Path) -> None:
     few = write_video_set(tmp_path / "few" / "1.0.0", shards=(5,))
     sets = {"toy": {"rlds": toy, "weight": 3, **TOY}, "few": {"rlds": few, "weight": 1, **TOY}}
-    samples = build_mixture(sets, length=1200, stream={"block": 6, "pairs": ROOM}, **PAIRS)
+    samples = build_mixture(sets, length=1200, stream={"block": 6, "pairs": PAIRS_PER_EPISODE}, **PAIRS)
     plan = ReadSchedule(samples, seed=1)
     drawn = [plan.episode(block, run) for block in range(3 * samples.num_blocks) for run in range(samples.runs)]
     assert np.mean([which == 0 for which, _ in drawn]) == pytest.approx(0.75, abs=0.03)
@@ -144,7 +145,7 @@ def test_sets_come_by_weight_and_episodes_all_once_before_any_again(tmp_path: Pa
             block, run = divmod(epoch * plan.runs_per_epoch + place, samples.runs)
             by_draw[chosen[place]][int(draws[place])] = plan.episode(block, run)[1]
     for which, count in ((0, EPISODES), (1, 4)):
-        episodes = [by_draw[which][draw] for draw in range(len(by_draw[which]))]  # none is left out over three epochs
+        episodes = [by_draw[which][draw] for draw in range(len(by_draw[which]))]  # no draw is missing over three epochs
         passes = [episodes[i : i + count] for i in range(0, len(episodes) - count, count)]
         assert all(sorted(one) == list(range(count)) for one in passes) and len(set(map(tuple, passes))) > 15, (
             "in another order each time"
@@ -172,11 +173,11 @@ def test_bad_episodes_are_replaced_and_named(toy: Path) -> None:
     found = read(stream(toy))
     lines = [each.line for batch in found for skipped in batch["skipped"] for each in skipped if not each.by_rule]
     assert len(ids(found)) == 36 and not any(id.startswith("toy/4@") for id in ids(found))
-    assert len(lines) == ROOM and all(
+    assert len(lines) == PAIRS_PER_EPISODE and all(
         line.startswith("toy/4: toy/train/4 in ") and "\n" not in line for line in lines
     ), "as many as there were pairs"
     break_records(toy, set(range(13)))
-    with pytest.raises(RuntimeError, match="20 unreadable episodes in a row, the last: toy/"):
+    with pytest.raises(UserError, match="20 unreadable episodes in a row, the last: toy/"):
         read(stream(toy))
 
 
@@ -188,7 +189,7 @@ def test_episodes_without_a_sentence_and_short_ones_stop_no_run(toy: Path, tmp_p
     samples = build_mixture(
         {"toy": {"rlds": toy, "weight": 9, **TOY}, "short": short},
         length=36,
-        stream={"block": 6, "pairs": ROOM},
+        stream={"block": 6, "pairs": PAIRS_PER_EPISODE},
         min_gap=0.25,
         **PAIRS,
     )
@@ -198,7 +199,7 @@ def test_episodes_without_a_sentence_and_short_ones_stop_no_run(toy: Path, tmp_p
         RuntimeError,
         match="1000 episodes in a row were left out, the last: toy/.: 2 frames are too few for pairs 4 apart",
     ):
-        read(build_mixture({"short": short}, length=36, stream={"block": 6, "pairs": ROOM}, **PAIRS))
+        read(build_mixture({"short": short}, length=36, stream={"block": 6, "pairs": PAIRS_PER_EPISODE}, **PAIRS))
     run(tmp_path / "run", samples, max_unreadable_fraction=0.0)
 
 
@@ -207,7 +208,7 @@ def test_a_record_that_decodes_but_was_damaged_is_never_trained_on(toy: Path) ->
     file, data = rlds.TFRecordFile(path), bytearray(path.read_bytes())
     action = next(
         i for i in range(int(file.spans[4][0]), len(data)) if data[i : i + 4] == np.float32(4).tobytes()
-    )  # a number of the fifth episode
+    )  # an action of the fifth episode
     data[action] ^= 1
     path.write_bytes(bytes(data))
     found = read(stream(toy))
@@ -235,21 +236,21 @@ def test_a_picture_that_breaks_late_is_replaced_within_its_block(toy: Path, monk
 
 def test_videos_feed_the_same_stream(tmp_path: Path, toy: Path) -> None:
     sets = {"toy": {"rlds": toy, "weight": 1, **TOY}, "clips": {"video": video_set(tmp_path / "clips", 4), "weight": 1}}
-    samples = build_mixture(sets, length=60, stream={"block": 6, "pairs": ROOM}, **PAIRS)
+    samples = build_mixture(sets, length=60, stream={"block": 6, "pairs": PAIRS_PER_EPISODE}, **PAIRS)
     found = ids(read(samples, stop=20))
     assert {id.split("/")[0] for id in found} == {"toy", "clips"} and all(
         id.endswith("+10") for id in found if id.startswith("clips")
     )
     reader = samples.reader(5, 1)
     clip = next(n for n, slot in ((n, reader.read_run(n, 0)[0]) for n in range(20)) if slot.set == 1)
-    assert len({slot.pair.id for slot in reader.read_run(clip, 0)}) == ROOM and reader.read_run(clip, 0)[0].pair.size == 0, (
+    assert len({slot.pair.id for slot in reader.read_run(clip, 0)}) == PAIRS_PER_EPISODE and reader.read_run(clip, 0)[0].pair.size == 0, (
         "frames stay in their video"
     )
 
 
 def test_only_training_streams_and_eval_draws_by_random_access(toy: Path) -> None:
     sets = {"toy": {"rlds": toy, **TOY}}
-    assert isinstance(build_mixture(sets, split="val", stream={"block": 6, "pairs": ROOM}, **PAIRS), Mixture)
+    assert isinstance(build_mixture(sets, split="val", stream={"block": 6, "pairs": PAIRS_PER_EPISODE}, **PAIRS), Mixture)
     assert stream(toy).sample(0, np.random.default_rng(0))["id"].startswith("toy/")
     with pytest.raises(ValueError, match="1 <= pairs <= block"):
         stream(toy, block=2)
@@ -257,8 +258,8 @@ def test_only_training_streams_and_eval_draws_by_random_access(toy: Path) -> Non
         batches(stream(toy), size=8)
 
 
-class Grey(nn.Module):
-    """Guesses the second frame's brightness from the first's, with dropout."""
+class Grey(TrainableModel):
+    """Predicts the brightness of the second frame from that of the first, with dropout."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -294,7 +295,7 @@ def test_a_loop_resumed_in_mid_block_equals_one_unbroken(toy: Path, tmp_path: Pa
     whole = run(tmp_path / "whole", stream(toy))
     with pytest.raises(SystemExit):
         run(tmp_path / "broken", stream(toy), stop=5)
-    with pytest.raises(ValueError, match="'streams': \\(2, 1\\)"):
+    with pytest.raises(ValueError, match="'readers': \\(2, 1\\)"):
         run(tmp_path / "broken", stream(toy), workers=0)
     resumed = run(tmp_path / "broken", stream(toy))
     assert all(torch.equal(one, other) for one, other in zip(whole.parameters(), resumed.parameters(), strict=True))
