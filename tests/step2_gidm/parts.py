@@ -1,4 +1,4 @@
-"""Frozen parts small enough to reason about, and moving pictures whose motion is the only thing to infer."""
+"""Fakes of the frozen encoders, models of toy size, and pairs of frames in which only a square moves."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from step2_gidm.quantizer import VectorQuantizer
 DIM = 32
 
 
-class Eyes(nn.Module):
+class FakeVision(nn.Module):
     """4 x 4 tokens: the mean colour of each patch through a fixed linear map."""
 
     dim, num_tokens, grid = 16, 16, (4, 4)
@@ -26,8 +26,8 @@ class Eyes(nn.Module):
         return nn.functional.adaptive_avg_pool2d(images, self.grid).flatten(2).transpose(1, 2) @ self.map
 
 
-class Words(nn.Module):
-    """One random but fixed vector a word, padded to the longest sentence with zeros."""
+class FakeText(nn.Module):
+    """One random but fixed vector for each word; sentences are padded to the longest one with zeros."""
 
     dim = 8
 
@@ -41,8 +41,8 @@ class Words(nn.Module):
         return torch.randn(self.dim, generator=torch.Generator().manual_seed(sum(map(ord, word))))
 
 
-class Meta(nn.Module):
-    """Stands for an encoder where only widths matter (meta device)."""
+class FakeEncoder(nn.Module):
+    """Stands for either encoder where only the widths matter (meta device)."""
 
     dim, num_tokens, grid = 768, 256, (16, 16)
 
@@ -50,8 +50,10 @@ class Meta(nn.Module):
 def make(kind: type = GIDM, quantizer: nn.Module | None = None, **options: object) -> nn.Module:
     """A model of any kind at a toy size."""
     options = {"dim": DIM, "num_heads": 2, "encoder_layers": 2, "decoder_layers": 2, "queries": 2, **options}
-    model = kind(vision=Eyes(), text=Words(), quantizer=quantizer or VectorQuantizer(8, 6, restart_every=10), **options)
-    model.decoder.out.reset_parameters()  # a residual decoder starts at zero, where nothing could be told apart
+    model = kind(
+        vision=FakeVision(), text=FakeText(), quantizer=quantizer or VectorQuantizer(8, 6, restart_every=10), **options
+    )
+    model.decoder.out.reset_parameters()  # the decoder of a new model predicts no change at all
     return model
 
 

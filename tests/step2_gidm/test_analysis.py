@@ -1,5 +1,7 @@
-"""What latent actions mean, with the truth planted: what is there is found, what is not is not, and test episodes are
-never fitted on."""
+"""The analysis of latent actions on constructed data, where the true answer is known.
+
+It has to find what is there and nothing else, and must never fit on test episodes.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,7 @@ TASKS = ["open", "close", "lift", "push"]
 def labels(
     episodes: int, pairs: int, *, prefix: str = "e", motion: np.ndarray | None = None, scenes: int = 1
 ) -> Labels:
-    """`pairs` pairs of each of `episodes` episodes; the tasks and the scenes take turns."""
+    """Labels of `pairs` pairs in each of `episodes` episodes; tasks and scenes alternate."""
     number = np.repeat(np.arange(episodes), pairs)
     count = len(number)
     names, where = np.char.add(prefix, number.astype(str)), np.char.add("scene", (number // 4 % scenes).astype(str))
@@ -50,14 +52,14 @@ def labels(
     )
 
 
-def moved(codes: Tensor) -> np.ndarray:
-    """Displacement (P, 3) that two codes of eight decide, and a little noise."""
+def motion_from(codes: Tensor) -> np.ndarray:
+    """Displacements (P, 3) that two codes out of eight determine, with a little noise."""
     table = torch.randn(2, 8, 3, generator=torch.Generator().manual_seed(1)) * 0.05
     return (table[0, codes[:, 0]] + table[1, codes[:, 1]] + 0.005 * torch.randn(len(codes), 3)).double().numpy()
 
 
-def told(codes: Tensor) -> dict[str, Tensor]:
-    """Inputs of which the latent action alone knows the codes."""
+def representations_of(codes: Tensor) -> dict[str, Tensor]:
+    """Representations of which only the latent action carries the codes."""
     book = torch.randn(8, 6, generator=torch.Generator().manual_seed(2))
     latent = book[codes].flatten(1)
     noise = {TOKENS: torch.randn(len(codes), 40), PIXELS: torch.randn(len(codes), 9)}
@@ -66,8 +68,8 @@ def told(codes: Tensor) -> dict[str, Tensor]:
 
 def test_the_read_out_finds_motion_in_codes_that_decide_it_and_nowhere_else() -> None:
     fit, test = torch.randint(8, (800, 2)), torch.randint(8, (200, 2))
-    known = labels(100, 8, motion=moved(fit)), labels(25, 8, prefix="t", motion=moved(test))
-    results = analysis.probe_motion(told(fit), known[0], told(test), known[1], seed=0)
+    known = labels(100, 8, motion=motion_from(fit)), labels(25, 8, prefix="t", motion=motion_from(test))
+    results = analysis.probe_motion(representations_of(fit), known[0], representations_of(test), known[1], seed=0)
     assert set(results) == {"0"} and set(results["0"]) == {"motion"}, "nothing is said of a gripper that nobody read"
     rows = results["0"]["motion"]["r2"]
     assert rows[QUANTIZED]["low"] > 0.6 and rows[CONTINUOUS]["low"] > 0.6
@@ -88,13 +90,13 @@ def test_the_gripper_is_read_where_it_moves() -> None:
         labels(*size)._replace(gripper=rows) for size, rows in (((25, 8), change[:200]), ((20, 5), change[200:]))
     )
     fit = fit._replace(episode=np.char.add("f", fit.episode))
-    inputs = told(codes[:200]), told(codes[200:])
+    inputs = representations_of(codes[:200]), representations_of(codes[200:])
     rows = analysis.probe_motion(inputs[0], fit, inputs[1], test, seed=0)["0"]["gripper"]["r2"]
     assert rows[QUANTIZED]["low"] > 0.4 > 0.15 > rows[RANDOM]["mean"]
     for other in (
         test._replace(view=np.ones(100, int)),
         test._replace(gripper=0 * test.gripper),
-    ):  # a camera never fitted; nothing moves
+    ):  # a camera that was not fitted on; a gripper that does not move
         with pytest.raises(MissingLabels, match="too few pairs hold readings"):
             analysis.probe_motion(
                 inputs[0], fit._replace(gripper=fit.gripper * other.gripper.any()), inputs[1], other, seed=0
@@ -102,7 +104,7 @@ def test_the_gripper_is_read_where_it_moves() -> None:
 
 
 def fingerprints(known: Labels) -> dict[str, Tensor]:
-    """Latent actions that tell the episode and nothing else."""
+    """Latent actions that identify the episode and carry nothing else."""
     names, number = np.unique(known.episode, return_inverse=True)
     latent = torch.stack([torch.randn(64, generator=torch.Generator().manual_seed(int(name[1:]))) for name in names])[
         number
@@ -113,7 +115,7 @@ def fingerprints(known: Labels) -> dict[str, Tensor]:
 def test_an_episode_that_is_measured_is_never_fitted_on(monkeypatch: pytest.MonkeyPatch) -> None:
     motion = np.random.default_rng(0).normal(size=(60, 3)).repeat(6, 0) * 0.05  # one displacement an episode
     fit = labels(60, 6, motion=motion)
-    test = labels(60, 6, motion=motion)  # the very same episodes, of which a third is asked for
+    test = labels(60, 6, motion=motion)  # the same episodes, of which a third is measured
     third = np.arange(240, 360)
     test = Labels(*(column[third] for column in test))
     parts = analysis.split_by_episode(fit.episode, test.episode, 0)
@@ -150,7 +152,7 @@ def test_neighbours_are_the_planted_ones_of_other_episodes() -> None:
     values = {CONTINUOUS: by_task, QUANTIZED: torch.eye(4)[task], PIXELS: torch.randn(120, 5)}
     found = analysis.find_neighbours(values[QUANTIZED], by_task, known, 4)
     assert (known.episode[found] != known.episode[:, None]).all() and (known.text[found] == known.text[:, None]).all()
-    assert all(len(set(row)) == 4 for row in known.episode[found]), "twins of one episode count once"
+    assert all(len(set(row)) == 4 for row in known.episode[found]), "similar pairs of one episode count once"
     ties = torch.cdist(by_task, by_task)
     ties[torch.from_numpy(known.episode[:, None] == known.episode)] = torch.inf
     assert (known.episode[found[:, 0]] == known.episode[ties.argmin(1).numpy()]).all(), (
@@ -181,8 +183,8 @@ def test_retrieval_needs_something_to_compare() -> None:
         analysis.measure_retrieval({CONTINUOUS: np.zeros((12, 2), int)}, known._replace(text=known.episode))
 
 
-def carried(scenes: int) -> tuple[torch.nn.Module, EncodedPairs, Labels]:
-    """A model whose action adds its change to any frame; every task has an action and every scene its own look."""
+def transferable(scenes: int) -> tuple[torch.nn.Module, EncodedPairs, Labels]:
+    """A model whose latent action adds its change to any frame; each task has an action, and scenes look different."""
     known = labels(16, 3, scenes=scenes)
     task = torch.from_numpy(np.unique(known.text, return_inverse=True)[1])
     scene = torch.from_numpy(np.unique(known.scene, return_inverse=True)[1])
@@ -195,7 +197,7 @@ def carried(scenes: int) -> tuple[torch.nn.Module, EncodedPairs, Labels]:
 
 
 def test_an_action_carries_over_to_another_scene() -> None:
-    model, encoded, known = carried(2)
+    model, encoded, known = transferable(2)
     partners = analysis.find_transfer_pairs(known, 0)
     assert len(partners.target) == 48 and (known.scene[partners.source] != known.scene[partners.target]).all()
     assert (known.text[partners.source] == known.text[partners.target]).all() and (
@@ -225,14 +227,14 @@ def test_an_action_carries_over_to_another_scene() -> None:
 
 def test_transfer_needs_two_scenes_with_a_task_in_common() -> None:
     with pytest.raises(MissingLabels, match="all pairs are of one scene"):
-        analysis.find_transfer_pairs(carried(1)[2], 0)
-    known = carried(2)[2]
+        analysis.find_transfer_pairs(transferable(1)[2], 0)
+    known = transferable(2)[2]
     with pytest.raises(MissingLabels, match="scenes share no sentence"):
         analysis.find_transfer_pairs(known._replace(text=np.char.add(known.text, known.scene)), 0)
 
 
 def square_set(folder: Path, split: str, count: int, seed: int) -> Path:
-    """Clips of a square that wanders, with its place as the robot's readings."""
+    """Clips of a square that moves at random, with its position as the robot's readings."""
     rng = np.random.default_rng(seed)
     (folder / "annotation" / split).mkdir(parents=True, exist_ok=True)
     for i in range(count):
@@ -258,7 +260,7 @@ def test_motion_is_read_out_of_real_pictures(tmp_path: Path) -> None:
     place = torch.stack(torch.meshgrid(torch.arange(4.0), torch.arange(4.0), indexing="ij"), dim=-1).view(16, 2)
 
     def centre(now: Tensor, future: Tensor, *_: object) -> Tensor:
-        """The planted truth: how far the colours' weight moved."""
+        """The true answer: how far the centre of brightness moved."""
         return torch.cat(
             [((future - now).transpose(1, 2) @ place).transpose(1, 2), torch.zeros(len(now), 2, 16)], dim=2
         )

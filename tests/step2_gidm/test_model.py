@@ -1,4 +1,4 @@
-"""The inverse models of Tables 7 and 8: no leak, one protocol, the paper's and the release's sizes, and learning."""
+"""The inverse models of Tables 7 and 8: no leak of the future, one interface, published sizes, and learning."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from common.metrics import perplexity
 from step2_gidm.baselines import MLPInverse, TransformerInverse
 from step2_gidm.model import GIDM, normalize_text
 from step2_gidm.quantizer import Binning, Continuous, GaussianMixture, VectorQuantizer
-from tests.step2_gidm.parts import DIM, Eyes, Meta, Words, make, moving
+from tests.step2_gidm.parts import DIM, FakeEncoder, FakeText, FakeVision, make, moving
 
 KINDS = {"gidm": GIDM, "mlp": MLPInverse, "transformer": TransformerInverse}
 QUANTIZERS = {
@@ -135,12 +135,7 @@ def test_bad_inputs() -> None:
 @pytest.mark.parametrize(
     "layers, codes, text_in, total",
     [
-        (
-            12,
-            16,
-            ["encoder", "decoder"],
-            201_554_560,
-        ),  # UniVLA's first stage and the release
+        (12, 16, ["encoder", "decoder"], 201_554_560),  # UniVLA's first stage and the release
         (16, 16, ["encoder", "decoder"], 267_685_504),
         (16, 128, ["encoder"], 267_699_840),  # the paper's reading of Table 10
     ],
@@ -148,8 +143,8 @@ def test_bad_inputs() -> None:
 def test_sizes(layers: int, codes: int, text_in: list[str], total: int) -> None:
     with torch.device("meta"):
         model = GIDM(
-            vision=Meta(),
-            text=Meta(),
+            vision=FakeEncoder(),
+            text=FakeEncoder(),
             quantizer=VectorQuantizer(codes, 128),
             encoder_layers=layers,
             decoder_layers=layers,
@@ -229,7 +224,7 @@ def test_artifact_round_trip_with_the_real_loaders(hub: Path, tmp_path: Path) ->
 
 def test_attention_shows_the_patch_of_the_future_frame_that_a_query_looks_at() -> None:
     model = make(encoder_layers=1).eval()
-    model.encoder.pos_embed.zero_()  # a patch is known by what it shows
+    model.encoder.pos_embed.zero_()  # patches differ by their content alone
     block, stem = model.encoder.blocks[0], model.encoder.stem
     future = torch.randn(1, model.num_tokens, model.embed_dim).expand(2, -1, -1).clone()
     future[1] = future[1].roll(3, dims=0)
@@ -237,7 +232,7 @@ def test_attention_shows_the_patch_of_the_future_frame_that_a_query_looks_at() -
     with torch.no_grad():
         sought = block.norm_spatial(stem(future[0, 7]))
         other, asks = block.norm_spatial(stem(model.queries))
-        asks = asks - (asks @ other) / (other @ other) * other  # query 1 alone
+        asks = asks - (asks @ other) / (other @ other) * other  # for query 1 only
         block.spatial.to_k.weight.copy_(torch.eye(DIM))
         block.spatial.to_q.weight.copy_(10 * torch.outer(sought, asks) / (asks @ asks))
     maps = model.attention(now, future, ["go", "push the square to the left"])
@@ -249,8 +244,8 @@ def test_attention_shows_the_patch_of_the_future_frame_that_a_query_looks_at() -
 def test_residual_decoder_starts_from_no_change() -> None:
     fresh, outright = (
         GIDM(
-            vision=Eyes(),
-            text=Words(),
+            vision=FakeVision(),
+            text=FakeText(),
             quantizer=VectorQuantizer(8, 6),
             dim=32,
             num_heads=2,

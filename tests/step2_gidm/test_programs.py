@@ -1,5 +1,4 @@
-"""The programs end to end at toy size: configurations compose, training resumes exactly, evaluation writes its
-table."""
+"""The programs of step 2 at toy size: configs compose, training resumes exactly, evaluation writes its results."""
 
 from __future__ import annotations
 
@@ -134,7 +133,7 @@ def test_rows_build(row: str, hub: Path) -> None:
     ],
 )
 def test_every_field_acts(field: str, values: tuple, hub: Path) -> None:
-    """From the word on the command line to what the model computes."""
+    """What is typed on the command line changes what the model computes."""
     for value in values:
         gidm = composed("scale=tiny", f"gidm.{field}={str(value).replace(' ', '')}", "gidm.residual=false")["gidm"]
         gidm["vision"]["path"], gidm["text"]["path"] = str(hub / "dinov2"), str(hub / "t5")
@@ -202,8 +201,8 @@ def test_real_data_trains(shared_data: Path, hub: Path, tmp_path: Path) -> None:
 
 
 def test_resume_equals_unbroken(hub: Path, tmp_path: Path) -> None:
-    class Told(Squares):
-        """With sentences of different lengths: a run that goes on meets them anew, and in other company."""
+    class WithSentences(Squares):
+        """With sentences of different lengths, which a resumed run encodes again, in batches of other sentences."""
 
         def sample(self, index: int, rng: np.random.Generator) -> dict:
             return {**super().sample(index, rng), "text": f"push block {index}" + " to the left" * (index % 11)}
@@ -211,12 +210,12 @@ def test_resume_equals_unbroken(hub: Path, tmp_path: Path) -> None:
     def run(folder: str, steps: int, total: int) -> GIDM:
         torch.manual_seed(0)
         loop = Loop(output_dir=str(tmp_path / folder), max_steps=total, save_every=3, schedule="constant", **LOOP)
-        if steps < total:  # stop as SIGTERM does
+        if steps < total:  # stop in the way of SIGTERM
             loop._everyone_stops = lambda: loop.progress.step == steps
         model = make(dim=16, encoder_layers=1, decoder_layers=1)
         model.text = t5_text(hub / "t5")
         model.text_proj = nn.Linear(model.text.dim, 16)
-        return loop.fit(model, Told())
+        return loop.fit(model, WithSentences())
 
     whole = run("whole", 14, 14)
     with pytest.raises(SystemExit):
@@ -227,7 +226,7 @@ def test_resume_equals_unbroken(hub: Path, tmp_path: Path) -> None:
 
 
 def code_use(row: dict[str, float]) -> dict[str, float]:
-    """What a row of metrics.jsonl says of the codes."""
+    """The metrics of the codes in a row of metrics.jsonl."""
     return {
         key: pytest.approx(value)
         for key, value in row.items()
@@ -236,7 +235,7 @@ def code_use(row: dict[str, float]) -> dict[str, float]:
 
 
 def test_logged_code_use_is_that_of_the_model_on_all_held_out_pairs(tmp_path: Path) -> None:
-    """Not of a batch, whose four latent actions could be four codes at most."""
+    """Not that of one batch, whose four latent actions can use at most four codes."""
     every, model = moving_all(Squares()), make(quantizer=VectorQuantizer(128, 6))
     with torch.no_grad():
         z = model.infer(*model.embed_pair(every["frames"]), every["text"]).continuous
@@ -255,7 +254,7 @@ def test_logged_code_use_is_that_of_the_model_on_all_held_out_pairs(tmp_path: Pa
 
 
 def moving_all(samples: Squares) -> dict:
-    """Every sample in one batch."""
+    """All samples in one batch."""
     rows = [samples.sample(i, np.random.default_rng(0)) for i in range(len(samples))]
     return {
         "id": [row["id"] for row in rows],
@@ -302,7 +301,7 @@ def test_two_processes_train_as_one_with_the_same_global_batch(tmp_path: Path) -
         assert [code_use(row) for row in found] == [code_use(row) for row in rows] and len(code_use(rows[-1])) == 6, (
             kind
         )
-        rows, found = rows[:-1], found[:-1]  # the last is of the validation
+        rows, found = rows[:-1], found[:-1]  # the last row is that of the validation
         assert len(rows) == 5 and len({row["train/loss"] for row in rows}) == 5
         for one, two in zip(rows, found, strict=True):
             assert two["train/loss"] == pytest.approx(one["train/loss"], rel=1e-4) and two[
@@ -367,7 +366,7 @@ def test_train_then_eval_from_the_command_line(hub: Path, tmp_path: Path, monkey
     video_set(tmp_path / "data/playtable/ABC/videos_set", 6, length=40, fps=30, views=2)
     video_set(tmp_path / "data/playtable/hand/videos_set", 6, length=40, fps=30)
     for scene in "BC":
-        stated(video_set(tmp_path / scene, 40, length=16, fps=8))
+        with_states(video_set(tmp_path / scene, 40, length=16, fps=8))
     where = [f"paths.data={tmp_path / 'data'}", f"paths.ckpts={tmp_path / 'ckpts'}"]
     build = [f"gidm.vision.path={hub / 'dinov2'}", f"gidm.text.path={hub / 't5'}", "gidm.encoder_layers=1"]
     short = [
@@ -466,8 +465,8 @@ def test_a_training_that_can_read_nothing_ends_with_one_line(
         train.main()
 
 
-def stated(folder: Path) -> Path:
-    """Readings of a robot for a set of moving brightness, two sentences."""
+def with_states(folder: Path) -> Path:
+    """Add readings of a robot and two sentences to the set of test_dataset.video_set."""
     for i, file in enumerate(sorted((folder / "annotation").glob("*/*.json"))):
         state = np.random.default_rng(i).normal(size=(16, 15)).cumsum(0)
         file.write_text(

@@ -1,4 +1,4 @@
-"""The four bottlenecks: gradients, losses, and dead codes that restart equally everywhere."""
+"""The four bottlenecks: gradients, losses, and unused codes that restart equally on all ranks."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_protocol(name: str) -> None:
 
 @pytest.mark.parametrize("name", MAKERS)
 def test_no_step_waits_for_the_device(name: str) -> None:
-    with FakeTensorMode():  # tensors without numbers: whoever asks for one, or for a shape that hangs on them, fails
+    with FakeTensorMode():  # tensors without values: code that reads a value, or a shape that depends on one, fails
         quantizer = MAKERS[name]().train()
         out = quantizer(torch.randn(7, 4, quantizer.dim, requires_grad=True))
         (out.loss + out.quantized.sum()).backward()
@@ -117,7 +117,7 @@ def test_usage_survives_a_resume(kind: type) -> None:
 RESTART = """
 import importlib.util, sys, torch, torch.distributed as dist
 rank, file, folder, kind, table = int(sys.argv[1]), *sys.argv[2:]
-spec = importlib.util.spec_from_file_location("quantizer", file)  # alone: the room's front door loads much more
+spec = importlib.util.spec_from_file_location("quantizer", file)  # without the package, which imports much more
 module = importlib.util.module_from_spec(spec)
 sys.modules["quantizer"] = module
 spec.loader.exec_module(module)
@@ -169,7 +169,7 @@ def test_mixture_learns_where_the_data_is() -> None:
 
 
 def test_mixture_at_the_papers_size_leaves_no_cluster_without_a_component() -> None:
-    """A component far from the data gets no share of it in 128 numbers, and no gradient, however long the training."""
+    """In 128 dimensions a component far from the data gets no responsibility and no gradient."""
     torch.manual_seed(0)
     quantizer, centres = GaussianMixture(128, 128).train(), 0.3 * torch.randn(64, 128)
     optimizer = torch.optim.Adam(quantizer.parameters(), 1e-3)
@@ -251,8 +251,7 @@ def test_frozen_codes_neither_learn_nor_restart_and_still_draw_latents(make: typ
 
 
 def test_a_smaller_z_makes_no_smaller_loss_where_z_is_normalised() -> None:
-    """What shrank latent actions in finetuning: without it the loss of a z ten times smaller around the same codes'
-    mean falls."""
+    """Without normalization, a z ten times smaller has a smaller loss: so latent actions shrank in finetuning."""
     torch.manual_seed(0)
     z, codes = torch.randn(64, 2, 4), torch.randn(8, 4)
     for normalize_tokens in (2, 0):
@@ -263,8 +262,7 @@ def test_a_smaller_z_makes_no_smaller_loss_where_z_is_normalised() -> None:
 
 
 def test_z_does_not_drift_where_it_is_normalised() -> None:
-    """A loss that pulls z somewhere cannot get there by moving all of it: the gradient passes through the
-    statistics."""
+    """The gradient passes through the statistics, so no loss can decrease by moving the mean of z."""
     z = torch.nn.Parameter(torch.randn(64, 2, 4))
     quantizer = VectorQuantizer(8, 4, normalize_tokens=2, delay=1000).train()
     pull = torch.randn(2, 4)
@@ -284,8 +282,7 @@ def test_frozen_codes_keep_the_statistics_that_they_were_made_with() -> None:
 
 
 def test_queries_are_normalised_each_by_itself() -> None:
-    """An offset that all samples of a query share says nothing of the action, and must not decide which code is
-    nearest."""
+    """An offset common to all samples of a query carries no action, so it must not decide which code is nearest."""
     torch.manual_seed(0)
     z, offset = torch.randn(64, 2, 4), torch.tensor([50.0, -50.0]).view(1, 2, 1)
     plain, shifted = (VectorQuantizer(8, 4, normalize_tokens=2) for _ in range(2))

@@ -1,4 +1,4 @@
-"""Blocks: causality over frames, masks that follow their sample, attention weights that are SDPA's."""
+"""The transformers: causal over frames, masks that belong to their sample, attention weights equal to SDPA's."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_a_sample_is_the_same_alone_and_beside_longer_sentences() -> None:
             alone = model(x[i : i + 1], text[i : i + 1, :length], mask[i : i + 1, :length])
             assert torch.allclose(together[i], alone[0], atol=1e-5)
         other = text.clone()
-        other[1] += torch.randn(4, 8)  # a full sentence: only its own sample moves
+        other[1] += torch.randn(4, 8)  # a sentence without padding: only the output of its own sample changes
         moved = (model(x, other, mask) - together).abs().flatten(1).amax(1)
         assert moved[1] > 1e-4 and moved[0] == 0 and moved[2] == 0
 

@@ -1,11 +1,10 @@
-"""Trains a toy inverse model for a few steps on an RLDS folder, by random access and in a stream, in as many processes
-as the launcher starts.
+"""Train a toy inverse model on an RLDS folder for a few steps, by random access and in a stream.
 
     train_distributed.py <RLDS folder> <out>
 
-The global batch is eight pairs. Four of them are a micro-batch of the stream, which reads two blocks side by side: two
-workers of one
-process do, or two processes. Held out are the pairs themselves, all of them.
+It runs in as many processes as the launcher starts. The global batch is always eight pairs. A micro-batch of the stream
+is four of them, and the stream reads two blocks side by side, with two workers of one process or with two processes.
+The held-out pairs are the training pairs, all of them.
 """
 
 import sys

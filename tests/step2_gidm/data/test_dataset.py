@@ -1,4 +1,4 @@
-"""Transitions: gaps by each set's own clock, never clamped; one clear line for each bad input; Table 12's mixture."""
+"""Transitions: gaps by the frame rate of each set, never clamped; one line for each bad input; Table 12's mixture."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ TOY = {"image": "observation/image", "text": "instruction", "encoding": "code_po
 def video_set(
     folder: Path, count: int = 2, *, length: int = 20, fps: float = 10.0, split: str = "train", views: int = 1
 ) -> Path:
-    """Clips whose brightness counts the frames: view v of frame t is 8 t + v."""
+    """Clips whose brightness counts the frames: frame t of view v has brightness 8 t + v."""
     (folder / "annotation" / split).mkdir(parents=True, exist_ok=True)
     for i in range(count):
         paths = [f"videos/{split}/{i}/{view}.mp4" for view in range(views)]
@@ -433,7 +433,7 @@ def test_labelled_calvin_pairs_hold_the_robots_readings(tmp_path: Path) -> None:
 def test_bad_calvin_is_one_line(tmp_path: Path) -> None:
     root = write_calvin(tmp_path / "calvin", recordings=4) / "training"
     rng = np.random.default_rng(0)
-    samples = CalvinTransitions(root, fps=32, **PAIRS)  # a pair has the whole annotation
+    samples = CalvinTransitions(root, fps=32, **PAIRS)  # a pair spans the whole annotation
     frame = root / f"episode_{samples.segments[1].end:07d}.npz"
     frame.write_bytes(frame.read_bytes()[:100])
     with pytest.raises(UnreadableSample, match=r"calvin/training/\d+/static\+32: .*npz: truncated or damaged"):
@@ -524,7 +524,7 @@ def test_real_rlds_pairs(shared_data: Path) -> None:
 def test_corrupt_record_is_reported_by_id(shared_data: Path, tmp_path: Path) -> None:
     folder = tmp_path / "1.0.0"
     folder.mkdir()
-    for file in (shared_data / "rlds_samples/bridge_dataset/1.0.0").iterdir():  # read-only there: copy contents only
+    for file in (shared_data / "rlds_samples/bridge_dataset/1.0.0").iterdir():  # they are read-only, so only their contents are copied
         (folder / file.name).write_bytes(file.read_bytes())
     shard = next(folder.glob("*.tfrecord-*"))
     data = bytearray(shard.read_bytes())
@@ -570,7 +570,7 @@ def test_a_sentence_is_read_as_the_table_says_and_a_contradiction_is_one_line(tm
 
 
 def silent(payload: bytes) -> bytes:
-    """The same episode with nothing but padding for a sentence."""
+    """The same episode with a sentence of padding alone."""
     example = tf_example_pb2.Example.FromString(payload)
     codes = example.features.feature["steps/instruction"].int64_list.value
     codes[:] = [0] * len(codes)

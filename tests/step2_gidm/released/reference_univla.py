@@ -1,8 +1,7 @@
-"""UniVLA's first-stage model written out as formulas over a dictionary of its own names: what imported weights must
-reproduce.
+"""UniVLA's first-stage model as formulas over a dictionary of its tensors, which imported weights have to reproduce.
 
-Softmax and positions are spelled out; one sample at a time, so that no padding exists. Names and shapes are those of a
-published checkpoint.
+Softmax and position embeddings are written out. There is one sample at a time, so there is no padding. Names and shapes
+are those of a published checkpoint.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ HEADS = 2
 def random_weights(
     *, width: int, code_width: int, codes: int, queries: int, blocks: int, seed: int = 0
 ) -> dict[str, Tensor]:
-    """Every tensor of a lam-stage-1 checkpoint at another size, with values that no two places share."""
+    """All tensors of a lam-stage-1 checkpoint at another size, with random values."""
     shapes: dict[str, tuple[int, ...]] = {
         "action_latent": (1, 1, queries, width),
         "vq.codebook.weight": (codes, code_width),
@@ -59,14 +58,13 @@ def random_weights(
 
 
 class ReferenceModel:
-    """The model's formulas over such a dictionary."""
+    """The formulas of the model over such a dictionary."""
 
     def __init__(self, weights: dict[str, Tensor]) -> None:
         self.w = {name.removeprefix("lam."): tensor for name, tensor in weights.items()}
 
     def encode(self, frames: Tensor, words: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Visual tokens (2, N, D) of two frames and words (L, D) -> encoder tokens (2, K + N + L, D), z (K, d), codes
-        (K,)."""
+        """Visual tokens (2, N, D), words (L, D) -> encoder tokens (2, K + N + L, D), z (K, d), codes (K,)."""
         queries = self.w["action_latent"][0, 0]
         x = torch.stack([self._stem("encoder", torch.cat([queries, frame])) for frame in frames])
         x = torch.cat([x, self._linear("lang_proj", words).expand(2, -1, -1)], dim=1)
@@ -83,8 +81,7 @@ class ReferenceModel:
         return x, z, (z[:, None] - self.w["vq.codebook.weight"]).square().sum(-1).argmin(1)
 
     def decode(self, now: Tensor, codes: Tensor, words: Tensor) -> Tensor:
-        """Visual tokens (N, D) of the first frame, codes (K,) and words (L, D) -> predicted tokens (N, D) of the
-        second."""
+        """Visual tokens (N, D) of the first frame, codes (K,), words (L, D) -> predicted tokens (N, D)."""
         actions = self._linear("action_up", self.w["vq.codebook.weight"][codes])
         x = self._stem("decoder", torch.cat([actions, self._linear("patch_up", now)]))
         x = torch.cat([x, self._linear("lang_proj", words)])

@@ -1,5 +1,5 @@
-"""Published inverse models: every tensor finds its place (outputs agree with the formulas, and with the release's own
-code where it is at hand)."""
+"""Published inverse models: imported weights give the outputs of reference_univla and of the public code, where a
+checkout of it is named by an environment variable."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def run(hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[
 
 
 def lightning(path: Path, weights: dict[str, Tensor], **held: Any) -> Path:
-    """As Lightning saves it, with copies of the frozen encoders inside."""
+    """A checkpoint in Lightning's form, with copies of the frozen encoders inside."""
     frozen = {"lam.dino_encoder.cls_token": torch.ones(1, 1, 4), "lam.text_encoder.shared.weight": torch.ones(3, 4)}
     torch.save(
         {
@@ -126,8 +126,8 @@ def test_a_policys_inverse_model_fits_without_its_decoder() -> None:
     state = from_univla(policy)
     assert all(torch.equal(policy[name], before[name]) for name in before) and policy.keys() == before.keys()
     model = GIDM(
-        vision=Sight(64, 4),
-        text=Reader(64),
+        vision=FakeDino(64, 4),
+        text=FakeT5(64),
         quantizer=VectorQuantizer(8, 16),
         dim=64,
         num_heads=HEADS,
@@ -212,11 +212,11 @@ def test_what_does_not_fit_is_one_line_and_leaves_nothing(run: Callable[..., Non
         run(tmp_path / "good.ckpt")
 
 
-# ---- parity with the public code, where a checkout of it is at hand ----
+# Parity with the public code, where a checkout of it is named by a variable of PUBLIC.
 
 
-class Sight(nn.Module):
-    """Stands for DINOv2 on both sides: each patch through a fixed linear map, after the ImageNet normalisation."""
+class FakeDino(nn.Module):
+    """Stands for DINOv2 in both codes: a fixed linear map of each patch, after the ImageNet normalization."""
 
     def __init__(self, dim: int, side: int) -> None:
         super().__init__()
@@ -233,8 +233,8 @@ class Sight(nn.Module):
         return self.forward_features((images - mean) / std)["x_norm_patchtokens"]
 
 
-class Reader(nn.Module):
-    """Stands for T5 and its tokenizer on both sides: a fixed vector a word."""
+class FakeT5(nn.Module):
+    """Stands for T5 and its tokenizer in both codes: a fixed vector for each word."""
 
     def __init__(self, dim: int = 768) -> None:
         super().__init__()
@@ -253,7 +253,7 @@ class Reader(nn.Module):
         return self.table[ids], mask
 
 
-PUBLIC = {  # variable -> (folder to import from, package of the model)
+PUBLIC = {  # environment variable -> (folder to import from, package of the model)
     "DEFI_OFFICIAL_REPO": ("Step2_GIDM", "genie.modules"),
     "UNIVLA_REPO": ("", "latent_action_model.genie.modules"),
 }
@@ -261,7 +261,7 @@ PUBLIC = {  # variable -> (folder to import from, package of the model)
 
 @pytest.fixture(params=PUBLIC)
 def theirs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], nn.Module]]:
-    """Builds the public code's own latent action model of a depth, its frozen parts stubbed."""
+    """Builds the public code's latent action model with a number of blocks and fakes of its frozen parts."""
     variable = request.param
     root = os.environ.get(variable)
     if not root:
@@ -270,9 +270,9 @@ def theirs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
     monkeypatch.syspath_prepend(str(Path(root) / folder))
     monkeypatch.setitem(
         sys.modules, "rotary_embedding_torch", types.SimpleNamespace(RotaryEmbedding=None)
-    )  # imported there, never used
+    )  # imported there but never used
     lam = importlib.import_module(f"{package}.lam")
-    reader = Reader()
+    reader = FakeT5()
 
     class Encoding(dict):
         def to(self, _: Any) -> Encoding:
@@ -286,10 +286,10 @@ def theirs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
         def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
             return types.SimpleNamespace(last_hidden_state=reader.table[input_ids])
 
-    monkeypatch.setattr(torch.hub, "load", lambda *_, **__: Sight(768, 4))
+    monkeypatch.setattr(torch.hub, "load", lambda *_, **__: FakeDino(768, 4))
     monkeypatch.setattr(lam.T5EncoderModel, "from_pretrained", lambda *_, **__: Encoder())
     monkeypatch.setattr(lam.T5Tokenizer, "from_pretrained", lambda *_, **__: tokenizer)
-    monkeypatch.setattr(Tensor, "cuda", lambda self, *_, **__: self)  # written into its position codes
+    monkeypatch.setattr(Tensor, "cuda", lambda self, *_, **__: self)  # called in its position embedding
     yield lambda blocks: lam.UncontrolledDINOLatentActionModel(
         in_dim=3,
         model_dim=768,
@@ -319,8 +319,8 @@ def test_parity_with_the_public_code(
     ours = GIDM(
         **{
             **{k: v for k, v in cfg.items() if k != "_target_"},
-            "vision": Sight(768, side),
-            "text": Reader(),
+            "vision": FakeDino(768, side),
+            "text": FakeT5(),
             "quantizer": quantizer,
         }
     ).eval()
