@@ -25,11 +25,11 @@ import torch
 from accelerate.utils import set_seed
 from hydra.utils import instantiate
 from torch import Tensor
-from tqdm import tqdm
 
 from benchmarks.imagine import compose_config, machine, parse_command_line, peak, ratio, run_in_subprocess
 from benchmarks.replan import SENTENCES, baseline_path, hub, random_policy
 from benchmarks.train_gfdm import WARM_UP, StepTimer
+from common.progress import tqdm
 from step3_defi import DeFI
 from step3_defi.data import features
 
@@ -45,7 +45,7 @@ class RandomWindows:
             view: torch.rand(count, 3, model.image_size, model.image_size, generator=generator) * 2 - 1
             for view in model.views
         }
-        self.actions = torch.rand(count, model.adapter.horizon, model.adapter.action_dim, generator=generator) * 2 - 1
+        self.actions = torch.rand(count, model.adapter.action_horizon, model.adapter.action_dim, generator=generator) * 2 - 1
 
     def __len__(self) -> int:
         return len(self.actions)
@@ -89,7 +89,7 @@ def train(overrides: list[str], arm: str, steps: int, batch_size: int, windows: 
         )
         samples, start = RandomWindows(model, windows), time.perf_counter()
         if arm == "cached":
-            samples = features.cached(
+            samples = features.get_or_build_cache(
                 samples, model.to("cuda" if torch.cuda.is_available() else "cpu"), folder, parents={}
             )
         cache, trained = time.perf_counter() - start, StepTimer(model)

@@ -43,12 +43,12 @@ class SigmaEmbedder(nn.Module):
 class DiTBlock(nn.Module):
     """Self-attention over the actions, cross-attention to the context, MLP; the first and the last with adaLN-Zero."""
 
-    def __init__(self, dim: int, heads: int, dropout: float) -> None:
+    def __init__(self, dim: int, num_heads: int, dropout: float) -> None:
         super().__init__()
         self.norm_self = nn.LayerNorm(dim, elementwise_affine=False)
-        self.self_attention = Attention(dim, heads, qkv_bias=True)
+        self.self_attention = Attention(dim, num_heads, qkv_bias=True)
         self.norm_cross = nn.LayerNorm(dim)
-        self.cross_attention = Attention(dim, heads, qkv_bias=True)
+        self.cross_attention = Attention(dim, num_heads, qkv_bias=True)
         self.norm_mlp = nn.LayerNorm(dim, elementwise_affine=False)
         self.mlp = Mlp(dim)
         self.adaLN_modulation = nn.Linear(dim, 6 * dim)
@@ -83,7 +83,7 @@ class ActionAdapter(nn.Module):
         *,
         dim: int = 384,
         layers: int = 12,
-        heads: int = 8,
+        num_heads: int = 8,
         action_horizon: int = 10,
         action_dim: int = 7,
         dropout: float = 0.1,
@@ -100,7 +100,7 @@ class ActionAdapter(nn.Module):
         self.action_embedder = nn.Linear(action_dim, dim)
         self.action_pos_embed = nn.Parameter(sincos_pos_embed_1d(action_horizon, dim))
         self.sigma_embedder = SigmaEmbedder(dim)
-        self.blocks = nn.ModuleList(DiTBlock(dim, heads, dropout) for _ in range(layers))
+        self.blocks = nn.ModuleList(DiTBlock(dim, num_heads, dropout) for _ in range(layers))
         self.norm = nn.LayerNorm(dim, elementwise_affine=False)
         self.adaLN_modulation = nn.Linear(dim, 2 * dim)
         self.out = nn.Linear(dim, action_dim)
@@ -117,7 +117,7 @@ class ActionAdapter(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def encode(self, goal: Tensor, streams: Mapping[str, Tensor]) -> Context:
-        """Sentence's feature (B, goal_dim), and name -> (B, tokens, width) -> the context; its first token is the goal."""
+        """Sentence's feature (B, goal_dim), name -> tokens (B, n, width) -> the context; its first token is the goal."""
         if streams.keys() != self.stream_embedders.keys():
             raise ValueError(f"the adapter reads streams {sorted(self.stream_embedders)}, got {sorted(streams)}")
         goal = self.goal_embedder(goal)  # (B, D)
@@ -125,7 +125,7 @@ class ActionAdapter(nn.Module):
         return Context(torch.cat([goal[:, None], *tokens], dim=1), goal)
 
     def forward(self, noisy: Tensor, sigma: Tensor, context: Context) -> Tensor:
-        """Scaled noisy actions (B*k, A, 7), the k draws of a sample in a row, and sigma (B*k,) -> output (B*k, A, 7)."""
+        """Scaled noisy actions (B*k, A, 7), the k draws of a sample in a row, sigma (B*k,) -> output (B*k, A, 7)."""
         draws = len(noisy) // len(context.tokens)
         condition = self.sigma_embedder(sigma) + context.goal.repeat_interleave(draws, dim=0)  # (B*k, D)
         x = self.action_embedder(noisy) + self.action_pos_embed  # (B*k, A, D)

@@ -1,6 +1,6 @@
 """EDM for actions: training noise, preconditioning and the ten-step sampler (Sec. 3.3; Karras et al., 2022).
 
-The paper does not specify them; the constants are those of the released code and of VPP. N rows, A actions of 7 numbers.
+The paper does not specify them; the constants are those of the released code and of VPP. N rows, A actions.
 """
 
 from __future__ import annotations

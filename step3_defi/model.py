@@ -13,7 +13,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from common.contracts import FutureDynamics, InverseDynamics, LatentAction, PolicyBatch, TrainableModel, TrainableModel
+from common.contracts import FutureDynamics, InverseDynamics, LatentAction, PolicyBatch, TrainableModel
 from common.errors import UserError
 from common.frozen import CLIPTextEncoder, FrozenModule
 from common.image_range import denormalize
@@ -94,11 +94,8 @@ class DeFI(TrainableModel):
         super().__init__()
         _check_pairing(observation, pairing, gfdm.num_frames)
         self.observation, self.alignment, self.bottleneck = observation, alignment, bottleneck
-        self.views, self.image_size, self.imagine_seed = (
-            observation.views,
-            observation.image_size,
-            observation.imagine_seed,
-        )
+        self.views, self.image_size = observation.views, observation.image_size
+        self.imagine_seed = observation.imagine_seed
         self.pair_frames = pairing.frames
         self.pair_view_indices = [self.views.index(name) for name in pairing.views or self.views]
         self.fuse_grid = streams.fuse_grid
@@ -238,7 +235,7 @@ class DeFI(TrainableModel):
 
     @torch.no_grad()
     def reliance(self, encoded: EncodedObservation, text: list[str], actions: Tensor) -> dict[str, dict[str, Tensor]]:
-        """ "swap_<stream>" and "mean_<stream>" -> what reliance.loss_increase gives. Call it in eval mode."""
+        """The name of an ablation, such as swap_latent -> what reliance.loss_increase gives. Call it in eval mode."""
         return self._reliance(self.infer_streams(encoded, text), encoded, text, actions)
 
     def _reliance(

@@ -1,9 +1,11 @@
-"""Program: pack the frames that training would read, once (Sec. 4.2; store.py has the form).
+"""Pack the frames that training would read from a dataset in CALVIN's format, so that random windows are fast to read.
 
-    python -m step3_defi.pack [scale=full] [data=calvin_abc|calvin_d|calvin_debug|playtable] [data.root=<folder>]
-    [workers=16] [data.cache_dir=<folder>]
+It takes the keys of step3_defi.train (Sec. 4.2; step3_defi.data.store describes the files). A run that was killed
+continues with the same command.
 
-Takes the words of step3_defi.train. A killed run goes on with the same command.
+Examples:
+    python -m step3_defi.pack scale=full workers=16
+    python -m step3_defi.pack data=calvin_d data.root=/data/task_D_D workers=8
 """
 
 from __future__ import annotations

@@ -1,9 +1,12 @@
-"""Program: rows of a table by their held-out loss, over seeds (Table 4).   python -m step3_defi.seeds
-runs=ckpts/defi/few base=pretrained
+"""Compare rows of a table by their held-out loss, over several seeds (Table 4).
 
-Reads the last validation in every `runs`/<row>/<seed>/metrics.jsonl. A row's difference to the base is paired by seed,
-with the 95 % interval
-of Student's t over the seeds that both have. Leaves seeds.json and table.md in `out`.
+It reads the last validation in every `runs`/<row>/<seed>/metrics.jsonl. The difference of a row to the base is paired
+by seed, and its 95 % interval is that of Student's t over the seeds that both have. The results are written to `out`:
+seeds.json and table.md.
+
+Examples:
+    python -m step3_defi.seeds runs=ckpts/defi/few base=pretrained
+    python -m step3_defi.seeds runs=ckpts/defi/few base=pretrained metrics=[action_loss] out=outputs/few
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from omegaconf import DictConfig
 from scipy.stats import t as student
 
 from common.curves import read_metrics
+from common.errors import UserError
 from common.files import write_text
 from common.program import program
 
@@ -25,29 +29,31 @@ LOG = logging.getLogger(__name__)
 
 
 def last_validation(folder: Path) -> dict[str, float]:
-    """The last validation in a training's metrics.jsonl, without the prefix, and its step. Raises ValueError where
-    there is none."""
+    """Metric -> value of the last validation in a training's metrics.jsonl, and its "step".
+
+    Raises UserError if there is none.
+    """
     path = folder / "metrics.jsonl"
     series = read_metrics(path)
     if "val/action_loss" not in series:
-        raise ValueError(f"{path} holds no validation; train that run to its end, or take it out of the folder")
+        raise UserError(f"{path} holds no validation; train that run to its end, or move it out of the folder")
     last = {key.removeprefix("val/"): values[-1] for key, (_, values) in series.items() if key.startswith("val/")}
     return last | {"step": series["val/action_loss"][0][-1]}
 
 
 def read_runs(runs: Path) -> dict[str, dict[str, dict[str, float]]]:
-    """Row -> seed -> last validation. Raises ValueError where trainings are of different lengths."""
+    """Row -> seed -> last validation. Raises UserError if the trainings have different lengths."""
     found: dict[str, dict[str, dict[str, float]]] = {}
     for folder in sorted(path for path in runs.glob("*/*") if path.is_dir()):
         found.setdefault(folder.parent.name, {})[folder.name] = last_validation(folder)
     steps = sorted({values["step"] for row in found.values() for values in row.values()})
     if len(steps) > 1:
-        raise ValueError(f"runs in {runs} end at steps {steps}: only trainings of one length can be compared")
+        raise UserError(f"the runs in {runs} end at steps {steps}; only trainings of equal length can be compared")
     return found
 
 
 def interval(differences: np.ndarray) -> tuple[float, float, float]:
-    """Mean and 95 % interval of Student's t; without a width's estimate the bounds are nan."""
+    """(mean, lower bound, upper bound) of Student's 95 % interval; the bounds of a single number are nan."""
     mean, count = float(differences.mean()), len(differences)
     if count < 2:
         return mean, float("nan"), float("nan")
@@ -56,9 +62,9 @@ def interval(differences: np.ndarray) -> tuple[float, float, float]:
 
 
 def compare(found: dict[str, dict[str, dict[str, float]]], base: str, metrics: list[str]) -> tuple[dict[str, Any], str]:
-    """Every row's seeds against the base's -> (result, Markdown)."""
+    """Compare the seeds of every row with those of the base -> (content of seeds.json, table as Markdown)."""
     if base not in found:
-        raise ValueError(f"base={base} is none of the rows: {', '.join(found) or 'the folder is empty'}")
+        raise UserError(f"base={base} is none of the rows: {', '.join(found) or 'the folder is empty'}")
     result: dict[str, Any] = {}
     lines = [
         "| row | seeds | " + " | ".join(metrics) + " | action_loss against the base, in % [95 %] |",
@@ -70,18 +76,18 @@ def compare(found: dict[str, dict[str, dict[str, float]]], base: str, metrics: l
         ratios = np.array([seeds[seed]["action_loss"] / found[base][seed]["action_loss"] - 1 for seed in shared])
         share = interval(100 * ratios) if row != base and shared else None
         result[row] = {"seeds": sorted(seeds), "runs": seeds, "against_base_percent": share}
-        cells = [
-            f"{part.mean():.4f} +- {part.std(ddof=1) if len(part) > 1 else float('nan'):.4f}" if len(part) else ""
-            for part in values.values()
-        ]
-        lines.append(
-            f"| {row} | {len(seeds)} | "
-            + " | ".join(cells)
-            + " | "
-            + (f"{share[0]:+.1f} [{share[1]:+.1f}, {share[2]:+.1f}]" if share else "")
-            + " |"
-        )
+        cells = [_mean_and_deviation(part) for part in values.values()]
+        against = f"{share[0]:+.1f} [{share[1]:+.1f}, {share[2]:+.1f}]" if share else ""
+        lines.append("| " + " | ".join([row, str(len(seeds)), *cells, against]) + " |")
     return result, "\n".join(lines)
+
+
+def _mean_and_deviation(values: np.ndarray) -> str:
+    """A cell of the table; empty where no run has the metric."""
+    if not len(values):
+        return ""
+    deviation = values.std(ddof=1) if len(values) > 1 else float("nan")
+    return f"{values.mean():.4f} +- {deviation:.4f}"
 
 
 @program("step3_seeds")

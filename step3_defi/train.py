@@ -1,9 +1,11 @@
-"""Program: couple both models with the action adapter and finetune (Sec. 3.3, Table 10).
+"""Couple both models with the action adapter, and finetune on demonstrations (Sec. 3.3, Table 10).
 
-    python -m step3_defi.train scale=tiny|small|full [experiment=defi/<row>] name=<name> [init=<policy>]
+The policy at the end of training is written to ckpts/defi/<name>, and the policy with the lowest held-out action loss
+to ckpts/defi/<name>/best.
 
-Leaves the policy as it was at the end in ckpts/defi/<name>, and as it was at its lowest held-out action loss in
-ckpts/defi/<name>/best.
+Examples:
+    python -m step3_defi.train scale=tiny name=first
+    python -m step3_defi.train scale=full experiment=defi/t9_all name=t9_all
 """
 
 from __future__ import annotations
@@ -20,16 +22,19 @@ from omegaconf import DictConfig, OmegaConf
 
 from common import artifact
 from common.distributed import SLOWEST, processes
+from common.errors import UserError
 from common.frozen import weights_sha256
 from common.program import program
 from step3_defi import policy
+from step3_defi.config import trainable_parts
 from step3_defi.data import features
 from step3_defi.model import DeFI
 
 log = logging.getLogger(__name__)
-# What a finetuning may change of a policy that it starts from: how it learns, and where the sentence encoder lies
+# The keys of the policy in which a run with init_from may differ from the policy that it starts from: how it learns,
+# and where the sentence encoder lies.
 INIT_OVERRIDABLE = re.compile(
-    r"trainable|noise_draws|alignment_\w+|bottleneck_weight|codebook|restart_codes|frozen_precision|edm\.log_\w+|goal\.path|"
+    r"trainable|alignment\.\w+|bottleneck\.\w+|observation\.precision|edm\.(log_\w+|noise_draws)|goal\.path|"
     r"adapter\.(\w+_)?dropout"
 )
 
@@ -37,7 +42,7 @@ INIT_OVERRIDABLE = re.compile(
 @program("step3_defi")
 def main(cfg: DictConfig) -> None:
     config = OmegaConf.to_container(cfg.policy, resolve=True)
-    start = policy.resolve_source(cfg.init) if cfg.init else None
+    start = policy.resolve_source(cfg.init_from) if cfg.init_from else None
     if start:
         config = config_from_init(start, config)
     policy.check_scale(config, cfg.scale)
@@ -47,11 +52,12 @@ def main(cfg: DictConfig) -> None:
     model = instantiate(config)
     if start:
         load_init_weights(model, start)
-        stats["init"] = artifact.sha256(start)
+        stats["init_from"] = artifact.sha256(start)
     if cfg.cache and "gfdm" not in model.trainable:
         sets = _cache(sets, model, config, Path(cfg.cache_dir))
     loop = instantiate(cfg.loop, output_dir=cfg.output_dir, seed=cfg.seed)
-    record = {"kind": "defi", "config": config, "scale": cfg.scale, "parents": policy.parents(config), "stats": stats}
+    hashes = policy.parent_hashes(config)
+    record = {"kind": "defi", "config": config, "scale": cfg.scale, "parents": hashes, "stats": stats}
     model = loop.fit(
         model,
         sets["train"],
@@ -64,40 +70,46 @@ def main(cfg: DictConfig) -> None:
 
 
 def config_from_init(start: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """`config` over the forward and inverse model of the policy `start`. Raises ValueError naming the keys in which the
-    two differ beyond INIT_OVERRIDABLE."""
+    """`config` with the forward and the inverse model of the policy in the folder `start`.
+
+    Raises UserError that names the keys in which the two policies differ, INIT_OVERRIDABLE excepted.
+    """
     own = artifact.read_config(start, "defi")
     models = {name: own[name] for name in policy.PARENTS}
     for key, place in policy.find_parents(start).items():
-        models[key.removesuffix(".path")] = {**models[key.removesuffix(".path")], "path": place}
-    there, asked = (
+        name = key.removesuffix(".path")
+        models[name] = {**models[name], "path": place}
+    theirs, ours = (
         dict(_leaves({key: value for key, value in tree.items() if key not in models})) for tree in (own, config)
     )
-    wrong = [
+    differing = [
         key
-        for key in sorted(there.keys() | asked.keys())
-        if there.get(key) != asked.get(key) and not INIT_OVERRIDABLE.fullmatch(key)
+        for key in sorted(theirs.keys() | ours.keys())
+        if theirs.get(key) != ours.get(key) and not INIT_OVERRIDABLE.fullmatch(key)
     ]
-    if wrong:
-        raise ValueError(
-            f"init={start} is another policy than the one asked for: "
-            + "; ".join(f"policy.{key} is {there.get(key)} there, {asked.get(key)} here" for key in wrong)
-            + "; set them as there (policy=official or policy=vpp for imported ones)"
+    if differing:
+        raise UserError(
+            f"init_from={start} is another policy than the one that is configured: "
+            + "; ".join(f"policy.{key} is {theirs.get(key)} there and {ours.get(key)} here" for key in differing)
+            + "; give these keys the values of that policy (defi=official or defi=vpp for imported ones)"
         )
-    if "gfdm" in own["trainable"] and "gfdm" not in config["trainable"]:
-        raise ValueError(
-            f"init={start} holds a forward model of its own; keep it learning: policy/trainable=all or gfdm_adapter"
+    if "gfdm" in trainable_parts(own["trainable"]) and "gfdm" not in trainable_parts(config["trainable"]):
+        raise UserError(
+            f"init_from={start} holds a forward model that was finetuned with it, which would be lost; let it learn: "
+            "policy.trainable=all or gfdm_adapter"
         )
     return {**config, **models}
 
 
 def load_init_weights(model: DeFI, start: Path) -> None:
-    """Put the weights of the artifact `start` into a model of its config, keys strict, whatever of it learns here and
-    learned there."""
-    here = model.trainable
+    """Load the weights of the policy in the folder `start`, keys strict, into a model of its config.
+
+    The state dict holds the forward model only where it learns, so the model takes the saved choice while it loads.
+    """
+    trainable = model.trainable
     model.set_trainable(artifact.read_config(start, "defi")["trainable"])
     artifact.load_weights(model, start)
-    model.set_trainable(here)
+    model.set_trainable(trainable)
 
 
 def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -109,11 +121,11 @@ def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
 
 
 def _cache(sets: dict[str, Any], model: DeFI, config: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Every set behind its cache. One process builds; the others wait and open it. Of an inverse model only the frozen
-    eyes are cached, so all share.
+    """Put every set behind a cache of what the frozen parts say. One process builds it, the others wait and open it.
 
-    What was computed is known by the weights of the parts that see, and by the rest of their config: under the same
-    path others may lie today.
+    The cache is identified by the weights of the parts that read pictures and by the rest of their config, because the
+    files at a path may be replaced. Of the inverse model, only its frozen vision encoder counts, so that policies with
+    different inverse models share a cache.
     """
     state = processes(SLOWEST)
     model.to(state.device)
@@ -122,14 +134,17 @@ def _cache(sets: dict[str, Any], model: DeFI, config: dict[str, Any], folder: Pa
         for name, part in ((name, config[name]) for name in policy.PARENTS)
     )
     sources = {"gfdm": weights_sha256(model.forward_model) + repr(gfdm)}
-    if model.uses_present_tokens or model.alignment_weight:
+    if model.uses_present_tokens or model.alignment.weight:
         sources["vision"] = weights_sha256(model.gidm.vision) + repr(gidm["vision"])
     with state.main_process_first():
-        return {split: features.cached(windows, model, folder, parents=sources) for split, windows in sets.items()}
+        return {
+            split: features.get_or_build_cache(windows, model, folder, parents=sources)
+            for split, windows in sets.items()
+        }
 
 
 def action_stats(actions: Any) -> dict[str, list[float]]:
-    """For the record: CALVIN's relative actions lie in [-1, 1] already and are not normalised."""
+    """Statistics of actions (N, 7), for the record only: CALVIN's relative actions lie in [-1, 1] already."""
     return {
         "min": actions.min(0).tolist(),
         "max": actions.max(0).tolist(),

@@ -1,1 +1,1 @@
-"""Finetuning data: annotated CALVIN windows, packed frames, and features of the frozen models (Sec. 4.2)."""
+"""Finetuning data: annotated CALVIN windows, packed frames, and stored features of the frozen parts (Sec. 4.2)."""

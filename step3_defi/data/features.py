@@ -1,7 +1,6 @@
-"""What the frozen parts say about every window, computed once and read back as memory maps (Sec. 3.3: the GFDM is
-frozen).
+"""A cache of what the frozen parts say about every window, computed once and read as memory maps (Sec. 3.3).
 
-Training at small scales spends nearly all of its time in frozen networks; with this cache it does not.
+At small scales, training without it spends nearly all of its time in frozen networks.
 """
 
 from __future__ import annotations
@@ -18,15 +17,17 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import default_collate
-from tqdm import tqdm
 
+from common.errors import UserError
+from common.progress import tqdm
 from step3_defi.model import DeFI
 
-FORMAT = 1
+FORMAT = 2
+FLUSH_EVERY = 16  # batches after which what was computed is safe on the disk
 
 
 class WindowDataset(Protocol):
-    """What the cache asks of a window set beyond a sample set's methods."""
+    """The methods of a window set that the cache uses."""
 
     def __len__(self) -> int: ...
     def sample(self, index: int, rng: np.random.Generator) -> dict[str, Any]: ...
@@ -37,7 +38,7 @@ class WindowDataset(Protocol):
 
 
 class CachedWindows:
-    """A sample set like `windows`, with `frozen` in place of `views`."""
+    """A sample set like `windows`, whose samples hold "encoded" in place of "views"; see contracts.PolicyBatch."""
 
     def __init__(self, windows: WindowDataset, arrays: dict[str, np.ndarray], rows: Sequence[int]) -> None:
         self.windows, self.arrays, self.rows = windows, arrays, rows
@@ -46,28 +47,26 @@ class CachedWindows:
         return len(self.windows)
 
     def sample(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
-        """One window; `rng` is not used."""
+        """A window as one sample; `rng` is not used."""
         row = self.rows[index]
-        frozen = {name: torch.from_numpy(np.array(array[row])) for name, array in self.arrays.items()}
+        encoded = {name: torch.from_numpy(np.array(array[row])) for name, array in self.arrays.items()}
         return {
             "id": self.windows.id(index),
-            "frozen": frozen,
+            "encoded": encoded,
             "text": self.windows.text(index),
             "actions": self.windows.action_chunk(index),
         }
 
 
-def cached(
+def get_or_build_cache(
     windows: WindowDataset, model: DeFI, folder: str | Path, *, parents: dict[str, str], batch_size: int = 32
 ) -> CachedWindows:
-    """Build the cache of `windows` under `folder`, or go on building, or open it.
+    """Open the cache of `windows` in `folder`; build it, or finish building it, where that is needed.
 
-    parents: what identifies the weights of the frozen parts. A blind policy sees the same in every window of a
-    sentence,
-    so it keeps one row for each.
+    parents: part -> what identifies its weights. To a blind policy all windows of a sentence look alike, so its cache
+    holds one row for each sentence. Raises UserError if the disk is too small.
     """
-    firsts, rows = _distinct(windows, model.blind)
-    target = [model.pair_view_indices, model.pair_frames] if model.alignment_weight else None
+    firsts, rows = _distinct(windows, model.observation.blind)
     key = {
         "format": FORMAT,
         "parents": parents,
@@ -75,25 +74,24 @@ def cached(
         "views": model.views,
         "seed": model.imagine_seed,
         "image_size": model.image_size,
-        "blind": model.blind,
-        "target": target,
-        "precision": model.frozen_precision,
-        "now": model.uses_present_tokens,
+        "blind": model.observation.blind,
+        "targets": [model.pair_view_indices, model.pair_frames] if model.alignment.weight else None,
+        "precision": model.observation.precision,
+        "present_tokens": model.uses_present_tokens,
     }
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-    done = Path(folder) / name
-    if not done.is_dir():
+    finished = Path(folder) / name
+    if not finished.is_dir():
         part = Path(folder) / f".{name}.part"
         _fill(part, windows, model, firsts, batch_size)
         (part / "key.json").write_text(json.dumps(key, indent=2) + "\n")
-        os.replace(part, done)
-    return CachedWindows(
-        windows, {path.stem: np.load(path, mmap_mode="r") for path in sorted(done.glob("*.npy"))}, rows
-    )
+        os.replace(part, finished)
+    arrays = {path.stem: np.load(path, mmap_mode="r") for path in sorted(finished.glob("*.npy"))}
+    return CachedWindows(windows, arrays, rows)
 
 
 def _distinct(windows: WindowDataset, blind: bool) -> tuple[list[int], list[int]]:
-    """Windows that need a row of their own, and the row of every window."""
+    """(indices of the windows that get a row in the cache, row of every window)."""
     if not blind:
         return list(range(len(windows))), list(range(len(windows)))
     firsts: dict[str, int] = {}
@@ -104,20 +102,24 @@ def _distinct(windows: WindowDataset, blind: bool) -> tuple[list[int], list[int]
 
 
 def _check_disk_space(part: Path, count: int, size: int) -> None:
-    """A map that outgrows the disk would end the process without a word; at full scale a window takes 42 MB."""
+    """Raise UserError if `count` rows of `size` bytes exceed the free disk space; at full scale a window takes 42 MB.
+
+    A memory map that outgrows the disk would end the process without a message.
+    """
     free = shutil.disk_usage(part).free
     if count * size > free:
-        raise ValueError(
-            f"{part.parent}: the outputs of the frozen parts for {count} windows take {count * size / 1e9:.1f} GB and "
-            f"{free / 1e9:.1f} GB "
-            f"are free; set cache=false, or name another place with cache_dir"
+        raise UserError(
+            f"{part.parent}: the outputs of the frozen parts for {count} windows take {count * size / 1e9:.1f} GB, and "
+            f"{free / 1e9:.1f} GB are free; set cache=false, or name another folder with cache_dir"
         )
 
 
 @torch.inference_mode()
 def _fill(part: Path, windows: WindowDataset, model: DeFI, firsts: list[int], batch_size: int) -> None:
-    """Write the rows batch by batch; `progress` counts rows that are on the disk, so a killed build goes on from
-    there."""
+    """Compute and write the rows of the windows `firsts`, batch by batch.
+
+    The file `progress` counts the rows that are on the disk, so that a build that was killed continues there.
+    """
     part.mkdir(parents=True, exist_ok=True)
     progress = part / "progress"
     start = int(progress.read_text()) if progress.is_file() else 0
@@ -131,18 +133,13 @@ def _fill(part: Path, windows: WindowDataset, model: DeFI, firsts: list[int], ba
         while start < len(firsts):
             batch = [windows.sample(index, rng) for index in firsts[start : start + batch_size]]
             views, futures = (
-                None
-                if key not in batch[0]
-                else {
-                    name: tensor.to(device)
-                    for name, tensor in default_collate([sample[key] for sample in batch]).items()
-                }
+                _to_device([sample[key] for sample in batch], device) if key in batch[0] else None
                 for key in ("views", "futures")
             )
-            seen = model.precompute(views, [sample["text"] for sample in batch], futures)
+            encoded = model.precompute(views, [sample["text"] for sample in batch], futures)
             if not arrays:
-                _check_disk_space(part, len(firsts), sum(tensor[0].nbytes for tensor in seen.values()))
-            for name, tensor in seen.items():
+                _check_disk_space(part, len(firsts), sum(tensor[0].nbytes for tensor in encoded.values()))
+            for name, tensor in encoded.items():
                 if name not in arrays:
                     arrays[name] = np.lib.format.open_memmap(
                         part / f"{name}.npy", mode="w+", dtype=np.float16, shape=(len(firsts), *tensor.shape[1:])
@@ -150,10 +147,15 @@ def _fill(part: Path, windows: WindowDataset, model: DeFI, firsts: list[int], ba
                 arrays[name][start : start + len(batch)] = tensor.cpu().numpy()
             start += len(batch)
             bar.update(len(batch))
-            if start % (16 * batch_size) == 0 or start == len(firsts):
+            if start % (FLUSH_EVERY * batch_size) == 0 or start == len(firsts):
                 for array in arrays.values():
                     array.flush()
                 progress.with_suffix(".new").write_text(str(start))
                 os.replace(progress.with_suffix(".new"), progress)
     progress.unlink()
     model.train(training)
+
+
+def _to_device(samples: list[dict[str, Tensor]], device: torch.device) -> dict[str, Tensor]:
+    """Collate the pictures of several samples and move them to a device: view name -> (B, ...)."""
+    return {name: tensor.to(device) for name, tensor in default_collate(samples).items()}

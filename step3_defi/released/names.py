@@ -92,7 +92,10 @@ def from_release(tensors: Mapping[str, Tensor]) -> Release:
 
 
 def _translate(name: str, tensor: Tensor) -> dict[str, Tensor]:
-    """Our tensors for one published tensor. Temporal attention holds queries, keys and values in one layer, ours three."""
+    """Our tensors for one published tensor.
+
+    Published temporal attention computes queries, keys and values in one layer, ours in three.
+    """
     temporal = re.fullmatch(r"(Video_Former\.layers\.\d+\.1)\.qkv\.(weight|bias)", name)
     if temporal is None:
         return {renamed(name, KEY_MAPPING): tensor}

@@ -27,11 +27,11 @@ class TransformerLayer(nn.Module):
     """
 
     def __init__(
-        self, dim: int, heads: int, *, attention_dropout: float, residual_dropout: float, mlp_dropout: float
+        self, dim: int, num_heads: int, *, attention_dropout: float, residual_dropout: float, mlp_dropout: float
     ) -> None:
         super().__init__()
         self.norm_self, self.norm_mlp = nn.LayerNorm(dim, bias=False), nn.LayerNorm(dim, bias=False)
-        self.self_attention = Attention(dim, heads, qkv_bias=True, out_bias=False, dropout=attention_dropout)
+        self.self_attention = Attention(dim, num_heads, qkv_bias=True, out_bias=False, dropout=attention_dropout)
         self.mlp = Mlp(dim, bias=False)
         self.drop, self.drop_mlp = nn.Dropout(residual_dropout), nn.Dropout(mlp_dropout)
 
@@ -49,13 +49,17 @@ class DecoderLayer(TransformerLayer):
     """Causal self-attention, causal cross-attention, and MLP; the noise level modulates the first and the last."""
 
     def __init__(
-        self, dim: int, heads: int, *, attention_dropout: float, residual_dropout: float, mlp_dropout: float
+        self, dim: int, num_heads: int, *, attention_dropout: float, residual_dropout: float, mlp_dropout: float
     ) -> None:
         super().__init__(
-            dim, heads, attention_dropout=attention_dropout, residual_dropout=residual_dropout, mlp_dropout=mlp_dropout
+            dim,
+            num_heads,
+            attention_dropout=attention_dropout,
+            residual_dropout=residual_dropout,
+            mlp_dropout=mlp_dropout,
         )
         self.norm_cross = nn.LayerNorm(dim)
-        self.cross_attention = Attention(dim, heads, qkv_bias=True, out_bias=False, dropout=attention_dropout)
+        self.cross_attention = Attention(dim, num_heads, qkv_bias=True, out_bias=False, dropout=attention_dropout)
         self.adaLN_modulation = nn.Linear(dim, 6 * dim)
 
     def forward(self, x: Tensor, context: Tensor, condition: Tensor) -> Tensor:
@@ -87,7 +91,7 @@ class VPPAdapter(nn.Module):
         dim: int = 384,
         encoder_layers: int = 4,
         decoder_layers: int = 4,
-        heads: int = 8,
+        num_heads: int = 8,
         action_horizon: int = 10,
         action_dim: int = 7,
         attention_dropout: float = 0.3,
@@ -103,11 +107,11 @@ class VPPAdapter(nn.Module):
         }
         self.goal_embedder = nn.Sequential(nn.Linear(goal_dim, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim))
         self.stream_embedders = nn.ModuleDict({name: nn.Linear(width, dim) for name, (_, width) in streams.items()})
-        self.encoder = nn.ModuleList(EncoderLayer(dim, heads, **dropouts) for _ in range(encoder_layers))
+        self.encoder = nn.ModuleList(EncoderLayer(dim, num_heads, **dropouts) for _ in range(encoder_layers))
         self.encoder_norm = nn.LayerNorm(dim, bias=False)
         self.action_embedder = nn.Linear(action_dim, dim)
         self.sigma_embedder = SigmaEmbedder(dim)
-        self.decoder = nn.ModuleList(DecoderLayer(dim, heads, **dropouts) for _ in range(decoder_layers))
+        self.decoder = nn.ModuleList(DecoderLayer(dim, num_heads, **dropouts) for _ in range(decoder_layers))
         self.norm = nn.LayerNorm(dim, bias=False)
         self.out = nn.Linear(dim, action_dim)
         for module in self.modules():
@@ -117,7 +121,7 @@ class VPPAdapter(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def encode(self, goal: Tensor, streams: Mapping[str, Tensor]) -> Context:
-        """Sentence's feature (B, goal_dim), and name -> (B, tokens, width) -> the A tokens that the decoder can see."""
+        """Sentence's feature (B, goal_dim), name -> tokens (B, n, width) -> the A tokens that the decoder can see."""
         if streams.keys() != self.stream_embedders.keys():
             raise ValueError(f"the adapter reads streams {sorted(self.stream_embedders)}, got {sorted(streams)}")
         goal = self.goal_embedder(goal)  # (B, D)
@@ -128,7 +132,7 @@ class VPPAdapter(nn.Module):
         return Context(self.encoder_norm(x)[:, : self.action_horizon], goal)
 
     def forward(self, noisy: Tensor, sigma: Tensor, context: Context) -> Tensor:
-        """Scaled noisy actions (B*k, A, 7), the k draws of a sample in a row, and sigma (B*k,) -> output (B*k, A, 7)."""
+        """Scaled noisy actions (B*k, A, 7), the k draws of a sample in a row, sigma (B*k,) -> output (B*k, A, 7)."""
         tokens = context.tokens.repeat_interleave(len(noisy) // len(context.tokens), dim=0)  # (B*k, A, D)
         condition = self.sigma_embedder(sigma)  # (B*k, D)
         x = self.action_embedder(noisy)  # (B*k, A, D)

@@ -22,7 +22,7 @@ class PerSampleNoise(ActionEDM):
         with torch.random.fork_rng():
             drawn = []
             for number, seed in enumerate(seeds):
-                torch.manual_seed(seed + number % 4)  # policy.noise_draws
+                torch.manual_seed(seed + number % 4)  # policy.edm.noise_draws
                 drawn.append((self.sample_noise_levels(1), torch.randn_like(actions[:1])))
         sigma, noise = (torch.cat(parts) for parts in zip(*drawn))
         c_skip, c_out, c_in = self.scalings(sigma)
@@ -40,7 +40,7 @@ if __name__ == "__main__":
             f"paths.data={tree}/data",
             f"name={name}",
             f"data.root={tree}/data/demonstrations",
-            "data.holdout=0.25",
+            "data.val_fraction=0.25",
             "data.frame_stride=4",
             "loop.max_steps=5",
             f"loop.batch_size={size // processes}",
@@ -51,7 +51,7 @@ if __name__ == "__main__":
             "loop.ema_decay=null",
             "policy.edm._target_=tests.step3_defi.one_or_two.PerSampleNoise",
             "wandb.mode=disabled",
-            "policy.alignment_steps=0",
+            "policy.alignment.steps=0",
             *sys.argv[4:],
         )
     )

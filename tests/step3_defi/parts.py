@@ -77,7 +77,10 @@ class FakeGFDM(nn.Module):
         self.calls = 0
 
     def freeze_unused_blocks(self) -> None:
-        """Everything is tapped."""
+        """Do nothing: every block is used."""
+
+    def compile_unet(self, **options: Any) -> None:
+        """Do nothing: there is no UNet."""
 
     def imagine(self, image: Tensor, text: list[str], *, seed: int = 0) -> Tensor:
         self.calls += 1
@@ -162,7 +165,7 @@ def build(**changes: Any) -> DeFI:
             spatial_head_dim=8,
             temporal_heads=2,
         ),
-        "adapter": partial(ActionAdapter, dim=16, layers=2, heads=2, action_horizon=10, action_dim=7, dropout=0.0),
+        "adapter": partial(ActionAdapter, dim=16, layers=2, num_heads=2, action_horizon=10, action_dim=7, dropout=0.0),
     }
     for key, value in changes.items():
         name, _, field = key.partition(".")

@@ -14,7 +14,7 @@ from tests.step3_defi.parts import wake
 class Holder(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.adapter = ActionAdapter({"video": (5, 4), "latent": (3, 6)}, 7, dim=16, layers=2, heads=2, dropout=0.0)
+        self.adapter = ActionAdapter({"video": (5, 4), "latent": (3, 6)}, 7, dim=16, layers=2, num_heads=2, dropout=0.0)
 
 
 def awake() -> ActionAdapter:
@@ -75,7 +75,7 @@ def test_starts_as_zero_and_names_foreign_streams() -> None:
 
 def test_perfect_denoiser_is_reached_and_sampled() -> None:
     """For data that is one point, the ideal network turns the loss to zero, and the sampler finds the point."""
-    edm, point = ActionEDM(steps=10), torch.rand(4, 10, 7) * 2 - 1
+    edm, point = ActionEDM(num_inference_steps=10), torch.rand(4, 10, 7) * 2 - 1
 
     def ideal(scaled: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
         c_skip, c_out, c_in = edm.scalings(sigma)
@@ -87,7 +87,7 @@ def test_perfect_denoiser_is_reached_and_sampled() -> None:
 
 def test_sampler_follows_gaussian_data() -> None:
     """For N(mean, s^2) the ideal denoiser is linear; samples have the spread of the data, up to what ten steps miss."""
-    edm, mean, spread = ActionEDM(steps=40), 0.3, 0.2
+    edm, mean, spread = ActionEDM(num_inference_steps=40), 0.3, 0.2
 
     def ideal(scaled: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
         c_skip, c_out, c_in = edm.scalings(sigma)
@@ -108,7 +108,7 @@ def test_noise_levels() -> None:
     sigma = ActionEDM().sample_noise_levels(40_000)
     assert sigma.min() >= 0.001 and sigma.max() <= 80 and abs(sigma.median() - 0.5) < 0.02
     assert abs((sigma < 0.5 * math.e**0.5).float().mean() - 1 / (1 + math.exp(-1))) < 0.01  # logistic, scale 0.5
-    schedule = ActionEDM(steps=10).get_sigmas()
+    schedule = ActionEDM(num_inference_steps=10).get_sigmas()
     assert len(schedule) == 11 and schedule[0] == 80 and abs(schedule[-2] - 0.001) < 1e-6 and schedule[-1] == 0
     assert torch.allclose(schedule[1:10] / schedule[:9], schedule[1] / schedule[0], atol=1e-4)
     assert ActionEDM(sample_sigma_min=1.0).get_sigmas()[-2] == 1.0

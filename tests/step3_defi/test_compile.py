@@ -12,7 +12,7 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 from step1_gfdm import GFDM
-from step1_gfdm.objective import ActionEDM
+from step1_gfdm.objective import EDM
 from step3_defi import policy
 from tests.step3_defi.parts import SENTENCES, build, wake
 from tests.step3_defi.test_policy import get_obs
@@ -29,7 +29,7 @@ def test_imagine_through_one_compiled_graph_is_the_same(hub: Path) -> None:
     """Captured whole, run without a code generator: that takes minutes for this many layers."""
     torch.manual_seed(0)
     gfdm = (
-        GFDM(str(hub / "svd"), str(hub / "clip"), objective=ActionEDM(), image_size=64, num_frames=4)
+        GFDM(str(hub / "svd"), str(hub / "clip"), objective=EDM(), image_size=64, num_frames=4)
         .eval()
         .requires_grad_(False)
     )
@@ -74,7 +74,11 @@ def test_a_loaded_policy_compiles_its_adapter_and_plans_the_same(
     plain, compiled = (policy.load(tmp_path, compile=wanted) for wanted in (False, True))
     assert compiled.model.adapter._compiled_call_impl is not None and plain.model.adapter._compiled_call_impl is None
     observations = [get_obs(0), get_obs(1)]
-    assert np.allclose(compiled.plan(observations, SENTENCES), plain.plan(observations, SENTENCES), atol=1e-4)
+    assert np.allclose(
+        compiled.predict_action_chunk(observations, SENTENCES),
+        plain.predict_action_chunk(observations, SENTENCES),
+        atol=1e-4,
+    )
 
 
 def test_graphs_are_replayed_on_a_gpu_only() -> None:

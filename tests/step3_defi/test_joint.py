@@ -11,9 +11,10 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from common import artifact
+from common.image_range import denormalize
 from step3_defi import DeFI, policy
+from step3_defi.config import PARTS
 from step3_defi.joint import JointDeFI
-from step3_defi.model import PARTS
 from tests.step3_defi.parts import configure, make_batch, wake
 from tests.step3_defi.test_train import run
 
@@ -85,7 +86,7 @@ def test_each_objective_teaches_its_own_part(tree: Path, batch: dict[str, Any]) 
     model.video_loss(clip, batch).backward()
     assert {name.split(".")[0] for name in reached(model)} == {"gfdm"}
     model.zero_grad()
-    model.gidm({"id": batch["id"], "frames": (clip[:, [0, -1]] + 1) / 2, "text": batch["text"]})["loss"].backward()
+    model.gidm({"id": batch["id"], "frames": denormalize(clip[:, [0, -1]]), "text": batch["text"]})["loss"].backward()
     assert {name.split(".")[0] for name in reached(model)} == {"gidm"}
     model.zero_grad()
     DeFI.forward(model, batch)["loss"].backward()
@@ -128,11 +129,11 @@ def test_what_it_cannot_do_is_one_line(tree: Path, batch: dict[str, Any]) -> Non
 
 
 def test_alignment_takes_the_pairs_out_of_the_clip(tree: Path, batch: dict[str, Any]) -> None:
-    model = build(tree, "policy.alignment_weight=1", "policy.pair_frames=[0,2]").eval()
+    model = build(tree, "policy.alignment.weight=1", "policy.pairing.frames=[0,2]").eval()
     target = model.encode_observation(
         batch["views"], batch["text"], {name: clip[:, [0, 2]] for name, clip in model._clips(batch).items()}
-    )["target"]
-    assert torch.equal(target[:, 0, 0], model.gidm.embed((batch["views"]["static"] + 1) / 2))
+    ).target_tokens
+    assert torch.equal(target[:, 0, 0], model.gidm.embed(denormalize(batch["views"]["static"])))
     assert "alignment_loss" in model(batch)
 
 

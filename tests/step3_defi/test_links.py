@@ -10,7 +10,7 @@ from common.artifact import ArtifactError
 from step3_defi import links, reliance, train
 from tests.step3_defi.parts import build, configure, make_batch, wake
 
-WINDOWS = ["data.holdout=0.25", "data.frame_stride=8"]
+WINDOWS = ["data.val_fraction=0.25", "data.frame_stride=8"]
 
 
 def trained(tree: Path, name: str, *overrides: str) -> Path:
@@ -24,7 +24,7 @@ def trained(tree: Path, name: str, *overrides: str) -> Path:
             "loop.batch_size=2",
             "loop.eval_every=null",
             "loop.warmup_steps=1",
-            "policy.alignment_steps=0",
+            "policy.alignment.steps=0",
             *WINDOWS,
             *overrides,
         )
@@ -57,7 +57,7 @@ def test_the_program_measures_every_stream_and_draws_it(tree: Path) -> None:
         found["copy_error"] > 0 and found["projector_error"] > 0 and found["codes_used"].keys() == {"imagined", "true"}
     )
     table = (tree / "ckpts/defi/linked/links/table.md").read_text()
-    assert "everything of the forward model" in table and "Codes in use" in table
+    assert "all of the forward model" in table and "Codes used" in table
     assert (tree / "ckpts/defi/linked/links/links.png").stat().st_size > 5000
 
 
@@ -66,7 +66,12 @@ def test_a_policy_whose_present_is_imagined_has_no_target_to_miss(tree: Path) ->
     found = examined(
         tree,
         trained(
-            tree, "linked_official", "experiment=defi/official", *published, "data.min_window=null", "loop.accumulate=1"
+            tree,
+            "linked_official",
+            "experiment=defi/official",
+            *published,
+            "data.min_window=null",
+            "loop.grad_accum_steps=1",
         ),
     )
     assert (
@@ -94,12 +99,12 @@ def test_replacing_a_stream_costs_nothing_only_where_it_is_not_read() -> None:
     """The control of the measure: a stream whose weights are zero is worth nothing, the others something."""
     model, batch = build().eval(), make_batch(4)
     wake(model)
-    torch.nn.init.zeros_(model.adapter.streams["latent"][1].weight)
-    torch.nn.init.zeros_(model.adapter.streams["latent"][1].bias)
-    seen = model.encode_observation(batch["views"], batch["text"])
+    torch.nn.init.zeros_(model.adapter.stream_embedders["latent"][1].weight)
+    torch.nn.init.zeros_(model.adapter.stream_embedders["latent"][1].bias)
+    encoded = model.encode_observation(batch["views"], batch["text"])
     costs = {
         name: float(loss_increase["all"])
-        for name, loss_increase in model.reliance(seen, batch["text"], batch["actions"]).items()
+        for name, loss_increase in model.reliance(encoded, batch["text"], batch["actions"]).items()
     }
     assert costs["swap_latent"] == costs["mean_latent"] == 0
     assert all(

@@ -17,16 +17,16 @@ from common.frozen import clip_text, dinov2, t5_text
 from step1_gfdm import DinoFuture
 from step2_gidm.model import GIDM
 from step2_gidm.quantizer import VectorQuantizer
-from step3_defi.edm import ActionEDM
-from step3_defi.model import PARTS, DeFI
+from step3_defi.config import PARTS, TRAINABLE
+from step3_defi.model import DeFI, EncodedObservation
 from step3_defi.projector import ImaginedPresentProjector
 from step3_defi.released.vpp import NullInverseDynamics, NullProjector
 from step3_defi.released.vpp_adapter import VPPAdapter
 from tests.step3_defi.parts import FakeGFDM, FakeGIDM, FakeGoal, build, make_batch, wake
 
 CONFIGS = str(Path(__file__).resolve().parents[2] / "configs")
-NEW = ["projector", "video_former", "adapter"]
-ROWS = {"adapter": NEW, "gfdm_adapter": ["gfdm", *NEW], "gidm_adapter": ["gidm", *NEW], "all": list(PARTS)}
+NEW = TRAINABLE["adapter"]
+ROWS = TRAINABLE
 
 
 def learn(model: DeFI, batch: dict, steps: int) -> None:
@@ -39,11 +39,11 @@ def learn(model: DeFI, batch: dict, steps: int) -> None:
 
 
 def test_forward_gives_finite_losses_and_code_use() -> None:
-    model = build(noise_draws=3)
+    model = build(**{"edm.noise_draws": 3})
     out = model(make_batch())
     assert {"loss", "action_loss", "bottleneck_loss", "codes", "latent_deviation"} == out.keys()
     assert all(torch.isfinite(value).all() for value in out.values())
-    assert torch.isclose(out["loss"], out["action_loss"] + model.bottleneck_weight * out["bottleneck_loss"])
+    assert torch.isclose(out["loss"], out["action_loss"] + model.bottleneck.weight * out["bottleneck_loss"])
     assert (
         out["codes"].shape == (2, 6)
         and (out["codes"].sum(1) == 3 * len(model.pair_view_indices) * len(model.pair_frames)).all()
@@ -115,7 +115,9 @@ def test_latent_actions_survive_a_thousand_steps_of_finetuning(hub: Path) -> Non
         gidm.on_step_end(step + 1)
     codes = gidm.quantizer.codebook.detach().clone()
     model = build(
-        gidm=gidm, alignment_weight=1.0, streams=("latent",), pair_frames=(3,), trainable=ROWS["gidm_adapter"]
+        gidm=gidm,
+        **{"alignment.weight": 1.0, "streams.names": ("latent",), "pairing.frames": (3,)},
+        trainable=ROWS["gidm_adapter"],
     )
     batches = []
     for _ in range(
@@ -128,7 +130,7 @@ def test_latent_actions_survive_a_thousand_steps_of_finetuning(hub: Path) -> Non
         futures = {name: view[:, None] for name, view in views.items()}
         batches.append(
             {
-                "frozen": model.eval().encode_observation(views, ["go"] * 16, futures),
+                "encoded": model.eval().encode_observation(views, ["go"] * 16, futures)._asdict(),
                 "text": ["go"] * 16,
                 "id": [""] * 16,
                 "actions": torch.rand(16, 10, 7, generator=generator),
@@ -157,11 +159,11 @@ def test_latent_actions_survive_a_thousand_steps_of_finetuning(hub: Path) -> Non
 def test_codes_restart_only_where_finetuning_asks_for_it() -> None:
     model = build()
     assert model.on_step_end(20) == {} and not model.gidm.restarted
-    assert build(codebook="learned").on_step_end(20) == {}
-    asked = build(codebook="learned", restart_codes=True)
+    assert build(**{"bottleneck.codebook": "learned"}).on_step_end(20) == {}
+    asked = build(**{"bottleneck.codebook": "learned", "bottleneck.restart_codes": True})
     assert asked.on_step_end(20) == {"restarted": 1.0} and asked.gidm.restarted == [20]
     with pytest.raises(ValueError, match="only learned codes can restart"):
-        build(restart_codes=True)
+        build(**{"bottleneck.restart_codes": True})
 
 
 def test_no_stream_reaches_the_adapter_constant() -> None:
@@ -177,7 +179,7 @@ def test_no_stream_reaches_the_adapter_constant() -> None:
 
 
 def test_alignment_comes_first_and_then_the_action_loss_beside_it() -> None:
-    model, batch = build(alignment_weight=1.0, alignment_steps=2), make_batch(futures=2)
+    model, batch = build(**{"alignment.weight": 1.0, "alignment.steps": 2}), make_batch(futures=2)
     wake(model)
     first = model(batch)
     assert "action_loss" not in first
@@ -188,26 +190,28 @@ def test_alignment_comes_first_and_then_the_action_loss_beside_it() -> None:
     assert "action_loss" not in model(batch) and "action_loss" in model.eval()(batch)
     model.train().on_step_end(2)
     assert {"action_loss", "alignment_loss", "copy_loss"} <= model(batch).keys()
-    resumed = build(alignment_weight=1.0, alignment_steps=2)
+    resumed = build(**{"alignment.weight": 1.0, "alignment.steps": 2})
     resumed.load_state_dict(model.state_dict())
     resumed.on_train_begin(2)
     assert "action_loss" in resumed(batch)
-    with pytest.raises(ValueError, match="alignment_steps=2"):
-        build(alignment_steps=2)
+    with pytest.raises(ValueError, match="alignment.steps=2"):
+        build(**{"alignment.steps": 2})
 
 
 def test_streams_are_what_the_policy_names() -> None:
-    assert build(streams=("latent",)).adapter.streams.keys() == {"latent"}
+    assert build(**{"streams.names": ("latent",)}).adapter.stream_embedders.keys() == {"latent"}
     for wrong in ((), ("latent", "latent"), ("past",)):
         with pytest.raises(ValueError, match="streams"):
-            build(streams=wrong)
+            build(**{"streams.names": wrong})
 
 
 def test_unknown_part_and_wrong_frames_are_refused() -> None:
     with pytest.raises(ValueError, match="adaptor.*video_former"):
         build(trainable=["adaptor"])
+    with pytest.raises(ValueError, match="policy.trainable=adaptor"):
+        build(trainable="adaptor")
     with pytest.raises(ValueError, match=r"0\.\.3"):
-        build(pair_frames=(4,))
+        build(**{"pairing.frames": (4,)})
     batch = make_batch()
     with pytest.raises(ValueError, match=r"\(9, 7\)"):
         build()({**batch, "actions": batch["actions"][:, :9]})
@@ -223,16 +227,16 @@ def test_all_views_in_one_pass_of_the_forward_model() -> None:
 
 
 def test_pairs_of_one_view_leave_the_future_of_all_views_to_the_adapter() -> None:
-    one, all_views = build(pair_views=["static"]), build()
+    one, all_views = build(**{"pairing.views": ["static"]}), build()
     shape = {name: table.shape[0] for name, table in one.adapter.stream_pos_embed.items()}
     everywhere = {name: table.shape[0] for name, table in all_views.adapter.stream_pos_embed.items()}
     assert shape["future"] == everywhere["future"] == 2 * 2 * 4 and 2 * shape["latent"] == everywhere["latent"]
     wake(one)
     batch = make_batch()
-    seen = one.precompute(batch["views"], batch["text"])
-    _, before, _ = one.infer_streams(seen, batch["text"])
-    seen["features"][:, 1] += 1  # the gripper's
-    _, after, _ = one.eval().infer_streams(seen, batch["text"])
+    encoded = one.encode_observation(batch["views"], batch["text"])
+    before = one.infer_streams(encoded, batch["text"]).streams
+    encoded.features[:, 1] += 1  # the gripper's
+    after = one.eval().infer_streams(encoded, batch["text"]).streams
     assert not torch.allclose(before["future"], after["future"])
     assert one(batch)["loss"].isfinite()
 
@@ -243,48 +247,48 @@ SMALL_VPP = {
         dim=16,
         encoder_layers=1,
         decoder_layers=1,
-        heads=2,
+        num_heads=2,
         attention_dropout=0.0,
         residual_dropout=0.0,
         mlp_dropout=0.0,
     ),
-    "standardize": False,
-    "pair_frames": (2,),
-    "pair_views": ["static"],
-    "streams": ("video", "latent"),
-    "codebook": "learned",
+    "streams.standardize": False,
+    "pairing.frames": (2,),
+    "pairing.views": ["static"],
+    "streams.names": ("video", "latent"),
+    "bottleneck.codebook": "learned",
 }
 
 
 def test_an_imagined_present_reads_frames_0_and_5_of_one_view_and_no_dinov2() -> None:
     model, batch = build(projector=ImaginedPresentProjector, **SMALL_VPP), make_batch()
     model.gidm.embed = None  # nobody calls it
-    seen = model.precompute(batch["views"], batch["text"])
-    assert seen.keys() == {"features"}
-    features = seen["features"].float().requires_grad_()
-    _, streams, _ = model.infer_streams({"features": features}, batch["text"])
+    stored = model.precompute(batch["views"], batch["text"])
+    assert stored.keys() == {"features"}
+    features = stored["features"].float().requires_grad_()
+    streams = model.infer_streams(EncodedObservation(features), batch["text"]).streams
     (gradient,) = torch.autograd.grad(streams["latent"].sum(), features)
     touched = gradient.abs().sum((0, 3, 4)) > 0  # (V, F)
     assert touched.tolist() == [[True, False, True, False], [False] * 4]
     torch.manual_seed(0)
     direct = model(batch)
     torch.manual_seed(0)
-    assert torch.allclose(direct["loss"], model({**batch, "frozen": seen})["loss"], rtol=2e-3)
+    assert torch.allclose(direct["loss"], model({**batch, "encoded": stored})["loss"], rtol=2e-3)
     direct["loss"].backward()
     assert all(p.grad is not None for name, p in model.named_parameters() if p.requires_grad)
     assert model.projector.time_pos_embed.grad.abs().sum((1, 2)).min() > 0
 
 
 def test_without_an_inverse_model_video_tokens_are_all_there_is() -> None:
-    changes = {**SMALL_VPP, "streams": ("video",)}
+    changes = {**SMALL_VPP, "streams.names": ("video",)}
     model, batch = build(gidm=NullInverseDynamics(), projector=NullProjector, **changes), make_batch()
     out = model(batch)
-    assert model.adapter.streams.keys() == {"video"} and out["bottleneck_loss"] == 0 and "codes" not in out
+    assert model.adapter.stream_embedders.keys() == {"video"} and out["bottleneck_loss"] == 0 and "codes" not in out
     out["loss"].backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
     assert model.eval().sample(batch["views"], batch["text"]).shape == (3, 10, 7)
     with pytest.raises(ValueError, match="no inverse model"):
-        build(gidm=NullInverseDynamics(), projector=NullProjector, **changes, alignment_weight=1.0)(
+        build(gidm=NullInverseDynamics(), projector=NullProjector, **changes, **{"alignment.weight": 1.0})(
             make_batch(futures=1)
         )
     with pytest.raises(ValueError, match="latent.*no tokens"):
@@ -292,21 +296,17 @@ def test_without_an_inverse_model_video_tokens_are_all_there_is() -> None:
 
 
 def test_cache_equals_no_cache() -> None:
-    model, batch = build(alignment_weight=0.5), make_batch(futures=2)
+    model, batch = build(**{"alignment.weight": 0.5}), make_batch(futures=2)
     wake(model)
-    seen = model.precompute(batch["views"], batch["text"], batch["futures"])
-    assert (
-        seen["now"].shape == (3, 2, 16, 8)
-        and seen["features"].shape == (3, 2, 4, 16, 12)
-        and seen["target"].shape == (3, 2, 2, 16, 8)
-    )
-    assert seen["features"].dtype == torch.float16
+    stored = model.precompute(batch["views"], batch["text"], batch["futures"])
+    assert stored["present_tokens"].shape == (3, 2, 16, 8) and stored["target_tokens"].shape == (3, 2, 2, 16, 8)
+    assert stored["features"].shape == (3, 2, 4, 16, 12) and stored["features"].dtype == torch.float16
     start = copy.deepcopy(model.state_dict())
     torch.manual_seed(0)
     direct = model(batch)
     model.load_state_dict(start)  # the running statistics as before
     torch.manual_seed(0)
-    cached = model({"id": batch["id"], "frozen": seen, "text": batch["text"], "actions": batch["actions"]})
+    cached = model({"id": batch["id"], "encoded": stored, "text": batch["text"], "actions": batch["actions"]})
     assert direct.keys() == cached.keys() and "alignment_loss" in direct
     for key in direct:
         assert torch.allclose(direct[key], cached[key], rtol=2e-3), key
@@ -319,7 +319,7 @@ def test_a_trained_forward_model_cannot_be_cached() -> None:
 
 
 def test_alignment_pulls_the_projector_only_and_needs_futures() -> None:
-    model = build(alignment_weight=1.0)
+    model = build(**{"alignment.weight": 1.0})
     with pytest.raises(ValueError, match="future_frames"):
         model(make_batch())
     batch = make_batch(futures=2)
@@ -331,12 +331,12 @@ def test_alignment_pulls_the_projector_only_and_needs_futures() -> None:
 
 
 def test_alignment_refuses_other_frames_than_the_pairs() -> None:
-    with pytest.raises(ValueError, match=r"'static': 1.*pair_frames \[1, 3\]"):
-        build(alignment_weight=1.0)(make_batch(futures=1))
+    with pytest.raises(ValueError, match=r"'static': 1.*pairing.frames=\[1, 3\]"):
+        build(**{"alignment.weight": 1.0})(make_batch(futures=1))
 
 
 def test_alignment_falls_where_it_is_taught() -> None:
-    model, batch = build(alignment_weight=1.0), make_batch(futures=2)
+    model, batch = build(**{"alignment.weight": 1.0}), make_batch(futures=2)
     optimizer = torch.optim.AdamW(model.projector.parameters(), lr=1e-2)
     losses = []
     for _ in range(40):
@@ -351,7 +351,7 @@ def test_alignment_falls_where_it_is_taught() -> None:
 def test_reliance_says_what_each_stream_tells_of_the_action() -> None:
     """Actions that only the codes know of: with a neighbour's the loss rises; a stream that says nothing is worth
     nothing."""
-    model, batch = build(streams=("video", "latent")), make_batch(2)
+    model, batch = build(**{"streams.names": ("video", "latent")}), make_batch(2)
     assert not [key for key in model(batch) if key.startswith(("swap", "mean", "spread"))]
     signs = torch.tensor([-1.0, 1.0])
 
@@ -377,23 +377,23 @@ def test_reliance_says_what_each_stream_tells_of_the_action() -> None:
     assert model(batch)["swap_latent"] == 0
 
 
-@pytest.mark.parametrize("part", ["now", "features", "goal"])
+@pytest.mark.parametrize("part", ["present_tokens", "features", "goal"])
 def test_actions_depend_on_picture_future_and_sentence(part: str) -> None:
     model, batch = build().eval(), make_batch()
     wake(model)
-    seen = model.precompute(batch["views"], batch["text"])
-    seen = {name: tensor.float() for name, tensor in seen.items()}
+    encoded = model.encode_observation(batch["views"], batch["text"])
 
-    def streams(texts: list[str]) -> torch.Tensor:
-        goal, parts, _ = model.infer_streams(seen, texts)
-        return model.adapter(torch.ones(3, 10, 7), torch.ones(3), model.adapter.encode(goal, parts))
+    def output(encoded: EncodedObservation, texts: list[str]) -> torch.Tensor:
+        inferred = model.infer_streams(encoded, texts)
+        context = model.adapter.encode(inferred.goal, inferred.streams)
+        return model.adapter(torch.ones(3, 10, 7), torch.ones(3), context)
 
-    before = streams(batch["text"])
+    before = output(encoded, batch["text"])
     if part == "goal":
-        after = streams([text + "!" for text in batch["text"]])
+        after = output(encoded, [text + "!" for text in batch["text"]])
     else:
-        seen[part] = seen[part] + 3 * torch.randn_like(seen[part])
-        after = streams(batch["text"])
+        tensor = getattr(encoded, part)
+        after = output(encoded._replace(**{part: tensor + 3 * torch.randn_like(tensor)}), batch["text"])
     assert not torch.allclose(before, after, atol=1e-3)
 
 
@@ -405,13 +405,13 @@ def test_sentences_that_hardly_differ_are_told_apart() -> None:
     for _ in range(3):
         model(batch)
     seen = {}
-    model.eval().adapter.goal.register_forward_hook(lambda _, args, out: seen.update(goal=args[0]))
+    model.eval().adapter.goal_embedder.register_forward_hook(lambda _, args, out: seen.update(goal=args[0]))
     model(batch)
     assert (seen["goal"][0] - seen["goal"][1]).abs().mean() > 1
 
 
 def test_blind_ignores_pictures_in_training_and_use() -> None:
-    seeing, model, batch = build(), build(blind=True), make_batch()
+    seeing, model, batch = build(), build(**{"observation.blind": True}), make_batch()
     wake(model), wake(seeing)
     other = {**batch, "views": {name: view.flip(-1) * 0.5 for name, view in batch["views"].items()}}
 
@@ -428,7 +428,9 @@ def test_blind_ignores_pictures_in_training_and_use() -> None:
 
 def test_the_forward_model_of_features_fits_the_same_plug(hub: Path) -> None:
     """Table 6, DINO."""
-    future = DinoFuture(dinov2(hub / "dinov2", 32), clip_text(hub / "clip"), num_frames=4, dim=16, layers=1, heads=2)
+    future = DinoFuture(
+        dinov2(hub / "dinov2", 32), clip_text(hub / "clip"), num_frames=4, dim=16, layers=1, num_heads=2
+    )
     model, batch = build(gfdm=future), make_batch()
     wake(model)
     model(batch)["loss"].backward()
@@ -436,7 +438,7 @@ def test_the_forward_model_of_features_fits_the_same_plug(hub: Path) -> None:
         "gfdm" in name for name in model.state_dict()
     )
     assert model.eval().sample(batch["views"], batch["text"]).shape == (3, 10, 7)
-    assert model(batch | {"frozen": model.precompute(batch["views"], batch["text"])})["action_loss"].isfinite()
+    assert model(batch | {"encoded": model.precompute(batch["views"], batch["text"])})["action_loss"].isfinite()
 
 
 def test_sampling_is_seeded_and_rows_are_independent() -> None:
@@ -453,7 +455,7 @@ def test_sampling_is_seeded_and_rows_are_independent() -> None:
 
 def test_it_learns_what_pictures_tell() -> None:
     """Two pictures under one sentence, one action each: the sampled actions part."""
-    model, levels = build(noise_draws=16, edm=ActionEDM(steps=10)), torch.tensor([-0.7, 0.7])
+    model, levels = build(**{"edm.noise_draws": 16, "edm.num_inference_steps": 10}), torch.tensor([-0.7, 0.7])
     views = {name: levels.view(2, 1, 1, 1).expand(2, 3, 16, 16) for name in ("static", "gripper")}
     batch = {
         "id": ["dark", "bright"],
@@ -484,9 +486,9 @@ def size(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-@pytest.mark.parametrize("row", ["policy=official", "experiment=defi/official"])
+@pytest.mark.parametrize("row", ["defi=official", "experiment=defi/official"])
 def test_official_has_the_releases_sizes(row: str) -> None:
-    """156.84 M numbers learn (facts 4.3)."""
+    """156.84 M numbers learn, as in the released checkpoint."""
     with initialize_config_dir(CONFIGS, version_base=None):
         config = OmegaConf.to_container(compose("step2_gidm", ["gidm=official"]).gidm, resolve=True)
     eyes = SimpleNamespace(dim=768, num_tokens=256)
@@ -502,12 +504,12 @@ def test_official_has_the_releases_sizes(row: str) -> None:
     assert (
         model.pair_frames == (5,)
         and model.pair_view_indices == [0]
-        and model.adapter.streams.keys() == {"video", "latent"}
+        and model.adapter.stream_embedders.keys() == {"video", "latent"}
         and not model.uses_present_tokens
     )
 
 
-@pytest.mark.parametrize("row", ["policy=vpp", "experiment=defi/vpp"])
+@pytest.mark.parametrize("row", ["defi=vpp", "experiment=defi/vpp"])
 def test_vpp_has_its_own_sizes(row: str) -> None:
     model = full_scale(None, row)
     assert size(model.video_former) == 17_713_536 and size(model.adapter) == 22_602_631 - 1_081_728
@@ -529,4 +531,4 @@ def test_full_scale_builds_to_the_papers_sizes() -> None:
         and len(model.adapter.blocks) == 12
         and model.adapter.action_pos_embed.shape == (10, 384)
     )
-    assert model.edm.steps == 10 and model.pair_frames == (5, 10, 15)
+    assert model.edm.num_inference_steps == 10 and model.pair_frames == (5, 10, 15)

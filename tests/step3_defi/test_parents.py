@@ -38,8 +38,8 @@ def test_a_parent_of_another_scale_is_refused(tree: Path, kind: str) -> None:
     relabel(other, scale="full")
     with pytest.raises(
         SystemExit,
-        match=rf"^error: [^\n]*{kind}_of_full: this {kind} is of scale=full, one of scale=tiny is needed; "
-        rf"move it away, or train one [^\n]*policy.{kind}.path=$",
+        match=rf"^error: [^\n]*{kind}_of_full: this {kind} has scale=full, but scale=tiny is needed; "
+        r"move it away, or train one [^\n]*$",
     ):
         run(tree, "refused", f"policy.{kind}.path={other}")
     assert not (tree / "ckpts/defi/refused/meta.json").exists()
@@ -57,8 +57,8 @@ def refit(file: Path) -> None:
 @pytest.mark.parametrize(
     "part, weights, choice",
     [
-        ("dinov2", "model.safetensors", ["policy/gidm=scratch", "policy.gidm.vision.path={}"]),
-        ("svd", "unet/diffusion_pytorch_model.safetensors", ["policy/gfdm=vanilla_svd", "policy.gfdm.svd={}"]),
+        ("dinov2", "model.safetensors", ["defi/gidm=scratch", "policy.gidm.vision.path={}"]),
+        ("svd", "unet/diffusion_pytorch_model.safetensors", ["defi/gfdm=vanilla_svd", "policy.gfdm.svd={}"]),
         ("clip", "model.safetensors", ["+policy.gfdm.overrides.clip={}"]),
     ],
 )

@@ -35,32 +35,34 @@ def ready(**changes) -> DeFIPolicy:
 
 def test_actions_obey_the_action_space_and_a_plan_tells_what_was_clipped() -> None:
     robot = ready()
-    plan = robot.plan([get_obs(0), get_obs(1)], SENTENCES)
+    plan = robot.predict_action_chunk([get_obs(0), get_obs(1)], SENTENCES)
     assert plan.shape == (2, 10, 7) and np.abs(plan[..., :6]).max() > 1 and set(np.unique(plan[..., 6])) <= {-1.0, 1.0}
     acted = np.stack([robot.act(get_obs(0), SENTENCES[0]) for _ in range(10)])
-    assert np.array_equal(acted, robot.plan([get_obs(0)], SENTENCES[:1])[0].clip(-1, 1))
+    assert np.array_equal(acted, robot.predict_action_chunk([get_obs(0)], SENTENCES[:1])[0].clip(-1, 1))
 
 
 def test_plan_depends_on_neither_batch_nor_past() -> None:
     robot = ready()
-    together = robot.plan([get_obs(0), get_obs(1), get_obs(2)], [*SENTENCES, SENTENCES[0]])
-    alone = robot.plan([get_obs(1)], [SENTENCES[1]])
+    together = robot.predict_action_chunk([get_obs(0), get_obs(1), get_obs(2)], [*SENTENCES, SENTENCES[0]])
+    alone = robot.predict_action_chunk([get_obs(1)], [SENTENCES[1]])
     assert np.allclose(together[1:2], alone, atol=1e-4)
-    assert not np.allclose(ready(seed=1).plan([get_obs(1)], [SENTENCES[1]])[..., :6], alone[..., :6], atol=1e-3)
+    assert not np.allclose(
+        ready(seed=1).predict_action_chunk([get_obs(1)], [SENTENCES[1]])[..., :6], alone[..., :6], atol=1e-3
+    )
 
 
 def test_chunk_is_carried_out_then_planned_anew() -> None:
     robot, calls = ready(execute=4), []
-    plan = robot.plan
-    robot.plan = lambda observations, texts: calls.append(texts[0]) or plan(observations, texts)
+    predict = robot.predict_action_chunk
+    robot.predict_action_chunk = lambda observations, texts: calls.append(texts[0]) or predict(observations, texts)
     acted = [robot.act(get_obs(0), SENTENCES[0]) for _ in range(9)]
     assert len(calls) == 3 and acted[0].shape == (7,)
-    assert np.array_equal(np.stack(acted[:4]), plan([get_obs(0)], SENTENCES[:1])[0, :4].clip(-1, 1))
+    assert np.array_equal(np.stack(acted[:4]), predict([get_obs(0)], SENTENCES[:1])[0, :4].clip(-1, 1))
 
 
 def test_new_instruction_and_reset_drop_the_chunk() -> None:
     robot, calls = ready(), []
-    robot.plan = lambda observations, texts: calls.append(texts[0]) or np.zeros((1, 10, 7), np.float32)
+    robot.predict_action_chunk = lambda observations, texts: calls.append(texts[0]) or np.zeros((1, 10, 7), np.float32)
     for sentence in (SENTENCES[0], SENTENCES[0], SENTENCES[1], SENTENCES[1]):
         robot.act(get_obs(0), sentence)
     assert calls == SENTENCES
@@ -74,10 +76,10 @@ def test_bad_requests_say_what_is_wrong() -> None:
         ready(execute=11)
     blind = get_obs(0)
     del blind["rgb_obs"]["rgb_gripper"]
-    with pytest.raises(ValueError, match="the observation has no rgb_obs/rgb_gripper; the policy looks through"):
-        ready().plan([blind], ["go"])
+    with pytest.raises(ValueError, match="the observation has no rgb_obs/rgb_gripper; the policy reads the views"):
+        ready().predict_action_chunk([blind], ["go"])
     with pytest.raises(ValueError, match="1 observations and 2 instructions"):
-        ready().plan([get_obs(0)], ["go", "go"])
+        ready().predict_action_chunk([get_obs(0)], ["go", "go"])
 
 
 @pytest.mark.parametrize(
@@ -104,29 +106,29 @@ def test_observations_of_another_kind_are_one_line(spoil: Callable[[dict], objec
     seen = get_obs(1)
     spoil(seen)
     with pytest.raises(ValueError, match=f"^the observation: {said}") as caught:
-        ready().plan([get_obs(0), seen], ["go", "go"])
+        ready().predict_action_chunk([get_obs(0), seen], ["go", "go"])
     assert "\n" not in str(caught.value)
     if "rgb" in said:
         with pytest.raises(ValueError, match="^the observation of sequence 7, sub-task 2, plan 3: rgb_obs"):
-            ready().plan([{**seen, "rollout_key": (0, 7, 2, 3)}], ["go"])
+            ready().predict_action_chunk([seen], ["go"], rollout_keys=[(0, 7, 2, 3)])
 
 
 @pytest.mark.parametrize("text", ["", "  \n"])
 def test_an_empty_sentence_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="there is nothing in it; say what to do"):
-        ready().plan([get_obs(0)], [text])
+    with pytest.raises(ValueError, match="is empty; say what to do"):
+        ready().predict_action_chunk([get_obs(0)], [text])
 
 
 def test_characters_that_no_piece_stands_for_are_named(shared_data: Path) -> None:
     """T5's own vocabulary; CLIP's spells everything in bytes."""
     robot = ready()
     robot.model.gidm.text = TextEncoder(nn.Linear(1, 1), AutoTokenizer.from_pretrained(shared_data / "tokenizers/t5"))
-    assert len(robot.plan([get_obs(0)], ["put the café cup in the drawer, please!"])) == 1
+    assert len(robot.predict_action_chunk([get_obs(0)], ["put the café cup in the drawer, please!"])) == 1
     with pytest.raises(
         ValueError,
-        match="'open 引き出し': the policy's text encoders do not know 'き', 'し', '出', '引'; say it in plain English",
+        match="'open 引き出し': the policy's text encoders do not know 'き', 'し', '出', '引'; write it in plain English",
     ):
-        robot.plan([get_obs(0)], ["open 引き出し"])
+        robot.predict_action_chunk([get_obs(0)], ["open 引き出し"])
 
 
 class Half(nn.Module):
@@ -180,7 +182,7 @@ def test_missing_and_foreign_parents_are_named(tmp_path: Path) -> None:
 def loadable(root: Path) -> DeFIPolicy:
     """A policy of the tree above as `load` would have made it, over a model whose weights can be told apart."""
     robot = ready()
-    robot.origin, robot.moved = root / "defi/x", policy.find_parents(root / "defi/x")
+    robot.origin, robot.parent_overrides = root / "defi/x", policy.find_parents(root / "defi/x")
     return robot
 
 
@@ -197,7 +199,7 @@ def test_a_saved_policy_is_whole_and_an_artifact(tmp_path: Path) -> None:
         load_file(saved / "weights.safetensors")["adapter.out.bias"].eq(0.25).all()
         and not (saved / "parents/gfdm/resume").exists()
     )
-    robot.moved, robot.origin = policy.find_parents(saved), saved
+    robot.parent_overrides, robot.origin = policy.find_parents(saved), saved
     assert artifact.sha256(robot.save_pretrained(tmp_path / "alone", with_parents=False)) == artifact.sha256(saved), (
         "parents are no part of its identity"
     )
@@ -242,6 +244,6 @@ def test_what_is_neither_folder_nor_id_is_one_line(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(policy, "snapshot_download", away)
     with pytest.raises(artifact.ArtifactError, match=r"lab/policy: .*\(the hub is away\)$"):
         policy.load("lab/policy")
-    with pytest.raises(artifact.ArtifactError, match="its gfdm is no artifact"):
+    with pytest.raises(artifact.ArtifactError, match="its gfdm is not loaded from an artifact"):
         artifact.save(Half(), tmp_path / "x", kind="defi", config={"gfdm": {"svd": "y"}})
         policy.load(tmp_path / "x", gfdm=tmp_path)

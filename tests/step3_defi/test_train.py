@@ -31,14 +31,14 @@ def run(tree: Path, name: str, *overrides: str) -> Path:
         f"paths.data={tree}/data",
         f"name={name}",
         f"data.root={tree}/data/demonstrations",
-        "data.holdout=0.25",
+        "data.val_fraction=0.25",
         "data.frame_stride=8",
         "loop.max_steps=3",
         "loop.batch_size=2",
         "loop.eval_every=3",
         "loop.log_every=1",
         "loop.warmup_steps=1",
-        "policy.alignment_steps=0",
+        "policy.alignment.steps=0",
         *overrides,
     )
     train.main.__wrapped__(cfg)
@@ -63,12 +63,14 @@ def test_trains_saves_and_acts(tree: Path, tmp_path: Path) -> None:
         },
         "robot_obs": np.zeros(15),
     }
-    both = robot.plan([seen, seen], ["open the drawer", "close the drawer"])
-    assert both.shape == (2, 10, 7) and np.allclose(both[:1], robot.plan([seen], ["open the drawer"]), atol=1e-3)
+    both = robot.predict_action_chunk([seen, seen], ["open the drawer", "close the drawer"])
+    assert both.shape == (2, 10, 7) and np.allclose(
+        both[:1], robot.predict_action_chunk([seen], ["open the drawer"]), atol=1e-3
+    )
     whole = robot.save_pretrained(tmp_path / "whole")
     again = policy.DeFIPolicy.from_pretrained(whole, execute=5)
-    assert again.moved == {f"{kind}.path": str(whole / "parents" / kind) for kind in PARENT_CONFIGS}
-    assert np.array_equal(again.plan([seen, seen], ["open the drawer", "close the drawer"]), both)
+    assert again.parent_overrides == {f"{kind}.path": str(whole / "parents" / kind) for kind in PARENT_CONFIGS}
+    assert np.array_equal(again.predict_action_chunk([seen, seen], ["open the drawer", "close the drawer"]), both)
 
 
 def test_a_broken_run_goes_on_to_the_same_weights_bit_for_bit(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,7 +169,7 @@ def test_two_processes_validate_on_one_window_as_one_does(tree: Path) -> None:
 
 def test_a_policy_may_start_from_another_ones_weights(tree: Path) -> None:
     start = run(tree, "start")
-    cfg = configure("step3_defi", f"paths.ckpts={tree}/ckpts", "policy/trainable=adapter", "policy.noise_draws=2")
+    cfg = configure("step3_defi", f"paths.ckpts={tree}/ckpts", "policy.trainable=adapter", "policy.edm.noise_draws=2")
     config = OmegaConf.to_container(cfg.policy, resolve=True)
     config["gfdm"]["path"] = config["gidm"]["path"] = "nowhere"
     config = train.config_from_init(start, config)
@@ -177,13 +179,13 @@ def test_a_policy_may_start_from_another_ones_weights(tree: Path) -> None:
     expected, found = (m.eval().sample(views, ["open the drawer", "go"], seed=[1, 2]) for m in (before, model))
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)  # `load` has sentences encoded one by one
     assert expected.std() > 1e-3
-    assert model.trainable == ("projector", "video_former", "adapter") and model.noise_draws == 2
+    assert model.trainable == ("projector", "video_former", "adapter") and model.edm.noise_draws == 2
     assert not any(parameter.requires_grad for parameter in model.gidm.parameters())
 
 
 def test_training_goes_on_from_a_start(tree: Path) -> None:
     start = run(tree, "start")
-    more = run(tree, "more", f"init={start}", "loop.max_steps=2", "loop.optimizer.lr=1e-5", "loop.ema_decay=null")
+    more = run(tree, "more", f"init_from={start}", "loop.max_steps=2", "loop.optimizer.lr=1e-5", "loop.ema_decay=null")
     first, second, fresh = (
         load_file(f / "weights.safetensors") for f in (start, more, run(tree, "fresh", "loop.max_steps=1", "seed=1"))
     )
@@ -191,25 +193,33 @@ def test_training_goes_on_from_a_start(tree: Path) -> None:
     assert 0 < max(far) < 1e-4 < float((fresh["adapter.out.weight"] - first["adapter.out.weight"]).abs().max())
     record = artifact.read_meta(more)
     assert (
-        record["stats"]["init"] == artifact.sha256(start) and record["parents"] == artifact.read_meta(start)["parents"]
+        record["stats"]["init_from"] == artifact.sha256(start)
+        and record["parents"] == artifact.read_meta(start)["parents"]
     )
 
 
 def test_a_start_of_another_policy_is_named(tree: Path) -> None:
     start = run(tree, "start")
-    message = r"init=.*start is another policy .*: policy.fuse_grid is 4 there, 2 here; policy.views is .* there, \['static'\] here; set"
+    message = r"init_from=.*start is another policy .*: policy.observation.views is .* there and \['static'\] here; policy.streams.fuse_grid is 4 there and 2 here; give"
     with pytest.raises(SystemExit, match=message):
-        run(tree, "other", f"init={start}", "policy/views=static", "policy.fuse_grid=2", "policy.alignment_weight=0.5")
+        run(
+            tree,
+            "other",
+            f"init_from={start}",
+            "policy.observation.views=[static]",
+            "policy.streams.fuse_grid=2",
+            "policy.alignment.weight=0.5",
+        )
     with pytest.raises(SystemExit, match="neither a folder nor a hub id"):
-        run(tree, "other", "init=no/such/place")
-    learned = run(tree, "learned", "policy/trainable=gfdm_adapter", "loop.max_steps=1")
-    with pytest.raises(SystemExit, match="holds a forward model of its own; keep it learning"):
-        run(tree, "other", f"init={learned}")
+        run(tree, "other", "init_from=no/such/place")
+    learned = run(tree, "learned", "policy.trainable=gfdm_adapter", "loop.max_steps=1")
+    with pytest.raises(SystemExit, match="holds a forward model that was finetuned"):
+        run(tree, "other", f"init_from={learned}")
     assert not (tree / "ckpts/defi/other/meta.json").exists()
     assert (
-        policy.load(run(tree, "other", f"init={learned}", "policy/trainable=all", "loop.max_steps=1")).model.trainable[
-            0
-        ]
+        policy.load(
+            run(tree, "other", f"init_from={learned}", "policy.trainable=all", "loop.max_steps=1")
+        ).model.trainable[0]
         == "gfdm"
     )
 
@@ -249,8 +259,8 @@ def test_the_others_wait_for_the_cache_however_long_it_takes(tree: Path, monkeyp
 def test_rows_train_and_load(tree: Path, row: str) -> None:
     model = policy.load(run(tree, row, f"experiment=defi/{row}")).model
     assert isinstance(model, DeFI)
-    assert (model.alignment_weight == 0) == (row == "no_alignment")
-    assert model.blind == (row == "blind") and model.views == (
+    assert (model.alignment.weight == 0) == (row == "no_alignment")
+    assert model.observation.blind == (row == "blind") and model.views == (
         ("static",) if row == "t1_third_view" else ("static", "gripper")
     )
     gfdm = model.gfdm if row == "t9_all" else model.gfdm.module
@@ -266,7 +276,7 @@ def test_published_policies_train_and_load(tree: Path, row: str) -> None:
     ).model
     assert isinstance(model.adapter, VPPAdapter) and model.gfdm.module._time_ids[0, 0] == 4
     assert row == "vpp" or not model.gidm.clean_text
-    policy.load(run(tree, f"{row}_cached", f"policy={row}", "cache=true", "loop.max_steps=2", "loop.precision=no"))
+    policy.load(run(tree, f"{row}_cached", f"defi={row}", "cache=true", "loop.max_steps=2", "loop.precision=no"))
 
 
 def test_caches_of_other_looks_are_not_mixed_up(tree: Path) -> None:
@@ -276,21 +286,21 @@ def test_caches_of_other_looks_are_not_mixed_up(tree: Path) -> None:
     folder = [f"cache_dir={tree}/looks", "cache=true", "loop.max_steps=1"]
     run(tree, "looks", *folder)
     run(tree, "looks_again", *folder)
-    run(tree, "looks_scratch", *folder, "policy/gidm=scratch")
+    run(tree, "looks_scratch", *folder, "defi/gidm=scratch")
     assert len([p for p in (tree / "looks").iterdir() if p.is_dir()]) == 2  # training and validation
     run(tree, "looks_4_fps", *folder, "+policy.gfdm.overrides.fps=4")
-    run(tree, "looks_ahead", *folder, "policy=official")
+    run(tree, "looks_ahead", *folder, "defi=official")
     assert len([p for p in (tree / "looks").iterdir() if p.is_dir()]) == 6
 
 
 def test_every_trained_parameter_gets_a_gradient(tree: Path) -> None:
     """DDP waits for all of them; with the true models, also where the forward model learns."""
     for trainable in ("gidm_adapter", "all"):
-        cfg = configure("step3_defi", f"paths.ckpts={tree}/ckpts", f"policy/trainable={trainable}")
+        cfg = configure("step3_defi", f"paths.ckpts={tree}/ckpts", f"policy.trainable={trainable}")
         model = instantiate(OmegaConf.to_container(cfg.policy, resolve=True)).train()
         pictures = {view: torch.rand(2, 3, 64, 64) * 2 - 1 for view in model.views}
         futures = {view: torch.rand(2, len(model.pair_frames), 3, 64, 64) * 2 - 1 for view in model.views}
-        model.on_train_begin(model.alignment_steps)
+        model.on_train_begin(model.alignment.steps)
         model(
             {
                 "id": ["a", "b"],
@@ -308,4 +318,4 @@ def test_every_trained_parameter_gets_a_gradient(tree: Path) -> None:
 def test_weights_that_do_not_fit_are_refused(tree: Path) -> None:
     folder = run(tree, "misfit")
     with pytest.raises(artifact.ArtifactError, match="does not fit"):
-        policy.load(folder, overrides={"pair_frames": [1]})
+        policy.load(folder, overrides={"pairing.frames": [1]})

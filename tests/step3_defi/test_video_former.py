@@ -7,7 +7,7 @@ from step3_defi.video_former import VideoFormer
 
 SMALL = {
     "dim": 16,
-    "hidden": None,
+    "embed_hidden_dim": None,
     "queries": 3,
     "depth": 2,
     "spatial_heads": 2,

@@ -34,9 +34,9 @@ def test_the_releases_windows_are_fewer(tmp_path: Path) -> None:
     assert len(windows(root)) == 56 and windows(root, min_window=22, pack=True).windows[:, 1].tolist() == list(
         range(102, 166 + 1 - 21)
     )
-    with pytest.raises(ValueError, match="no window of 66 motions"):
+    with pytest.raises(ValueError, match="no window of 66 actions"):
         windows(root, min_window=66)
-    with pytest.raises(ValueError, match="min_window 4 .*at least 5"):
+    with pytest.raises(ValueError, match="min_window=4.*at least 5"):
         windows(root, min_window=4, max_pad=5)
 
 
@@ -78,8 +78,8 @@ def test_a_pack_serves_every_split_share_and_view_of_its_frames(calvin: Path, mo
         monkeypatch.setattr(module, "read_frame", lambda *_: pytest.fail("opened an npz"))
     for changes in (
         {},
-        {"split": "val", "holdout": 0.25},
-        {"fraction": 0.5, "split": "train", "holdout": 0.25},
+        {"split": "val", "val_fraction": 0.25},
+        {"fraction": 0.5, "split": "train", "val_fraction": 0.25},
         {"frame_stride": 3},
         {"views": ["static"]},
     ):

@@ -26,8 +26,8 @@ FRAMES = np.r_[103:136, 148:181]
 
 
 def pack(calvin: Path, cache: Path, **changes) -> store.Pack:
-    arguments = {"frames": FRAMES, "pictured": FRAMES[::3], "keys": KEYS, "shard": 8, **changes}
-    return store.packed(calvin / "training", cache=cache, **arguments)
+    arguments = {"frames": FRAMES, "image_frames": FRAMES[::3], "keys": KEYS, "shard": 8, **changes}
+    return store.get_or_build_pack(calvin / "training", cache=cache, **arguments)
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -59,7 +59,7 @@ def test_a_broken_build_goes_on_where_it_stopped(calvin: Path, tmp_path: Path, m
     )
     with pytest.raises(KeyboardInterrupt):
         pack(calvin, tmp_path / "broken")
-    assert store.find(calvin / "training", FRAMES, FRAMES[::3], KEYS, tmp_path / "broken") is None
+    assert store.find_pack(calvin / "training", FRAMES, FRAMES[::3], KEYS, tmp_path / "broken") is None
     target = tmp_path / "broken" / whole.folder.name
     (target / ".00004.77.part.safetensors").write_bytes(b"half")  # what kill -9 leaves
     (target / "00002.safetensors").write_bytes(
@@ -75,10 +75,10 @@ def test_killed_and_resumed_equals_unbroken(tmp_path: Path) -> None:
     root, cache = write_calvin(tmp_path / "calvin", recordings=20, length=40), tmp_path / "broken"
     frames = np.array(sorted(int(path.stem[-7:]) for path in (root / "training").glob("episode_*.npz")))
     code = (
-        "import sys; from pathlib import Path; import numpy as np; from step3_defi import store; folder, cache = "
+        "import sys; from pathlib import Path; import numpy as np; from step3_defi.data import store; folder, cache = "
         "map(Path, sys.argv[1:])\n"
         "frames = np.array(sorted(int(path.stem[-7:]) for path in folder.glob('episode_*.npz')))\n"
-        f"if __name__ == '__main__': store.packed(folder, frames, frames, {KEYS}, cache, workers=2, shard=8)"
+        f"if __name__ == '__main__': store.get_or_build_pack(folder, frames, frames, {KEYS}, cache, workers=2, shard=8)"
     )
     started = subprocess.Popen(
         [sys.executable, "-c", code, str(root / "training"), str(cache)], cwd=ROOT, stderr=subprocess.DEVNULL
@@ -92,7 +92,7 @@ def test_killed_and_resumed_equals_unbroken(tmp_path: Path) -> None:
     target = next(cache.glob("pack*"))
     done = len(list(target.glob("[0-9]*.safetensors")))
     assert done < len(frames) / 8 and not (target / store.INDEX).exists()
-    options = {"frames": frames, "pictured": frames, "workers": 1}
+    options = {"frames": frames, "image_frames": frames, "workers": 1}
     assert content(pack(root, cache, **options).folder) == content(pack(root, tmp_path / "unbroken", **options).folder)
 
 
@@ -100,13 +100,13 @@ def test_the_program_packs_what_training_reads(calvin: Path, caplog: pytest.LogC
     words = [
         f"data.root={calvin}",
         "data.frame_stride=4",
-        "policy.alignment_weight=0",
+        "policy.alignment.weight=0",
     ]  # no true future frames, which it would picture, too
     with caplog.at_level("INFO"):
         program.main.__wrapped__(configure("step3_pack", *words, "workers=1"))
     folder = next((calvin / "training/.defi_cache").glob("pack*"))
     assert f"results in {folder}: 132 frames, pictures of {4 * 8}" in caplog.text
-    cfg = configure("step3_defi", *words, "data.holdout=0.25")
+    cfg = configure("step3_defi", *words, "data.val_fraction=0.25")
     assert {instantiate(cfg.data, split=split).pack.folder for split in ("train", "val")} == {folder}
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from common import artifact
 from step3_defi import import_weights, policy, train
 from step3_defi.edm import seeded_noise
+from step3_defi.model import EncodedObservation
 from step3_defi.released.names import IGNORED_PREFIXES, from_release
 from tests.step3_defi.parts import configure
 from tests.step3_defi.released.reference_policy import ReferenceModel, random_policy
@@ -23,11 +24,11 @@ from tests.step3_defi.released.reference_policy import ReferenceModel, random_po
 HEADS = (2, 2, 2)
 TEXTS = ["Open the drawer!", "push the red block to the left", "go"]
 BUILT = [
-    "policy.video_former.hidden=64",
+    "policy.video_former.embed_hidden_dim=64",
     "policy.video_former.depth=2",
     "policy.adapter.encoder_layers=2",
     "policy.adapter.decoder_layers=2",
-    "policy.frozen_precision=fp32",
+    "policy.observation.precision=fp32",
     "lam.vision.image_size=64",
     "lam.dim=64",
     "lam.num_heads=2",
@@ -67,13 +68,13 @@ def run(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable
         given = [
             "scale=tiny",
             f"path={file}",
-            f"gfdm={tree}/ckpts/gfdm/tiny",
+            f"parents.gfdm={tree}/ckpts/gfdm/tiny",
             f"name={name}",
             *where,
             *BUILT,
             *overrides,
         ]
-        monkeypatch.setattr(sys, "argv", ["import_weights", *import_weights.plain_keys(given)])
+        monkeypatch.setattr(sys, "argv", ["import_weights", *given])
         import_weights.main()
         return tree / "ckpts/defi" / name
 
@@ -92,17 +93,15 @@ def test_an_imported_policy_acts_as_the_formulas_say(
     preset: str, tree: Path, run: Callable[..., Path], tmp_path: Path
 ) -> None:
     if preset == "vpp":
-        torch.manual_seed(
-            1
-            # ten steps through random weights amplify rounding, 1e-5 as a rule, to 1e-3 for a few pictures; of this seed
-            # none
-        )
+        # Ten steps through random weights amplify rounding to 1e-3 for a few pictures; none of this seed is one of them.
+        torch.manual_seed(1)
     tensors = weights(tree, inverse=preset == "official")
-    folder = run(saved(tmp_path / "0012345.pt", tensors), f"acts_{preset}", f"policy={preset}", "foreign=skip")
+    folder = run(saved(tmp_path / "0012345.pt", tensors), f"acts_{preset}", f"defi={preset}", "foreign=skip")
     model, written = policy.load(folder).model, ReferenceModel(tensors, HEADS)
     views = {name: torch.rand(3, 3, 64, 64) * 2 - 1 for name in ("static", "gripper")}
     features = model.precompute(views, TEXTS)["features"].float()
-    model.encode_observation = lambda *_, **__: {"features": features}  # in fp16, as both see them
+    encoded = EncodedObservation(features)  # rounded to fp16, as both see them
+    model.encode_observation = lambda *_, **__: encoded
     before_codes = []
     if preset == "official":
         model.gidm.to_latent.register_forward_hook(lambda _, args, out: before_codes.extend(out))
@@ -127,7 +126,7 @@ def test_finetuning_goes_on_from_an_imported_policy(
     start = run(
         saved(tmp_path / "policy.pt", weights(tree, inverse=preset == "official")),
         f"from_{preset}",
-        f"policy={preset}",
+        f"defi={preset}",
         "foreign=skip",
     )
     cfg = configure(
@@ -135,9 +134,9 @@ def test_finetuning_goes_on_from_an_imported_policy(
         f"paths.ckpts={tree}/ckpts",
         f"paths.data={tree}/data",
         f"data.root={tree}/data/demonstrations",
-        "data.holdout=0.25",
-        f"policy={preset}",
-        f"init={start}",
+        "data.val_fraction=0.25",
+        f"defi={preset}",
+        f"init_from={start}",
         f"name=on_{preset}",
         "data.frame_stride=8",
         "loop.max_steps=1",
@@ -159,7 +158,8 @@ def test_finetuning_goes_on_from_an_imported_policy(
     assert 0 < max(far.values()) < 1e-4  # one step away, so not from anew
     record = artifact.read_meta(folder, "defi")
     assert (
-        record["stats"]["init"] == artifact.sha256(start) and record["parents"] == artifact.read_meta(start)["parents"]
+        record["stats"]["init_from"] == artifact.sha256(start)
+        and record["parents"] == artifact.read_meta(start)["parents"]
     )
     assert policy.load(folder).model.sample(
         {name: torch.zeros(1, 3, 64, 64) for name in ("static", "gripper")}, ["go"]
@@ -172,8 +172,8 @@ def test_what_is_left_out_is_named_and_counted(
     tensors = weights(tree)
     folder = run(saved(tmp_path / "last.pt", tensors), "left", "foreign=skip")
     record = artifact.read_meta(folder, "defi")
-    left = record["stats"]["imported"]["left"]
-    assert left == {
+    unused = record["stats"]["imported"]["unused"]
+    assert unused == {
         "language_goal.": 1,
         "TVP_encoder.": 5,
         "lam.text_encoder.": 12,
@@ -187,7 +187,7 @@ def test_what_is_left_out_is_named_and_counted(
     )
     model = policy.load(folder).model
     counts = model.gidm.quantizer.counts.numel()  # ours alone
-    assert sum(p.numel() for p in model.state_dict().values()) - counts + sum(left.values()) == sum(
+    assert sum(p.numel() for p in model.state_dict().values()) - counts + sum(unused.values()) == sum(
         t.numel() for t in tensors.values()
     )
 
@@ -198,11 +198,11 @@ def test_an_svd_folder_serves_as_forward_model(tree: Path, run: Callable[..., Pa
     folder = run(
         tmp_path / "policy.safetensors",
         "svd",
-        f"gfdm={hub}/svd",
+        f"parents.gfdm={hub}/svd",
         f"svd.clip={hub}/clip",
         "svd.image_size=64",
         "svd.num_frames=4",
-        "svd.taps=[0,1,2]",
+        "svd.up_block_indices=[0,1,2]",
     )
     model = policy.load(folder).model
     assert artifact.read_meta(folder)["scale"] == "tiny"  # as asked for; published weights are imported at full
@@ -224,10 +224,10 @@ def test_what_does_not_fit_is_one_line_and_leaves_nothing(tree: Path, run: Calla
         ),
         "shape": (
             {**tensors, "time_pos_emb": torch.ones(3, 1, 64)},
-            r"1 of another shape: projector.moments \(3, 1, 64\) for \(2, 1, 64\)$",
+            r"1 of another shape: projector.time_pos_embed \(3, 1, 64\) for \(2, 1, 64\)$",
         ),
-        "vpp": (vpp, r"holds no inverse model \(lam.\*\), so it is VPP's; use policy=vpp$"),
-        "other": ({"unet.x": torch.ones(1)}, "no policy of the release or of VPP .* start with: unet$"),
+        "vpp": (vpp, r"holds no inverse model \(lam.\*\), so it is VPP's; use defi=vpp$"),
+        "other": ({"unet.x": torch.ones(1)}, "no policy of the release or of VPP: .* start with unet$"),
     }
     for name, (content, message) in cases.items():
         with pytest.raises(SystemExit, match=f"^error: .*{message}") as caught:
@@ -237,30 +237,30 @@ def test_what_does_not_fit_is_one_line_and_leaves_nothing(tree: Path, run: Calla
         ("shape.pt", ["foreign=refuse"], "holds objects of argparse.Namespace .* foreign=skip$"),
         ("shape.pt", ["foreign=run"], "refuse or skip"),
         ("nowhere.pt", [], "no such file"),
-        ("other.pt", ["policy=vpp", "gidm=x"], "no inverse model; leave gidm out"),
+        ("other.pt", ["defi=vpp", "parents.gidm=x"], "no inverse model; leave parents.gidm out"),
     )
     for file, extra, message in refused:
         with pytest.raises(SystemExit, match=message):
             run(tmp_path / file, "misfit", *extra)
     with pytest.raises(
-        SystemExit, match=r"holds an inverse model \(lam.\*\), so it is the release's; use policy=official$"
+        SystemExit, match=r"holds an inverse model \(lam.\*\), so it is a policy of the release; use defi=official$"
     ):
-        run(saved(tmp_path / "x.pt", tensors), "misfit", "policy=vpp", "foreign=skip")
+        run(saved(tmp_path / "x.pt", tensors), "misfit", "defi=vpp", "foreign=skip")
     assert not (tree / "ckpts/defi/misfit").exists()
 
 
-def test_names_are_those_of_the_facts() -> None:
-    """Nothing is lost or made: every number of a file lands under our names or in UNUSED_PREFIXES."""
+def test_every_number_of_a_file_is_taken_or_counted() -> None:
+    """Nothing is lost or made: every number of a file lands under our names or in IGNORED_PREFIXES."""
     tensors = random_policy(features=6, frames=4, queries=2, dim=8, former_inner=8, width=8, visual=8, goal=5, layers=3)
     before = {name: tensor.clone() for name, tensor in tensors.items()}
     release = from_release(tensors)
     assert (
         all(torch.equal(tensors[name], before[name]) for name in before)
-        and set(release.left) <= set(IGNORED_PREFIXES)
-        and release.inverse
+        and set(release.unused) <= set(IGNORED_PREFIXES)
+        and release.has_gidm
     )
     taken = sum(tensor.numel() for name, tensor in release.state.items() if name != "gidm.quantizer.counts")
-    assert taken + sum(release.left.values()) == sum(tensor.numel() for tensor in tensors.values())
+    assert taken + sum(release.unused.values()) == sum(tensor.numel() for tensor in tensors.values())
     assert not [
         name for name in release.state if name.split(".")[0] not in ("gidm", "projector", "video_former", "adapter")
     ]

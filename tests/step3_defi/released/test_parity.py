@@ -27,7 +27,8 @@ from common.program import CONFIGS
 from step2_gidm import GIDM
 from step3_defi import DeFI, import_weights
 from step3_defi.edm import seeded_noise
-from tests.step2_gidm.released.test_import_weights import Reader, Sight
+from step3_defi.model import EncodedObservation
+from tests.step2_gidm.released.test_import_weights import FakeDino, FakeT5
 
 PUBLIC = {"official": ("DEFI_OFFICIAL_REPO", "Step3_DeFI"), "vpp": ("VPP_REPO", "")}
 TEXT, SEED = "Push the red block, then go left!", 7
@@ -125,7 +126,7 @@ def theirs(
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr(Tensor, "cuda", lambda self, *_, **__: self)  # written into its position codes
     public = importlib.import_module("policy_models.VPP_policy")
-    part, reader = nn.Linear(1, 1), Reader()
+    part, reader = nn.Linear(1, 1), FakeT5()
     pipeline = types.SimpleNamespace(image_encoder=part, vae=part, unet=part, to=lambda *_: pipeline)
     loads = types.SimpleNamespace(from_pretrained=lambda *_, **__: nn.Linear(2, 2))
     monkeypatch.setattr(public, "load_primary_models", lambda *_, **__: (pipeline, *[None] * 7))
@@ -159,7 +160,7 @@ def theirs(
 def ours(preset: str, tmp_path: Path, public: nn.Module) -> DeFI:
     """Our policy of a preset at full size, filled from a checkpoint as theirs is saved."""
     with initialize_config_dir(CONFIGS, version_base=None):
-        config = OmegaConf.to_container(compose("step3_defi", [f"policy={preset}"]).policy, resolve=True)
+        config = OmegaConf.to_container(compose("step3_defi", [f"defi={preset}"]).policy, resolve=True)
         lam = OmegaConf.to_container(compose("step2_gidm", ["gidm=official"]).gidm, resolve=True)
     gidm = (
         instantiate(config["gidm"])
@@ -168,8 +169,8 @@ def ours(preset: str, tmp_path: Path, public: nn.Module) -> DeFI:
             **{
                 **{k: v for k, v in lam.items() if k != "_target_"},
                 "clean_text": config["gidm"]["overrides"]["clean_text"],
-                "vision": Sight(768, 16),
-                "text": Reader(),
+                "vision": FakeDino(768, 16),
+                "text": FakeT5(),
                 "quantizer": instantiate(lam["quantizer"]),
             }
         )
@@ -178,7 +179,7 @@ def ours(preset: str, tmp_path: Path, public: nn.Module) -> DeFI:
         gfdm=Imagined(), gidm=gidm, goal=Goal()
     ).eval()
     torch.save({"model": public.state_dict(), "args": OmegaConf.create({"batch_size": 20})}, tmp_path / "0012345.pt")
-    left = import_weights.fill(model, tmp_path / "0012345.pt", skip_foreign=True)
+    left = import_weights.load_published(model, tmp_path / "0012345.pt", skip_foreign=True)
     assert {"language_goal.", "TVP_encoder.", "model.inner_model.pos_emb"} <= left.keys()
     return model
 
@@ -210,11 +211,13 @@ def test_parity_with_the_public_code(
         actions = public.eval_forward({"rgb_obs": {"rgb_static": picture, "rgb_gripper": picture}}, {"lang_text": TEXT})
 
     imagined = features[0].flatten(3).transpose(2, 3)[None]  # (B, V, F, L, C)
-    model.encode_observation = lambda *_, **__: {"features": imagined}
+    encoded = EncodedObservation(imagined)
+    model.encode_observation = lambda *_, **__: encoded
     before_codes = []
     if preset == "official":
         model.gidm.to_latent.register_forward_hook(lambda _, args, out: before_codes.append(out))
-    goal, streams, extra = model.infer_streams({"features": imagined}, [TEXT])
+    inferred = model.infer_streams(encoded, [TEXT])
+    goal, streams = inferred.goal, inferred.streams
     context = model.adapter.encode(goal, streams)
     pairs = {
         "video former": (streams["video"], seen["video former"][1]),
@@ -233,7 +236,7 @@ def test_parity_with_the_public_code(
         losses = (
             out["emb"] - out["z"]
         ).square().mean() * 1.25  # as their training_step adds them: 1.0 codebook, 0.25 commitment
-        pairs["bottleneck loss"] = (extra["bottleneck_loss"], losses)
+        pairs["bottleneck loss"] = (inferred.losses["bottleneck_loss"], losses)
     first = seen["decoder"][0][0]  # embedded noisy actions of the first step
     network = model.adapter(noise * 80 / (80**2 + 0.25) ** 0.5, torch.tensor([80.0]), context)
     pairs |= {

@@ -14,7 +14,7 @@ UNUSED = (
 
 def awake(**changes: float) -> VPPAdapter:
     """Weights as large as trained ones, so that every path says something."""
-    adapter = VPPAdapter(STREAMS, 7, dim=16, encoder_layers=2, decoder_layers=2, heads=2, **changes)
+    adapter = VPPAdapter(STREAMS, 7, dim=16, encoder_layers=2, decoder_layers=2, num_heads=2, **changes)
     for parameter in adapter.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return adapter
