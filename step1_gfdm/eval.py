@@ -25,7 +25,6 @@ import torch
 from einops import rearrange
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
-from tqdm import tqdm
 
 from common import artifact
 from common.curves import save_curves
@@ -36,6 +35,7 @@ from common.files import write_text
 from common.image_range import normalize
 from common.metrics import bootstrap_ci, psnr, ssim
 from common.program import program
+from common.progress import tqdm
 from common.video import write_mp4
 from step1_gfdm.dataset import VideoClips
 from step1_gfdm.model import GFDM
