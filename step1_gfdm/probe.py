@@ -17,13 +17,13 @@ from einops import rearrange
 from sklearn.decomposition import PCA
 from sklearn.neural_network import MLPRegressor
 from torch import Tensor
-from tqdm import tqdm
 
 from common.contracts import FutureDynamics
 from common.errors import UserError
 from common.image_range import normalize
 from common.metrics import bootstrap_ci
 from common.probe import ProbeSplit, mean_baseline_errors, probe_errors, r2_ci, ridge
+from common.progress import tqdm
 from step1_gfdm.dataset import VideoClips
 from step1_gfdm.model import GFDM
 
