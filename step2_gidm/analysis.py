@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
-from tqdm import tqdm
 
 from common.errors import UserError
 from common.metrics import bootstrap_ci
 from common.probe import ProbeSplit, mean_baseline_errors, probe_errors, r2_ci
+from common.progress import tqdm
 from step2_gidm.model import InverseModel, normalize_text
 
 # The representations that are compared, by the name that results.json gives them.
