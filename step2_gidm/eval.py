@@ -26,7 +26,6 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
-from tqdm import tqdm
 
 from common import artifact
 from common.curves import save_curves
@@ -36,6 +35,7 @@ from common.files import write_text
 from common.metrics import bootstrap_ci, perplexity
 from common.mixture import Mixture, SampleSet
 from common.program import program, root_cause
+from common.progress import tqdm
 from step2_gidm import analysis
 from step2_gidm.analysis import QUANTIZED, SENTENCE, EncodedPairs, Labels, MissingLabels
 from step2_gidm.model import GIDM, InverseModel
