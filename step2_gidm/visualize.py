@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from einops import rearrange
 from torch import Tensor
-from tqdm import tqdm
 
 from common.figures import pyplot, save_figure
+from common.progress import tqdm
 from common.video import write_mp4
 from step2_gidm.analysis import EncodedPairs, Labels, TransferPairs, decode_transferred, nearest_frame
 from step2_gidm.model import GIDM, InverseModel
