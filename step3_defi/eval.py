@@ -23,7 +23,6 @@ import numpy as np
 from accelerate.utils import gather_object
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from tqdm import tqdm
 
 from common import artifact
 from common.contracts import ChunkPolicy
@@ -31,6 +30,7 @@ from common.distributed import SLOWEST, processes
 from common.errors import UserError
 from common.files import write_text
 from common.program import program
+from common.progress import tqdm
 from common.video import write_mp4
 from envs import resolve_tasks
 from step3_defi.policy import resolve_source
