@@ -19,13 +19,13 @@ from typing import Any
 import numpy as np
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from tqdm import tqdm
 
 from common import artifact
 from common.distributed import processes
 from common.errors import UserError
 from common.files import write_text
 from common.program import program
+from common.progress import tqdm
 from common.video import write_mp4
 from step3_defi.rollout import film, journal
 from step3_defi.rollout.diagnosis import (
