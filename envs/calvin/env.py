@@ -80,7 +80,7 @@ class CalvinEnv:
         """Hash of the two images of one fixed state. It is equal if renderer, assets and cameras are equal."""
         self.reset(dict(REFERENCE_STATE))
         images = self.get_obs()["rgb_obs"]
-        return hashlib.sha256(b"".join(picture.tobytes() for picture in images.values())).hexdigest()[:16]
+        return hashlib.sha256(b"".join(image.tobytes() for image in images.values())).hexdigest()[:16]
 
     # ---- measurements, see `envs.protocol.PrivilegedState`
 

@@ -1,4 +1,4 @@
-"""A few motions by hand for the tests of the simulator, apart from the expert that is tested with them elsewhere."""
+"""Simple motions for the tests of the simulator, independent of the scripted expert."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ OUT_OF_FRONT = np.array([0.0, -(3**0.5) / 2, 0.5])
 
 
 def downward_euler(tilt: float = 0.0, yaw: float = np.pi / 2) -> np.ndarray:
-    """Euler angles of a hand pointing down, then leaned so that the fingers point forward; roll stays near pi."""
-    leaned = matrix_from_euler(np.array([tilt, 0.0, 0.0])) @ matrix_from_euler(np.array([np.pi, 0.0, yaw]))
-    euler = euler_from_matrix(leaned)
+    """Euler angles (3,) of a hand that points down and is then tilted, so that the fingers point forward."""
+    tilted = matrix_from_euler(np.array([tilt, 0.0, 0.0])) @ matrix_from_euler(np.array([np.pi, 0.0, yaw]))
+    euler = euler_from_matrix(tilted)
     euler[0] %= 2 * np.pi
     return euler
 
 
 class PoseController:
-    """Moves the commanded pose of an environment in straight lines; `grip` is -1 or 1."""
+    """Moves the commanded pose of an environment in straight lines, with gripper command -1 or 1."""
 
     def __init__(self, env: PlayTableEnv) -> None:
         self.env = env

@@ -1,4 +1,4 @@
-"""Recording: CALVIN's files, labels that replay, and the same result however it is run."""
+"""Recordings have CALVIN's format, their actions can be replayed, and workers and kills do not change the result."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from envs.tasks import ELEVEN, INSTRUCTIONS
 FIXTURES = ["open_drawer", "close_drawer", "turn_on_led", "turn_off_led"]
 
 
-def unseeing(scene: str, monkeypatch: pytest.MonkeyPatch) -> PlayTableEnv:
-    """A table that draws no pictures."""
+def without_images(scene: str, monkeypatch: pytest.MonkeyPatch) -> PlayTableEnv:
+    """An environment that renders no images."""
     env = PlayTableEnv(scene)
     monkeypatch.setattr(
         env, "get_obs", lambda: {"rgb_obs": {"rgb_static": None, "rgb_gripper": None}, **env._state_obs()}
@@ -159,40 +159,40 @@ def test_the_number_of_workers_and_a_kill_do_not_matter(tmp_path: Path, monkeypa
         record(**request, out=tmp_path / "one", workers=1)
 
 
-def shoot(times: int) -> None:
-    """Kill a worker of the recording that this process makes, again and again as soon as it has workers."""
-    shot: set[int] = set()
-    while len(shot) < times:
+def kill_workers(times: int) -> None:
+    """Kill a worker of the recording in this process, `times` times, as soon as there is one."""
+    killed: set[int] = set()
+    while len(killed) < times:
         for process in psutil.Process().children():
             with contextlib.suppress(psutil.NoSuchProcess):
                 if (
-                    process.pid not in shot
+                    process.pid not in killed
                     and "spawn_main" in " ".join(process.cmdline())
                     and process.cpu_times().user > 0.3
                 ):
                     process.kill()
-                    shot.add(process.pid)
+                    killed.add(process.pid)
                     break
         time.sleep(0.05)
 
 
 @pytest.mark.parametrize("times", [1, 4])
-def test_a_worker_that_dies_is_replaced_but_not_for_ever(tmp_path: Path, times: int) -> None:
-    request = {"scenes": ["D"], "tasks": FIXTURES, "episodes": 3, "seed": 3, "out": tmp_path / "shot", "workers": 1}
-    gun = threading.Thread(target=shoot, args=(times,), daemon=True)
-    gun.start()
+def test_a_worker_that_dies_is_replaced_a_few_times(tmp_path: Path, times: int) -> None:
+    request = {"scenes": ["D"], "tasks": FIXTURES, "episodes": 3, "seed": 3, "out": tmp_path / "killed", "workers": 1}
+    killer = threading.Thread(target=kill_workers, args=(times,), daemon=True)
+    killer.start()
     if times > recorder.MAX_RESTARTS:
         with pytest.raises(UserError, match="run the same command again"):
             record(**request)
-        gun.join(20)
+        killer.join(20)
     record(**request)
-    assert not gun.is_alive()
+    assert not killer.is_alive()
     record(**{**request, "out": tmp_path / "calm"})
-    assert contents(tmp_path / "shot") == contents(tmp_path / "calm") != {}
+    assert contents(tmp_path / "killed") == contents(tmp_path / "calm") != {}
 
 
 def test_chains_go_on_from_where_they_are_and_lift(monkeypatch: pytest.MonkeyPatch) -> None:
-    env = unseeing("D", monkeypatch)
+    env = without_images("D", monkeypatch)
     chains = [demonstrate(env, ELEVEN, 5, np.random.default_rng(seed))[0] for seed in range(24)]
     segments = [segment for segments in chains for segment in segments]
     neutral = [segment for segment in segments if abs(segment.robot_obs[0][2] - 0.5712808) < 1e-3]
@@ -203,7 +203,7 @@ def test_chains_go_on_from_where_they_are_and_lift(monkeypatch: pytest.MonkeyPat
 
 
 def test_lifts_are_shown_from_misses_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    env = unseeing("D", monkeypatch)
+    env = without_images("D", monkeypatch)
     monkeypatch.setattr("envs.recording.displacement.PERTURB_PROB", 1.0)
     lifts = ["lift_red_block_table", "lift_blue_block_table", "lift_pink_block_table"]
     chains = [demonstrate(env, lifts, 1, np.random.default_rng(seed)) for seed in range(60)]
@@ -213,8 +213,8 @@ def test_lifts_are_shown_from_misses_too(monkeypatch: pytest.MonkeyPatch) -> Non
     assert (first[:, 14] < 0).sum() >= 2, "the hand is shut"
 
 
-def test_twins_begin_alike_and_lift_what_their_sentence_names(monkeypatch: pytest.MonkeyPatch) -> None:
-    env = unseeing("A", monkeypatch)
+def test_consecutive_chains_start_alike_and_lift_what_their_sentence_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    env = without_images("A", monkeypatch)
     shares = {
         "CHAIN_LENGTH_PROBS": (1.0, 0.0, 0.0, 0.0, 0.0),
         "LIFT_LAST_PROB": 1.0,
@@ -235,8 +235,8 @@ def test_twins_begin_alike_and_lift_what_their_sentence_names(monkeypatch: pytes
     assert not np.array_equal(demonstrate_chain(env, ELEVEN, 5, seed=7, number=6)[0][0].scene_obs[0], one.scene_obs[0])
 
 
-def test_lost_and_hovering_hands_still_carry_their_tasks_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    env = unseeing("A", monkeypatch)
+def test_the_expert_succeeds_from_displaced_hands(monkeypatch: pytest.MonkeyPatch) -> None:
+    env = without_images("A", monkeypatch)
     for name, share in (
         ("displacement.RANDOM_POSE_PROB", 1.0),
         ("displacement.HOVER_PROB", 0.5),
@@ -261,7 +261,7 @@ def test_lost_and_hovering_hands_still_carry_their_tasks_out(monkeypatch: pytest
 
 
 def test_labels_replay_open_loop(monkeypatch: pytest.MonkeyPatch) -> None:
-    env = unseeing("D", monkeypatch)
+    env = without_images("D", monkeypatch)
     monkeypatch.setattr("envs.recording.demonstrate.NOISE_SIGMAS", (0.0,))
     replayed = total = 0
     for seed in range(8):
@@ -298,7 +298,7 @@ def test_the_program_ends_with_one_line_on_bad_input(tmp_path: Path) -> None:
     assert "Traceback" not in ended.stderr
 
 
-def test_an_end_waits_for_no_chain_that_is_under_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_does_not_wait_for_chains_in_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(pool: ProcessPoolExecutor, *_: object, **__: object) -> None:
         pool.submit(time.sleep, 200)
         raise KeyboardInterrupt

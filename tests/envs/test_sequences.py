@@ -1,4 +1,4 @@
-"""Sequences equal upstream's, draw by draw; initial states carry CALVIN's numbers."""
+"""Sequences equal CALVIN's published ones, and initial states have CALVIN's numbers."""
 
 from __future__ import annotations
 
@@ -59,11 +59,11 @@ def test_there_are_192_initial_states() -> None:
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 5])
-def test_a_small_vocabulary_keeps_to_itself_and_uses_all_its_kinds(length: int) -> None:
-    kinds = len({TASK_CATEGORIES[task] for task in ELEVEN})
+def test_a_small_vocabulary_uses_its_own_tasks_and_all_its_categories(length: int) -> None:
+    categories = len({TASK_CATEGORIES[task] for task in ELEVEN})
     for state, tasks in get_sequences(30, tasks=list(ELEVEN), length=length):
         assert len(tasks) == length == len(set(tasks)) and set(tasks) <= set(ELEVEN)
-        assert len({TASK_CATEGORIES[task] for task in tasks}) == min(length, kinds)
+        assert len({TASK_CATEGORIES[task] for task in tasks}) == min(length, categories)
         for task in tasks:
             state = next_state(state, task)
             assert state is not None
@@ -73,7 +73,7 @@ def test_five_of_the_eleven_end_with_a_lift() -> None:
     assert all(tasks[-1].startswith("lift") for _, tasks in get_sequences(40, tasks=list(ELEVEN)))
 
 
-def test_single_lifts_begin_in_many_states_with_the_block_in_sight() -> None:
+def test_single_lifts_start_in_many_states_with_the_block_on_the_table() -> None:
     sequences = get_sequences(100, tasks=["lift_red_block_table", "lift_blue_block_table"], length=1)
     assert all(state[f"{tasks[0].split('_')[1]}_block"] == "table" for state, tasks in sequences)
     assert len({str(state) for state, _ in sequences}) > 50
@@ -84,7 +84,7 @@ def test_seeds_differ_and_repeat() -> None:
     assert get_sequences(20, tasks=list(ELEVEN), seed=1) != get_sequences(20, tasks=list(ELEVEN), seed=2)
 
 
-def test_callers_cannot_spoil_the_cache() -> None:
+def test_callers_cannot_change_the_cache() -> None:
     get_sequences(3, tasks=list(ELEVEN))[0][1].append("x")
     get_sequences(3, tasks=list(ELEVEN))[0][0]["led"] = 7
     state, tasks = get_sequences(3, tasks=list(ELEVEN))[0]
@@ -106,7 +106,7 @@ def test_the_tasks_of_the_rules_are_calvins() -> None:
     assert set(TASK_CATEGORIES) == set(TASKS) and len(set(TASK_CATEGORIES.values())) == 11
 
 
-def test_the_hash_is_pyhashs_fnv() -> None:
+def test_the_hash_is_that_of_pyhash() -> None:
     assert _fnv1_32("test") == 3910690890
 
 
@@ -127,7 +127,7 @@ def test_scene_d_has_calvins_poses() -> None:
     np.testing.assert_allclose(scene[:6], [0.28, 0.22, 0, 0.088, 1, 1])
     np.testing.assert_allclose(scene[6:9], [-2.40851662e-01, 9.24044687e-02, 4.60990009e-01], atol=1e-8)
     np.testing.assert_allclose(scene[18:21], [7.03416330e-02, 9.24044687e-02, 4.60990009e-01], atol=1e-8)
-    # which slot, and the yaws: drawn by upstream's generator from the state's hash
+    # The position on the table and the yaws are drawn by CALVIN's generator from a hash of the state.
     np.testing.assert_allclose(
         scene[[12, 11, 17, 23]], [0.229995412, 1.8859410064, 1.4881434377, 1.4683986863], atol=1e-9
     )
@@ -135,7 +135,7 @@ def test_scene_d_has_calvins_poses() -> None:
 
 
 @pytest.mark.parametrize("name", SCENES)
-def test_other_scenes_put_blocks_where_their_fixtures_leave_room(name: str) -> None:
+def test_in_all_scenes_blocks_are_away_from_the_fixtures(name: str) -> None:
     scene = SCENES[name]
     for state in INITIAL_STATES:
         _, obs = get_env_state_for_initial_condition(state, scene)
@@ -151,6 +151,6 @@ def test_other_scenes_put_blocks_where_their_fixtures_leave_room(name: str) -> N
         assert obs[0] in (0.0, scene.limits["base__slide"])
 
 
-def test_a_state_without_room_is_refused() -> None:
+def test_a_state_with_blocks_elsewhere_is_refused() -> None:
     with pytest.raises(ValueError, match="grasped"):
         get_env_state_for_initial_condition({**INITIAL_STATES[0], "red_block": "grasped"}, SCENES["D"])

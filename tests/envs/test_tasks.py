@@ -1,4 +1,4 @@
-"""The oracle: each predicate on hand-made infos, at its thresholds."""
+"""Success detection: each predicate is tested with hand-made infos at its thresholds. Sets of tasks."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def yaw(degrees: float) -> list[float]:
 
 
 def info(*, doors: dict | None = None, lights: dict | None = None, robot: list | None = None, **blocks: dict) -> dict:
-    """A scene with all blocks on the table; keywords change a block's entries."""
+    """The info of a scene with all blocks on the table; keyword arguments change entries of a block."""
     movable = {}
     for name, uid in UIDS.items():
         movable[name] = {
@@ -123,7 +123,7 @@ def test_rotation_counts_from_60_degrees_on_the_spot_and_on_a_surface() -> None:
     assert not check_success("rotate_red_block_left", info(), turned(61, current_pos=at(0.31)))
     assert not check_success("rotate_red_block_left", info(), turned(61, contacts=touch((ROBOT, 9))))
     start = info(block_red={"current_orn": yaw(150)})
-    assert check_success("rotate_red_block_left", start, turned(-140))  # over the wrap: 70 degrees further
+    assert check_success("rotate_red_block_left", start, turned(-140))  # 70 degrees further, past 180 degrees
     tipped = [float(np.sin(np.pi / 4)), 0.0, 0.0, float(np.cos(np.pi / 4))]
     assert not check_success("rotate_red_block_left", info(), info(block_red={"current_orn": tipped}))
 

@@ -1,4 +1,4 @@
-"""The adapter to calvin_env, against a stand-in that has its interface and its habits but no physics."""
+"""CalvinEnv with a fake calvin_env, which has the interface of the real one and its side effects, but no physics."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def drop_packages() -> None:
 
 @pytest.fixture(autouse=True)
 def _fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The stand-in in place of calvin_env, also in processes that a test starts."""
+    """Put the fake in the place of calvin_env, also for processes that a test starts."""
     monkeypatch.syspath_prepend(str(FAKE))
     before = {name: module for name, module in sys.modules.items() if name.split(".")[0] in PACKAGES}
     drop_packages()
@@ -62,7 +62,7 @@ def worlds() -> dict:
 # ---- the environment
 
 
-def test_pictures_are_drawn_only_when_they_are_looked_at(env: CalvinEnv) -> None:
+def test_images_are_rendered_only_on_request(env: CalvinEnv) -> None:
     before = drawn()
     observation = env.reset(INITIAL_STATES[3])
     assert set(observation) == set(env.step(FORWARD, render=False)[0]) == {"robot_obs", "scene_obs"}
@@ -99,7 +99,7 @@ def test_an_action_is_copied_and_its_gripper_is_a_sign(env: CalvinEnv) -> None:
 
 
 @pytest.mark.parametrize("loads", [2, 50])
-def test_what_follows_a_reset_does_not_know_what_was_before(
+def test_what_follows_a_reset_does_not_depend_on_what_was_before(
     env: CalvinEnv, monkeypatch: pytest.MonkeyPatch, loads: int
 ) -> None:
     monkeypatch.setattr(calvin, "MAX_LOADS_PER_CONNECTION", loads)
@@ -176,7 +176,7 @@ def test_a_scene_that_is_not_the_published_one_is_refused() -> None:
 
 
 def test_one_world_in_a_process(env: CalvinEnv) -> None:
-    with pytest.raises(CalvinError, match="one world"):
+    with pytest.raises(CalvinError, match="one simulator in a process"):
         CalvinEnv("A")
     env.close()
     env.close()
@@ -184,7 +184,7 @@ def test_one_world_in_a_process(env: CalvinEnv) -> None:
 
 
 def test_it_is_silent(capfd: pytest.CaptureFixture) -> None:
-    gc.collect()  # what earlier tests did not close speaks when it is collected
+    gc.collect()  # environments that earlier tests did not close write when they are collected
     capfd.readouterr()
     env = CalvinEnv("A")
     env.reset()

@@ -1,5 +1,4 @@
-"""The real calvin_env, where it is installed (README, "Real CALVIN"): geometry, exact repetition, the oracle, the
-expert, pictures."""
+"""The real calvin_env, if it is installed: geometry, exact repetition, success detection, expert, images."""
 
 from __future__ import annotations
 
@@ -22,7 +21,7 @@ from envs.tasks import ELEVEN, TASKS
 
 @pytest.fixture(scope="module")
 def installed() -> Path:
-    """calvin_env's checkout."""
+    """The checkout of calvin_env."""
     try:
         return calvin_sim.checkout_root(calvin_sim.import_calvin_env()[1])
     except calvin_sim.CalvinError as error:
@@ -31,7 +30,7 @@ def installed() -> Path:
 
 @pytest.fixture
 def env(installed: Path, request: pytest.FixtureRequest) -> Iterator[CalvinEnv]:
-    """Scene D, or the one that a test asks for."""
+    """Scene D, or the scene that a test requests."""
     env = CalvinEnv(getattr(request, "param", "D"), renderer="cpu")
     yield env
     env.close()
@@ -85,11 +84,11 @@ def test_the_configuration_is_the_datasets(installed: Path, shared_data: Path) -
 def test_the_neutral_pose_and_stored_vectors_are_reproduced(env: CalvinEnv) -> None:
     np.testing.assert_allclose(env.reset()["robot_obs"], NEUTRAL_ROBOT_OBS, atol=1e-5)
     wandering(env)
-    for _ in range(20):  # velocities are no part of the vectors
+    for _ in range(20):  # velocities are not part of the vectors
         seen, _ = env.step(np.array([0, 0, 0, 0, 0, 0, 1.0]), render=False)
     again = env.reset(robot_obs=seen["robot_obs"], scene_obs=seen["scene_obs"])
     np.testing.assert_allclose(again["robot_obs"], seen["robot_obs"], atol=1e-3)
-    np.testing.assert_allclose(again["scene_obs"], seen["scene_obs"], atol=5e-3)  # a reset makes one step of physics
+    np.testing.assert_allclose(again["scene_obs"], seen["scene_obs"], atol=5e-3)  # a reset simulates one step
 
 
 def test_what_follows_a_state_is_the_same_to_the_bit(env: CalvinEnv, monkeypatch: pytest.MonkeyPatch) -> None:

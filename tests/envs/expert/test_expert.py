@@ -1,4 +1,4 @@
-"""The expert carries tasks out, keeps to the action format and behaves well where chains leave it."""
+"""The expert solves the tasks, keeps to the action format, and continues from the states where chains leave it."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def world(worlds: dict[str, PlayTableEnv], scene: str) -> PlayTableEnv:
 
 
 def carry_out(env: PlayTableEnv, expert: ScriptedExpert, task: str, *, sigma: float = 0.0) -> list[np.ndarray] | None:
-    """The clean actions up to success, or None."""
+    """The clean actions until success, or None without success."""
     rng, before, actions = np.random.default_rng(0), env.get_info(), []
     expert.reset(task)
     for _ in range(LIMIT):
@@ -119,7 +119,7 @@ def test_speeds_vary_with_the_seed_and_repeat_with_it(worlds: dict[str, PlayTabl
     assert len({len(run(seed)) for seed in range(4)}) > 1
 
 
-def test_it_goes_on_to_the_end_after_the_oracle_is_content(worlds: dict[str, PlayTableEnv]) -> None:
+def test_it_continues_to_the_end_after_success(worlds: dict[str, PlayTableEnv]) -> None:
     env = world(worlds, "D")
     start = sample_env_state("open_drawer", env.scene, np.random.default_rng(0))
     env.reset(robot_obs=start.robot_obs, scene_obs=start.scene_obs)
@@ -178,7 +178,7 @@ def test_yaws_stay_in_front_of_the_robot() -> None:
 
 
 def test_it_lifts_as_soon_as_the_fingers_have_closed(worlds: dict[str, PlayTableEnv]) -> None:
-    """Pictures of a pause look alike from beginning to end, so that a policy without memory would stay in it."""
+    """Images of a pause look alike from beginning to end, so a policy without memory would stay in it."""
     env = world(worlds, "A")
     start = sample_env_state("lift_red_block_table", env.scene, np.random.default_rng(3))
     env.reset(robot_obs=start.robot_obs, scene_obs=start.scene_obs)
@@ -195,7 +195,7 @@ def test_it_lifts_as_soon_as_the_fingers_have_closed(worlds: dict[str, PlayTable
 def test_an_open_hand_near_a_block_goes_straight_to_it(
     worlds: dict[str, PlayTableEnv], aside: tuple[float, float], height: float, turn: float
 ) -> None:
-    """Beside its grasp a policy sees small corrections, not a detour over the table."""
+    """Near a grasp the expert shows small corrections and no detour over the table."""
     env = world(worlds, "A")
     start = sample_env_state("lift_red_block_table", env.scene, np.random.default_rng(3))
     env.reset(robot_obs=start.robot_obs, scene_obs=start.scene_obs)
@@ -224,7 +224,9 @@ def _there(expert: ScriptedExpert, place: np.ndarray, euler: np.ndarray) -> Iter
     yield from expert.move_to(place, euler)
 
 
-def test_the_funnel_is_low_in_the_middle_and_lifts_fingers_over_the_block(worlds: dict[str, PlayTableEnv]) -> None:
+def test_the_approach_path_is_low_in_the_middle_and_lifts_fingers_over_the_block(
+    worlds: dict[str, PlayTableEnv],
+) -> None:
     motions, block, euler = (
         MotionPrimitives(PlayTableState(world(worlds, "A")), np.random.default_rng(0)),
         np.array([0.1, -0.1, 0.46]),
@@ -239,4 +241,4 @@ def test_the_funnel_is_low_in_the_middle_and_lifts_fingers_over_the_block(worlds
     assert low[2] > block[2] + PASS_HEIGHT and np.allclose(low[:2], block[:2] + [ACROSS_TOLERANCE + 0.005, 0]), (
         "first up, then across"
     )
-    assert approach_path(block + [0, 0, 0.1], euler + [0, 0, 0.5])[2] > block[2], "askew, too"
+    assert approach_path(block + [0, 0, 0.1], euler + [0, 0, 0.5])[2] > block[2], "with a wrong yaw, too"

@@ -1,4 +1,4 @@
-"""The simulator behind CALVIN's interface: vectors, determinism, physics of every fixture, pictures, bad input."""
+"""The simulated table: CALVIN's vectors, determinism, physics of every fixture, images, bad input."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ STILL = np.array([0, 0, 0, 0, 0, 0, 1.0])
 
 
 def scene_vector(places: list[tuple[float, float, float]] | None = None, **fixtures: float) -> np.ndarray:
-    """scene_obs with blocks at places (in the scene's order), long axis along y, and named fixtures."""
+    """scene_obs with blocks at `places` in the order of the scene, long axis along y, and the named fixtures."""
     names = ("slider", "drawer", "button", "switch", "lightbulb", "led")
     places = places or [(0.05, -0.12, 0.46), (0.3, -0.1, 0.46), (-0.24, 0.0924, 0.461)]
     blocks = [(*place, 0.0, 0.0, np.pi / 2) for place in places]
@@ -167,7 +167,7 @@ def test_info_is_a_snapshot(env):
 def test_angular_velocity_is_in_the_world_frame(env):
     start(env)
     block = env._qvel["block_red"]
-    env._data.qvel[block : block + 6] = [0.1, 0, 0, 0, 0.5, 0]  # MuJoCo keeps turning in the block's own frame
+    env._data.qvel[block : block + 6] = [0.1, 0, 0, 0, 0.5, 0]  # MuJoCo has angular velocities in the block's own frame
     info = env.get_info()["scene_info"]["movable_objects"]["block_red"]
     np.testing.assert_allclose(info["current_lin_vel"], [0.1, 0, 0], atol=1e-9)
     np.testing.assert_allclose(info["current_ang_vel"], [-0.5, 0, 0], atol=1e-6)  # its y axis is the world's -x
@@ -301,7 +301,7 @@ def test_one_press_of_the_button_toggles_the_led(env, lit):
     assert env.joint_position("base__button") < 0.002 and env.lights["led"] == 1 - lit
 
 
-# ---- pictures
+# ---- images
 
 
 @pytest.fixture(scope="module")
@@ -406,14 +406,14 @@ def test_bad_resets_are_refused(env):
         PlayTableEnv("D", static_size=0)
 
 
-def test_wild_actions_do_not_break_the_world(env):
+def test_large_actions_leave_finite_values(env):
     start(env)
     for action in 50 * wandering(60, seed=9):
         obs, _ = env.step(action, render=False)
     assert np.isfinite(obs["robot_obs"]).all() and np.isfinite(obs["scene_obs"]).all()
 
 
-# ---- what an expert may read
+# ---- privileged state
 
 
 def test_privileged_state_reads_the_present(env):
@@ -436,8 +436,8 @@ def test_privileged_state_reads_the_present(env):
     assert state.target_pose()[0][2] == pytest.approx(0.55)
 
 
-def test_a_program_that_never_closes_ends_in_silence() -> None:
-    """However early another library made the first finalizer of the program."""
+def test_a_program_that_never_closes_its_environments_ends_without_messages() -> None:
+    """The GL contexts are freed in time even if another library made the first finalizer of the program."""
     program = (
         "import weakref\nclass Early: pass\nearly = Early()\nweakref.finalize(early, int)\nfrom envs.playtable import "
         "PlayTableEnv\n"

@@ -1,4 +1,4 @@
-"""The hand as a second source: seen instead of the robot, moved as the robot is, filmed without motions."""
+"""A person's hand as a second source of video: shown instead of the robot, moved like it, recorded without actions."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ HAND = {"_target_": "envs.playtable.PlayTableEnv", "embodiment": "hand"}
 
 
 def played(embodiment: str) -> tuple[PlayTableEnv, np.ndarray]:
-    """A table on which the expert opened the drawer, and all readings (T, 39) on the way."""
+    """An environment in which the expert opened the drawer, and robot_obs and scene_obs of all steps (T, 39)."""
     env = PlayTableEnv("A", embodiment=embodiment)
     expert, start, rows = env.expert(seed=1), env.get_info(), []
     expert.reset("open_drawer")
@@ -37,7 +37,7 @@ def played(embodiment: str) -> tuple[PlayTableEnv, np.ndarray]:
 def test_the_hand_moves_as_the_robot_does_and_looks_unlike_it() -> None:
     robot, moves = played("robot")
     hand, same = played("hand")
-    np.testing.assert_allclose(moves, same, rtol=0, atol=1e-6)  # how many geoms there are alters the order of sums
+    np.testing.assert_allclose(moves, same, rtol=0, atol=1e-6)  # the number of geoms changes the order of summation
     pictures = [env.get_obs()["rgb_obs"] for env in (robot, hand)]
     for camera, share in (("rgb_static", 0.02), ("rgb_gripper", 0.1)):
         one, two = (picture[camera].astype(int) for picture in pictures)

@@ -1,4 +1,4 @@
-"""The arm's numbers against CALVIN's neutral pose and against MuJoCo."""
+"""The kinematics of the arm agree with CALVIN's neutral pose and with MuJoCo."""
 
 from __future__ import annotations
 

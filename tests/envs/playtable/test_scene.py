@@ -1,4 +1,4 @@
-"""Places, sizes and ranges of the four scenes (facts of CALVIN), in the table and in the compiled model."""
+"""Positions, sizes and ranges of the four scenes are CALVIN's, in `SCENES` and in the compiled model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from envs.playtable.mjcf import compile_model
 from envs.playtable.scene import SCENES, get_scene
 
 FACTS = {
-    # button x, switch x, door x, door travel, drawer x, plank, blocks in order
+    # x of button, switch and door, travel of the door, x of the drawer, ends of the plank, blocks in order
     "A": (-0.28, 0.30, -0.10, 0.28, 0.10, (-0.36, 0.16), {"pink": 0.04, "blue": 0.08, "red": 0.056}),
     "B": (0.28, -0.32, 0.088, 0.304, 0.18, (-0.18, 0.34), {"red": 0.04, "blue": 0.08, "pink": 0.056}),
     "C": (-0.12, -0.32, 0.06, 0.24, 0.10, (-0.18, 0.34), {"blue": 0.04, "red": 0.08, "pink": 0.056}),
@@ -56,7 +56,7 @@ def test_blocks_have_calvins_order_size_and_mass(built):
 
 
 def test_fixtures_move_the_way_the_readings_say(built):
-    """Drawer towards -y, door towards -x, button down, lever up the 60 degree front."""
+    """The drawer moves to -y, the door to -x, the button down, the switch up along the 60 degree front."""
     _, model, data = built
     ways = {
         "base__drawer": ("drawer_link", (0, -1, 0)),

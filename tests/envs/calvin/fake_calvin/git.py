@@ -1,4 +1,4 @@
-"""Stands in for GitPython: the folder is a checkout unless NO_GIT is set."""
+"""A fake GitPython: the folder is a checkout unless NO_GIT is set."""
 
 import os
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""Stands in for pybullet: readings come from the one simulator that is open; EGL behaves as FAKE_EGL says."""
+"""A fake pybullet: measurements come from the one simulator that is open; EGL behaves as FAKE_EGL says."""
 
 import math
 import os

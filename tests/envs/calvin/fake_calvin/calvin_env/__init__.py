@@ -1,1 +1,1 @@
-"""Stands in for calvin_env: the names that envs.calvin.env uses, without physics."""
+"""A fake calvin_env: the names that envs.calvin.env uses, without physics."""

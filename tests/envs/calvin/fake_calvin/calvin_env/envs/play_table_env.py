@@ -1,7 +1,8 @@
-"""A world where the tool goes where it is sent. Its habits are the real one's: it chatters, draws its cameras in every
-step, scales
-the caller's action in place, keeps the gripper's command and a residue of the past over a reset, and its destructor
-disconnects."""
+"""A fake simulator in which the tool is always exactly at its commanded position.
+
+It has the side effects of the real one: it writes to stdout, renders its cameras in every step, scales the caller's
+action in place, keeps the gripper command and traces of the past over a reset, and its destructor disconnects.
+"""
 
 import gym.utils.seeding  # noqa: F401
 import numpy as np

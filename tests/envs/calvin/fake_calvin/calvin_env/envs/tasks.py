@@ -1,4 +1,4 @@
-"""The oracle's interface."""
+"""The interface of CALVIN's success detection."""
 
 
 class Tasks:
