@@ -47,7 +47,7 @@ def run(out: Path, policy: str = "expert", **changes: Any) -> dict[str, Any]:
     env = {"_target_": f"{FAKES}.FakeEnv", "chains": CHAINS, **changes.pop("env", {})}
     arguments = {
         "planner": OmegaConf.create({"_target_": f"{FAKES}.NoisyPolicy", "execute": 10}),
-        "tasks": None,
+        "tasks": list(resolve_tasks("all")),
         "sequences": 6,
         "length": 5,
         "horizon": 720,
@@ -192,7 +192,7 @@ def test_sequences_that_failed_are_named_and_no_result_is_made_without_them(tmp_
     env = {"trouble": [[1, "kill", 2], [4, "raise", 2]], "trials": str(trials)}
     with pytest.raises(
         RolloutError,
-        match=r"^2 of 6 sequences could not be rolled out .*: 1, 4; the others .*, and the same command tries these .*$",
+        match=r"^2 of 6 sequences could not be rolled out .*: 1, 4; the others .*, and the same command tries .*$",
     ):
         run(out, policy, env=env)
     assert (

@@ -202,7 +202,7 @@ def test_actions_out_of_range_are_clipped_and_counted() -> None:
         np.where(np.arange(10) % 5, 1.0, 1.5)[None, :, None] * np.ones((len(observations), 10, 7))
     )
     one, other = (run(chains(count=1), policy)[0] for policy in (fast, slow))
-    assert one["steps_to_success"] == other.steps_to_success, "1.5 carries no further than 1"
+    assert one.steps_to_success == other.steps_to_success, "1.5 carries no further than 1"
     assert one.clipped == 1110 / 5 and other.clipped == 0
 
 
