@@ -1,7 +1,7 @@
-"""Success of the scripted expert per task and scene from random starts, as a Markdown table (DESIGN 7).
+"""Success of the scripted expert per task and scene from random starts, as a Markdown table.
 
-python -m benchmarks.expert_table [env=playtable|calvin] [starts=50] [workers=2] [scenes=ABCD] [tasks=<part of a name>]
-[sigma=0]
+python -m benchmarks.expert_table [env=playtable|calvin] [starts=50] [workers=2] [scenes=ABCD] [sigma=0]
+    [tasks=<part of a name>,...]
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 
 import numpy as np
-from tqdm import tqdm
 
+from common.progress import tqdm
 from envs.calvin.env import CalvinEnv, TabletopEnv
 from envs.expert.expert import add_action_noise
 from envs.playtable.env import PlayTableEnv
@@ -28,7 +28,7 @@ log = logging.getLogger("benchmarks.expert_table")
 
 
 def attempt(env: TabletopEnv, task: str, *, seed: int, sigma: float) -> tuple[int | None, str]:
-    """(steps to success or None, what failed) of one random start."""
+    """(steps to success or None, what failed) from one random start."""
     rng = np.random.default_rng(seed)
     start = sample_env_state(task, env.scene, rng)
     env.reset(robot_obs=start.robot_obs, scene_obs=start.scene_obs)
@@ -52,7 +52,7 @@ def attempt(env: TabletopEnv, task: str, *, seed: int, sigma: float) -> tuple[in
 def row(
     world: str, scene: str, task: str, starts: int, sigma: float
 ) -> tuple[str, str, list[tuple[int | None, str]], float]:
-    """All attempts at one task in one scene, and the seconds they took."""
+    """(scene, task, all attempts, seconds they took) of one task in one scene."""
     env, begin = WORLDS[world](scene), time.perf_counter()
     results = [attempt(env, task, seed=seed, sigma=sigma) for seed in range(starts)]
     env.close()

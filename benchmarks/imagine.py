@@ -1,11 +1,11 @@
-"""What truncation and one pass for all views save.   python -m benchmarks.imagine [scale=tiny|small|full] [repeats=20]
-[views=2] [device=cpu]
+"""What the forward model saves by a truncated UNet and by one pass for all views.
 
-Ours: one pass over all views, ending after the last tapped block. Plain: the whole diffusers UNet, once a view. Both
-get the same
-weights, latents and text, and take turns, so that the ratio is one of the same minutes. Operations are counted on the
-meta device,
-at the same scale and at the paper's; times and memory are of this machine. `scale=full` needs a GPU.
+    python -m benchmarks.imagine [scale=tiny|small|full] [repeats=20] [views=2] [device=cpu]
+
+Ours: one pass over all views, which ends after the last tapped block. Plain: the whole diffusers UNet, once per view.
+Both get the same weights, latents and text, and are timed in turns, so that a ratio compares the same minutes.
+Operations are counted on the meta device, at this scale and at the paper's; times and memory are of this machine.
+`scale=full` needs a GPU.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ log = logging.getLogger(__name__)
 
 
 def compose_config(overrides: list[str], name: str = "step1_gfdm") -> DictConfig:
-    """A step's config, step 1's unless named."""
+    """The config of a step, step 1 unless `name` says otherwise."""
     with initialize_config_dir(CONFIGS, version_base=None):
         return compose(name, overrides)
 
 
 def parse_command_line(mine: dict[str, Any]) -> tuple[DictConfig, list[str]]:
-    """A benchmark's options, `scale` among them, and the words that are left for a step's config."""
+    """(options of a benchmark, among them `scale`; the remaining arguments, overrides of a step's config)."""
     known = [word for word in sys.argv[1:] if word.split("=")[0] in mine]
     options = OmegaConf.merge(mine, OmegaConf.from_dotlist(known))
     return options, [f"scale={options.scale}", *(word for word in sys.argv[1:] if word not in known)]
@@ -73,14 +73,14 @@ def inputs(
 
 
 def ours(unet: nn.Module, given: Mapping[str, Tensor]) -> None:
-    """All views in one truncated pass."""
+    """Compute all views in one truncated pass."""
     svd_unet.features(
         unet, given["sample"], given["timestep"], text=given["text"], time_ids=given["time_ids"], up_block_indices=TAPS
     )
 
 
 def plain(unet: nn.Module, given: Mapping[str, Tensor]) -> None:
-    """The whole UNet, a view at a time."""
+    """Compute the whole UNet, one view at a time."""
     for view in range(len(given["sample"])):
         one = {name: value[view : view + 1] for name, value in given.items()}
         unet(
@@ -93,7 +93,7 @@ def plain(unet: nn.Module, given: Mapping[str, Tensor]) -> None:
 
 
 def operations(config: Mapping[str, Any], shape: tuple[int, ...]) -> dict[str, float]:
-    """TFLOP of one view (a multiplication and an addition are two), counted without computing."""
+    """TFLOP of one view; a multiplication and an addition count as two. Nothing is computed."""
     unet = svd_unet.build(config, device="meta").to("meta").eval()  # a few parameters of diffusers stay on the CPU
     given = inputs(config, shape, 1, torch.device("meta"), torch.float32)
     found = {}
@@ -105,7 +105,7 @@ def operations(config: Mapping[str, Any], shape: tuple[int, ...]) -> dict[str, f
 
 
 def seconds(function: Callable[[], None], device: torch.device) -> float:
-    """Time of one call, the device idle at both ends."""
+    """Seconds of one call; the device is synchronised before and after it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     start = time.perf_counter()
@@ -116,25 +116,25 @@ def seconds(function: Callable[[], None], device: torch.device) -> float:
 
 
 def peak() -> float:
-    """Most memory that this process has held so far, in GiB: of the GPU where there is one, else resident."""
+    """Peak memory of this process so far in GiB, of the GPU where there is one, else resident memory."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def ratio(plain: Sequence[float], ours: Sequence[float]) -> str:
-    """Median and quartiles of plain over ours, pair by pair."""
+    """Median and quartiles of the ratios plain / ours of paired measurements."""
     ratios = sorted(a / b for a, b in zip(plain, ours))
     return f"{statistics.median(ratios):.2f} ({ratios[len(ratios) // 4]:.2f} to {ratios[3 * len(ratios) // 4]:.2f})"
 
 
 def machine() -> str:
-    """What the figures are of."""
+    """The GPU, or the number of CPU threads, that was measured."""
     return torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
 
 
 def run_in_subprocess(function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
-    """The result of a call in a process of its own."""
+    """The result of a call in a new process."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *arguments, **named).result()
 

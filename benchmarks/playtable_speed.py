@@ -1,6 +1,8 @@
-"""How fast the play table runs here: physics alone, and with both cameras. Run: python -m benchmarks.playtable_speed
+"""Speed of the play table on this machine, physics alone and with both cameras.
 
-The hand wanders above the table and keeps closing on blocks, so that contacts are part of the figure.
+    python -m benchmarks.playtable_speed [--scene D] [--steps 600]
+
+The gripper moves at random above the table and keeps closing on blocks, so that contacts are part of the measurement.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ def actions(count: int, seed: int = 0) -> np.ndarray:
 
 
 def milliseconds(env: PlayTableEnv, count: int, render: bool) -> tuple[float, float]:
-    """Mean time of a control step by the clock and in CPU time of all threads."""
+    """(wall-clock time, CPU time of all threads) of a control step in ms, on average."""
     env.reset()
     env.step(np.zeros(7), render=render)
     start, spent = time.perf_counter(), time.process_time()

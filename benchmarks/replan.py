@@ -1,13 +1,11 @@
-"""How long a replan takes, by the parts of Table 13, and how long on the plain path.
+"""Time of one plan, by the parts of Table 13, compared with a plain path.
 
     python -m benchmarks.replan [scale=tiny|small|full] [repeats=10] [warm_up=2] [batch=1] [compile=false] [device=cpu]
-    ...
 
-Ours: DeFIPolicy.predict_action_chunk, as a rollout calls it. Plain: the same policy with its views one by one through the whole UNet,
-every sentence
-encoded at every call, eager. Both share their random weights and take turns. `scale=full` has the published geometry
-(SVD, CLIP, T5-base,
-DINOv2) and needs 12 GB; the other scales have the stand-ins. Other words go to the step 3 config.
+Ours: DeFIPolicy.predict_action_chunk, as a rollout calls it. Plain: the same policy in eager mode, with one view at a
+time through the whole UNet, and every sentence encoded at every call. Both share their random weights and are timed in
+turns. `scale=full` has the published sizes of SVD, CLIP, T5-base and DINOv2 and needs 12 GB; the other scales use the
+stand-ins. All other arguments are overrides of the step 3 config.
 """
 
 from __future__ import annotations
@@ -29,12 +27,12 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from timm.models import save_for_hf
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 from benchmarks.imagine import compose_config, machine, parse_command_line, peak, ratio, seconds
 from common import standins
 from common.frozen import text_encoders
+from common.progress import tqdm
 from step1_gfdm import unet as svd_unet
 from step3_defi import DeFI
 from step3_defi.policy import DeFIPolicy, compile_options
@@ -45,7 +43,7 @@ log = logging.getLogger(__name__)
 
 
 def parts(model: DeFI) -> dict[str, list[tuple[Any, str]]]:
-    """The calls that Table 13's parts consist of."""
+    """Part of Table 13 -> the calls that it consists of, each an object and the name of its method."""
     return {
         "forward model": [(model.gfdm.module, "imagine")],
         "inverse model": [
@@ -64,10 +62,12 @@ def parts(model: DeFI) -> dict[str, list[tuple[Any, str]]]:
 
 
 def hub(folder: Path, scale: str) -> list[str]:
-    """Third-party models with random weights under `folder`, and the words that have step 3 build on them instead of on
-    artifacts."""
+    """Write third-party models with random weights under `folder`.
+
+    Returns the overrides with which step 3 builds on them, and not on artifacts.
+    """
     standins.make_all(folder / "tiny")
-    words = [f"paths.hub={folder}", "policy/gfdm=vanilla_svd", "policy/gidm=scratch"]
+    words = [f"paths.hub={folder}", "defi/gfdm=vanilla_svd", "defi/gidm=scratch"]
     if scale != "full":
         return words
     _full_size(folder)
@@ -107,7 +107,7 @@ def _full_size(folder: Path) -> None:
 
 
 def random_policy(overrides: list[str]) -> DeFI:
-    """A policy of random weights whose adapter listens to its context: as initialised, it would be constant."""
+    """A policy of random weights. Zero-initialised weights of the adapter are randomised, or its output is constant."""
     torch.manual_seed(0)
     model = instantiate(OmegaConf.to_container(compose_config(overrides, "step3_defi").policy, resolve=True))
     with torch.no_grad():
@@ -119,7 +119,7 @@ def random_policy(overrides: list[str]) -> DeFI:
 
 @contextmanager
 def baseline_path(model: DeFI) -> Iterator[None]:
-    """Have the policy compute as the releases do; afterwards it is as it was."""
+    """Within this context the policy computes as the releases do."""
     gfdm, views = model.gfdm.module, len(model.views)
     imagine, embed = gfdm.imagine, model.gidm.embed
 
@@ -141,7 +141,7 @@ def baseline_path(model: DeFI) -> Iterator[None]:
 
 
 def _whole(unet: nn.Module, up_block_indices: tuple[int, ...]) -> Callable[..., list[Tensor]]:
-    """Every block of the UNet is computed, and what the tapped ones gave is returned."""
+    """A function that computes every block of the UNet and returns the outputs of the tapped ones."""
 
     def run(sample: Tensor, timestep: Tensor, text: Tensor, time_ids: Tensor) -> list[Tensor]:
         found: dict[int, Tensor] = {}
@@ -158,7 +158,7 @@ def _whole(unet: nn.Module, up_block_indices: tuple[int, ...]) -> Callable[..., 
 
 
 def timed(policy: DeFIPolicy, observations: list[dict], texts: list[str]) -> dict[str, float]:
-    """Seconds of one plan and of its parts, the device idle at both ends of each."""
+    """Seconds of one plan and of its parts; the device is synchronised before and after each."""
     device, spent = policy.model.device, {}
 
     def wrap(part: str, call: Callable[..., Any]) -> Callable[..., Any]:
@@ -231,7 +231,8 @@ def main() -> None:
     if options.device != "cpu":
         log.info("peak memory: ours %.2f GiB, plain %.2f GiB", memory["ours"], memory["plain"])
     if expected is not None:
-        log.info("actions of the two differ by %.1g at most", np.abs(policy.predict_action_chunk(seen, texts) - expected).max())
+        difference = np.abs(policy.predict_action_chunk(seen, texts) - expected).max()
+        log.info("actions of the two differ by %.1g at most", difference)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""How much DINOv2 sees of the policy's picture being resized twice, camera -> policy -> DINOv2, where step 2 resizes
-once.
+"""How much DINOv2's tokens change because the policy resizes a picture twice, where step 2 resizes it once.
 
-    python -m benchmarks.resampling <folder of videos> [<timm's DINOv2 folder>]
+    python -m benchmarks.resampling <folder of videos> [<folder of timm's DINOv2>]
 
-Two frames of every video, squeezed to CALVIN's cameras. Without a folder DINOv2 is ViT-B/14 with random weights.
+The policy resizes from the camera to its own size and from there to DINOv2's. Measured on two frames of every video,
+squeezed to the sizes of CALVIN's cameras. Without the second folder, DINOv2 is a ViT-B/14 with random weights.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 from common.frozen import DinoV2, dinov2
 from common.video import read_frames, resize
 
-POLICY, EYES = 256, 224  # policy_size/defi_full and gidm/full
+POLICY_SIZE, DINOV2_SIZE = 256, 224  # scale=full
 CAMERAS = {"static": 200, "gripper": 84}
 
 
@@ -35,17 +35,17 @@ def main(folder: str, weights: str | None = None) -> None:
     random = (
         None
         if weights
-        else timm.create_model("vit_base_patch14_reg4_dinov2", pretrained=False, num_classes=0, img_size=EYES)
+        else timm.create_model("vit_base_patch14_reg4_dinov2", pretrained=False, num_classes=0, img_size=DINOV2_SIZE)
     )
-    eyes = dinov2(weights, EYES) if weights else DinoV2(random, EYES)
+    encoder = dinov2(weights, DINOV2_SIZE) if weights else DinoV2(random, DINOV2_SIZE)
     for camera, side in CAMERAS.items():
         seen = np.concatenate([pictures(resize(pair, side)) for pair in frames])
-        once = resize(seen, EYES)
+        once = resize(seen, DINOV2_SIZE)
         twice = torch.nn.functional.interpolate(
-            resize(seen, POLICY), (EYES, EYES), mode="bilinear", antialias=True, align_corners=False
+            resize(seen, POLICY_SIZE), (DINOV2_SIZE, DINOV2_SIZE), mode="bilinear", antialias=True, align_corners=False
         )
         psnr = -10 * (once - twice).square().mean((1, 2, 3)).log10()
-        tokens, off = eyes(once), eyes(twice)
+        tokens, off = encoder(once), encoder(twice)
         error = (tokens - off).square().mean()
         print(
             f"{camera} ({side} px), {len(seen)} pictures: PSNR {psnr.median():.1f} dB (least {psnr.min():.1f}); "

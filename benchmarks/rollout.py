@@ -1,7 +1,7 @@
-"""Sequences an hour: many simulators and one batched policy, against one process that plans for one robot.
+"""Sequences per hour: many simulators and one batched policy, compared with one process that plans for one robot.
 
-    python -m benchmarks.rollout [scene=D] [workers=4] [sequences=8] [horizon=60] [rounds=3] [policy=<folder of
-    step3_defi.train>] [scale=tiny]
+    python -m benchmarks.rollout [scene=D] [workers=4] [sequences=8] [horizon=60] [rounds=3] [scale=tiny]
+        [policy=<folder of step3_defi.train>]
 
 Ours: step3_defi.rollout.simulators, with pictures where the policy looks. Plain: the same chains in this process one
 after the other, batch 1, with pictures at every step as CALVIN's evaluation draws them; "plain, pictures when looked
@@ -37,8 +37,8 @@ from step3_defi.rollout.worker import run_chain
 log = logging.getLogger(__name__)
 
 
-class Alone:
-    """Plans for its own simulator."""
+class SingleController:
+    """A controller that plans for one simulator, batch 1."""
 
     def __init__(self, env: Env, chain: Chain, policy: ChunkPolicy) -> None:
         self.env, self.chain, self.policy = env, chain, policy
@@ -53,8 +53,8 @@ class Alone:
         return self.queue.popleft()
 
 
-class Drawing:
-    """An environment that draws every step."""
+class RenderEveryStep:
+    """An environment that renders at every step."""
 
     def __init__(self, env: Env) -> None:
         self.env = env
@@ -67,16 +67,16 @@ class Drawing:
 
 
 def one_by_one(env: Env, chains: list[Chain], policy: ChunkPolicy) -> int:
-    """Control steps taken."""
+    """Run chains one after the other; returns the number of control steps."""
     return sum(
         steps if steps is not None else chain.horizon
         for chain in chains
-        for steps in run_chain(env, chain, Alone(env, chain, policy))
+        for steps in run_chain(env, chain, SingleController(env, chain, policy))
     )
 
 
 def together(simulators: SimulatorPool, chains: list[Chain], policy: ChunkPolicy) -> int:
-    """Control steps taken."""
+    """Run chains in the simulators; returns the number of control steps."""
     horizon = chains[0].horizon
     return sum(
         steps if steps is not None else horizon
@@ -105,7 +105,7 @@ def main() -> None:
     taken: dict[str, list[float]] = {}
     with SimulatorPool(config, count=options.workers) as simulators:
         arms = {
-            "plain": lambda some: one_by_one(Drawing(env), some, policy),
+            "plain": lambda some: one_by_one(RenderEveryStep(env), some, policy),
             "plain, pictures when looked at": lambda some: one_by_one(env, some, policy),
             "ours": lambda some: together(simulators, some, policy),
         }

@@ -1,19 +1,15 @@
-"""How fast step 2 reads its pairs, and in how much memory: the stream against random access, and video, at two sizes of
-the data.
+"""Speed and memory of reading step 2's pairs: the stream compared with random access and with video.
 
     python -m benchmarks.stream_gidm rlds=<RLDS folder> fps=5 image=observation/image_0 [video=<video set>] [video_fps=]
         [times=50] [joined=10] [passes=1] [pairs=4000] [block=512] [per_episode=8] [image_size=224] [buffer_gb=0.25]
         [rounds=3] [workers=0]
 
-The set is read as it is and with every shard `times` times; and both again with `joined` episodes in one record, since
-published sets have
-records of 5 to 30 MB. A reading takes `per_episode` pairs for every record `passes` times (of the video set, `pairs`),
-so that all of the data go
-through: memory that follows what was read shows at the larger size. Let `buffer_gb` be less than the smaller. Every
-reading is a process of its
-own, forked; its memory is the highest resident size above that before the set was opened. A round reads with all of
-them in turn; ratios are of
-the same round. Reading checks every payload; what that costs is timed on the records alone.
+The set is read at two sizes, as it is and with its shard `times` times, and both again with `joined` episodes in one
+record, because published sets have records of 5 to 30 MB. A run draws `per_episode` pairs per record `passes` times (of
+the video set, `pairs`), so that all of the data are read: memory that grows with the data shows at the larger size.
+`buffer_gb` should be less than the smaller size. Every run is a forked process; its memory is the peak resident size
+above that before the set was opened. A round runs all of them in turn, and ratios are within a round. Reading checks
+the CRC of every payload; the cost of that is timed on the records alone.
 """
 
 from __future__ import annotations
@@ -33,9 +29,10 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from tensorflow_datasets.proto import tf_example_pb2
-from tqdm import tqdm
 
 from common import loop, rlds
+from common.mixture import block_size
+from common.progress import tqdm
 from step2_gidm.data.dataset import build_mixture
 
 log = logging.getLogger(__name__)
@@ -60,7 +57,7 @@ DEFAULTS = {
 
 
 def copy_set(source: Path, out: Path, *, times: int, joined: int) -> Path:
-    """The set's first shard, `joined` episodes to a record, linked to under `times` names."""
+    """A set of `times` links to the first shard of `source`, with `joined` episodes per record."""
     episodes = rlds.RldsDataset(source)
     payloads = [episodes.shards[0][i] for i in range(len(episodes.shards[0]))]
     payloads = [_join(payloads[i : i + joined]) for i in range(0, len(payloads), joined)] if joined > 1 else payloads
@@ -100,7 +97,7 @@ def _join(payloads: list[bytes]) -> bytes:
 
 
 def read(options: DictConfig, sets: dict[str, Any], pairs: int, *, stream: bool) -> tuple[float, float, float]:
-    """(pairs a second, peak of resident memory above what it was in MB, seconds to the first batch)."""
+    """(pairs per second, peak resident memory above that before in MB, seconds to the first batch)."""
     plan = {"block": options.block, "pairs": options.per_episode, "buffer_gb": options.buffer_gb} if stream else None
     start, before = time.perf_counter(), _peak(resource.RUSAGE_SELF)
     samples = build_mixture(sets, length=10**6, image_size=options.image_size, stream=plan)
@@ -113,7 +110,7 @@ def read(options: DictConfig, sets: dict[str, Any], pairs: int, *, stream: bool)
         world=1,
         start=0,
         stop=count,
-        block=getattr(samples, "block", None),
+        block=block_size(samples),
         num_readers=max(1, options.workers),
     )
     times = []
@@ -128,7 +125,7 @@ def _peak(whose: int) -> float:
 
 
 def check(copy: Path, repeats: int = 20) -> tuple[float]:
-    """(records a second through the checksum alone)."""
+    """(records per second of the checksum alone,)."""
     file = rlds.RldsDataset(copy).shards[0]
     payloads = [file[i] for i in range(len(file))]
     start = time.perf_counter()

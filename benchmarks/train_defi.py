@@ -1,13 +1,14 @@
-"""Step 3's training against the plain path: views one by one, whole UNet, every sentence encoded at every step, nothing
-cached.
+"""Training speed of step 3 compared with a plain path: one view at a time, the whole UNet, no cached sentences.
 
     python -m benchmarks.train_defi [scale=tiny|small|full] [rounds=3] [steps=10] [batch_size=16] [windows=64] ...
 
-One policy of random weights from one config in one loop (common.loop.Loop), on random windows held in memory, each arm
-of each round in a
-process of its own. "cached" trains from the outputs of the frozen parts on the disk (step3_defi.data.features), and says
-what they took to
-compute; not at `full`, where a window's features are 42 MB. Other words go to the step 3 config.
+All arms train one policy of random weights from one config with common.loop.Loop, on random windows in memory; every
+arm of every round is a process of its own. "cached" trains from outputs of the frozen parts on disk
+(step3_defi.data.features) and reports what they took to compute; it is left out at scale=full, where the features of
+one window are 42 MB.
+
+Alignment (policy.alignment) is switched off: the first `policy.alignment.steps` steps train on it alone and leave out
+the action adapter, and a benchmark has fewer steps than that. All other arguments are overrides of the step 3 config.
 """
 
 from __future__ import annotations
@@ -33,11 +34,12 @@ from common.progress import tqdm
 from step3_defi import DeFI
 from step3_defi.data import features
 
+NO_ALIGNMENT = ("policy.alignment.weight=0", "policy.alignment.steps=0")
 log = logging.getLogger(__name__)
 
 
 class RandomWindows:
-    """Random windows in memory."""
+    """Random windows in memory, as a sample set."""
 
     def __init__(self, model: DeFI, count: int) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -45,7 +47,8 @@ class RandomWindows:
             view: torch.rand(count, 3, model.image_size, model.image_size, generator=generator) * 2 - 1
             for view in model.views
         }
-        self.actions = torch.rand(count, model.adapter.action_horizon, model.adapter.action_dim, generator=generator) * 2 - 1
+        shape = (count, model.adapter.action_horizon, model.adapter.action_dim)
+        self.actions = torch.rand(shape, generator=generator) * 2 - 1
 
     def __len__(self) -> int:
         return len(self.actions)
@@ -68,13 +71,11 @@ class RandomWindows:
 
 
 def train(overrides: list[str], arm: str, steps: int, batch_size: int, windows: int) -> tuple[float, float, float]:
-    """(samples a second, peak memory in GiB, seconds a window that the cache took) of the training loop."""
+    """(samples a second, peak memory in GiB, seconds per window to compute the cache) of the training loop."""
     set_seed(0)
     with tempfile.TemporaryDirectory() as folder:
-        words = [
-            *overrides,
-            *hub(Path(folder) / "hub", next(word.split("=")[1] for word in overrides if word.startswith("scale="))),
-        ]
+        scale = next(word.split("=")[1] for word in overrides if word.startswith("scale="))
+        words = [*NO_ALIGNMENT, *overrides, *hub(Path(folder) / "hub", scale)]
         model = random_policy(words)
         loop = instantiate(
             compose_config(words, "step3_defi").loop,
@@ -125,7 +126,7 @@ def main() -> None:
             ratio(memory, columns["plain"][1]),
         )
     if "cached" in columns:
-        log.info("the cache took %.0f ms a window, once", 1000 * statistics.median(columns["cached"][2]))
+        log.info("computing the cache took %.0f ms a window, once", 1000 * statistics.median(columns["cached"][2]))
 
 
 if __name__ == "__main__":

@@ -1,14 +1,12 @@
-"""Step 1's training against the loop that the releases have, and how fast clips are read.
+"""Training speed of step 1 compared with a plain loop as in the releases, and how fast clips are read.
 
     python -m benchmarks.train_gfdm [scale=tiny|small|full] [rounds=3] [steps=20] [batch_size=8] [workers=2] ...
     python -m benchmarks.train_gfdm paths.robot=data/playtable/A data.human_fraction=0      on one recording
 
 Ours: common.loop.Loop as configured at that scale. Plain: the same UNet, text encoder, objective and clips in a
-hand-written loop with gradient
-checkpointing always on, fp16 autocast (fp32 on a CPU, where fp16 is slower) and no workers. Each round runs both, each
-in a process of
-its own, so that the ratio is one of the same minutes and the memory is that of one run. Other words go to the step 1
-config.
+hand-written loop with gradient checkpointing always on, fp16 autocast (fp32 on a CPU, where fp16 is slower) and no
+workers. Each round runs both, each in a process of its own, so that a ratio compares runs of the same minutes and the
+memory is that of one run. All other arguments are overrides of the step 1 config.
 """
 
 from __future__ import annotations
@@ -24,17 +22,16 @@ import torch
 from accelerate.utils import send_to_device, set_seed
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
-from torch import nn
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from benchmarks.imagine import compose_config, parse_command_line, peak, run_in_subprocess
 from common import loop
+from common.contracts import TrainableModel
 from common.mixture import SampleSet
+from common.progress import tqdm
 from step1_gfdm.dataset import VideoClips
-from step1_gfdm.model import GFDM
 
-WARM_UP, PREFETCHED = 3, 32  # steps of training and batches of the loader that are not counted
+WARM_UP, PREFETCHED = 3, 32  # training steps and loader batches that are not timed
 log = logging.getLogger(__name__)
 
 
@@ -48,23 +45,28 @@ def batches(samples: SampleSet, batch_size: int, workers: int, count: int) -> Da
     )
 
 
-class StepTimer(nn.Module):
-    """Notes when each optimizer step of the loop was done."""
+class StepTimer(TrainableModel):
+    """A model that records the time at the end of every optimizer step."""
 
-    def __init__(self, model: GFDM) -> None:
+    def __init__(self, model: TrainableModel) -> None:
         super().__init__()
         self.model, self.times = model, []
 
     def forward(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
         return self.model(batch)
 
-    def on_step_end(self, step: int, accelerator: Any = None) -> dict[str, float]:
-        """Called by the loop."""
-        self.times.append(_now())
-        return {}
+    def on_train_begin(self, step: int) -> None:
+        """See TrainableModel."""
+        self.model.on_train_begin(step)
 
-    def metrics_from_counts(self, counts: dict[str, torch.Tensor]) -> dict[str, Any]:
-        """Called by the loop where the model counts."""
+    def on_step_end(self, step: int, accelerator: Any = None) -> dict[str, float]:
+        """See TrainableModel."""
+        metrics = self.model.on_step_end(step, accelerator)
+        self.times.append(_now())
+        return metrics
+
+    def metrics_from_counts(self, counts: dict[str, torch.Tensor]) -> dict[str, float]:
+        """See TrainableModel."""
         return self.model.metrics_from_counts(counts)
 
 
@@ -90,7 +92,7 @@ def ours(overrides: list[str], steps: int, batch_size: int, workers: int) -> tup
 
 
 def plain(overrides: list[str], steps: int, batch_size: int, workers: int) -> tuple[float, float]:
-    """The same of the loop that the releases have; `workers` is not used."""
+    """(samples a second, peak memory in GiB) of a loop as the releases write it; `workers` is not used."""
     cfg = compose_config(overrides)
     set_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -104,7 +106,7 @@ def plain(overrides: list[str], steps: int, batch_size: int, workers: int) -> tu
             loss = model(batch)["loss"]
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
@@ -113,7 +115,7 @@ def plain(overrides: list[str], steps: int, batch_size: int, workers: int) -> tu
 
 
 def clips(overrides: list[str], steps: int, batch_size: int, workers: int, *, videos: bool) -> float:
-    """Clips a second of the loader alone, from latents or from the videos of the same set."""
+    """Clips a second of the loader alone, from the latents or from the videos of the same set."""
     cfg = compose_config(overrides)
     samples = instantiate(cfg.data, split="train")
     if videos:

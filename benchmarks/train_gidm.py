@@ -1,16 +1,13 @@
-"""Step 2's training and inference against the same model as the releases write it: softmax(Q K^T) V spelled out, T5 run
-at every step.
+"""Speed of step 2 compared with the same model as the releases write it: explicit softmax(Q K^T) V, no cached text.
 
     python -m benchmarks.train_gidm [scale=tiny|small|full] [gidm=official] [rounds=3] [steps=20] [batch_size=32]
     [repeats=20] ...
 
-Ours and plain are one model from one config in one loop (common.loop.Loop): plain exchanges the attention and forgets
-every sentence.
-Pairs are random pictures held in memory under SENTENCES instructions, so that no disk is measured. Each round trains
-both, each in a
-process of its own: the ratio is one of the same minutes and the memory that of one run. Then `embed` and `infer` of
-both take turns
-at batch 1 and 32. Other words go to the step 2 config; the frozen encoders must be there (paths.hub).
+Ours and plain are one model from one config, trained with common.loop.Loop; plain replaces the attention and encodes
+every sentence at every step. Pairs are random pictures in memory with SENTENCES instructions, so that no disk is
+measured. Each round trains both, each in a process of its own, so that a ratio compares runs of the same minutes and
+the memory is that of one run. Then `embed` and `infer` of both are timed in turns at batch 1 and 32. All other
+arguments are overrides of the step 2 config; the frozen encoders must exist (paths.hub).
 """
 
 from __future__ import annotations
@@ -26,16 +23,16 @@ import torch
 from accelerate.utils import set_seed
 from hydra.utils import instantiate
 from torch import Tensor
-from tqdm import tqdm
 
 from benchmarks.imagine import compose_config, parse_command_line, peak, run_in_subprocess, seconds
 from benchmarks.train_gfdm import WARM_UP, StepTimer
 from common.attention import Attention
 from common.frozen import T5TextEncoder
+from common.progress import tqdm
 from step2_gidm.model import InverseModel
 
 SENTENCES = 64
-BATCHES = (1, 32)  # of inference: one robot, and a round of simulators
+BATCHES = (1, 32)  # batch sizes of inference: one robot, and many simulators
 log = logging.getLogger(__name__)
 
 
@@ -57,7 +54,7 @@ class RandomPairs:
 
 
 def use_naive_attention(model: InverseModel) -> InverseModel:
-    """The same weights as the releases compute with them."""
+    """The same weights, with attention and text encoding as the releases write them."""
     for module in model.modules():
         if isinstance(module, Attention):
             module.forward = types.MethodType(_written_out, module)
@@ -111,8 +108,10 @@ def train(overrides: list[str], steps: int, batch_size: int, plain: bool) -> tup
 
 @torch.no_grad()
 def infer(overrides: list[str], repeats: int) -> tuple[dict[int, dict[str, list[float]]], float]:
-    """Seconds of `embed` and `infer` by batch size, ours and plain in turns, and how far their latents differ in
-    fp32."""
+    """Seconds of `embed` and `infer`, batch size -> "ours" or "plain" -> repeats, timed in turns.
+
+    Also the largest difference of their latents in fp32.
+    """
     cfg = compose_config(overrides, "step2_gidm")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     models = {}

@@ -1,12 +1,10 @@
-"""How many windows a second are read, in random order: packed, from one npz, and from ten as VPP and the release do.
+"""Windows per second in random order: from a pack, from one npz, and from ten npz as VPP and the release read them.
 
     python -m benchmarks.windows data.root=data/playtable/A [data.folder=training] [windows=100] [rounds=7] [scale=tiny]
-    ...
 
-One process and no network. The pack is built first, in a temporary folder. All three give the same sample (asserted);
-files are in the page
-cache after the first round, so this is the cost of opening, inflating and resizing, not of the disk. Other words go to
-the step 3 config.
+One process, no model. The pack is built first, in a temporary folder. All three give the same sample, which is checked.
+After the first round the files are in the page cache, so this is the cost of opening, decompressing and resizing, not
+of the disk. All other arguments are overrides of the step 3 config.
 """
 
 from __future__ import annotations
@@ -22,10 +20,10 @@ from typing import Any
 import numpy as np
 import torch
 from hydra.utils import instantiate
-from tqdm import tqdm
 
 from benchmarks.imagine import compose_config, machine, parse_command_line, ratio
 from common.calvin_format import read_frame
+from common.progress import tqdm
 from common.video import resize
 from step3_defi.data.dataset import CalvinWindows
 
@@ -33,7 +31,7 @@ log = logging.getLogger(__name__)
 
 
 def ten_files(windows: CalvinWindows, index: int) -> dict[str, Any]:
-    """Every frame of the window is opened and decoded, the pictures of the first are used."""
+    """A window read as VPP does: every frame is opened and decoded, and the pictures of the first are used."""
     frame = int(windows.windows[index, 1])
     frames = [
         read_frame(windows.folder, frame + step, [*windows.keys, "rel_actions"]) for step in range(windows.horizon)
@@ -47,7 +45,7 @@ def ten_files(windows: CalvinWindows, index: int) -> dict[str, Any]:
 
 
 def same(a: dict[str, Any], b: dict[str, Any]) -> bool:
-    """Two samples, bit for bit."""
+    """Whether two samples are equal bit for bit."""
     return (
         a["id"] == b["id"]
         and torch.equal(a["actions"], b["actions"])
@@ -60,9 +58,8 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:
-        cfg = compose_config(
-            [*overrides, "data.max_pad=0"], "step3_defi"
-        )  # ten npz are ten motions: none past an annotation's end
+        # a window of ten npz has ten actions, so none may lie past the end of an annotation
+        cfg = compose_config([*overrides, "data.max_pad=0"], "step3_defi")
         packed = instantiate(cfg.data, split="all", pack=True, cache_dir=folder)
         single = copy.copy(packed)
         single.pack = None

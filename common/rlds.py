@@ -129,8 +129,8 @@ def _code_points(value: Any) -> str | None:
     return "".join(map(chr, value[value > 0])) if whole else None
 
 
-# How a sentence is stored: as UTF-8, or as Language Table does, as a zero-padded array of code points. A decoder returns
-# None for a value that is not stored in its way.
+# How a sentence is stored: as UTF-8, or as Language Table does, as a zero-padded array of code points. A decoder
+# returns None for a value that is stored in another way.
 ENCODINGS = {"text": _text, "code_points": _code_points}
 
 

@@ -23,9 +23,9 @@ class DistributedBatchSampler(Sampler[list[tuple[int, int]]]):
     """Batches of (epoch, index) keys for one rank, from batch number `start` to `stop`.
 
     A BlockSet is read block by block. Every reader, that is every loader worker of every rank, takes the next block of
-    an endless sequence in turn; its batches come from one block after another, shuffled within the block. The batches of
-    a rank alternate between its `num_readers` workers, as DataLoader distributes them, so that a worker reads only its
-    own blocks, each of them once.
+    an endless sequence in turn; its batches come from one block after another, shuffled within the block. The batches
+    of a rank alternate between its `num_readers` workers, as DataLoader distributes them, so that a worker reads only
+    its own blocks, each of them once.
     """
 
     def __init__(
@@ -81,15 +81,12 @@ class DistributedBatchSampler(Sampler[list[tuple[int, int]]]):
         per_block = self.block // self.batch_size  # samples of a block past its last whole batch are not drawn
         for number in range(self.start, self.stop):
             turn, position = divmod(number // self.num_readers, per_block)
-            epoch, block = divmod(
-                turn * self.num_streams + self.rank * self.num_readers + number % self.num_readers, self.length // self.block
-            )
-            order = block * self.block + np.random.default_rng((self.seed, epoch, block, WITHIN_BLOCK)).permutation(
-                self.block
-            )
-            yield [
-                (epoch, int(index)) for index in order[position * self.batch_size : (position + 1) * self.batch_size]
-            ]
+            reader = self.rank * self.num_readers + number % self.num_readers
+            epoch, block = divmod(turn * self.num_streams + reader, self.length // self.block)
+            rng = np.random.default_rng((self.seed, epoch, block, WITHIN_BLOCK))
+            order = block * self.block + rng.permutation(self.block)
+            batch = order[position * self.batch_size : (position + 1) * self.batch_size]
+            yield [(epoch, int(index)) for index in batch]
 
 
 def validation_batches(

@@ -1,9 +1,11 @@
-"""Program: a trained artifact -> the same, small enough to come with a repository.   python -m common.ship
-path=ckpts/gidm/tiny out=<folder>
+"""Copy a trained artifact to a new folder in half precision, small enough to be part of a repository.
 
-Floating-point numbers become float16 (loading brings them back to float32), what the training left beside the artifact
-stays behind, and
-model_card.md and SHA256SUMS come with it. `sha256sum -c SHA256SUMS` checks it, as artifact.load does.
+Floating-point numbers become float16; loading converts them back to float32. Logs and resume states of the training are
+not copied. The folder gets a model_card.md and SHA256SUMS, which `sha256sum -c` and artifact.load check.
+
+Examples:
+    python -m common.ship path=ckpts/gidm/tiny out=ckpts/shipped/gidm
+    python -m common.ship path=ckpts/gfdm/tiny out=/tmp/gfdm notes=notes.md
 """
 
 from __future__ import annotations
@@ -23,18 +25,20 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from common import artifact, files
+from common.errors import OutputExistsError, UserError
 from common.program import program
 
 log = logging.getLogger(__name__)
 WHAT = {"gfdm": "forward model (GFDM, step 1)", "gidm": "inverse model (GIDM, step 2)", "defi": "policy (DeFI, step 3)"}
-OWN = ("tiny", "small")  # scales whose every weight comes from this repository
+OWN_SCALES = ("tiny", "small")  # all weights of models of these scales come from this repository
 CARD = """---
 license: mit
 ---
 # {what}, scale={scale}
 
-Trained for {step:,} steps by commit {git} of this repository; {count:,} numbers, {size:.1f} MB, in float16 where they are floating point.
-Frozen encoders that are not inside stay where `config.yaml` names them. Licence: MIT, as the repository.
+Trained for {step:,} steps at commit {git} of this repository. {count:,} weights, {size:.1f} MB; floating-point numbers
+are stored as float16. Frozen encoders that are not part of the folder are loaded from where `config.yaml` names them.
+Licence: MIT, as the repository.
 
     from common import artifact
     model = artifact.load("<this folder>", "{kind}")  # float32; checks SHA256SUMS
@@ -42,20 +46,20 @@ Frozen encoders that are not inside stay where `config.yaml` names them. Licence
 
 
 def ship(path: str | Path, out: str | Path, *, notes: str = "") -> Path:
-    """Write the artifact `path` in half precision to the new folder `out`; `notes` end its model card.
+    """Write the artifact `path` in half precision to the new folder `out`; `notes` are appended to its model card.
 
-    ValueError: its scale is not one of OWN, so that its weights may stem from others, whose licence this is not.
+    Raises UserError where its scale is not one of OWN_SCALES, because its weights may then be derived from published
+    ones under another licence, and where `out` exists.
     """
     path, out = Path(path), Path(out)
     record = artifact.read_meta(path)
-    if record.get("scale") not in OWN:
-        raise ValueError(
-            f"{path}: its scale is {record.get('scale')}; only models of scale={' or '.join(OWN)} are shipped, since "
-            "those of others "
-            "may hold weights under other licences"
+    if record.get("scale") not in OWN_SCALES:
+        raise UserError(
+            f"{path}: its scale is {record.get('scale')}; only models of scale={' or '.join(OWN_SCALES)} are shipped, "
+            "since others may contain weights under other licences"
         )
     if out.exists():
-        raise FileExistsError(f"{out} is there already; name another folder with out=, or remove it")
+        raise OutputExistsError(f"{out} exists already; name another folder with out=, or remove it")
     tmp_dir = out.with_name(f".{out.name}.{os.getpid()}")
     try:
         count = 0
@@ -87,8 +91,7 @@ def ship(path: str | Path, out: str | Path, *, notes: str = "") -> Path:
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """What an artifact is made of besides meta.json: its config and weights, or the parts that a diffusers pipeline's
-    index names."""
+    """The files of an artifact besides meta.json: config and weights, or the parts named in a pipeline's index."""
     index = folder / "model_index.json"
     for file in (folder / "config.yaml", folder / "weights.safetensors", index):
         if file.is_file():
@@ -98,7 +101,7 @@ def _files(folder: Path) -> Iterator[Path]:
 
 
 def _halve(source: Path, target: Path) -> int:
-    """Write a safetensors file in half precision; returns how many numbers it holds."""
+    """Write a safetensors file in half precision and return its number of weights."""
     with safe_open(source, framework="pt") as file:
         tensors = {key: _half(file.get_tensor(key)) for key in file.keys()}  # noqa: SIM118 (no mapping)
         save_file(tensors, target, metadata=file.metadata())
@@ -106,13 +109,13 @@ def _halve(source: Path, target: Path) -> int:
 
 
 def _half(tensor: Tensor) -> Tensor:
-    """In float16, where it is floating point and fits; a count of samples may not."""
+    """A floating-point tensor in float16, unless a value does not fit, such as a running count of samples."""
     fits = tensor.is_floating_point() and bool((tensor.abs() <= torch.finfo(torch.float16).max).all())
     return tensor.half() if fits else tensor
 
 
 def _measured(path: Path) -> str:
-    """The last validation that the training wrote down, as a table."""
+    """The last validation in metrics.jsonl, as a Markdown table; empty where there is none."""
     log_file = path / "metrics.jsonl"
     rows: list[dict[str, Any]] = (
         [json.loads(line) for line in log_file.read_text().splitlines()] if log_file.is_file() else []

@@ -1,17 +1,16 @@
-"""Tiny stand-ins for CLIP, T5, DINOv2 and Stable Video Diffusion, saved in the hub's own format.
+"""Write tiny stand-ins for CLIP, T5, DINOv2 and Stable Video Diffusion, in the format of the Hugging Face hub.
 
-    python -m common.standins                                     into ckpts/hub/tiny
-    python -m common.standins frames=[<video set>, ...] out=...   with the VAE and the visual encoder fitted anew, in
-    half an hour
+The code that loads the published models loads them too, so scale=tiny runs the same code as scale=full. As in full, the
+tapped feature grid of SVD and the patch grid of DINOv2 have the same number of tokens (8 x 8 here, 16 x 16 in full).
 
-Text encoders and UNet are random. The VAE must encode and decode pictures, and DINOv2's stand-in must tell what stands
-where:
-tiny_vae.safetensors and tiny_dinov2.safetensors were fitted by the second command to playtable's scenes A, B and C,
-whose videos
-carry no actions; scene D, in which policies are tested, was not among them.
+Text encoders and UNet have random weights. The VAE has to reconstruct pictures, and the stand-in of DINOv2 has to
+represent what is where. Their weights, tiny_vae.safetensors and tiny_dinov2.safetensors, were fitted by the second
+command to videos of the play table's scenes A, B and C, without actions; scene D, in which policies are tested, was not
+used.
 
-The real loading code reads them, so what runs at `tiny` is what runs at `full`. Their geometry keeps what the wiring
-rests on: SVD's tapped grid and DINOv2's patch grid have the same number of tokens (8 x 8 here, 16 x 16 in full).
+Examples:
+    python -m common.standins
+    python -m common.standins frames=[data/playtable/A/videos_set,data/playtable/B/videos_set] out=outputs/standins
 """
 
 from __future__ import annotations
@@ -51,6 +50,7 @@ from transformers import (
 )
 
 from common.contracts import TrainableModel
+from common.errors import MissingFileError
 from common.frozen import IMAGENET_MEAN, IMAGENET_STD
 from common.loop import Loop
 from common.program import program
@@ -58,11 +58,12 @@ from common.progress import tqdm
 from common.video import read_frames, resize
 
 log = logging.getLogger(__name__)
-# Words that get a token of their own; everything else is spelled in bytes, so any sentence can be encoded.
-WORDS = """take grasp store place put slide push pull press move lift pick go turn use rotate stack collapse open close sweep toggle
- the a an of from in into on onto off up down to left right front back side top bottom under with and then it
- red blue pink green yellow block object cube table drawer cabinet sliding door slider handle button switch lever light bulb
- lightbulb led lamp degrees clockwise grasped lying what is inside cup pot pan bowl spoon towel sink rack apple bottle hand""".split()
+# Words with a token of their own. All others are spelled in bytes, so that any sentence can be encoded.
+WORDS = """take grasp store place put slide push pull press move lift pick go turn use rotate stack collapse open close
+ sweep toggle the a an of from in into on onto off up down to left right front back side top bottom under with and
+ then it red blue pink green yellow block object cube table drawer cabinet sliding door slider handle button switch
+ lever light bulb lightbulb led lamp degrees clockwise grasped lying what is inside cup pot pan bowl spoon towel sink
+ rack apple bottle hand""".split()
 FITTED = Path(__file__).with_name("tiny_vae.safetensors")
 FITTED_DINOV2 = Path(__file__).with_name("tiny_dinov2.safetensors")
 WIDTH = 64
@@ -73,7 +74,7 @@ DINOV2 = {"img_size": IMAGE, "patch_size": 8, "embed_dim": WIDTH, "depth": 2, "n
 def make_all(
     out: str | Path, *, seed: int = 0, vae: AutoencoderKLTemporalDecoder | None = None, dinov2: nn.Module | None = None
 ) -> Path:
-    """Write svd/, clip/, t5/ and dinov2/ under `out` (each beside its place, then renamed) and return it."""
+    """Write svd/, clip/, t5/ and dinov2/ under `out` and return it. Each is complete or absent."""
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     makers = {
@@ -191,11 +192,10 @@ def _svd(folder: Path, vae: AutoencoderKLTemporalDecoder | None) -> None:
 
 
 def build_tiny_vae() -> AutoencoderKLTemporalDecoder:
-    """SVD's VAE, small: factor 8 as the original, but 12 channels, because an 8 x 8 latent of 4 would lose a block of 4
-    cm.
+    """SVD's VAE, small, with random weights: factor 8 as the original, but 12 channels instead of 4.
 
-    Its decoder starts, and stays, blind to neighbouring frames: it is fitted on single pictures and decodes whole
-    clips.
+    An 8 x 8 latent of 4 channels would lose a block of 4 cm. The decoder ignores neighbouring frames, and fitting does
+    not change that: it is fitted on single pictures and then decodes whole clips.
     """
     vae = AutoencoderKLTemporalDecoder(
         block_out_channels=(32, 32, 64, 64),
@@ -208,14 +208,14 @@ def build_tiny_vae() -> AutoencoderKLTemporalDecoder:
     with torch.no_grad():
         for name, weight in vae.decoder.named_parameters():
             if name.endswith("mix_factor"):
-                weight.fill_(-20.0)  # a share of 2e-9 for the branch that mixes frames, and no gradient
+                weight.fill_(-20.0)  # weight 2e-9 for the branch that mixes frames, and no gradient
             elif name == "time_conv_out.weight":
-                weight[:, :, [0, 2]] = 0  # the taps on the frames before and after; one frame gives them no gradient
+                weight[:, :, [0, 2]] = 0  # the frames before and after; a single frame gives them no gradient
     return vae
 
 
 def load_tiny_vae() -> AutoencoderKLTemporalDecoder:
-    """The tiny VAE with the weights that come with this repository."""
+    """The tiny VAE with the weights of this repository."""
     vae = build_tiny_vae()
     with safe_open(FITTED, framework="pt") as file:
         vae.load_state_dict({key: file.get_tensor(key).float() for key in list(file.keys())})
@@ -224,9 +224,9 @@ def load_tiny_vae() -> AutoencoderKLTemporalDecoder:
 
 
 def build_tiny_dinov2() -> nn.Module:
-    """DINOv2's architecture, small: 64 patches of 8 x 8 pixels, width 64, two layers.
+    """DINOv2's architecture, small, with random weights: 64 patches of 8 x 8 pixels, width 64, two layers.
 
-    timm starts the layers' scales at 1e-5, which is meant for deep models and long training; here they start at 1.
+    timm initialises the layer scales to 1e-5, which suits deep models and long training; here they are 1.
     """
     model = timm.create_model("vit_base_patch14_reg4_dinov2", pretrained=False, **DINOV2)
     with torch.no_grad():
@@ -237,7 +237,7 @@ def build_tiny_dinov2() -> nn.Module:
 
 
 def load_tiny_dinov2() -> nn.Module:
-    """DINOv2's stand-in with the weights that come with this repository."""
+    """The stand-in of DINOv2 with the weights of this repository."""
     model = build_tiny_dinov2()
     with safe_open(FITTED_DINOV2, framework="pt") as file:
         model.load_state_dict({key: file.get_tensor(key).float() for key in list(file.keys())})
@@ -245,8 +245,10 @@ def load_tiny_dinov2() -> nn.Module:
 
 
 def _spread(model: CLIPTextModelWithProjection) -> None:
-    """CLIP's initial embeddings (std 0.02) barely differ after a random tower; a trained tower tells sentences
-    apart."""
+    """Increase CLIP's initial token embeddings from std 0.02 to 0.5.
+
+    After a random transformer, sentences would otherwise barely differ; after a trained one they do.
+    """
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if "token_embedding" in name:
@@ -274,38 +276,40 @@ def _tokenizer(*, eos: str, pad: str, bos: str | None = None) -> PreTrainedToken
 
 
 class Frames:
-    """Random square cut-outs of random frames of a video set: a VAE is convolutional, small cut-outs teach it four
-    times faster."""
+    """Random square crops of random frames of video sets.
 
-    def __init__(self, roots: Sequence[str | Path], cutout: int, limit: int = 6000) -> None:
+    A VAE is convolutional, so small crops suffice, and training on them is four times faster.
+    """
+
+    def __init__(self, roots: Sequence[str | Path], crop: int, limit: int = 6000) -> None:
         rng, picked = np.random.default_rng(0), []
         for root in roots:
             files = sorted((Path(root) / "videos").rglob("*.mp4"))
             if not files:
-                raise FileNotFoundError(
+                raise MissingFileError(
                     f"{root}: no videos/**/*.mp4 to fit the VAE to; record some with scripts/playtable_record.sh"
                 )
             picked += [files[i] for i in rng.permutation(len(files))[: limit // 10]]
         self.images = torch.cat(
             [(resize(f[:: max(1, len(f) // 10)], IMAGE) * 255).byte() for f in map(read_frames, picked)]
         )
-        self.cutout = cutout
+        self.crop = crop
 
     def __len__(self) -> int:
         return len(self.images)
 
     def sample(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
-        top, left = rng.integers(0, IMAGE - self.cutout + 1, 2)
+        top, left = rng.integers(0, IMAGE - self.crop + 1, 2)
         return {
             "id": f"frame/{index}",
-            "image": self.images[index, :, top : top + self.cutout, left : left + self.cutout].float() / 127.5 - 1,
+            "image": self.images[index, :, top : top + self.crop, left : left + self.crop].float() / 127.5 - 1,
         }
 
 
 class VAELoss(TrainableModel):
-    """A VAE's training objective: reconstruction and a slight pull of the latents towards a unit Gaussian.
+    """A VAE's training objective: reconstruction and a weak KL term towards a unit Gaussian.
 
-    A block covers 20 of 4096 pixels and is what a policy must see, so a pixel weighs the more the more saturated it is.
+    A block covers 20 of 4096 pixels, and a policy must see it, so saturated pixels have a larger weight.
     """
 
     def __init__(self, vae: AutoencoderKLTemporalDecoder, kl_weight: float = 1e-5, colour_weight: float = 6.0) -> None:
@@ -326,8 +330,7 @@ class VAELoss(TrainableModel):
 
 
 class PatchLatentTargets:
-    """A sample set of whole pictures and, for each of their patches, the VAE's latents there and in the eight patches
-    around it."""
+    """A sample set of pictures and, for each of their patches, the VAE's latents of that patch and its 8 neighbours."""
 
     def __init__(self, images: Tensor, vae: AutoencoderKLTemporalDecoder) -> None:
         self.images = images
@@ -349,11 +352,10 @@ class PatchLatentTargets:
 
 
 class PatchLatentRegression(TrainableModel):
-    """The objective of the visual encoder: from each of its tokens, a linear layer tells the latents of the patch and
-    of those around it.
+    """The objective of the visual encoder: a linear layer predicts from each token what PatchLatentTargets gives.
 
-    A token of 64 numbers then says what stands in its patch and beside it, as DINOv2's tokens do. No action and no
-    sentence is seen.
+    A token of 64 numbers then represents its patch and the surroundings, as DINOv2's tokens do. Neither actions nor
+    sentences are used.
     """
 
     def __init__(self, model: nn.Module, target_dim: int) -> None:
@@ -370,9 +372,9 @@ class PatchLatentRegression(TrainableModel):
 def fit_dinov2(
     frames: Sequence[str | Path], vae: AutoencoderKLTemporalDecoder, output_dir: Path, *, steps: int, seed: int = 0
 ) -> nn.Module:
-    """Fit a blank visual encoder to the VAE's latents of video sets."""
+    """Train a visual encoder from scratch to predict the VAE's latents of video sets."""
     torch.manual_seed(seed)
-    samples = PatchLatentTargets(Frames(frames, cutout=IMAGE).images, vae)
+    samples = PatchLatentTargets(Frames(frames, crop=IMAGE).images, vae)
     loop = Loop(
         output_dir=str(output_dir),
         seed=seed,
@@ -391,9 +393,9 @@ def fit_dinov2(
 def fit_vae(
     frames: Sequence[str | Path], output_dir: Path, *, steps: int, seed: int = 0
 ) -> AutoencoderKLTemporalDecoder:
-    """Fit a blank VAE to video sets and set its scaling factor so that scaled latents have unit variance."""
+    """Train a VAE from scratch on video sets, and set its scaling factor so that scaled latents have unit variance."""
     torch.manual_seed(seed)
-    samples = Frames(frames, cutout=32)
+    samples = Frames(frames, crop=32)
     loop = Loop(
         output_dir=str(output_dir),
         seed=seed,

@@ -188,9 +188,7 @@ def finished_length(root: Path, split: str, name: str) -> int:
     return (known_length(record) or 0) if complete else 0
 
 
-def _path_inside(
-    root: Path, file: Path, record: Mapping[str, Any], field: str, key: str, camera: int
-) -> Path | None:
+def _path_inside(root: Path, file: Path, record: Mapping[str, Any], field: str, key: str, camera: int) -> Path | None:
     """A path that an annotation gives, None where it gives none. Raises UnreadableSample where it leaves the set."""
     entries = record.get(field)
     if not isinstance(entries, list) or camera >= len(entries):

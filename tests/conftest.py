@@ -1,4 +1,4 @@
-"""Shared fixtures: the data that lies beside the checkout, and tiny stand-ins for third-party weights."""
+"""Fixtures for all tests: data next to the checkout, and tiny stand-ins for third-party weights."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "1"
-)  # threads that spin for a core taken by others made one test 50 times slower
+# threads that wait for a core in use by other programs made one test 50 times slower
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
@@ -18,14 +17,14 @@ from accelerate.state import AcceleratorState
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the project is run from its root, not installed
-# absl (below tensorflow-datasets) closes the stream it met at import whenever Hydra sets logging up; here that is
-# pytest's capture file
+# absl, which tensorflow-datasets imports, closes the stderr of its import when Hydra configures logging, and during a
+# test that is pytest's capture file
 absl_logging.get_absl_handler().python_handler.stream = sys.__stderr__
 
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """Real samples (see shared/data/README.md); tests that need them skip where the folder is absent."""
+    """Real samples (see shared/data/README.md). Tests that need them are skipped where the folder is missing."""
     folder = ROOT.parent / "shared" / "data"
     if not folder.is_dir():
         pytest.skip("shared/data is not beside this checkout")
@@ -44,7 +43,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _fresh() -> Iterator[None]:
-    """The same seed for every test, and no precision left over from a loop that ran before in this process."""
+    """The same seed for every test, and no precision left over from a loop of an earlier test."""
     torch.manual_seed(0)
     yield
     AcceleratorState._reset_state()

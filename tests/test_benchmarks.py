@@ -1,5 +1,4 @@
-"""The benchmarks run the project's own loop and models: a change of theirs must not leave them behind. Their numbers
-are not judged here."""
+"""The benchmarks still run after changes of the loop and the models. Their numbers are not judged here."""
 
 from __future__ import annotations
 

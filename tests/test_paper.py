@@ -1,5 +1,4 @@
-"""The paper's numbers: its tables add up except where they are known not to, and the full configs hold Tables 10 to
-12."""
+"""The numbers of the paper: which of its tables add up, and that the full configs contain Tables 10 to 12."""
 
 from __future__ import annotations
 
@@ -32,7 +31,7 @@ ROWS = {  # table row -> success of 1..5 in a row (%), printed Avg. Len.
     "F8 0.6": (96.1, 92.4, 87.4, 82.6, 77.3, 4.36),
     "F8 0.8": (97.5, 93.3, 89.2, 84.1, 78.9, 4.43),
 }
-DO_NOT_ADD_UP = {  # the five columns are of another row, or the length is; which, only the authors know
+DO_NOT_ADD_UP = {  # either the five columns or the length belong to another row; the paper does not tell which
     "T5 All w/o h.v.": "repeats the columns of GIDM w/o h.v.",
     "T8 G.M.": "sums to 4.21",
     "T8 S.B.": "sums to 4.10",

@@ -267,7 +267,10 @@ def test_unreadable_samples_are_counted_and_too_many_stop_the_run(tmp_path):
     make(tmp_path / "few", max_steps=10, max_unreadable_fraction=0.5).fit(Net(), Line(unreadable={3}))
     last = json.loads((tmp_path / "few/metrics.jsonl").read_text().splitlines()[-1])
     assert last["data/skipped"] == 1
-    says = r"25\d of \d+ samples were unreadable, more than loop.max_unreadable_fraction=0.05: repair the data or raise it; the last: line/"
+    says = (
+        r"25\d of \d+ samples were unreadable, more than loop.max_unreadable_fraction=0.05: "
+        "repair the data or raise it; the last: line/"
+    )
     with pytest.raises(UserError, match=says):
         make(tmp_path / "many", max_steps=100, batch_size=1, save_every=None).fit(
             Net(), Line(unreadable=set(range(30)))

@@ -115,7 +115,7 @@ def test_only_the_artifact_is_shipped_with_its_card_and_sums(trained: dict[str, 
         and card.endswith("Recorded in scenes A to C.")
     )
     subprocess.run(["sha256sum", "--check", "--strict", "--quiet", "SHA256SUMS"], cwd=shipped, check=True)
-    with pytest.raises(FileExistsError, match="is there already"):
+    with pytest.raises(FileExistsError, match="exists already"):
         ship(trained["gidm"], shipped)
 
 
