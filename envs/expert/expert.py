@@ -86,6 +86,7 @@ class ScriptedExpert(MotionPrimitives):
         return next(self._actions)
 
     def _attempts(self, task: str) -> Iterator[np.ndarray]:
+        """The actions of one attempt after the other, for ever."""
         if task not in HELD_BLOCK_TASKS and self.held_block() is not None:
             yield from self.release()
         yield from self.retreat(block_of(task) if task in TABLE_LIFT_TASKS else None)
@@ -99,6 +100,7 @@ class ScriptedExpert(MotionPrimitives):
             self._attempt += 1
 
     def _skill(self, task: str) -> Callable[[], ActionStream]:
+        """The method that carries out a task."""
         words = task.split("_")
         if words[0] == "lift":
             return lambda: self.lift(block_of(task), words[3])
@@ -116,6 +118,7 @@ class ScriptedExpert(MotionPrimitives):
     # ---- fixtures
 
     def open_drawer(self) -> ActionStream:
+        """Hook the closed fingers behind the handle and pull the drawer out."""
         bar = -0.212 - self.state.joint_position("base__drawer")
         x, euler = self.state.fixtures.drawer_x + self._jitter(0.05), gripper_euler(tilt=0.2)
         yield from self.move_above(x, bar, euler, height=0.55, gripper_action=-1)
@@ -125,6 +128,7 @@ class ScriptedExpert(MotionPrimitives):
         )
 
     def close_drawer(self) -> ActionStream:
+        """Push the front of the drawer with the closed fingers."""
         front = -0.32 - self.state.joint_position("base__drawer")
         x, euler = self.state.fixtures.drawer_x + self._jitter(0.05), gripper_euler()
         yield from self.move_above(x, front, euler, height=0.55, gripper_action=-1)
@@ -132,6 +136,7 @@ class ScriptedExpert(MotionPrimitives):
         yield from self.move_to([x, -0.235, 0.37], euler, speed=0.8, push_on=True)
 
     def slide(self, *, left: bool) -> ActionStream:
+        """Push the handle of the sliding door to the end of its range, from the side opposite to the motion."""
         handle_x = self.handle_x()
         end = self.handle_x(self.state.joint_limit("base__slide") if left else 0.0)
         side = 0.052 if left else -0.052
@@ -150,6 +155,7 @@ class ScriptedExpert(MotionPrimitives):
         )
 
     def turn_on_lightbulb(self) -> ActionStream:
+        """Push the bar of the switch up from below."""
         bar, euler = self._switch_bar(), gripper_euler(tilt=0.9)
         low = bar - 0.055 * UP_FRONT_AXIS
         yield from self.move_above(bar[0], -0.13, gripper_euler(tilt=0.45), gripper_action=-1)
@@ -158,6 +164,7 @@ class ScriptedExpert(MotionPrimitives):
         yield from self.move_to(low + 0.12 * UP_FRONT_AXIS, euler, speed=0.8, push_on=True)
 
     def turn_off_lightbulb(self) -> ActionStream:
+        """Push the bar of the switch down from above."""
         bar, euler = self._switch_bar(), gripper_euler(tilt=0.5)
         high = bar + 0.055 * UP_FRONT_AXIS
         yield from self.move_above(bar[0], -0.08, euler, height=0.66, gripper_action=-1)
@@ -166,6 +173,7 @@ class ScriptedExpert(MotionPrimitives):
         yield from self.move_to(high - 0.13 * UP_FRONT_AXIS, euler, speed=0.8, push_on=True)
 
     def press_button(self) -> ActionStream:
+        """Press the button, which turns the LED on or off, and move up again."""
         x, y, _ = self.state.fixtures.button
         x, y = x + self._jitter(0.01), y + self._jitter(0.01)
         yield from self.move_above(x, y, gripper_euler(), height=0.56, gripper_action=-1)
@@ -173,10 +181,12 @@ class ScriptedExpert(MotionPrimitives):
         yield from self.move_to([x, y, 0.54], gripper_euler(), no_stop=True)
 
     def _switch_bar(self) -> np.ndarray:
+        """Present position (3,) of the bar of the switch, with a random offset along it."""
         x = self.state.fixtures.switch_x + self._jitter(0.02)
         return np.array([x, 0.023, 0.525]) + UP_FRONT_AXIS * self.state.joint_position("base__switch")
 
     def _jitter(self, reach: float) -> float:
+        """A random offset in metres, uniform in [-reach, reach]."""
         return float(self.rng.uniform(-reach, reach))
 
     def _free_slider(self) -> ActionStream:
@@ -186,12 +196,14 @@ class ScriptedExpert(MotionPrimitives):
             yield from self.slide(left=slider > limit / 2)
 
     def _free_drawer(self) -> ActionStream:
+        """Open the drawer unless it is open."""
         if self.state.joint_position("base__drawer") < 0.19:
             yield from self.open_drawer()
 
     # ---- blocks
 
     def lift(self, block: str, place: str) -> ActionStream:
+        """Grasp a block and lift it. `place` is "table", "slider" or "drawer"; a door in the way is moved first."""
         if place == "slider":
             yield from self._free_slider()
         elif place == "drawer":
@@ -272,6 +284,7 @@ class ScriptedExpert(MotionPrimitives):
         return float(np.abs(self.state.block_pose(block)[1][axis]) @ self.state.block_size(block)) / 2
 
     def push(self, block: str, sign: int) -> ActionStream:
+        """Push a block along x with the closed fingers, to +x for `sign` 1 and to -x for -1."""
         start = self.state.block_pose(block)[0]
         behind = start[0] - sign * (self._half_extent(block, 0) + 0.04)
         euler = gripper_euler(tilt=min(0.8, safe_tilt(start[1]) + 0.2 * self._attempt))
@@ -309,6 +322,7 @@ class ScriptedExpert(MotionPrimitives):
         return self.make_action([sign * speed * MAX_REL_POS, aside, 0.464 - at[2]])
 
     def push_into_drawer(self) -> ActionStream:
+        """Push or drag the block nearest to the drawer over the edge of the table, so that it falls into the drawer."""
         yield from self._free_drawer()
         block = self._nearest_on_table(self.state.fixtures.drawer_x)
         if block is None:
@@ -334,6 +348,7 @@ class ScriptedExpert(MotionPrimitives):
         yield from self.move_to(self.state.target_pose()[0] + [0, 0.04, 0.04], speed=0.85)
 
     def _drag_into_drawer(self, block: str) -> ActionStream:
+        """Grasp a block, drag it over the edge of the table and release it above the drawer."""
         yield from self.grasp(block)
         at, facing = self.state.target_pose()
         x = float(np.clip(at[0], *(self.state.fixtures.drawer_x + np.array([-0.08, 0.08]))))
@@ -374,6 +389,7 @@ class ScriptedExpert(MotionPrimitives):
         yield from self.lift(self._last_held, "drawer" if z < 0.42 else "table" if y < 0.02 else "slider")
 
     def place_in_drawer(self) -> ActionStream:
+        """Put the held block into the drawer."""
         yield from self._ensure_grasped()
         y = -0.18 - self.state.joint_position("base__drawer") / 2
         yield from self.place(
@@ -381,6 +397,7 @@ class ScriptedExpert(MotionPrimitives):
         )
 
     def place_in_slider(self) -> ActionStream:
+        """Put the held block into the open side of the cabinet, where there is most room."""
         yield from self._ensure_grasped()
         low, high = self._cabinet_opening()
         centre = (low + high) / 2
@@ -392,6 +409,7 @@ class ScriptedExpert(MotionPrimitives):
         yield from self.place([x, 0.085, 0.47], FORWARD, tilt=CABINET_TILT, ready=0.12)
 
     def stack_block(self) -> ActionStream:
+        """Put the held block on top of the nearest other one."""
         yield from self._ensure_grasped()
         below = self._nearest_on_table(self.state.tcp_pose()[0][0], exclude=self._last_held)
         if below is None:
@@ -406,6 +424,7 @@ class ScriptedExpert(MotionPrimitives):
         yield from self.place([*position[:2], position[2] + 0.043 - offset[2]], yaw, tilt=0.5 * safe_tilt(position[1]))
 
     def unstack_block(self) -> ActionStream:
+        """Grasp a block that lies on another one and lift it."""
         tops = [
             name
             for name in self.state.blocks

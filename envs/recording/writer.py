@@ -18,7 +18,6 @@ import numpy as np
 import yaml
 
 from common.files import atomic_path, write_text
-from common.video import write_mp4
 from envs.protocol import CONTROL_FREQ, MAX_REL_ORN, MAX_REL_POS
 from envs.recording.demonstrate import Segment
 
@@ -50,6 +49,9 @@ def write_frames(folder: Path, segment: Segment) -> None:
 
 def write_videos(folder: Path, segment: Segment, cameras: int = 2) -> None:
     """Write 0.mp4 (static camera) and, for two cameras, 1.mp4 (wrist camera)."""
+    # Imported here, because it loads torch, which costs each worker seconds and memory: only videos need it.
+    from common.video import write_mp4
+
     for camera, key in enumerate(RGB_KEYS[:cameras]):
         write_mp4(folder / f"{camera}.mp4", np.array(getattr(segment, key)), CONTROL_FREQ, crf=VIDEO_CRF)
 
