@@ -15,7 +15,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from common import rlds
 from common.calvin_format import CalvinFormatError, read_annotations, read_recordings
-from common.mixture import FilteredSample, UnreadableSample
+from common.errors import FilteredSample, MissingFileError, UnreadableSample, UserError
 from common.video import write_mp4
 from step1_gfdm.dataset import VideoClips
 from step2_gidm.data import dataset
@@ -100,9 +100,9 @@ def test_official_gap_is_a_window_that_the_episode_cuts_off() -> None:
     assert Transitions(image_size=8, gap="official").sample_frame_indices("x", 1, 30, rng) == [(0, 0)], (
         "the release keeps frames beside themselves"
     )
-    with pytest.raises(ValueError, match="unknown gap 'offical'; use one of seconds, official"):
+    with pytest.raises(UserError, match="unknown gap 'offical'; use one of seconds, official"):
         Transitions(image_size=8, gap="offical")
-    with pytest.raises(ValueError, match="a window of 1 frames holds no pair"):
+    with pytest.raises(UserError, match="a window of 1 frames holds no pair"):
         Transitions(image_size=8, gap="official", window=1)
     with pytest.raises(UnreadableSample, match="without frames"):
         Transitions(image_size=8, gap="official").sample_frame_indices("x", 0, 30, rng)
@@ -141,7 +141,7 @@ def test_video_pairs_are_the_frames_they_say(tmp_path: Path) -> None:
         assert gap == "10" and torch.allclose(
             brightness, torch.tensor([8.0 * int(place) + view, 8.0 * (int(place) + 10) + view]), atol=2
         )
-    assert views == {0, 1} and sample["frames"].shape == (2, 3, 32, 32) and sample["text"] == "Sentence 0"
+    assert views == {0, 1} and sample["frames"].shape == (2, 3, 32, 32) and sample["text"] == "Sentence 1"
     assert samples.sample(1, np.random.default_rng(5))["id"] == samples.sample(1, np.random.default_rng(5))["id"]
 
 
@@ -172,8 +172,8 @@ def test_labelled_pairs_say_what_they_are_of(tmp_path: Path) -> None:
 
 
 def test_scenes_are_told_apart_within_a_set(tmp_path: Path) -> None:
-    folder, rng = video_set(tmp_path / "toy", 3), np.random.default_rng(0)
-    file = folder / "annotation/train/1.json"
+    folder, rng = video_set(tmp_path / "toy", 3), np.random.default_rng(0)  # episode 0 is held out
+    file = folder / "annotation/train/2.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "scene": "calvin_scene_B"}))
     samples = VideoTransitions(folder, labelled=True, **PAIRS)
     assert [samples.sample(i, rng)["scene"] for i in range(2)] == [str(folder), "calvin_scene_B"]
@@ -203,7 +203,7 @@ def test_a_walk_shows_the_pairs_of_a_clip_in_order(tmp_path: Path) -> None:
     assert (
         brightness[:, 0].tolist() == [0, 2, 4, 7, 9]
         and (brightness[:, 1] - brightness[:, 0] == 10).all()
-        and clip["text"] == "Sentence 0"
+        and clip["text"] == "Sentence 1"
     )
     assert len(VideoTransitions(video_set(tmp_path / "toy"), **PAIRS).episode_pairs(0, 50)["frames"]) == 10, (
         "no pair is shown twice"
@@ -215,8 +215,8 @@ def test_a_walk_shows_the_pairs_of_a_clip_in_order(tmp_path: Path) -> None:
 def test_every_kind_of_set_walks(tmp_path: Path) -> None:
     toy = RldsTransitions(write_video_set(tmp_path / "toy" / "1.0.0", shards=(2, 1)), fps=1, augment=True, **TOY, **PAIRS)
     clip = toy.episode_pairs(1, 2)
-    assert (clip["frames"].mean((2, 3, 4)) * 255).round().tolist() == [[10, 11], [12, 13]] and clip["text"] == "päck"
-    assert len(toy.episode_pairs(1, 50)["frames"]) == 3 and clip["id"] == "toy/1"
+    assert (clip["frames"].mean((2, 3, 4)) * 255).round().tolist() == [[20, 21], [22, 23]] and clip["text"] == "päck"
+    assert len(toy.episode_pairs(1, 50)["frames"]) == 3 and clip["id"] == "toy/2"
     root = write_calvin(tmp_path / "calvin", recordings=2) / "training"
     samples = CalvinTransitions(root, fps=10, view=None, **PAIRS)
     note, clip = samples.segments[0], samples.episode_pairs(0, 3)
@@ -236,15 +236,15 @@ def test_splits(tmp_path: Path) -> None:
     assert not set(train.files) & set(val.files)
     video_set(folder, 2, split="val")
     assert len(VideoTransitions(folder, "train", **PAIRS)) == 21 and len(VideoTransitions(folder, "val", **PAIRS)) == 2
-    with pytest.raises(FileNotFoundError, match="annotation/test: there are no .json files here; there is train"):
+    with pytest.raises(MissingFileError, match="annotation/test: there are no .json files here; there is train"):
         VideoTransitions(video_set(tmp_path / "other"), "test", **PAIRS)
-    with pytest.raises(FileNotFoundError, match="there are no .json files here; a video set holds annotation/train/<id>.json"):
+    with pytest.raises(MissingFileError, match="there are no .json files here; a video set holds annotation/train/<id>.json"):
         VideoTransitions(tmp_path / "nowhere", **PAIRS)
 
 
 def test_a_set_that_has_only_a_val_split_is_shared_out_when_told_to(tmp_path: Path) -> None:
     folder = video_set(tmp_path / "toy", 5, length=3, split="val")
-    with pytest.raises(FileNotFoundError, match="annotation/train: there are no .json files here; there is val, which only_split=val divides"):
+    with pytest.raises(MissingFileError, match="there is val, which only_split=val divides"):
         VideoTransitions(folder, **PAIRS)
     train, val = (VideoTransitions(folder, split, only_split="val", **PAIRS) for split in ("train", "val"))
     assert [file.stem for file in train.files] == list("1234") and [file.stem for file in val.files] == ["0"]
@@ -322,15 +322,15 @@ def test_mixture_weights_and_human_fraction(tmp_path: Path) -> None:
     )
     shutil.rmtree(human)
     assert build_mixture(sets, human_fraction=0.0, length=5, **PAIRS).names == ["robot"]
-    with pytest.raises(FileNotFoundError, match=r"set 'human'.*give data.length"):
+    with pytest.raises(MissingFileError, match=r"set 'human'.*give data.length"):
         build_mixture(sets, human_fraction=0.0, **PAIRS)
-    with pytest.raises(ValueError, match=r"human_fraction=0.5, but no set of this mixture is marked human \(robot\)"):
+    with pytest.raises(UserError, match=r"human_fraction=0.5, but no set of this mixture is marked human \(robot\)"):
         build_mixture({"robot": sets["robot"]}, human_fraction=0.5, **PAIRS)
     by_size = build_mixture({"a": {"video": robot}, "b": {"video": video_set(tmp_path / "b", 4, length=3)}}, **PAIRS)
     assert by_size.shares.tolist() == [0.75, 0.25]
-    with pytest.raises(ValueError, match="a share between 0 and 1"):
+    with pytest.raises(UserError, match="a share between 0 and 1"):
         build_mixture(sets, human_fraction=20, **PAIRS)
-    with pytest.raises(ValueError, match="needs one of video=<folder>, rlds=<folder>, calvin=<folder>"):
+    with pytest.raises(UserError, match="needs one of video=<folder>, rlds=<folder>, calvin=<folder>"):
         build_mixture({"x": {"weight": 1}}, **PAIRS)
 
 
@@ -446,7 +446,7 @@ def test_bad_calvin_is_one_line(tmp_path: Path) -> None:
     samples.segments[0] = replace(samples.segments[0], text=" ")
     with pytest.raises(FilteredSample, match="without a sentence"):
         samples.sample(0, rng)
-    with pytest.raises(ValueError, match="unknown view 'wrist'; use static, gripper or null"):
+    with pytest.raises(UserError, match="unknown view 'wrist'; use static, gripper, or null"):
         CalvinTransitions(root, view="wrist", **PAIRS)
     with pytest.raises(CalvinFormatError, match="ep_start_end_ids.npy is missing"):
         CalvinTransitions(tmp_path, **PAIRS)
@@ -493,11 +493,11 @@ def test_open_x_finds_sets_by_table(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert OXE["bc_z"].version == OXE["bridge"].version == "0.1.0"
     (tmp_path / "CONVERSION_DIR" / "bc_z" / "1.0.1").mkdir(parents=True)
     (tmp_path / "CONVERSION_DIR" / "bc_z" / "1.0.1" / "dataset_info.json").write_text("{}")
-    with pytest.raises(FileNotFoundError, match="bc_z: version 0.1.0 is wanted, there is 1.0.1"):
+    with pytest.raises(MissingFileError, match="bc_z: version 0.1.0 is wanted, there is 1.0.1"):
         build_open_x_mixture(tmp_path, human_root=human, names=["bc_z"], image_size=32)
-    with pytest.raises(FileNotFoundError, match="kuka"):
+    with pytest.raises(MissingFileError, match="kuka"):
         build_open_x_mixture(tmp_path, human_root=human, names=["kuka"], image_size=32)
-    with pytest.raises(ValueError, match="unknown Open X-Embodiment sets \\['dob'\\]"):
+    with pytest.raises(UserError, match="unknown Open X-Embodiment sets \\['dob'\\]"):
         build_open_x_mixture(tmp_path, human_root=human, names=["dob"], image_size=32)
 
 
@@ -510,10 +510,10 @@ def bridge(shared_data: Path, **options: object) -> RldsTransitions:
 
 def test_real_rlds_pairs(shared_data: Path) -> None:
     train, val = bridge(shared_data), bridge(shared_data, split="val")
-    assert (len(train), len(val)) == (24, 1) and not set(train.kept) & set(val.kept)
+    assert (len(train), len(val)) == (23, 2) and not set(train.kept) & set(val.kept)
     rng = np.random.default_rng(0)
     starts = set()
-    for i in range(24):
+    for i in range(23):
         sample = train.sample(i, rng)
         start, gap = map(int, sample["id"].split("@")[1].split("+"))
         starts.add(start)
@@ -524,13 +524,14 @@ def test_real_rlds_pairs(shared_data: Path) -> None:
 def test_corrupt_record_is_reported_by_id(shared_data: Path, tmp_path: Path) -> None:
     folder = tmp_path / "1.0.0"
     folder.mkdir()
-    for file in (shared_data / "rlds_samples/bridge_dataset/1.0.0").iterdir():  # they are read-only, so only their contents are copied
+    # The files are read-only, so only their contents are copied.
+    for file in (shared_data / "rlds_samples/bridge_dataset/1.0.0").iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
     shard = next(folder.glob("*.tfrecord-*"))
     data = bytearray(shard.read_bytes())
-    data[5000] ^= 0xFF
+    data[int(rlds.TFRecordFile(shard).spans[1][0]) + 5000] ^= 0xFF  # record 0 is held out
     shard.write_bytes(bytes(data))
-    with pytest.raises(UnreadableSample, match=r"bridge_dataset/0: .*record 0 is corrupt \(crc differs\)"):
+    with pytest.raises(UnreadableSample, match=r"bridge_dataset/1: .*record 1 is corrupt \(crc differs\)"):
         RldsTransitions(folder, fps=5, image="observation/image_0", **PAIRS).sample(0, np.random.default_rng(0))
     with pytest.raises(UnreadableSample, match="no feature 'observation/image'"):
         RldsTransitions(folder, fps=5, **PAIRS).sample(1, np.random.default_rng(0))
@@ -545,7 +546,7 @@ def test_an_episode_without_a_sentence_is_reported(tmp_path: Path) -> None:
     for path in folder.glob("*.tfrecord-*"):
         file = rlds.TFRecordFile(path)
         path.write_bytes(b"".join(record(silent(file[i])) for i in range(len(file))))
-    with pytest.raises(FilteredSample, match="toy/0: no instruction under instruction"):
+    with pytest.raises(FilteredSample, match="toy/1: no instruction under instruction"):
         RldsTransitions(folder, fps=1, **TOY, **PAIRS).sample(0, np.random.default_rng(0))
 
 
@@ -557,7 +558,7 @@ def test_a_sentence_is_read_as_the_table_says_and_a_contradiction_is_one_line(tm
     assert RldsTransitions(folder, fps=1, text="observation/wide", **PAIRS).sample(0, rng)["text"] == "ab\0c"
     with pytest.raises(
         UnreadableSample,
-        match=r"toy/train/0: instruction is not encoded as text, it holds int32 of shape \(8,\); name its encoding",
+        match=r"toy/train/1: instruction is not encoded as text, it holds int32 of shape \(8,\); name its encoding",
     ) as caught:
         RldsTransitions(folder, fps=1, **{**TOY, "encoding": "text"}, **PAIRS).sample(0, rng)
     assert "\n" not in str(caught.value)
@@ -565,7 +566,7 @@ def test_a_sentence_is_read_as_the_table_says_and_a_contradiction_is_one_line(tm
         RldsTransitions(folder, fps=1, **{**TOY, "text": "observation/wide"}, **PAIRS).sample(0, rng)
     with pytest.raises(UnreadableSample, match=r"action is not encoded as code_points, it holds float32 of shape \(2,\)"):
         RldsTransitions(folder, fps=1, **{**TOY, "text": "action"}, **PAIRS).sample(0, rng)
-    with pytest.raises(ValueError, match="unknown encoding 'ascii' of sentences; use text, code_points"):
+    with pytest.raises(UserError, match="unknown encoding 'ascii' of sentences; use text, code_points"):
         RldsTransitions(folder, fps=1, **{**TOY, "encoding": "ascii"}, **PAIRS)
 
 
@@ -584,12 +585,12 @@ def test_empty_shards_are_passed_over_and_an_empty_set_is_named(
     samples = RldsTransitions(write_video_set(tmp_path / "some" / "1.0.0", shards=(0, 2, 0, 2)), **toy, **PAIRS)
     assert len(samples) == 3 and [
         samples.episode_pairs(i, 1)["frames"][0, 0].mean().mul(255).round().item() for i in range(3)
-    ] == [0, 10, 20]
+    ] == [10, 20, 30]
     sets = {
         "some": {"rlds": tmp_path / "some/1.0.0", **toy},
         "none": {"rlds": write_video_set(tmp_path / "none" / "1.0.0", shards=(0,)), **toy},
     }
-    with pytest.raises(ValueError, match="set 'none': rlds=.*none/1.0.0 gives no train episodes"):
+    with pytest.raises(UserError, match="set 'none': rlds=.*none/1.0.0 gives no train episodes"):
         build_mixture(sets, **PAIRS)
     assert build_mixture(sets, split="val", **PAIRS).names == ["some"] and "set 'none': rlds=" in caplog.text
 

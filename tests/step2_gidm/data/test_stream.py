@@ -17,7 +17,8 @@ from common.contracts import TrainableModel
 from common.errors import UserError
 from common.sampler import DistributedBatchSampler, loader
 from common.loop import Loop
-from common.mixture import SeededDataset, Mixture
+from common.errors import UserError
+from common.mixture import Mixture, SeededDataset, TooManyUnreadable
 from step2_gidm.data.dataset import build_mixture
 from step2_gidm.data.stream import ReadSchedule, StreamingMixture
 from step2_gidm.data.transitions import RldsTransitions
@@ -196,7 +197,7 @@ def test_episodes_without_a_sentence_and_short_ones_stop_no_run(toy: Path, tmp_p
     skipped = [each for batch in read(samples) for entries in batch["skipped"] for each in entries]
     assert len(skipped) > 12 and all(each.by_rule and "no instruction under" in each.line for each in skipped)
     with pytest.raises(
-        RuntimeError,
+        TooManyUnreadable,
         match="1000 episodes in a row were left out, the last: toy/.: 2 frames are too few for pairs 4 apart",
     ):
         read(build_mixture({"short": short}, length=36, stream={"block": 6, "pairs": PAIRS_PER_EPISODE}, **PAIRS))
@@ -252,7 +253,7 @@ def test_only_training_streams_and_eval_draws_by_random_access(toy: Path) -> Non
     sets = {"toy": {"rlds": toy, **TOY}}
     assert isinstance(build_mixture(sets, split="val", stream={"block": 6, "pairs": PAIRS_PER_EPISODE}, **PAIRS), Mixture)
     assert stream(toy).sample(0, np.random.default_rng(0))["id"].startswith("toy/")
-    with pytest.raises(ValueError, match="1 <= pairs <= block"):
+    with pytest.raises(UserError, match="1 <= pairs <= block"):
         stream(toy, block=2)
     with pytest.raises(ValueError, match="blocks of 6 give no batches of 8"):
         batches(stream(toy), size=8)
