@@ -84,13 +84,17 @@ def read_number(folder: Path, source: Mapping[str, Any], column: str) -> str:
     """
     path = folder / source["file"]
     if not path.is_file():
-        raise MissingFileError(f"{path} does not exist, but {folder / RESULTS_FILE} takes the column {column!r} from it")
+        raise MissingFileError(
+            f"{path} does not exist, but {folder / RESULTS_FILE} takes the column {column!r} from it"
+        )
     readers = {".md": _from_markdown, ".jsonl": _from_log, ".json": _from_rollout}
     if path.suffix not in readers:
         raise UserError(f"{path}: numbers are read from {', '.join(readers)} files only")
     number = readers[path.suffix](path, source, column)
     if number is None:
-        raise UserError(f"{path} holds no number for {dict(source)}, column {column!r}; correct {folder / RESULTS_FILE}")
+        raise UserError(
+            f"{path} holds no number for {dict(source)}, column {column!r}; correct {folder / RESULTS_FILE}"
+        )
     return number
 
 

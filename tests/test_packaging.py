@@ -1,4 +1,4 @@
-"""pyproject.toml, the requirements files and what the code imports agree, and the package can be found from anywhere."""
+"""pyproject.toml, the requirements files and what the code imports agree; programs start in any folder."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 tomllib = pytest.importorskip("tomllib", reason="tomllib comes with Python 3.11")
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("common", "step1_gfdm", "step2_gidm", "step3_defi", "envs", "benchmarks")
-MODULES = {  # distribution -> the module that it is imported as, where that is another name
+MODULES = {  # module -> the distribution that holds it, where that has another name
     "huggingface_hub": "huggingface-hub",
     "PIL": "pillow",
     "yaml": "pyyaml",
