@@ -22,11 +22,11 @@ LETTER_WIDTH = 6  # pixels
 GAP = 6  # pixels between two films
 
 
-def read_film(path: Path, every: int) -> list[Image.Image]:
-    """Every `every`-th picture of a film."""
+def read_film(path: Path, every: int, length: int | None) -> list[Image.Image]:
+    """Every `every`-th of the first `length` pictures of a film; None: of all pictures."""
     with av.open(str(path)) as container:
         frames = [frame.to_image() for frame in container.decode(video=0)]
-    return frames[::every]
+    return frames[:length:every]
 
 
 def with_caption(frame: Image.Image, caption: str) -> Image.Image:
@@ -51,15 +51,19 @@ def side_by_side(pictures: list[Image.Image]) -> Image.Image:
     return row
 
 
-def rollout(films: list[Path], captions: list[str], out: Path, *, every: int, fps: int, colours: int) -> None:
+def rollout(
+    films: list[Path], captions: list[str], out: Path, *, every: int, length: int | None, fps: int, colours: int
+) -> None:
     """Write an endless GIF of films side by side; a film that is over shows its last picture."""
     captions = captions or [""] * len(films)
     if len(captions) != len(films):
         raise SystemExit(f"error: {len(films)} films, but {len(captions)} captions")
-    panels = [[with_caption(frame, text) for frame in read_film(path, every)] for path, text in zip(films, captions)]
-    length = max(len(panel) for panel in panels) + fps // 2  # the last pictures stay for half a second
-    frames = [side_by_side([panel[min(time, len(panel) - 1)] for panel in panels]) for time in range(length)]
-    sample = Image.fromarray(np.concatenate([np.asarray(frame) for frame in frames[:: max(1, length // 8)]]))
+    panels = [
+        [with_caption(frame, text) for frame in read_film(path, every, length)] for path, text in zip(films, captions)
+    ]
+    count = max(len(panel) for panel in panels) + fps // 2  # the last pictures stay for half a second
+    frames = [side_by_side([panel[min(time, len(panel) - 1)] for panel in panels]) for time in range(count)]
+    sample = Image.fromarray(np.concatenate([np.asarray(frame) for frame in frames[:: max(1, count // 8)]]))
     palette = sample.quantize(colours, method=Image.Quantize.MAXCOVERAGE)  # keeps the colours of small things
     drawn = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
     drawn[0].save(out, save_all=True, append_images=drawn[1:], duration=1000 // fps, loop=0, optimize=True)
@@ -77,13 +81,22 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--captions", nargs="*", default=[], help="one line of text for each film")
     parser.add_argument("--every", type=int, default=2, help="keep every so many-th picture of a film")
+    parser.add_argument("--length", type=int, help="use only so many pictures of each film")
     parser.add_argument("--fps", type=int, default=15, help="pictures a second of the GIF")
     parser.add_argument("--colours", type=int, default=160, help="of the GIF; fewer make a smaller file")
     args = parser.parse_args()
     if args.kind == "forecast":
         forecast(args.files, args.out)
     else:
-        rollout(args.files, args.captions, args.out, every=args.every, fps=args.fps, colours=args.colours)
+        rollout(
+            args.files,
+            args.captions,
+            args.out,
+            every=args.every,
+            length=args.length,
+            fps=args.fps,
+            colours=args.colours,
+        )
 
 
 if __name__ == "__main__":
