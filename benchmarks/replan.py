@@ -48,9 +48,9 @@ def parts(model: DeFI) -> dict[str, list[tuple[Any, str]]]:
         "forward model": [(model.gfdm.module, "imagine")],
         "inverse model": [
             (model.gidm, "embed"),
-            (model.projector, "pair"),
+            (model.projector, "project_pairs"),
             (model.gidm, "infer"),
-            (model.gidm, "lift"),
+            (model.gidm, "embed_action"),
         ],
         "action adapter": [
             (model.video_former, "forward"),

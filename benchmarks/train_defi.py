@@ -29,7 +29,7 @@ from torch import Tensor
 
 from benchmarks.imagine import compose_config, machine, parse_command_line, peak, ratio, run_in_subprocess
 from benchmarks.replan import SENTENCES, baseline_path, hub, random_policy
-from benchmarks.train_gfdm import WARM_UP, StepTimer
+from benchmarks.train_gfdm import WARM_UP, record_step_times
 from common.progress import tqdm
 from step3_defi import DeFI
 from step3_defi.data import features
@@ -93,10 +93,10 @@ def train(overrides: list[str], arm: str, steps: int, batch_size: int, windows: 
             samples = features.get_or_build_cache(
                 samples, model.to("cuda" if torch.cuda.is_available() else "cpu"), folder, parents={}
             )
-        cache, trained = time.perf_counter() - start, StepTimer(model)
+        cache, times = time.perf_counter() - start, record_step_times(model)
         with baseline_path(model) if arm == "plain" else ExitStack():
-            loop.fit(trained, samples)
-    return steps * batch_size / (trained.times[-1] - trained.times[WARM_UP - 1]), peak(), cache / windows
+            loop.fit(model, samples)
+    return steps * batch_size / (times[-1] - times[WARM_UP - 1]), peak(), cache / windows
 
 
 def main() -> None:

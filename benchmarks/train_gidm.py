@@ -25,7 +25,7 @@ from hydra.utils import instantiate
 from torch import Tensor
 
 from benchmarks.imagine import compose_config, parse_command_line, peak, run_in_subprocess, seconds
-from benchmarks.train_gfdm import WARM_UP, StepTimer
+from benchmarks.train_gfdm import WARM_UP, record_step_times
 from common.attention import Attention
 from common.frozen import T5TextEncoder
 from common.progress import tqdm
@@ -101,9 +101,9 @@ def train(overrides: list[str], steps: int, batch_size: int, plain: bool) -> tup
             wandb={"mode": "disabled"},
         )
         model = instantiate(cfg.gidm)
-        timed = StepTimer(use_naive_attention(model) if plain else model)
-        loop.fit(timed, RandomPairs(model.vision.image_size))
-    return steps * batch_size / (timed.times[-1] - timed.times[WARM_UP - 1]), peak()
+        times = record_step_times(use_naive_attention(model) if plain else model)
+        loop.fit(model, RandomPairs(model.vision.image_size))
+    return steps * batch_size / (times[-1] - times[WARM_UP - 1]), peak()
 
 
 @torch.no_grad()

@@ -31,14 +31,15 @@ class tqdm(_tqdm):  # noqa: N801 (it is used exactly as tqdm's own class)
         """Draw the bar; in plain mode print a line, unless the last one is recent."""
         if not self.plain:
             return super().display(msg, pos)
+        # An empty message erases a bar. tqdm sets `disable` when it closes one, and ends its line itself afterwards.
         now = time.monotonic()
-        # tqdm sets `disable` when it closes a bar, and gives an empty message to erase one
-        if msg != "" and (self.disable or now - self.last_line >= PLAIN_SECONDS):
-            self.last_line = now
-            self.fp.write(self.format_meter(**self.format_dict) if msg is None else msg)
-            if not self.disable:
-                self.fp.write("\n")
-            self.fp.flush()
+        early = now - self.last_line < PLAIN_SECONDS or self.n == self.total  # the last line is printed on closing
+        if msg == "" or (early and not self.disable):
+            return False
+        self.last_line = now
+        self.fp.write(self.format_meter(**self.format_dict) if msg is None else msg)
+        self.fp.write("" if self.disable else "\n")
+        self.fp.flush()
         return False
 
     def clear(self, nolock: bool = False) -> None:
