@@ -1,9 +1,9 @@
 """Measure a forward model (Fig. 9, Q3, Q8): predicted against true frames, by denoising steps and guidance.
 
-Three references stand beside the forecasts: copying the first frame, copying it after the VAE encoded and decoded it,
-and the VAE's reconstruction of the true frames, which no forecast can exceed. With `probe`, the program also measures
-how much of the robot's coming motion can be predicted from the features of one denoising step. The folder `out` then
-holds results.json, table.md, horizon.png (metrics by frame), strips/ and films.mp4.
+Three references are reported with the forecasts: copying the first frame, copying the VAE's reconstruction of it, and
+the VAE's reconstruction of the true frames, which limits every forecast. With `probe`, the program also measures how
+much of the robot's coming motion can be predicted from the features of one denoising step. The folder `out` then holds
+results.json, table.md, horizon.png (metrics by frame), strips/ and films.mp4.
 
 Examples:
     python -m step1_gfdm.eval path=ckpts/gfdm/tiny videos=data/playtable/A/videos_set count=16 lpips=null

@@ -51,8 +51,7 @@ def test_imagine_is_seeded_and_independent_of_the_batch(gfdm):
 
 @pytest.mark.parametrize("trains", [False, True])
 def test_no_pass_has_more_rows_than_cudas_grid(gfdm, monkeypatch, trains):
-    """A latent of 8 x 8 has 64 rows: three pictures under a limit of 130 are two passes, of like size and with the same
-    outcome."""
+    """A latent of 8 x 8 has 64 rows, so three images under a limit of 130 rows take two passes, with the same result."""
     rows, block = [], gfdm.unet.down_blocks[0].attentions[0].temporal_transformer_blocks[0]
     handle = block.attn1.register_forward_pre_hook(
         lambda _, args, options: rows.append((args or tuple(options.values()))[0].shape[0]), with_kwargs=True
@@ -106,7 +105,7 @@ def batch(model, frames=4):
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_every_unet_parameter_gets_a_gradient_and_nothing_else_trains(hub, objective, checkpointing):
     model = make(hub, objective=objective, gradient_checkpointing=checkpointing).train()
-    with torch.no_grad():  # zero-initialised output layers would hide what lies before them
+    with torch.no_grad():  # zero-initialised output layers would pass no gradient to the layers before them
         for p in model.parameters():
             if not p.any():
                 p.normal_(std=0.02)
@@ -199,7 +198,7 @@ def test_artifact_is_a_pipeline_folder_and_comes_back_bit_exact(gfdm, hub, tmp_p
         )
         assert torch.equal(other.imagine(IMAGES, TEXT), gfdm.imagine(IMAGES, TEXT))
     assert artifact.load(tmp_path / "a", "gfdm", {"denoise_steps": 5}).denoise_steps == 5
-    # an artifact made from an artifact still carries every part
+    # an artifact of a model that was loaded from an artifact has all parts, too
     artifact.save(artifact.load(tmp_path / "a", "gfdm"), tmp_path / "c", kind="gfdm", config=config(hub))
     assert (
         load_file(tmp_path / "c/vae/diffusion_pytorch_model.safetensors").keys()

@@ -30,10 +30,10 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="module")
 def run():
-    """Run a program in this process, as its command line would; returns what it said."""
+    """Run a program in this process, as its command line would; returns what it printed."""
 
     def in_process(module, *arguments, cwd):
-        # what a program says goes through logging, which Hydra sets up anew for each
+        # programs print through logging, which Hydra configures anew for each of them
         said = io.StringIO()
         with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
             patch.chdir(cwd)
@@ -300,14 +300,16 @@ def launched(folder, hub, processes, *config):
 
 
 def distance(one, two):
-    """Euclidean, over all weights of two UNets."""
+    """The Euclidean distance of the weights of two UNets."""
     assert one.keys() == two.keys()
     return torch.stack([(one[name] - two[name]).square().sum() for name in one]).sum().sqrt().item()
 
 
 def test_two_processes_whole_or_sharded_train_as_one_with_the_same_global_batch(tmp_path, hub):
     write_video_set(tmp_path / "set", 6, latent_shape=(12, 8, 8))
-    for file in (tmp_path / "set/latent_videos").rglob("*.pt"):  # the set's own latents tell nothing of what is learned
+    for file in (tmp_path / "set/latent_videos").rglob(
+        "*.pt"
+    ):  # the latents of write_video_set are too uniform to learn from
         torch.save(torch.randn(20, 12, 8, 8, generator=torch.Generator().manual_seed(int(file.parent.name))), file)
     alone, rows = launched(tmp_path / "one", hub, 1)
     start = load_file(hub / "svd/unet/diffusion_pytorch_model.safetensors")
@@ -318,7 +320,7 @@ def test_two_processes_whole_or_sharded_train_as_one_with_the_same_global_batch(
             assert two["train/loss"] == pytest.approx(one["train/loss"], rel=1e-4) and two[
                 "grad_norm"
             ] == pytest.approx(one["grad_norm"], rel=1e-3)
-        # as far apart as rounding drives Adam, and nothing beside the way that both went
+        # Adam amplifies rounding errors, but the difference is small compared with the training itself
         assert distance(alone, other) < 0.01 * distance(alone, start)
-    again, _ = launched(tmp_path / "sharded", hub, 2, sharding)  # from the saved shards
+    again, _ = launched(tmp_path / "sharded", hub, 2, sharding)  # resumes from the saved shards
     assert distance(again, other) == 0
