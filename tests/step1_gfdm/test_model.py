@@ -51,7 +51,7 @@ def test_imagine_is_seeded_and_independent_of_the_batch(gfdm):
 
 @pytest.mark.parametrize("trains", [False, True])
 def test_no_pass_has_more_rows_than_cudas_grid(gfdm, monkeypatch, trains):
-    """A latent of 8 x 8 has 64 rows, so three images under a limit of 130 rows take two passes, with the same result."""
+    """A latent of 8 x 8 has 64 rows: under a limit of 130 rows, three images take two passes, with the same result."""
     rows, block = [], gfdm.unet.down_blocks[0].attentions[0].temporal_transformer_blocks[0]
     handle = block.attn1.register_forward_pre_hook(
         lambda _, args, options: rows.append((args or tuple(options.values()))[0].shape[0]), with_kwargs=True
