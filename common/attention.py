@@ -6,11 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common.errors import UserError
+
 
 def sincos_pos_embed_1d(length: int, dim: int) -> Tensor:
     """(length, dim) table: first half sines, second half cosines, base 10000 (Vaswani et al., 2017)."""
     if dim % 2:
-        raise ValueError(f"sincos_pos_embed_1d needs an even width, got {dim}")
+        raise UserError(f"sincos_pos_embed_1d needs an even width, got {dim}")
     omega = 10000.0 ** (-torch.arange(dim // 2, dtype=torch.float64) / (dim / 2))
     angle = torch.arange(length, dtype=torch.float64)[:, None] * omega
     return torch.cat([angle.sin(), angle.cos()], dim=1).float()
@@ -19,7 +21,7 @@ def sincos_pos_embed_1d(length: int, dim: int) -> Tensor:
 def sincos_pos_embed_2d(height: int, width: int, dim: int) -> Tensor:
     """(height * width, dim) raster table: the first half codes the row, the second the column."""
     if dim % 4:
-        raise ValueError(f"sincos_pos_embed_2d needs a width divisible by 4, got {dim}")
+        raise UserError(f"sincos_pos_embed_2d needs a width divisible by 4, got {dim}")
     rows = sincos_pos_embed_1d(height, dim // 2)[:, None].expand(height, width, -1)
     columns = sincos_pos_embed_1d(width, dim // 2)[None].expand(height, width, -1)
     return torch.cat([rows, columns], dim=-1).reshape(height * width, dim)
@@ -63,7 +65,7 @@ class Attention(nn.Module):
     ) -> None:
         super().__init__()
         if head_dim is None and dim % heads:
-            raise ValueError(f"width {dim} does not split into {heads} heads")
+            raise UserError(f"width {dim} does not split into {heads} heads")
         self.heads, self.dropout = heads, dropout
         inner = heads * (head_dim or dim // heads)
         context_dim = context_dim or dim

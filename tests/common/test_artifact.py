@@ -1,4 +1,4 @@
-"""Artifacts: bit-exact round trip, strict keys, kinds, nothing foreign built, nothing half-written."""
+"""Artifacts: bit-exact round trips, strict keys, kinds; no foreign class is built, no artifact is half-written."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_wrong_kind_missing_folder_and_foreign_keys_are_one_clear_line(folder, t
         artifact.load(tmp_path / "nothing", "gfdm")
     with pytest.raises(
         ArtifactError, match=r"step1_train_svd.sh experiment=gfdm/t5_no_human name=t5_no_human$"
-    ):  # a row by its own recipe
+    ):  # a row of the paper is trained with its own config
         artifact.read_meta(tmp_path / "t5_no_human", "gfdm")
     state = load_file(folder / "weights.safetensors")
     state["stranger"] = state.pop("fc1.bias")
@@ -72,7 +72,7 @@ def test_overrides_must_name_a_key(folder):
         artifact.load(folder, "gidm", {"depth": 2})
 
 
-def test_failed_save_leaves_the_former_artifact(folder):
+def test_failed_save_leaves_the_previous_artifact(folder):
     class Broken(torch.nn.Linear):
         def save_weights(self, folder):
             (folder / "weights.safetensors").write_bytes(b"half")
@@ -102,10 +102,10 @@ def test_a_scale_is_remembered_and_another_one_refused(folder, tmp_path):
     ):
         artifact.check_scale(place, "gidm", "full")
     assert artifact.read_meta(folder)["scale"] is None
-    artifact.check_scale(folder, "gidm", "full")  # made elsewhere: nobody can say
+    artifact.check_scale(folder, "gidm", "full")  # its scale is not known
 
 
-def test_an_artifact_of_before_is_refused_in_one_line(folder):
+def test_an_artifact_of_an_older_format_is_refused_in_one_line(folder):
     record = json.loads((folder / "meta.json").read_text())
     (folder / "meta.json").write_text(json.dumps(record | {"format": artifact.FORMAT - 1}))
     message = r"^[^\n]*/a: artifact of format 1, this version reads format 2 only; train it again[^\n]*$"

@@ -1,4 +1,4 @@
-"""Attention: masks hide keys, the causal flag hides the future, position codes tell places apart."""
+"""Attention: masks hide keys, the causal flag hides later tokens, position embeddings are distinct."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from common.attention import Attention, modulate, sincos_pos_embed_1d, sincos_pos_embed_2d
 
 
-def test_masked_keys_have_no_say():
+def test_masked_keys_have_no_influence():
     attention = Attention(32, 4, context_dim=16).eval()
     x, context = torch.randn(2, 5, 32), torch.randn(2, 7, 16)
     mask = torch.arange(7)[None] < torch.tensor([[4], [7]])
@@ -27,7 +27,7 @@ def test_causal_with_and_without_mask_agree():
     torch.testing.assert_close(attention(x, causal=True)[:, :4], attention(changed, causal=True)[:, :4])
 
 
-def test_position_codes_are_distinct_and_modulation_is_identity_at_zero():
+def test_position_embeddings_are_distinct_and_modulation_is_identity_at_zero():
     for table in (sincos_pos_embed_1d(50, 16), sincos_pos_embed_2d(6, 7, 16)):
         assert torch.cdist(table, table).fill_diagonal_(9).min() > 1e-2
     x = torch.randn(2, 3, 4)

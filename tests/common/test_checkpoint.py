@@ -1,5 +1,4 @@
-"""Foreign checkpoints: tensors come out of every nest and suffix, nothing else is unpickled, and every failure is one
-line."""
+"""Foreign checkpoints: every nesting and suffix is read, only tensors are unpickled, every failure is one line."""
 
 from __future__ import annotations
 
@@ -31,7 +30,7 @@ TENSORS = {"lam.a": torch.arange(6.0).view(2, 3), "lam.b.weight": torch.ones(2, 
         lambda t: {"model": {"state_dict": t}},
     ],
 )
-def test_tensors_come_out_of_every_nest(wrap: Any, suffix: str, tmp_path: Path) -> None:
+def test_tensors_are_found_in_every_nesting(wrap: Any, suffix: str, tmp_path: Path) -> None:
     torch.save(wrap(TENSORS), tmp_path / f"x{suffix}")
     found = read_tensors(tmp_path / f"x{suffix}")
     assert found.keys() == TENSORS.keys() and all(torch.equal(found[key], TENSORS[key]) for key in TENSORS)
@@ -60,7 +59,7 @@ class Trap:
         return self.call
 
 
-def test_foreign_objects_are_named_and_read_past_only_when_asked(tmp_path: Path) -> None:
+def test_foreign_objects_are_named_and_skipped_only_when_asked(tmp_path: Path) -> None:
     held = {"optimizer": argparse.Namespace(lr=1e-4), "share": Fraction(1, 2)}
     torch.save({"state_dict": TENSORS, "hyper_parameters": held}, tmp_path / "x.ckpt")
     with pytest.raises(
@@ -84,11 +83,11 @@ class Settings(dict):
 
 
 class Ordered(OrderedDict):
-    """Another, with a state of its own beside its items."""
+    """A dictionary class with attributes in addition to its items."""
 
 
 class Slotted(dict):
-    """One whose state is none of torch's."""
+    """A dictionary class whose state torch's unpickler cannot restore."""
 
     __slots__ = ("note",)
 
@@ -113,7 +112,7 @@ def test_dictionaries_of_other_classes_are_read_as_plain_ones(make: Any, tmp_pat
     assert Settings.built == built, "foreign code ran"
 
 
-def test_what_cannot_be_read_past_is_named(tmp_path: Path) -> None:
+def test_what_cannot_be_skipped_is_named(tmp_path: Path) -> None:
     slotted = Slotted(a=1)
     slotted.note = "x"
     for held, message in (
@@ -142,7 +141,7 @@ def test_no_code_of_a_checkpoint_runs(function: Any, blocked: bool, zipped: bool
         read_tensors(tmp_path / "x.pt")
     if zipped and not blocked:
         assert read_tensors(tmp_path / "x.pt", skip_foreign=True).keys() == TENSORS.keys()
-    else:  # torch never takes modules of the system, and old pickles cannot be listed
+    else:  # torch never accepts system modules, and the classes in old pickles cannot be listed
         with pytest.raises(CheckpointError, match=f"{function.__name__}.*save its state_dict alone"):
             read_tensors(tmp_path / "x.pt", skip_foreign=True)
     assert not (tmp_path / "to").exists()
@@ -170,7 +169,7 @@ def test_what_is_no_checkpoint_is_one_line(tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
 
 
-def test_misfit_names_every_key() -> None:
+def test_a_mismatch_names_every_key() -> None:
     model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(15)))
     state = model.state_dict()
     assert state_dict_mismatch(model, state) == ""

@@ -1,4 +1,4 @@
-"""Curves: what a run logged, beside each other; a torn line left out, a broken file named."""
+"""Curves of a run: an incomplete last line is left out, a broken file is named."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def run(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_torn_last_line_is_left_out(run: Path) -> None:
+def test_an_incomplete_last_line_is_left_out(run: Path) -> None:
     series = read_metrics(run / "metrics.jsonl")
     assert series["val/mse"] == ([40], [0.1]) and series["lr"][0] == list(range(1, 41)) and "time" not in series
 
 
-def test_panels_hold_what_their_patterns_name(run: Path) -> None:
+def test_panels_show_the_keys_that_match_their_patterns(run: Path) -> None:
     figure = draw_curves(run, PANELS)
     error, usage = figure.axes
     assert error.get_title() == "error" and error.get_yscale() == "log" and usage.get_yscale() == "linear", (

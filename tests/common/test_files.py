@@ -1,4 +1,4 @@
-"""Files: whole or not at all."""
+"""Files are complete or absent."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 from common.files import atomic_path, write_text
 
 
-def test_a_file_takes_its_place_at_the_end(tmp_path):
+def test_a_file_appears_when_it_is_complete(tmp_path):
     file = tmp_path / "deep/a.json"
     with atomic_path(file) as part:
         part.write_text("new")
@@ -15,7 +15,7 @@ def test_a_file_takes_its_place_at_the_end(tmp_path):
     assert file.read_text() == "new" and list(file.parent.iterdir()) == [file]
 
 
-def test_what_fails_leaves_the_old_file_and_nothing_beside_it(tmp_path):
+def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
     file = tmp_path / "a.txt"
     write_text(file, "old")
     with pytest.raises(RuntimeError), atomic_path(file) as part:

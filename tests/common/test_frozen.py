@@ -1,4 +1,4 @@
-"""Frozen encoders: invisible to training, loaded from folders in the hub's own format, caching that changes nothing."""
+"""Frozen encoders: invisible to training, loaded from folders in the hub's format, cached without any difference."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_every_weight_counts_in_the_hash_frozen_ones_too():
     assert len(known | {frozen.weights_sha256(part)}) == 8
 
 
-def test_clip_and_t5_tell_sentences_apart_and_do_not_depend_on_the_batch(hub):
+def test_clip_and_t5_distinguish_sentences_and_do_not_depend_on_the_batch(hub):
     clip, t5 = frozen.clip_text(hub / "clip"), frozen.t5_text(hub / "t5")
     texts = ["open the drawer", "pull the handle to close the drawer, please"]
     tokens = clip(texts)
@@ -89,7 +89,7 @@ def test_missing_weights_name_the_folder_and_the_command(tmp_path):
 
 
 def test_real_tokenizers_load_through_the_same_path(shared_data, hub, tmp_path):
-    """The published CLIP and T5 vocabularies under a random tower of their size."""
+    """The published CLIP and T5 vocabularies load with the functions of common.frozen."""
     from transformers import AutoTokenizer
 
     clip = AutoTokenizer.from_pretrained(shared_data / "tokenizers" / "clip")
@@ -112,7 +112,7 @@ def rows(encoder: frozen.TextEncoder, texts: list[str]) -> list[torch.Tensor]:
 @pytest.mark.parametrize(
     "make", [lambda hub: frozen.t5_text(hub / "t5"), lambda hub: frozen.clip_text(hub / "clip")], ids=["t5", "clip"]
 )
-def test_a_sentence_is_encoded_once_and_the_same_whatever_comes_with_it(
+def test_a_sentence_is_encoded_once_and_does_not_depend_on_its_batch(
     make: Callable[[Path], frozen.TextEncoder], hub: Path
 ) -> None:
     encoder, asked = make(hub), []
@@ -122,7 +122,7 @@ def test_a_sentence_is_encoded_once_and_the_same_whatever_comes_with_it(
         together = rows(encoder, SENTENCES)
     rows(encoder, [*SENTENCES, *SENTENCES])
     assert len(asked) == len(SENTENCES)
-    for size in (1, 3, 5):  # as runs that go on from elsewhere meet them
+    for size in (1, 3, 5):  # as runs that resume elsewhere encode them
         encoder = make(hub)
         parts = [row for i in range(0, len(SENTENCES), size) for row in rows(encoder, SENTENCES[i : i + size])]
         assert all(torch.equal(one, two) for one, two in zip(parts, together, strict=True))
@@ -131,7 +131,7 @@ def test_a_sentence_is_encoded_once_and_the_same_whatever_comes_with_it(
 @pytest.mark.parametrize(
     "make", [lambda hub: frozen.t5_text(hub / "t5"), lambda hub: frozen.clip_text(hub / "clip")], ids=["t5", "clip"]
 )
-def test_the_cache_stays_below_its_bound_and_what_it_forgets_comes_back_equal(
+def test_the_cache_stays_below_its_bound_and_a_dropped_sentence_is_encoded_equally_again(
     make: Callable[[Path], frozen.TextEncoder], hub: Path
 ) -> None:
     encoder, bounded, asked = make(hub), make(hub), []

@@ -1,5 +1,4 @@
-"""The loop: resume equals straight run, the schedule drives the optimizer in use, EMA is used, bad losses name
-samples."""
+"""The loop: a resumed run equals an uninterrupted one, the schedule drives the optimizer in use, EMA is used."""
 
 from __future__ import annotations
 
@@ -22,7 +21,7 @@ from common.sampler import DistributedBatchSampler, validation_batches
 
 
 class Line:
-    """y = 3x with a dropout-sensitive model; samples can be made poisonous, unreadable, or left out by rule."""
+    """y = 3x with a dropout-sensitive model; samples can be NaN, unreadable, or excluded by a rule."""
 
     def __init__(
         self,
@@ -82,7 +81,7 @@ class Killed(Exception):
 
 
 class Dies(Net):
-    """Breaks off after a given optimizer step, as a kill would."""
+    """Stops after a given optimizer step, as if killed."""
 
     last = 7
 
@@ -111,7 +110,7 @@ def test_resumed_run_equals_straight_run_bit_for_bit(tmp_path, grad_accum_steps)
 
 
 class Counting(Dies):
-    """Says which samples it saw: integers, which are counts."""
+    """Returns a metric of integers, the counts of the samples it saw."""
 
     def forward(self, batch: dict) -> dict:
         seen = torch.bincount(torch.tensor([int(name.split("/")[1]) for name in batch["id"]]), minlength=40)
@@ -123,8 +122,7 @@ class Counting(Dies):
 
 
 def test_counts_are_of_all_batches_between_two_lines_or_of_a_validation(tmp_path):
-    """Not means over batches, which know no more than a batch can hold; training and validation apart, also over a
-    kill."""
+    """They are not means over batches, training and validation are counted separately, and a resumed run agrees."""
 
     def run(folder, last):
         model = Counting()
@@ -149,7 +147,7 @@ def test_counts_are_of_all_batches_between_two_lines_or_of_a_validation(tmp_path
     ]
 
 
-def test_sigterm_saves_and_the_next_run_goes_on(tmp_path):
+def test_sigterm_saves_and_the_next_run_continues(tmp_path):
     class Signalled(Net):
         def on_step_end(self, step, accelerator):
             if step == 5:
@@ -165,7 +163,7 @@ def test_sigterm_saves_and_the_next_run_goes_on(tmp_path):
 
 
 def test_schedule_drives_the_optimizer_in_use(tmp_path):
-    """With a rate of zero after warm-up the weights must stand still; VPP's orphan schedule would keep training."""
+    """With an endless warm-up the weights must not change; VPP's schedule of another optimizer would have no effect."""
     model = Net()
     before = [p.clone() for p in model.parameters()]
     make(tmp_path, schedule="linear", warmup_steps=10**9, ema_decay=None, max_steps=4).fit(model, Line())
@@ -201,8 +199,7 @@ def test_validation_sees_the_same_samples_from_everywhere_in_the_set(tmp_path):
 
 @pytest.mark.parametrize("length, most", [(1000, 3), (29, 16), (8, 16), (1, 16), (3, 16)])
 def test_processes_validate_on_the_same_samples_and_to_the_same_mean(length, most):
-    """As many batches for each, for sets that divide into no whole ones, and for sets of fewer samples than
-    processes."""
+    """All get equally many batches, also for a set that is not divisible or has fewer samples than processes."""
     values = np.random.default_rng(0).normal(size=length)
 
     def look(world):
@@ -221,8 +218,8 @@ def test_processes_validate_on_the_same_samples_and_to_the_same_mean(length, mos
     assert len(alone[0]) == min(length, 8 * most) and alone[1] == pytest.approx(values[alone[0]].mean())
 
 
-def test_the_best_validation_is_told_of_while_its_averaged_weights_are_in_place(tmp_path):
-    """Also over a kill: no worse one is told of afterwards."""
+def test_on_best_is_called_while_the_averaged_weights_are_in_place(tmp_path):
+    """After a resume it is not called for a worse validation either."""
     val = Line(8)
 
     def run(folder, model):
@@ -246,14 +243,14 @@ def test_the_best_validation_is_told_of_while_its_averaged_weights_are_in_place(
     with pytest.raises(Killed):
         run(tmp_path / "broken", Dies())
     run(tmp_path / "broken", Net())
-    for step, weights in told:  # the steps after the last save are taken twice, to the same weights
+    for step, weights in told:  # the steps after the last save are repeated, with the same weights
         same = dict(whole)[step]
         assert all(torch.equal(a, b) for a, b in zip(weights, same))
     assert {step for step, _ in told} == set(lowest)
     assert (lowest[-1] == 12) == all(torch.equal(a, b) for a, b in zip(whole[-1][1], last.parameters()))
 
 
-def test_a_best_that_nobody_measures_is_named(tmp_path):
+def test_a_best_metric_that_is_not_reported_is_named(tmp_path):
     with pytest.raises(UserError, match="loop.best=loss_: the model reports no such metric; it reports loss, error"):
         make(tmp_path, eval_every=2, best="loss_").fit(Net(), Line(), Line(8), on_best=print)
 
@@ -282,7 +279,7 @@ def test_the_first_draws_say_nothing_about_the_share_of_damage(tmp_path):
     assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])["data/skipped"] > 20
 
 
-def test_what_a_rule_leaves_out_is_counted_apart_and_stops_no_run(tmp_path, caplog):
+def test_filtered_samples_are_counted_separately_and_stop_no_run(tmp_path, caplog):
     caplog.set_level("INFO", "common.loop")
     make(tmp_path / "some", max_steps=40, eval_every=40, eval_batches=2).fit(
         Net(), Line(unreadable={39}, short=set(range(35))), Line(8, short={3, 4})
@@ -337,7 +334,7 @@ def test_a_resume_folder_of_another_model_or_setting_is_one_line(tmp_path, chang
     with pytest.raises(UserError, match="resume/step_00000012: this resume state belongs to another run") as caught:
         make(tmp_path, **changes).fit(model(), Line())
     assert "\n" not in str(caught.value)
-    (tmp_path / "resume/step_00000012/run.json").unlink()  # as versions of before left it
+    (tmp_path / "resume/step_00000012/run.json").unlink()  # as an older version left it
     with pytest.raises(UserError, match="belongs to another run"):
         make(tmp_path).fit(Net(), Line())
 
@@ -375,7 +372,7 @@ def test_precision_auto_asks_the_machine(tmp_path, monkeypatch, pays: bool, expe
     assert loop.accelerator.mixed_precision == expected
 
 
-def test_no_average_is_promised_of_sharded_weights(tmp_path, monkeypatch):
+def test_ema_of_sharded_weights_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("common.loop.Accelerator", lambda **_: SimpleNamespace(distributed_type=DistributedType.FSDP))
     with pytest.raises(UserError, match="set loop.ema_decay=null"):
         make(tmp_path).fit(Net(), Line())

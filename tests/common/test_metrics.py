@@ -1,4 +1,4 @@
-"""Numbers that two steps report: the use of codes."""
+"""Metrics of several steps: the use of codes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ def test_codes_are_counted_by_position() -> None:
     counts = code_counts(codes, 11)
     assert torch.equal(counts, torch.stack([torch.bincount(column, minlength=11) for column in codes.unbind(1)]))
     assert not counts.is_floating_point(), "the loop adds up integers and averages everything else"
-    with FakeTensorMode():  # tensors without numbers: whoever asks for one fails, as it would wait for the device
+    with (
+        FakeTensorMode()
+    ):  # tensors without values: reading one would fail here, and would wait for the device on a GPU
         assert code_counts(torch.zeros(40, 3, dtype=torch.long), 11).shape == (3, 11)
 
 

@@ -16,7 +16,7 @@ def model() -> TrainableModel:
     return whole
 
 
-def test_a_part_may_learn_at_a_share_of_the_rate_and_the_schedule_keeps_it() -> None:
+def test_a_part_may_have_a_factor_on_the_learning_rate_and_the_schedule_keeps_it() -> None:
     whole = model()
     optimizer, scheduler = optim.build_optimizer(
         whole,
@@ -36,7 +36,7 @@ def test_a_part_may_learn_at_a_share_of_the_rate_and_the_schedule_keeps_it() -> 
         rates[id(p)] for p in whole.adapter.parameters()
     } == {1e-3}
     assert decays[id(whole.gidm.weight)] == 0.1 and decays[id(whole.gidm.bias)] == 0.0
-    assert scheduler.get_last_lr()[0] == 1e-3  # what is logged is the rate of the parts without a factor
+    assert scheduler.get_last_lr()[0] == 1e-3  # the rate that is logged is that of the parts without a factor
 
 
 def test_a_factor_of_no_part_is_refused() -> None:

@@ -1,4 +1,4 @@
-"""Read-outs: they find what is there, on units that were kept apart, and say how sure they are."""
+"""Probes: they find a linear relation, on samples that were not fitted on, with an interval."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_a_linear_truth_is_found_and_noise_is_not() -> None:
     assert abs(r2(torch.randn(240, 30), target)) < 0.2
 
 
-def test_wide_inputs_are_cut_to_their_principal_components() -> None:
+def test_wide_inputs_are_reduced_to_their_principal_components() -> None:
     target = torch.randn(240, 2)
     wide = target @ torch.randn(2, 300) + 0.1 * torch.randn(240, 300)
     assert r2(wide, target, columns=2) > 0.95
@@ -29,14 +29,14 @@ def test_wide_inputs_are_cut_to_their_principal_components() -> None:
     assert r2(buried, target) > 0.9 > 0.2 > r2(buried, target, columns=1), "one component holds the loud part only"
 
 
-def test_what_was_still_while_fitting_does_not_explode_when_measured() -> None:
+def test_a_column_that_is_constant_while_fitting_does_not_explode_on_the_test_part() -> None:
     target = torch.randn(240, 2)
     corner = 1e-6 * torch.randn(240, 20)
     corner[160:] = torch.randn(80, 20)
     assert r2(torch.cat([target, corner], dim=1), target, columns=22) > 0.9
 
 
-def test_parts_that_share_units_are_refused() -> None:
+def test_parts_that_share_samples_are_refused() -> None:
     with pytest.raises(ValueError, match="must not be fitted on"):
         probe_errors(
             {"x": torch.randn(240, 3)},
@@ -45,7 +45,7 @@ def test_parts_that_share_units_are_refused() -> None:
         )
 
 
-def test_alike_units_widen_the_interval() -> None:
+def test_dependent_samples_widen_the_interval() -> None:
     rng = np.random.default_rng(0)
     errors, scale = np.repeat(rng.uniform(0, 1, 20), 10), np.ones(200)
     groups = np.repeat(np.arange(20), 10).astype(str)

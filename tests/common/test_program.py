@@ -110,7 +110,7 @@ def test_hydra_shows_the_traceback_of_a_bug_and_the_help_opens_with_the_purpose(
     assert order == sorted(order)
 
 
-def test_user_errors_are_what_their_builtin_names_say() -> None:
+def test_user_errors_are_subclasses_of_the_builtin_errors() -> None:
     assert issubclass(MissingFileError, FileNotFoundError) and str(MissingFileError("x: gone")) == "x: gone"
     assert str(UnreadableSample("a/1", "torn")) == "a/1: torn"
 

@@ -45,7 +45,7 @@ def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     assert written.count("\r") > 3 and "100%|" in written
 
 
-def test_messages_between_lines_stay_whole() -> None:
+def test_messages_are_lines_of_their_own() -> None:
     stream = io.StringIO()
     bar = progress.tqdm(total=2, file=stream)
     progress.tqdm.write("skipped: a.mp4", file=stream)

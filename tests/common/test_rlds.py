@@ -1,5 +1,4 @@
-"""RLDS without TensorFlow: framing and its checksums, lazy decoding, shards, and one clear line for each kind of
-damage."""
+"""RLDS without TensorFlow: framing and checksums, lazy decoding, shards, and one line for each kind of damage."""
 
 from __future__ import annotations
 
@@ -40,8 +39,8 @@ def picture(value: int) -> bytes:
     return stream.getvalue()
 
 
-def write_video_set(folder: Path, *, shards: tuple[int, ...] = (2, 1), steps: int = 4) -> Path:
-    """A little RLDS folder: features.json by tensorflow-datasets, examples in the wire format that it reads."""
+def write_rlds(folder: Path, *, shards: tuple[int, ...] = (2, 1), steps: int = 4) -> Path:
+    """A small RLDS folder: features.json by tensorflow-datasets, examples in the wire format that it reads."""
     features = tfds.features.FeaturesDict(
         {
             "steps": tfds.features.Dataset(
@@ -84,7 +83,7 @@ def write_video_set(folder: Path, *, shards: tuple[int, ...] = (2, 1), steps: in
 
 @pytest.fixture
 def toy(tmp_path: Path) -> Path:
-    return write_video_set(tmp_path / "oxe" / "toy" / "1.0.0")
+    return write_rlds(tmp_path / "oxe" / "toy" / "1.0.0")
 
 
 def test_crc_is_tfrecords() -> None:

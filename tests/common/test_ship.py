@@ -1,5 +1,4 @@
-"""Shipped artifacts: half the size, the same outputs to fp16 rounding, nothing of the training, no byte changed
-unseen."""
+"""Shipped artifacts: half the size, equal outputs up to fp16 rounding, no training files, changed bytes are found."""
 
 from __future__ import annotations
 
@@ -24,7 +23,7 @@ ROW = {"step": 3, "val/loss": 0.25, "val/codes_used": 7.0, "train/loss": None}
 
 @pytest.fixture(scope="module")
 def trained(hub: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Both tiny parents, with what a training leaves beside them."""
+    """Both tiny models, with the other files that a training writes."""
     root, made = tmp_path_factory.mktemp("trained"), {}
     (root / "hub").mkdir()
     (root / "hub/tiny").symlink_to(hub)
@@ -44,7 +43,7 @@ def trained(hub: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pa
 
 
 def rounded(model: nn.Module) -> nn.Module:
-    """With every weight rounded to fp16 where it stands."""
+    """The model with every weight rounded to fp16."""
     model.load_state_dict(
         {
             key: value.half().to(value.dtype) if value.is_floating_point() else value
@@ -59,7 +58,7 @@ def weights_of(folder: Path) -> int:
 
 
 @torch.no_grad()
-def test_a_forward_model_comes_back_to_fp16_rounding(trained: dict[str, Path], tmp_path: Path) -> None:
+def test_a_forward_model_is_equal_up_to_fp16_rounding(trained: dict[str, Path], tmp_path: Path) -> None:
     shipped = ship(trained["gfdm"], tmp_path / "shipped")
     before, after = artifact.load(trained["gfdm"], "gfdm"), artifact.load(shipped, "gfdm")
     assert {tensor.dtype for model in (after, after.vae.module) for tensor in model.state_dict().values()} == {
@@ -77,7 +76,7 @@ def test_a_forward_model_comes_back_to_fp16_rounding(trained: dict[str, Path], t
 
 
 @torch.no_grad()
-def test_an_inverse_model_comes_back_to_fp16_rounding(trained: dict[str, Path], tmp_path: Path) -> None:
+def test_an_inverse_model_is_equal_up_to_fp16_rounding(trained: dict[str, Path], tmp_path: Path) -> None:
     shipped = ship(trained["gidm"], tmp_path / "shipped")
     before, after = artifact.load(trained["gidm"], "gidm"), artifact.load(shipped, "gidm")
     tokens = before.embed(torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)))
@@ -140,7 +139,7 @@ def test_a_flipped_byte_is_refused_in_one_line(trained: dict[str, Path], tmp_pat
         artifact.load_weights(nn.Identity(), tmp_path / "shipped")
 
 
-def test_training_anew_in_a_shipped_folder_is_no_damage(trained: dict[str, Path], tmp_path: Path) -> None:
+def test_a_new_training_in_a_shipped_folder_is_accepted(trained: dict[str, Path], tmp_path: Path) -> None:
     shipped = ship(trained["gidm"], tmp_path / "shipped")
     artifact.save(
         artifact.load(trained["gidm"], "gidm"), shipped, kind="gidm", config=artifact.read_config(shipped, "gidm")
@@ -158,7 +157,7 @@ def test_what_fp16_cannot_hold_stays_as_it_is(tmp_path: Path) -> None:
     assert state["seen"] == 1e6 and state["steps"] == 70_000 and state["weight"].dtype == torch.float16
 
 
-def test_weights_that_may_be_of_others_are_not_shipped_as_ours(tmp_path: Path) -> None:
+def test_weights_under_other_licences_are_not_shipped(tmp_path: Path) -> None:
     for number, scale in enumerate(("full", None)):
         folder = artifact.save(nn.Linear(1, 1), tmp_path / f"a{number}", kind="gidm", config={}, scale=scale)
         with pytest.raises(ValueError, match=f"its scale is {scale}; only models of scale=tiny or small are shipped"):

@@ -1,3 +1,5 @@
+"""Standardisation by running statistics."""
+
 from __future__ import annotations
 
 import pytest
@@ -25,7 +27,7 @@ def test_statistics_become_those_of_the_training_data() -> None:
     assert torch.equal(restored(data[0]), norm(data[0]))
 
 
-def test_use_changes_no_statistics_and_samples_do_not_see_each_other() -> None:
+def test_eval_mode_changes_no_statistics_and_samples_are_independent() -> None:
     norm, data = RunningNorm(3), batches(4)
     norm(data[0])
     norm.eval()
@@ -34,9 +36,9 @@ def test_use_changes_no_statistics_and_samples_do_not_see_each_other() -> None:
     assert torch.equal(norm.mean, before) and torch.equal(together[:1], norm(data[1][:1]))
 
 
-def test_all_places_have_their_turn_and_what_is_measured_does_not_depend_on_who_shares_a_batch() -> None:
+def test_all_positions_are_measured_in_turn_and_processes_agree_with_one_large_batch() -> None:
     x = torch.zeros(4, 2, 7, 1)
-    x[:, 0, 3] = 1.0  # one place of 14
+    x[:, 0, 3] = 1.0  # one position of 14
     norm = RunningNorm(1)
     for _ in range(7):
         norm(x)

@@ -1,4 +1,4 @@
-"""Video: what is written is what is read, bad files are one clear line."""
+"""Video: written frames are read back, and bad files end in one line."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_batches_are_the_frames_in_order(tmp_path, monkeypatch, decord_works):
         list(read_batches(tmp_path / "a.mp4", 4, 12, 4))
 
 
-def test_batches_go_on_with_pyav_where_decord_gives_up(tmp_path, monkeypatch):
+def test_batches_continue_with_pyav_where_decord_fails(tmp_path, monkeypatch):
     write_mp4(tmp_path / "a.mp4", moving_square(), fps=30)
     whole = read_frames(tmp_path / "a.mp4")
 

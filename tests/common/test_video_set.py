@@ -1,4 +1,4 @@
-"""The video-set format: what is written is what is read, one rule for held-out episodes, no path leaves its set."""
+"""The video-set format: annotations are read as written, one rule for held-out episodes, no path leaves its set."""
 
 from __future__ import annotations
 

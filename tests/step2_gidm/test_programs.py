@@ -35,7 +35,7 @@ from step2_gidm.eval import (
 )
 from step2_gidm.model import GIDM
 from step2_gidm.quantizer import VectorQuantizer
-from tests.common.test_rlds import write_video_set
+from tests.common.test_rlds import write_rlds
 from tests.step2_gidm.data.test_dataset import video_set
 from tests.step2_gidm.parts import make, moving
 from tests.step3_defi.parts import write_calvin
@@ -294,7 +294,7 @@ def launched(folder: Path, sets: Path, processes: int) -> dict[str, tuple[dict[s
 
 
 def test_two_processes_train_as_one_with_the_same_global_batch(tmp_path: Path) -> None:
-    write_video_set(tmp_path / "toy" / "1.0.0", shards=(6, 7))
+    write_rlds(tmp_path / "toy" / "1.0.0", shards=(6, 7))
     alone, pair = (launched(tmp_path / str(processes), tmp_path / "toy" / "1.0.0", processes) for processes in (1, 2))
     for kind, (weights, rows) in alone.items():
         others, found = pair[kind]
@@ -338,7 +338,7 @@ def test_pairs_need_data() -> None:
 
 def test_films_of_every_kind_of_set(tmp_path: Path) -> None:
     toy = {
-        "rlds": write_video_set(tmp_path / "toy" / "1.0.0"),
+        "rlds": write_rlds(tmp_path / "toy" / "1.0.0"),
         "fps": 1,
         "image": "observation/image",
         "text": "instruction",
@@ -435,7 +435,7 @@ def test_train_then_eval_from_the_command_line(hub: Path, tmp_path: Path, monkey
 def test_a_training_that_can_read_nothing_ends_with_one_line(
     workers: int, hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = write_video_set(tmp_path / "toy" / "1.0.0", shards=(6, 7))
+    folder = write_rlds(tmp_path / "toy" / "1.0.0", shards=(6, 7))
     build = [
         f"gidm.vision.path={hub / 'dinov2'}",
         f"gidm.text.path={hub / 't5'}",

@@ -23,11 +23,11 @@ from step2_gidm.data.dataset import build_mixture, build_open_x_mixture
 from step2_gidm.data.oxe import HUMAN_SHARE, OXE, official_windows
 from step2_gidm.data.pairs import Transitions, augment_frames
 from step2_gidm.data.transitions import CalvinTransitions, RldsTransitions, VideoTransitions
-from tests.common.test_rlds import record, write_video_set
+from tests.common.test_rlds import record, write_rlds
 from tests.step3_defi.parts import write_calvin
 
 PAIRS = {"image_size": 32}
-TOY = {"image": "observation/image", "text": "instruction", "encoding": "code_points"}  # what write_video_set writes
+TOY = {"image": "observation/image", "text": "instruction", "encoding": "code_points"}  # what write_rlds writes
 
 
 def video_set(
@@ -213,7 +213,7 @@ def test_a_walk_shows_the_pairs_of_a_clip_in_order(tmp_path: Path) -> None:
 
 
 def test_every_kind_of_set_walks(tmp_path: Path) -> None:
-    toy = RldsTransitions(write_video_set(tmp_path / "toy" / "1.0.0", shards=(2, 1)), fps=1, augment=True, **TOY, **PAIRS)
+    toy = RldsTransitions(write_rlds(tmp_path / "toy" / "1.0.0", shards=(2, 1)), fps=1, augment=True, **TOY, **PAIRS)
     clip = toy.episode_pairs(1, 2)
     assert (clip["frames"].mean((2, 3, 4)) * 255).round().tolist() == [[20, 21], [22, 23]] and clip["text"] == "päck"
     assert len(toy.episode_pairs(1, 50)["frames"]) == 3 and clip["id"] == "toy/2"
@@ -540,7 +540,7 @@ def test_corrupt_record_is_reported_by_id(shared_data: Path, tmp_path: Path) -> 
 
 
 def test_an_episode_without_a_sentence_is_reported(tmp_path: Path) -> None:
-    folder = write_video_set(tmp_path / "toy" / "1.0.0")
+    folder = write_rlds(tmp_path / "toy" / "1.0.0")
     samples = RldsTransitions(folder, fps=1, **TOY, **PAIRS)
     assert samples.sample(0, np.random.default_rng(0))["text"] == "päck"
     for path in folder.glob("*.tfrecord-*"):
@@ -554,7 +554,7 @@ def test_a_sentence_is_read_as_the_table_says_and_a_contradiction_is_one_line(tm
     assert {name for name, row in OXE.items() if row.encoding == "code_points"} == {"language_table"} and OXE[
         "language_table"
     ].text.endswith("/instruction")
-    folder, rng = write_video_set(tmp_path / "toy" / "1.0.0"), np.random.default_rng(0)
+    folder, rng = write_rlds(tmp_path / "toy" / "1.0.0"), np.random.default_rng(0)
     assert RldsTransitions(folder, fps=1, text="observation/wide", **PAIRS).sample(0, rng)["text"] == "ab\0c"
     with pytest.raises(
         UnreadableSample,
@@ -582,13 +582,13 @@ def test_empty_shards_are_passed_over_and_an_empty_set_is_named(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     toy = {"fps": 1, **TOY}
-    samples = RldsTransitions(write_video_set(tmp_path / "some" / "1.0.0", shards=(0, 2, 0, 2)), **toy, **PAIRS)
+    samples = RldsTransitions(write_rlds(tmp_path / "some" / "1.0.0", shards=(0, 2, 0, 2)), **toy, **PAIRS)
     assert len(samples) == 3 and [
         samples.episode_pairs(i, 1)["frames"][0, 0].mean().mul(255).round().item() for i in range(3)
     ] == [10, 20, 30]
     sets = {
         "some": {"rlds": tmp_path / "some/1.0.0", **toy},
-        "none": {"rlds": write_video_set(tmp_path / "none" / "1.0.0", shards=(0,)), **toy},
+        "none": {"rlds": write_rlds(tmp_path / "none" / "1.0.0", shards=(0,)), **toy},
     }
     with pytest.raises(UserError, match="set 'none': rlds=.*none/1.0.0 gives no train episodes"):
         build_mixture(sets, **PAIRS)

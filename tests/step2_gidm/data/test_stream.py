@@ -22,7 +22,7 @@ from common.mixture import Mixture, SeededDataset, TooManyUnreadable
 from step2_gidm.data.dataset import build_mixture
 from step2_gidm.data.stream import ReadSchedule, StreamingMixture
 from step2_gidm.data.transitions import RldsTransitions
-from tests.common.test_rlds import record, write_video_set
+from tests.common.test_rlds import record, write_rlds
 from tests.step2_gidm.data.test_dataset import PAIRS, silent, video_set
 
 EPISODES, PAIRS_PER_EPISODE = 12, 3  # an episode has four frames at 1 Hz
@@ -31,7 +31,7 @@ TOY = {"fps": 1, "image": "observation/image", "text": "instruction", "encoding"
 
 @pytest.fixture
 def toy(tmp_path: Path) -> Path:
-    return write_video_set(tmp_path / "toy" / "1.0.0", shards=(6, 7))  # 13 episodes, of which the first is held out
+    return write_rlds(tmp_path / "toy" / "1.0.0", shards=(6, 7))  # 13 episodes, of which the first is held out
 
 
 def stream(folder: Path, *, length: int = EPISODES * PAIRS_PER_EPISODE, **options: object) -> StreamingMixture:
@@ -133,7 +133,7 @@ def test_memory_is_bounded_and_the_bound_changes_nothing_else(toy: Path, caplog:
 
 
 def test_sets_come_by_weight_and_episodes_all_once_before_any_again(tmp_path: Path, toy: Path) -> None:
-    few = write_video_set(tmp_path / "few" / "1.0.0", shards=(5,))
+    few = write_rlds(tmp_path / "few" / "1.0.0", shards=(5,))
     sets = {"toy": {"rlds": toy, "weight": 3, **TOY}, "few": {"rlds": few, "weight": 1, **TOY}}
     samples = build_mixture(sets, length=1200, stream={"block": 6, "pairs": PAIRS_PER_EPISODE}, **PAIRS)
     plan = ReadSchedule(samples, seed=1)
@@ -186,7 +186,7 @@ def test_episodes_without_a_sentence_and_short_ones_stop_no_run(toy: Path, tmp_p
     for path in sorted(toy.glob("*.tfrecord-*")):
         file = rlds.TFRecordFile(path)
         path.write_bytes(b"".join(record(silent(file[i]) if i < 3 else file[i]) for i in range(len(file))))
-    short = {"rlds": write_video_set(tmp_path / "short" / "1.0.0", shards=(6,), steps=2), "weight": 1, **TOY, "fps": 4}
+    short = {"rlds": write_rlds(tmp_path / "short" / "1.0.0", shards=(6,), steps=2), "weight": 1, **TOY, "fps": 4}
     samples = build_mixture(
         {"toy": {"rlds": toy, "weight": 9, **TOY}, "short": short},
         length=36,
