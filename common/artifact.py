@@ -112,9 +112,11 @@ def load(path: str | Path, kind: str, overrides: dict[str, Any] | None = None) -
     try:
         model = instantiate(_fill_in_folder(config, folder))
     except InstantiationException as error:
-        if not isinstance(error.__cause__, (UserError, TypeError, ImportError, type(None))):
+        if isinstance(error.__cause__, UserError):
+            raise ArtifactError(f"{folder}: {error.__cause__}") from error
+        if not isinstance(error.__cause__, (TypeError, ImportError, type(None))):
             raise  # a bug in the model's constructor
-        raise ArtifactError(f"{folder}: its config does not build: {error}") from error
+        raise ArtifactError(f"{folder}: its config does not build: {' '.join(str(error).split())}") from error
     _load_weights(model, folder)
     return model.eval()
 
