@@ -1,1 +1,6 @@
-"""Rolling a policy out in many simulators, and what is learned from the record of it (Sec. 4.2, App. Q9)."""
+"""Rolling a policy out in many simulators, and the statistics and diagnoses of its journal (Sec. 4.2, App. Q9).
+
+`simulators` runs the processes; each of them is a `worker`, which the parent holds by a `handle` and exchanges
+`messages` with. `journal` keeps the results, `stats` evaluates them, `replay` and `diagnosis` look for the causes of
+failures.
+"""

@@ -23,7 +23,7 @@ STARTUP_TIMEOUT = 120  # seconds that a simulator gets to start, where `response
 class RolloutError(RuntimeError):
     """A rollout that cannot be completed: simulators that fail, or a policy whose actions cannot be carried out.
 
-    The message is one line and says all that a user needs, so the programs that roll out print it alone.
+    The message is one line and says all that a user needs, so the programs that roll out print nothing else.
     """
 
 

@@ -75,7 +75,7 @@ def read_settings(folder: str | Path) -> dict[str, Any]:
         raise JournalError(f"{path}: these are no settings ({error}); roll out again with another out=") from error
     if found != FORMAT:
         raise JournalError(
-            f"{folder} holds rollouts of another version of this program (format {found}, needed is {FORMAT}): "
+            f"{folder} holds rollouts of another version of this program (format {found}, format {FORMAT} is needed): "
             "choose another out= or delete it, and roll out again"
         )
     return settings

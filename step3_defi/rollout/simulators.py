@@ -3,8 +3,8 @@
 Kernels of different batch sizes differ in their last bits, and so do the rows of one batch. Rollouts repeat exactly
 nevertheless, because the policy is always called with one row for each worker, the plans of a sequence are always made
 in the same row (its slot), rows that nobody needs are filled with copies, and a plan waits until every sequence in
-progress needs one. The policy's noise depends on the RolloutKey alone. Hence a run that was killed and resumed equals
-an uninterrupted one, and so does one whose simulators die: a new simulator starts the sequence again, once.
+progress needs one. The policy's noise depends on nothing but the RolloutKey. Hence a run that was killed and resumed
+equals an uninterrupted one, and so does one whose simulators die: a new simulator starts the sequence again, once.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ Message = TypeVar("Message")
 class SimulatorPool:
     """`count` processes with one environment each, made inside them from a Hydra configuration. A context manager.
 
-    The first simulator starts alone, and the others get the options that it chose by itself, for instance its
+    The first simulator starts before the others, which get the options that it chose by itself, for instance its
     renderer: simulators that look for a GPU at the same time may make different choices. `versions` holds the versions
     that all simulators share. A simulator that dies, reports an error or sends no message for `response_timeout`
     seconds is replaced. With `check_rendering` each simulator renders once when it starts.

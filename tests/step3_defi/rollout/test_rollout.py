@@ -284,7 +284,7 @@ def test_a_plan_of_the_real_policy_depends_on_its_key_and_not_on_its_neighbours(
         observation = {"rgb_obs": pictures, "robot_obs": np.zeros(15)}
         return PlanRequest(observation, SENTENCES[0], RolloutKey(0, 7, 0, number))
 
-    alone = plan_batch(policy, {2: request(0, 3)}, size=3)[2]
+    single = plan_batch(policy, {2: request(0, 3)}, size=3)[2]
     together = plan_batch(policy, {0: request(1, 5), 1: request(2, 3), 2: request(0, 3)}, size=3)[2]
-    assert np.array_equal(alone, together)  # bit for bit, so that a resumed run repeats
-    assert not np.allclose(alone, plan_batch(policy, {2: request(0, 4)}, size=3)[2])
+    assert np.array_equal(single, together)  # bit for bit, so that a resumed run repeats
+    assert not np.allclose(single, plan_batch(policy, {2: request(0, 4)}, size=3)[2])

@@ -57,7 +57,7 @@ def test_intervals_cover_the_truth() -> None:
     assert 33 <= hits <= 40
 
 
-def test_wilson_is_honest_at_the_ends() -> None:
+def test_wilson_at_rates_of_zero_and_one() -> None:
     assert stats.wilson(10, 10) == pytest.approx([0.7225, 1.0], abs=1e-3)
     assert stats.wilson(0, 10) == pytest.approx([0.0, 0.2775], abs=1e-3)
     assert stats.wilson(50, 100) == pytest.approx([0.4038, 0.5962], abs=1e-3)
@@ -114,7 +114,7 @@ def test_only_equal_sequences_are_compared() -> None:
         stats.compare({0: record(0, None)}, {0: other}, 360)
 
 
-def test_table_stands_beside_the_paper() -> None:
+def test_the_table_has_the_papers_row() -> None:
     table = stats.chain_table({"mine": stats.chain_stats(RECORDS, 360)}, paper=stats.paper_label("playtable-D"))
     assert (
         "| DeFI, paper, CALVIN ABC→D (another world than playtable-D) | 97.9 | 94.2 | 90.7 | 87.0 | 81.2 | 4.51 |"
