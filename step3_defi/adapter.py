@@ -117,7 +117,7 @@ class ActionAdapter(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def encode(self, goal: Tensor, streams: Mapping[str, Tensor]) -> Context:
-        """Sentence's feature (B, goal_dim), name -> tokens (B, n, width) -> the context; its first token is the goal."""
+        """Sentence's feature (B, goal_dim), name -> tokens (B, n, width) -> the context, which starts with the goal."""
         if streams.keys() != self.stream_embedders.keys():
             raise ValueError(f"the adapter reads streams {sorted(self.stream_embedders)}, got {sorted(streams)}")
         goal = self.goal_embedder(goal)  # (B, D)

@@ -62,7 +62,7 @@ class JointDeFI(DeFI):
         video = self.video_loss(clip, batch)
         pair = self.gidm({"id": batch["id"], "frames": denormalize(clip[:, [0, -1]]), "text": batch["text"]})
         loss = out["loss"] + self.video_weight * video + self.reconstruction_weight * pair["loss"]
-        names = [name for name in ("loss", "mse", "copy_mse", "gap", "shuffle_gap") if name in pair]
+        names = [name for name in ("loss", "mse", "copy_mse", "gap") if name in pair]
         reconstruction = {f"reconstruction_{name}": pair[name].detach() for name in names}
         return {**out, "loss": loss, "video_loss": video.detach(), **reconstruction}
 

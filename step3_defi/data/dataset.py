@@ -72,8 +72,8 @@ class CalvinWindows:
     ) -> None:
         if split not in SPLITS or not 0 < fraction <= 1 or not 0 <= max_pad < horizon:
             raise UserError(
-                f"CalvinWindows: split={split!r}, fraction={fraction}, max_pad={max_pad}; choose a split of {SPLITS}, a "
-                f"fraction above 0 and at most 1, and max_pad in 0..{horizon - 1}"
+                f"CalvinWindows: split={split!r}, fraction={fraction}, max_pad={max_pad}; choose a split of {SPLITS}, "
+                f"a fraction above 0 and at most 1, and max_pad in 0..{horizon - 1}"
             )
         least = horizon - max_pad if min_window is None else min_window
         if least < horizon - max_pad:

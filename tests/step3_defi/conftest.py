@@ -21,13 +21,13 @@ def calvin(tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
-    """These models are so small that a second thread only waits."""
+    """Use one thread: these models are too small for a second one."""
     torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module")
 def tree(hub: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """ckpts/ with stand-ins and both parents untrained, data/ with a small dataset."""
+    """A folder with ckpts/, which holds stand-ins and both models untrained, and data/ with a small dataset."""
     root = tmp_path_factory.mktemp("tree")
     (root / "ckpts/hub").mkdir(parents=True)
     (root / "ckpts/hub/tiny").symlink_to(hub)

@@ -1,4 +1,4 @@
-"""A dataset in CALVIN's format, fake parents for the coupled policy, and batches for it."""
+"""A dataset in CALVIN's format, fake forward and inverse models, and batches for the coupled policy."""
 
 from __future__ import annotations
 
@@ -26,14 +26,16 @@ PARENT_CONFIGS = {"gfdm": "step1_gfdm", "gidm": "step2_gidm"}
 
 
 def configure(name: str, *overrides: str) -> DictConfig:
-    """A program's config at the smallest scale."""
+    """The config of a program at scale tiny."""
     with initialize_config_dir(CONFIGS, version_base=None):
         return compose(name, ["scale=tiny", *overrides])
 
 
 def write_calvin(root: Path, *, recordings: int = 4, length: int = 40, first: int = 100) -> Path:
-    """Recordings of `length` frames, each with one annotation from its 3rd to its 35th frame. Action k of frame f is f
-    + k / 10."""
+    """Write recordings of `length` frames, each with one annotation of its frames 3 to 35.
+
+    All numbers of the action of frame f are f / 1000, but the gripper's is 1 or -1.
+    """
     folder = root / "training"
     (folder / "lang_annotations").mkdir(parents=True)
     rng, spans, notes = np.random.default_rng(0), [], []
@@ -73,7 +75,7 @@ class FakeGFDM(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.layer = nn.Linear(3, self.feature_dim)
-        self.dropout = nn.Dropout(0.5)  # eval mode shows
+        self.dropout = nn.Dropout(0.5)  # shows whether the model is in eval mode
         self.calls = 0
 
     def freeze_unused_blocks(self) -> None:
@@ -178,7 +180,7 @@ def build(**changes: Any) -> DeFI:
 
 
 def wake(model: nn.Module) -> None:
-    """Give zero-initialised layers something to say."""
+    """Give random weights to layers that are initialized with zeros."""
     for parameter in model.adapter.parameters():
         if not parameter.any():
             nn.init.normal_(parameter, std=0.3)

@@ -74,7 +74,7 @@ def test_starts_as_zero_and_names_foreign_streams() -> None:
 
 
 def test_perfect_denoiser_is_reached_and_sampled() -> None:
-    """For data that is one point, the ideal network turns the loss to zero, and the sampler finds the point."""
+    """If all data is one point, the ideal network has zero loss, and the sampler reaches the point."""
     edm, point = ActionEDM(num_inference_steps=10), torch.rand(4, 10, 7) * 2 - 1
 
     def ideal(scaled: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
@@ -86,7 +86,7 @@ def test_perfect_denoiser_is_reached_and_sampled() -> None:
 
 
 def test_sampler_follows_gaussian_data() -> None:
-    """For N(mean, s^2) the ideal denoiser is linear; samples have the spread of the data, up to what ten steps miss."""
+    """For N(mean, s^2) the ideal denoiser is linear; samples deviate as the data does, up to the sampler's error."""
     edm, mean, spread = ActionEDM(num_inference_steps=40), 0.3, 0.2
 
     def ideal(scaled: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
@@ -128,5 +128,5 @@ def test_full_size() -> None:
         adapter = ActionAdapter({"video": (224, 384), "latent": (24, 768), "future": (96, 768)}, 512)
     assert sum(p.numel() for p in adapter.blocks.parameters()) == 12 * (
         384 * 384 * 22 + 384 * 21
-    )  # 4 + 4 + 8 + 6 squares
+    )  # two attentions, MLP and modulation have 4, 4, 8 and 6 matrices of 384 x 384
     assert sum(p.numel() for p in adapter.parameters()) == pytest.approx(40.9e6, rel=0.02)

@@ -1,4 +1,4 @@
-"""torch.compile changes speed and no action beyond rounding."""
+"""torch.compile changes the speed, and actions by rounding only."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _fresh() -> None:
 
 
 def test_imagine_through_one_compiled_graph_is_the_same(hub: Path) -> None:
-    """Captured whole, run without a code generator: that takes minutes for this many layers."""
+    """The graph is captured but not compiled, because generating code for this many layers takes minutes."""
     torch.manual_seed(0)
     gfdm = (
         GFDM(str(hub / "svd"), str(hub / "clip"), objective=EDM(), image_size=64, num_frames=4)

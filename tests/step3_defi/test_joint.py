@@ -1,4 +1,4 @@
-"""The row that trains everything together, over the true tiny models."""
+"""The row that trains all objectives together, with the real models at scale tiny."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def build(tree: Path, *overrides: str, kind: type[DeFI] = JointDeFI) -> Any:
 
 @pytest.fixture
 def batch() -> dict[str, Any]:
-    """Two windows with three true frames ahead, at the size that the tiny models see."""
+    """Two windows with three true future frames, in the picture size of the tiny models."""
 
     def grown(views: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {
@@ -50,13 +50,13 @@ def batch() -> dict[str, Any]:
 
 
 def reached(model: DeFI) -> set[str]:
-    """Names of the parameters that a backward pass has touched with more than zeros."""
+    """Names of the parameters whose gradient is not zero."""
     return {name for name, parameter in model.named_parameters() if parameter.grad is not None and parameter.grad.any()}
 
 
 def test_every_loss_is_there_and_every_parameter_learns(tree: Path, batch: dict[str, Any]) -> None:
     model = build(tree)
-    # starts at zero, so that nothing before it would learn in the first step
+    # This layer starts at zero, so no layer before it would get a gradient in the first step.
     model.gidm.decoder.out.weight.data.normal_()
     out = model(batch)
     assert {
@@ -80,7 +80,7 @@ def test_every_loss_is_there_and_every_parameter_learns(tree: Path, batch: dict[
 
 
 def test_each_objective_teaches_its_own_part(tree: Path, batch: dict[str, Any]) -> None:
-    """The video loss knows of nothing behind the forward model, reconstruction of nothing before the inverse model."""
+    """The video loss reaches the forward model only, and the reconstruction loss the inverse model only."""
     model = build(tree)
     clip = model._draw(model._clips(batch))
     model.video_loss(clip, batch).backward()

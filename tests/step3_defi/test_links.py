@@ -96,7 +96,7 @@ def test_shares_tell_motion_from_gripper() -> None:
 
 
 def test_replacing_a_stream_costs_nothing_only_where_it_is_not_read() -> None:
-    """The control of the measure: a stream whose weights are zero is worth nothing, the others something."""
+    """A check of the measure itself: only a stream whose weights are zero costs nothing when it is replaced."""
     model, batch = build().eval(), make_batch(4)
     wake(model)
     torch.nn.init.zeros_(model.adapter.stream_embedders["latent"][1].weight)
@@ -113,7 +113,7 @@ def test_replacing_a_stream_costs_nothing_only_where_it_is_not_read() -> None:
 
 
 def test_spread_is_that_over_samples_alone() -> None:
-    constant = torch.randn(1, 3, 5).expand(8, -1, -1)  # differs over places, not over samples
+    constant = torch.randn(1, 3, 5).expand(8, -1, -1)  # differs over tokens, not over samples
     assert reliance.spread(constant) == 0 and reliance.deviation(constant) == 0
     assert reliance.spread(torch.randn(4000, 3, 5)) == pytest.approx(1.0, abs=0.02)
     assert reliance.spread(torch.randn(4000, 3, 5) + 10) == pytest.approx(0.1, abs=0.01)

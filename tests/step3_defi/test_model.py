@@ -61,7 +61,7 @@ def test_gradient_flows_to_exactly_the_named_parts(row: str) -> None:
         module = getattr(model, part)
         parameters = list((module.module if part == "gfdm" and part not in ROWS[row] else module).parameters())
         touched = [p.grad is not None and bool(p.grad.any()) for p in parameters]
-        kept = [parameter is model.gidm.codebook for parameter in parameters]  # codes stay as pretraining made them
+        kept = [parameter is model.gidm.codebook for parameter in parameters]  # the codes are frozen
         assert touched == [part in ROWS[row] and not code for code in kept], part
         assert [p.requires_grad for p in parameters] == [
             part in ROWS[row] and not (code and "gidm" in ROWS[row]) for code in kept
@@ -91,10 +91,10 @@ def test_frozen_parts_stay_in_eval_mode() -> None:
 
 
 def test_latent_actions_survive_a_thousand_steps_of_finetuning(hub: Path) -> None:
-    """The landed code lost them: the VQ loss shrank them within 50 steps, and restarts overwrote unused codes at step
-    20.
+    """Latent actions keep their spread and their codes.
 
-    The projector's alignment is part of the mend: without it the inverse model reads what it never saw.
+    With a codebook that learns and restarts, the VQ loss shrank them within 50 steps, and restarts overwrote the unused
+    codes at step 20. Alignment matters as well: without it, the inverse model reads tokens unlike those it knows.
     """
     gidm = GIDM(
         vision=dinov2(hub / "dinov2", 32),
@@ -107,7 +107,7 @@ def test_latent_actions_survive_a_thousand_steps_of_finetuning(hub: Path) -> Non
     )
     optimizer = torch.optim.AdamW([p for p in gidm.parameters() if p.requires_grad], lr=3e-3)
     generator = torch.Generator().manual_seed(0)
-    for step in range(150):  # what changes between two moments is how bright they are
+    for step in range(150):  # the two frames of a pair differ in brightness only
         frames = torch.rand(16, 2, 1, 1, 1, generator=generator).expand(-1, -1, 3, 32, 32)
         optimizer.zero_grad()
         gidm({"id": [""] * 16, "frames": frames, "text": ["go"] * 16})["loss"].backward()
@@ -120,9 +120,8 @@ def test_latent_actions_survive_a_thousand_steps_of_finetuning(hub: Path) -> Non
         trainable=ROWS["gidm_adapter"],
     )
     batches = []
-    for _ in range(
-        8
-    ):  # actions that have nothing to do with the pictures: nothing but the inverse model's own loss pulls at latents
+    # The actions are unrelated to the pictures, so only the inverse model's own loss acts on the latent actions.
+    for _ in range(8):
         views = {
             name: torch.rand(16, 1, 1, 1, generator=generator).expand(-1, 3, 32, 32) * 2 - 1
             for name in ("static", "gripper")
@@ -167,8 +166,7 @@ def test_codes_restart_only_where_finetuning_asks_for_it() -> None:
 
 
 def test_no_stream_reaches_the_adapter_constant() -> None:
-    """A stream that hardly varies beside its offset, as the landed latent did at 0.015 of 1.37, is heard like the
-    others."""
+    """A stream that varies little compared with its offset still varies after it is standardized."""
     model, batch = build(), make_batch(8)
     lift = model.gidm.embed_action
     model.gidm.embed_action = lambda quantized: 1.37 + 0.1 * lift(quantized)
@@ -235,7 +233,7 @@ def test_pairs_of_one_view_leave_the_future_of_all_views_to_the_adapter() -> Non
     batch = make_batch()
     encoded = one.encode_observation(batch["views"], batch["text"])
     before = one.infer_streams(encoded, batch["text"]).streams
-    encoded.features[:, 1] += 1  # the gripper's
+    encoded.features[:, 1] += 1  # the features of the gripper view
     after = one.eval().infer_streams(encoded, batch["text"]).streams
     assert not torch.allclose(before["future"], after["future"])
     assert one(batch)["loss"].isfinite()
@@ -262,7 +260,7 @@ SMALL_VPP = {
 
 def test_an_imagined_present_reads_frames_0_and_5_of_one_view_and_no_dinov2() -> None:
     model, batch = build(projector=ImaginedPresentProjector, **SMALL_VPP), make_batch()
-    model.gidm.embed = None  # nobody calls it
+    model.gidm.embed = None  # must not be called
     stored = model.precompute(batch["views"], batch["text"])
     assert stored.keys() == {"features"}
     features = stored["features"].float().requires_grad_()
@@ -304,7 +302,7 @@ def test_cache_equals_no_cache() -> None:
     start = copy.deepcopy(model.state_dict())
     torch.manual_seed(0)
     direct = model(batch)
-    model.load_state_dict(start)  # the running statistics as before
+    model.load_state_dict(start)  # restores the running statistics
     torch.manual_seed(0)
     cached = model({"id": batch["id"], "encoded": stored, "text": batch["text"], "actions": batch["actions"]})
     assert direct.keys() == cached.keys() and "alignment_loss" in direct
@@ -349,8 +347,7 @@ def test_alignment_falls_where_it_is_taught() -> None:
 
 
 def test_reliance_says_what_each_stream_tells_of_the_action() -> None:
-    """Actions that only the codes know of: with a neighbour's the loss rises; a stream that says nothing is worth
-    nothing."""
+    """If only the codes tell the action, swapping them raises the loss, and swapping an empty stream does not."""
     model, batch = build(**{"streams.names": ("video", "latent")}), make_batch(2)
     assert not [key for key in model(batch) if key.startswith(("swap", "mean", "spread"))]
     signs = torch.tensor([-1.0, 1.0])
@@ -427,7 +424,7 @@ def test_blind_ignores_pictures_in_training_and_use() -> None:
 
 
 def test_the_forward_model_of_features_fits_the_same_plug(hub: Path) -> None:
-    """Table 6, DINO."""
+    """The row DINO of Table 6."""
     future = DinoFuture(
         dinov2(hub / "dinov2", 32), clip_text(hub / "clip"), num_frames=4, dim=16, layers=1, num_heads=2
     )
@@ -454,7 +451,7 @@ def test_sampling_is_seeded_and_rows_are_independent() -> None:
 
 
 def test_it_learns_what_pictures_tell() -> None:
-    """Two pictures under one sentence, one action each: the sampled actions part."""
+    """Two pictures share a sentence and have different actions: the sampled actions differ."""
     model, levels = build(**{"edm.noise_draws": 16, "edm.num_inference_steps": 10}), torch.tensor([-0.7, 0.7])
     views = {name: levels.view(2, 1, 1, 1).expand(2, 3, 16, 16) for name in ("static", "gripper")}
     batch = {
@@ -469,8 +466,7 @@ def test_it_learns_what_pictures_tell() -> None:
 
 
 def full_scale(gidm: nn.Module | None, *overrides: str) -> DeFI:
-    """Parents of full width, everything else from the configuration; nothing is allocated. No `gidm`: the
-    configuration's."""
+    """A policy as configured, over models of full width; no memory is allocated. `gidm` None: as configured."""
     with initialize_config_dir(CONFIGS, version_base=None):
         policy = OmegaConf.to_container(compose("step3_defi", list(overrides)).policy, resolve=True)
     gfdm, goal = FakeGFDM(), FakeGoal()
@@ -517,7 +513,7 @@ def test_vpp_has_its_own_sizes(row: str) -> None:
 
 
 def test_full_scale_builds_to_the_papers_sizes() -> None:
-    """Table 10."""
+    """The sizes of Table 10."""
     gidm = FakeGIDM()
     gidm.embed_dim, gidm.num_action_tokens = 768, 4
     model = full_scale(gidm)

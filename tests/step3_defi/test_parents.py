@@ -1,4 +1,4 @@
-"""What a policy may be built on, over the true tiny models."""
+"""Which forward and inverse models a policy may be built on, with the real models at scale tiny."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.step3_defi.test_train import run
 
 
 def relabel(folder: Path, **changes: str | None) -> None:
-    """Change what an artifact's meta.json says."""
+    """Change entries in the meta.json of an artifact."""
     record = json.loads((folder / "meta.json").read_text())
     (folder / "meta.json").write_text(json.dumps({**record, **changes}))
 
@@ -33,7 +33,7 @@ def test_a_policy_records_its_scale_and_carries_it_along(tree: Path, tmp_path: P
 
 @pytest.mark.parametrize("kind", policy.PARENTS)
 def test_a_parent_of_another_scale_is_refused(tree: Path, kind: str) -> None:
-    """A policy builds itself to whatever parent it is given, so nothing else would stop it."""
+    """A policy takes its sizes from its two models, so nothing else would stop it."""
     other = artifact.copy(tree / f"ckpts/{kind}/tiny", tree / f"ckpts/{kind}/{kind}_of_full")
     relabel(other, scale="full")
     with pytest.raises(
@@ -46,7 +46,7 @@ def test_a_parent_of_another_scale_is_refused(tree: Path, kind: str) -> None:
 
 
 def refit(file: Path) -> None:
-    """Other weights in the same place."""
+    """Write other weights to the same file."""
     save_file(
         {name: tensor + 0.01 if tensor.is_floating_point() else tensor for name, tensor in load_file(file).items()},
         file,
@@ -65,8 +65,7 @@ def refit(file: Path) -> None:
 def test_weights_that_were_fitted_again_are_not_read_from_the_cache(
     tree: Path, hub: Path, tmp_path: Path, part: str, weights: str, choice: list[str]
 ) -> None:
-    """The path is the same, and so is the config; the forward model of the last is an artifact that did not change, its
-    text encoder did."""
+    """Path and config stay the same. In the last case only the text encoder of the forward model changes."""
     place, looks = shutil.copytree(hub / part, tmp_path / part), tmp_path / "looks"
     options = [f"cache_dir={looks}", "cache=true", "loop.max_steps=1", *(words.format(place) for words in choice)]
     run(tree, f"{part}_looks_at", *options)

@@ -1,4 +1,4 @@
-"""Rows over seeds: paired by seed, with an interval as wide as few seeds make it."""
+"""Rows over seeds: differences are paired by seed, with the interval of Student's t."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def run(runs: Path, row: str, seed: int, loss: float, step: int = 600) -> None:
 
 
 def test_differences_are_paired_by_seed(tmp_path: Path) -> None:
-    for seed, loss in enumerate([0.10, 0.20, 0.40]):  # seeds differ by far more than rows
+    for seed, loss in enumerate([0.10, 0.20, 0.40]):  # seeds differ far more than rows
         run(tmp_path, "base", seed, loss)
         run(tmp_path, "row", seed, loss * (1.10 + 0.01 * seed))
     run(tmp_path, "row", 7, 5.0)  # a seed that the base lacks

@@ -1,4 +1,4 @@
-"""The program itself over the true tiny models: parents, cache, a few steps, artifact, policy."""
+"""The training program with the real models at scale tiny: parents, cache, a few steps, artifact, policy."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_a_broken_run_goes_on_to_the_same_weights_bit_for_bit(tree: Path, monkey
 
 
 def test_the_best_policy_is_kept_beside_the_last(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Held-out losses are made up: the second of three validations is the best."""
+    """The held-out losses are set by hand: the second of three validations is the best."""
     losses, forward = iter([3.0, 1.0, 2.0]), DeFI.forward
 
     def made_up(model: DeFI, batch: dict) -> dict[str, torch.Tensor]:
@@ -120,10 +120,10 @@ def test_the_best_policy_is_kept_beside_the_last(tree: Path, monkeypatch: pytest
 
 
 def launched(tree: Path, processes: int, *overrides: str) -> tuple[dict[str, torch.Tensor], list[dict]]:
-    """(weights, rows of metrics.jsonl) of one_or_two.py."""
+    """Run train_distributed.py -> (weights, rows of metrics.jsonl)."""
     launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port=29883"]
     name = f"processes_{processes}_{len(overrides)}"
-    script = [str(Path(__file__).with_name("one_or_two.py")), str(tree), name, "4", *overrides]
+    script = [str(Path(__file__).with_name("train_distributed.py")), str(tree), name, "4", *overrides]
     root = Path(__file__).resolve().parents[2]
     environment = {
         **os.environ,
@@ -140,8 +140,7 @@ def launched(tree: Path, processes: int, *overrides: str) -> tuple[dict[str, tor
 
 
 def test_two_processes_finetune_as_one_with_the_same_global_batch(tree: Path) -> None:
-    """Losses, gradients, weights, and the running statistics of features and sentences, which belong to no
-    optimizer."""
+    """Losses, gradients, weights, and the running statistics of features and sentences, which no optimizer holds."""
     (alone, rows), (others, found) = launched(tree, 1), launched(tree, 2)
     steps, pairs = [[row for row in part if "train/loss" in row] for part in (rows, found)]
     assert len(steps) == 5 and steps[0]["train/loss"] != steps[-1]["train/loss"]
@@ -158,7 +157,7 @@ def test_two_processes_finetune_as_one_with_the_same_global_batch(tree: Path) ->
 
 
 def test_two_processes_validate_on_one_window_as_one_does(tree: Path) -> None:
-    """The second has none of its own, and the first would wait for it."""
+    """The second process has no window left, and the first one must not wait for it."""
     (_, rows), (_, found) = (
         launched(tree, processes, "data.frame_stride=40", "loop.max_steps=1", "loop.eval_every=1")
         for processes in (1, 2)
@@ -177,7 +176,7 @@ def test_a_policy_may_start_from_another_ones_weights(tree: Path) -> None:
     train.load_init_weights(model, start)
     before, views = policy.load(start).model, {view: torch.rand(2, 3, 64, 64) * 2 - 1 for view in ("static", "gripper")}
     expected, found = (m.eval().sample(views, ["open the drawer", "go"], seed=[1, 2]) for m in (before, model))
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)  # `load` has sentences encoded one by one
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)  # `load` encodes sentences one by one
     assert expected.std() > 1e-3
     assert model.trainable == ("projector", "video_former", "adapter") and model.edm.noise_draws == 2
     assert not any(parameter.requires_grad for parameter in model.gidm.parameters())
@@ -200,7 +199,10 @@ def test_training_goes_on_from_a_start(tree: Path) -> None:
 
 def test_a_start_of_another_policy_is_named(tree: Path) -> None:
     start = run(tree, "start")
-    message = r"init_from=.*start is another policy .*: policy.observation.views is .* there and \['static'\] here; policy.streams.fuse_grid is 4 there and 2 here; give"
+    message = (
+        r"init_from=.*start is another policy .*: policy.observation.views is .* there and \['static'\] here; "
+        r"policy.streams.fuse_grid is 4 there and 2 here; give"
+    )
     with pytest.raises(SystemExit, match=message):
         run(
             tree,
@@ -225,12 +227,12 @@ def test_a_start_of_another_policy_is_named(tree: Path) -> None:
 
 
 def test_cache_changes_nothing_but_speed(tree: Path) -> None:
-    """The whole program with and without it, up to the fp16 of the cache."""
+    """The program gives the same weights with and without the cache, up to its rounding to fp16."""
     weights = [
         load_file(run(tree, f"cache_{cache}", f"cache={cache}") / "weights.safetensors") for cache in ("true", "false")
     ]
     for key, value in weights[0].items():
-        # running statistics are as large as what they measure, so they are compared by share
+        # Running statistics are as large as what they measure, so their relative error is compared.
         share = 1e-2 if key.endswith(("mean", "square", "var")) else 1e-5
         assert torch.allclose(value.float(), weights[1][key].float(), atol=5e-3, rtol=share), key
 
@@ -269,7 +271,7 @@ def test_rows_train_and_load(tree: Path, row: str) -> None:
 
 @pytest.mark.parametrize("row", ["official", "vpp"])
 def test_published_policies_train_and_load(tree: Path, row: str) -> None:
-    """Two steps of the row, and as many of its policy under the recipe of the scale, with its cache."""
+    """Two steps of the row, and two steps of its preset with the loop and the cache of the scale."""
     gidm = [f"policy.gidm.path={tree}/ckpts/gidm/tiny"] if row == "official" else []
     model = policy.load(
         run(tree, row, f"experiment=defi/{row}", f"policy.gfdm.path={tree}/ckpts/gfdm/tiny", *gidm, "loop.max_steps=2")
@@ -280,9 +282,10 @@ def test_published_policies_train_and_load(tree: Path, row: str) -> None:
 
 
 def test_caches_of_other_looks_are_not_mixed_up(tree: Path) -> None:
-    """Neither overrides of a parent nor a policy that never looks at the present may read another's features; an
-    untrained inverse
-    model has the same eyes, so it may."""
+    """Other overrides of a model, or a policy that does not read the present, get a cache of their own.
+
+    An untrained inverse model has the same vision encoder, so it shares the cache.
+    """
     folder = [f"cache_dir={tree}/looks", "cache=true", "loop.max_steps=1"]
     run(tree, "looks", *folder)
     run(tree, "looks_again", *folder)
@@ -294,7 +297,7 @@ def test_caches_of_other_looks_are_not_mixed_up(tree: Path) -> None:
 
 
 def test_every_trained_parameter_gets_a_gradient(tree: Path) -> None:
-    """DDP waits for all of them; with the true models, also where the forward model learns."""
+    """DDP waits for the gradient of every parameter; tested with the real models, the forward model included."""
     for trainable in ("gidm_adapter", "all"):
         cfg = configure("step3_defi", f"paths.ckpts={tree}/ckpts", f"policy.trainable={trainable}")
         model = instantiate(OmegaConf.to_container(cfg.policy, resolve=True)).train()

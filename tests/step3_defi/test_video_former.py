@@ -33,7 +33,7 @@ def test_every_token_reads_every_frame_and_view() -> None:
     for token in (0, 5, 11):
         (gradient,) = torch.autograd.grad(
             (out[0, token] * torch.randn(16)).sum(), features, retain_graph=True
-        )  # out is normalised: its sum is constant
+        )  # a random weighting, because the sum of a normalized output is constant
         assert (gradient[0].abs().sum(-1) > 0).all()
 
 

@@ -27,8 +27,10 @@ def test_windows_stay_inside_their_annotation_unless_padded(calvin: Path) -> Non
 
 
 def test_the_releases_windows_are_fewer(tmp_path: Path) -> None:
-    """Theirs start at range(first, last + 1 - 21) of an annotation: 44 of 65 frames, where our chunks of ten fit 56
-    times."""
+    """The release's windows start at range(first, last + 1 - 21) of an annotation.
+
+    That gives 44 windows for 65 frames, where chunks of ten actions fit 56 times.
+    """
     root = write_calvin(tmp_path / "c", recordings=1, length=70)
     write_annotations(root / "training", [(102, 166)])
     assert len(windows(root)) == 56 and windows(root, min_window=22, pack=True).windows[:, 1].tolist() == list(
@@ -53,7 +55,7 @@ def test_sample_is_the_annotated_frame_and_its_motions(calvin: Path) -> None:
 def test_motions_past_the_end_are_still_and_keep_the_gripper(calvin: Path) -> None:
     data = windows(calvin, max_pad=5)
     last = int(np.flatnonzero(data.windows[:, 0] == 0)[-1])
-    assert data.windows[last, 1] == 131  # of 103..135
+    assert data.windows[last, 1] == 131  # the annotation covers 103..135
     actions = data.action_chunk(last)
     assert torch.allclose(actions[:5, 0], 1e-3 * torch.arange(131, 136)) and not actions[5:, :6].any()
     assert (actions[5:, 6] == actions[4, 6]).all()
@@ -109,7 +111,7 @@ def test_another_language_folder(calvin: Path) -> None:
 
 def test_futures_are_frames_ahead_and_stop_at_the_recordings_end(calvin: Path) -> None:
     data = windows(calvin, future_frames=(1, 10), future_stride=3)
-    sample = data.sample(20, RNG)  # frame 123 of 100..139
+    sample = data.sample(20, RNG)  # frame 123 of the recording 100..139
     assert torch.equal(sample["futures"]["static"][0], data.images(126)["static"])
     assert torch.equal(sample["futures"]["static"][1], data.images(139)["static"])
     whole = windows(calvin, future_frames=4, future_stride=3)

@@ -1,5 +1,4 @@
-"""The packed form: whole or absent, the same however often its building was broken off, and clear where it cannot be
-built."""
+"""Packs are complete or absent, equal however often their build was interrupted, and errors are clear."""
 
 from __future__ import annotations
 
@@ -61,7 +60,7 @@ def test_a_broken_build_goes_on_where_it_stopped(calvin: Path, tmp_path: Path, m
         pack(calvin, tmp_path / "broken")
     assert store.find_pack(calvin / "training", FRAMES, FRAMES[::3], KEYS, tmp_path / "broken") is None
     target = tmp_path / "broken" / whole.folder.name
-    (target / ".00004.77.part.safetensors").write_bytes(b"half")  # what kill -9 leaves
+    (target / ".00004.77.part.safetensors").write_bytes(b"half")  # what kill -9 leaves behind
     (target / "00002.safetensors").write_bytes(
         (target / "00002.safetensors").read_bytes()[:-10]
     )  # what a power failure may leave
@@ -101,7 +100,7 @@ def test_the_program_packs_what_training_reads(calvin: Path, caplog: pytest.LogC
         f"data.root={calvin}",
         "data.frame_stride=4",
         "policy.alignment.weight=0",
-    ]  # no true future frames, which it would picture, too
+    ]  # without alignment, no future frames are packed
     with caplog.at_level("INFO"):
         program.main.__wrapped__(configure("step3_pack", *words, "workers=1"))
     folder = next((calvin / "training/.defi_cache").glob("pack*"))

@@ -1,5 +1,4 @@
-"""The release's policy written out as formulas over a dictionary of its own names: what an imported policy must
-reproduce.
+"""The release's policy as formulas over its published parameter names, which an imported policy must reproduce.
 
 One sample at a time, softmax spelled out. Names and shapes are those of a published checkpoint; without an inverse
 model it is VPP's.
@@ -32,8 +31,11 @@ def random_policy(
     inverse: bool = True,
     seed: int = 0,
 ) -> dict[str, Tensor]:
-    """Every tensor of a policy's checkpoint at another size: `dim` is VPP's 384, `width` its inside, `visual` the
-    inverse model's 768."""
+    """Random tensors of a policy's checkpoint at another size.
+
+    `dim` is the width of the video former, `width` that of the action transformer (384 both in VPP), and `visual` that
+    of the inverse model (768).
+    """
     shapes: dict[str, tuple[int, ...]] = {
         f"{FORMER}.latents": (frames, queries, dim),
         f"{FORMER}.time_pos_emb": (frames, 1, dim),
@@ -114,8 +116,7 @@ def _is_norm(name: str) -> bool:
 
 
 class ReferenceModel:
-    """The policy's formulas over such a dictionary. `heads` of the video former's two attentions and of the
-    transformer."""
+    """The formulas of the policy. `heads`: of the video former's two attentions and of the action transformer."""
 
     def __init__(self, weights: dict[str, Tensor], heads: tuple[int, int, int]) -> None:
         self.w, self.heads = weights, heads
@@ -126,8 +127,7 @@ class ReferenceModel:
     def sample(
         self, features: Tensor, goal: Tensor, words: Tensor, noise: Tensor, *, future: int, steps: int = 10
     ) -> Tensor:
-        """Features (V, F, L, C), the static view first, goal (G,), words (L, E), unit noise (A, 7) -> actions (A,
-        7)."""
+        """Features (V, F, L, C), static view first, goal (G,), words (L, E), unit noise (A, 7) -> actions (A, 7)."""
         context = self.context(
             goal, self.video(torch.cat(list(features), dim=1)), self.latent(features[0, 0], features[0, future], words)
         )
@@ -167,8 +167,7 @@ class ReferenceModel:
         return self._norm(f"{FORMER}.norm", queries).flatten(0, 1)
 
     def infer(self, now: Tensor, future: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
-        """Features (L, C) of two imagined frames and words (L, E) -> what the bottleneck gets (K, d), and the nearest
-        codes (K,)."""
+        """Features (L, C) of two imagined frames, words (L, E) -> input of the bottleneck (K, d), codes (K,)."""
         moments = torch.stack([self._mlp("goal_emb", now), self._mlp("goal_emb", future)]) + self.w["time_pos_emb"]
         return self.lam.encode(moments, words)[1:]
 

@@ -1,5 +1,4 @@
-"""Published policies: every tensor finds its place, so that actions agree with the formulas; what the file holds
-besides is named."""
+"""Published policies: imported weights give the actions of the written-out formulas, and the rest is counted."""
 
 from __future__ import annotations
 
@@ -82,7 +81,7 @@ def run(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable
 
 
 def saved(path: Path, tensors: dict[str, Tensor]) -> Path:
-    """As the release saves it: its configuration is an object of another class."""
+    """Save tensors as the release does, whose file also holds an object of another class."""
     torch.save({"model": tensors, "args": argparse.Namespace(batch_size=20)}, path)
     return path
 
@@ -93,7 +92,7 @@ def test_an_imported_policy_acts_as_the_formulas_say(
     preset: str, tree: Path, run: Callable[..., Path], tmp_path: Path
 ) -> None:
     if preset == "vpp":
-        # Ten steps through random weights amplify rounding to 1e-3 for a few pictures; none of this seed is one of them.
+        # Ten steps through random weights amplify rounding to 1e-3 for a few pictures, but for none of this seed.
         torch.manual_seed(1)
     tensors = weights(tree, inverse=preset == "official")
     folder = run(saved(tmp_path / "0012345.pt", tensors), f"acts_{preset}", f"defi={preset}", "foreign=skip")
@@ -112,7 +111,9 @@ def test_an_imported_policy_acts_as_the_formulas_say(
             features[i], model.goal.pooled([text])[0], words, seeded_noise([3 + i], (10, 7))[0], future=1
         )
         torch.testing.assert_close(actions[i], expected, atol=1e-4, rtol=1e-4)
-        if preset == "official":  # a code hides what is a little wrong before it: frames, view, sentence
+        if (
+            preset == "official"
+        ):  # before the codes, because a code would hide a small error in frames, view or sentence
             torch.testing.assert_close(
                 before_codes[i], written.infer(features[i, 0, 0], features[i, 0, 1], words)[0], atol=1e-4, rtol=1e-4
             )
@@ -155,7 +156,7 @@ def test_finetuning_goes_on_from_an_imported_policy(
         for key in after
         if key.startswith(("adapter", "video_former"))
     }
-    assert 0 < max(far.values()) < 1e-4  # one step away, so not from anew
+    assert 0 < max(far.values()) < 1e-4  # one step away from the imported weights
     record = artifact.read_meta(folder, "defi")
     assert (
         record["stats"]["init_from"] == artifact.sha256(start)
@@ -186,7 +187,7 @@ def test_what_is_left_out_is_named_and_counted(
         and record["stats"]["imported"]["file"] == "last.pt"
     )
     model = policy.load(folder).model
-    counts = model.gidm.quantizer.counts.numel()  # ours alone
+    counts = model.gidm.quantizer.counts.numel()  # only our models have this buffer
     assert sum(p.numel() for p in model.state_dict().values()) - counts + sum(unused.values()) == sum(
         t.numel() for t in tensors.values()
     )
@@ -205,7 +206,7 @@ def test_an_svd_folder_serves_as_forward_model(tree: Path, run: Callable[..., Pa
         "svd.up_block_indices=[0,1,2]",
     )
     model = policy.load(folder).model
-    assert artifact.read_meta(folder)["scale"] == "tiny"  # as asked for; published weights are imported at full
+    assert artifact.read_meta(folder)["scale"] == "tiny"  # as given; published weights have scale=full
     assert artifact.read_meta(folder)["parents"] == {} and model.gfdm.module._time_ids.tolist() == [[4.0, 127.0, 0.0]]
     assert not model.gidm.clean_text and model.edm.get_sigmas()[-2] == 1.0
 
@@ -250,7 +251,7 @@ def test_what_does_not_fit_is_one_line_and_leaves_nothing(tree: Path, run: Calla
 
 
 def test_every_number_of_a_file_is_taken_or_counted() -> None:
-    """Nothing is lost or made: every number of a file lands under our names or in IGNORED_PREFIXES."""
+    """Every number of a file is translated to our names, or counted under one of IGNORED_PREFIXES."""
     tensors = random_policy(features=6, frames=4, queries=2, dim=8, former_inner=8, width=8, visual=8, goal=5, layers=3)
     before = {name: tensor.clone() for name, tensor in tensors.items()}
     release = from_release(tensors)

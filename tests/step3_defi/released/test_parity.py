@@ -44,11 +44,11 @@ GEOMETRY = {
     "extract_layer_idx": 1,
     "use_text_not_embedding": True,
     "use_lr_scheduler": False,
-}  # their yaml
+}  # from their yaml
 
 
 class Goal(nn.Module):
-    """Stands for OpenAI's CLIP on both sides."""
+    """Replaces OpenAI's CLIP on both sides."""
 
     pooled_dim = 512
 
@@ -57,14 +57,13 @@ class Goal(nn.Module):
 
 
 class Imagined(nn.Module):
-    """Stands for the forward model: given features."""
+    """Replaces the forward model, whose features are given."""
 
     feature_dim, num_frames, num_tokens = 2560, 16, 256
 
 
 def stub(features: list[Tensor]) -> dict[str, Any]:
-    """What their modules import and this test has not or replaces; the extractor hands `features` (2B, F, C, h, w)
-    out."""
+    """Replaced modules that the public code imports; the extractor returns `features` (2B, F, C, h, w)."""
 
     class Lightning(nn.Module):
         device, dtype = torch.device("cpu"), torch.float32
@@ -109,7 +108,7 @@ class Encoding(dict):
 
 @pytest.fixture
 def features() -> list[Tensor]:
-    """One sample's, static and gripper: (2, F, C, h, w)."""
+    """Features of one sample, static and gripper view: (2, F, C, h, w)."""
     return [torch.randn(2, 16, 2560, 16, 16)]
 
 
@@ -117,14 +116,16 @@ def features() -> list[Tensor]:
 def theirs(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, features: list[Tensor]
 ) -> Iterator[tuple[str, nn.Module]]:
-    """The preset's name and the public policy, randomly filled."""
+    """The name of the preset and the public policy with random weights."""
     variable, folder = PUBLIC[request.param]
     if not os.environ.get(variable):
         pytest.skip(f"{variable} does not name a checkout of the public code")
     monkeypatch.syspath_prepend(str(Path(os.environ[variable]) / folder))
     for name, module in stub(features).items():
         monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.setattr(Tensor, "cuda", lambda self, *_, **__: self)  # written into its position codes
+    monkeypatch.setattr(
+        Tensor, "cuda", lambda self, *_, **__: self
+    )  # the public code calls it for its position embeddings
     public = importlib.import_module("policy_models.VPP_policy")
     part, reader = nn.Linear(1, 1), FakeT5()
     pipeline = types.SimpleNamespace(image_encoder=part, vae=part, unet=part, to=lambda *_: pipeline)
@@ -147,7 +148,7 @@ def theirs(
         monkeypatch.setattr(lam.T5Tokenizer, "from_pretrained", lambda *_, **__: tokenizer)
     policy = public.VPP_Policy(optimizer={}, lr_scheduler={}, **GEOMETRY).eval()
     with torch.no_grad():
-        for parameter in policy.parameters():  # as drawn, most biases are zero and the modulation says next to nothing
+        for parameter in policy.parameters():  # initially most biases are zero and the modulation is weak
             parameter.add_(
                 torch.randn_like(parameter) * (0.1 if parameter.ndim < 2 else 0.5 * parameter.shape[-1] ** -0.5)
             )
@@ -158,7 +159,7 @@ def theirs(
 
 
 def ours(preset: str, tmp_path: Path, public: nn.Module) -> DeFI:
-    """Our policy of a preset at full size, filled from a checkpoint as theirs is saved."""
+    """Our policy of a preset at full size, with the weights of a checkpoint in their format."""
     with initialize_config_dir(CONFIGS, version_base=None):
         config = OmegaConf.to_container(compose("step3_defi", [f"defi={preset}"]).policy, resolve=True)
         lam = OmegaConf.to_container(compose("step2_gidm", ["gidm=official"]).gidm, resolve=True)

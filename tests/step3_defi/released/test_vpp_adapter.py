@@ -7,13 +7,11 @@ from torch import Tensor
 from step3_defi.released.vpp_adapter import VPPAdapter
 
 STREAMS = {"video": (12, 4), "latent": (3, 6)}
-UNUSED = (
-    689_280 + 302_208 + 90_240
-)  # goal_emb, proprio_emb and pos_emb, which VPP's weights hold and its code never reads
+UNUSED = 689_280 + 302_208 + 90_240  # goal_emb, proprio_emb and pos_emb: in VPP's weights, but never used by its code
 
 
 def awake(**changes: float) -> VPPAdapter:
-    """Weights as large as trained ones, so that every path says something."""
+    """An adapter with weights as large as trained ones, so that every path matters."""
     adapter = VPPAdapter(STREAMS, 7, dim=16, encoder_layers=2, decoder_layers=2, num_heads=2, **changes)
     for parameter in adapter.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
@@ -56,7 +54,7 @@ def test_latent_actions_reach_the_decoder_through_the_encoder_alone() -> None:
     )
     late = torch.cat(
         [streams["video"][:, :9], streams["video"][:, 9:].flip(1)], dim=1
-    )  # places 10 and on, behind the goal
+    )  # tokens 10 and later, after the goal
     swapped = adapter.encode(goal, {"video": late, "latent": streams["latent"].flip(1)}).tokens
     assert torch.allclose(before, swapped, atol=1e-5), "nothing has a position"
 

@@ -1,6 +1,6 @@
-"""Trains a tiny policy for a few steps through the program itself, in as many processes as the launcher starts.
+"""Train a tiny policy for a few steps with the training program, in as many processes as the launcher starts.
 
-one_or_two.py <tree> <name> <global batch> [key=value ...]
+train_distributed.py <tree> <name> <global batch> [key=value ...]
 """
 
 import sys
@@ -15,7 +15,7 @@ from tests.step3_defi.parts import configure
 
 
 class PerSampleNoise(ActionEDM):
-    """Every sample's noise is its own, so that it is the same in whichever process it lands."""
+    """Noise that depends on the sample only, so that it is the same in every process."""
 
     def squared_errors(self, network, actions, *, generator=None):
         seeds = [zlib.crc32(row.numpy().tobytes()) for row in actions]
@@ -49,7 +49,7 @@ if __name__ == "__main__":
             "loop.warmup_steps=1",
             "loop.precision=no",
             "loop.ema_decay=null",
-            "policy.edm._target_=tests.step3_defi.one_or_two.PerSampleNoise",
+            "policy.edm._target_=tests.step3_defi.train_distributed.PerSampleNoise",
             "wandb.mode=disabled",
             "policy.alignment.steps=0",
             *sys.argv[4:],
