@@ -21,12 +21,12 @@ for seed in $SEEDS; do
             continue
         fi
         if [ "$row" = pretrained ]; then
-            experiment=null
+            experiment=""  # the policy of the paper is no row of a table of its own
         else
-            experiment="defi/$row"
+            experiment="experiment=defi/$row"
         fi
         banner "Finetune $row with seed $seed"
-        python -m step3_defi.train experiment="$experiment" name="$name" seed="$seed" data.fraction="$FRACTION" \
+        python -m step3_defi.train $experiment name="$name" seed="$seed" data.fraction="$FRACTION" \
             loop.max_steps="$STEPS" loop.save_every=100000 "$@"
     done
 done

@@ -12,25 +12,24 @@ from hydra.errors import HydraException
 from hydra.utils import get_class, get_object
 from omegaconf import OmegaConf
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+from common import rows
+from common.program import CONFIGS
+from step3_defi.config import trainable_parts
+
 STEP = {"gfdm": "step1_gfdm", "gidm": "step2_gidm", "defi": "step3_defi"}
-ROWS = sorted(
-    str(p.relative_to(CONFIGS / "experiment").with_suffix("")) for p in (CONFIGS / "experiment").rglob("*.yaml")
-)
+ROWS = sorted(rows.load())
 SCALES = ("tiny", "small", "full")
+SHARES = (0, 20, 40, 60, 80)  # of the human videos, in percent (Fig. 8)
 
-SHARED_OUT = (
-    "loop.batch_size",
-    "loop.accumulate",
-    "loop.eval_batches",
-)  # a step's samples, where the forward model learns
+# how a step's samples are divided among GPUs and backward passes where the forward model learns
+BATCHES = ("loop.batch_size", "loop.grad_accum_steps", "loop.eval_batches")
+RELEASED = {"policy", "loop", "data.min_window", "data.future_frames", "data.load_future_frames", "data.views"}
 
-CHANGES = {  # row -> the only subtrees it may touch, besides its name
+CHANGES = {  # row -> the only subtrees that it may change, besides its name
     "gfdm/eq3_ddpm": {"gfdm.objective"},
     "gfdm/eq3_ddpm_v": {"gfdm.objective"},
     "gfdm/vpp": {"gfdm", "data", "loop"},
     "gfdm/t6_dino": {"gfdm", "data.image_size", "data.num_frames"},
-    "defi/t6_dino": {"policy.gfdm.path"},
     "gidm/official": {"gidm", "data", "loop"},
     "gfdm/t5_no_human": {"data.human_fraction"},
     "gidm/t5_no_human": {"data.human_fraction"},
@@ -39,10 +38,10 @@ CHANGES = {  # row -> the only subtrees it may touch, besides its name
     "gidm/t8_gaussian_mixture": {"gidm.quantizer"},
     "gidm/t8_binning": {"gidm.quantizer"},
     "gidm/t8_continuous": {"gidm.quantizer"},
-    "defi/blind": {"policy.blind"},
-    "defi/no_alignment": {"policy.alignment_weight", "policy.alignment_steps", "data.load_future_frames"},
-    "defi/a3_latent_only": {"policy.streams"},
-    "defi/now": {"policy.streams"},
+    "defi/blind": {"policy.observation.blind"},
+    "defi/no_alignment": {"policy.alignment", "data.load_future_frames"},
+    "defi/a3_latent_only": {"policy.streams.names"},
+    "defi/now": {"policy.streams.names"},
     "defi/joint": {
         "policy._target_",
         "policy.gfdm",
@@ -50,50 +49,45 @@ CHANGES = {  # row -> the only subtrees it may touch, besides its name
         "policy.trainable",
         "policy.video_weight",
         "policy.reconstruction_weight",
-        "policy.codebook",
-        "policy.restart_codes",
-        "policy.bottleneck_weight",
-        "policy.alignment_weight",
-        "policy.alignment_steps",
+        "policy.bottleneck",
+        "policy.alignment",
         "data.future_frames",
         "data.load_future_frames",
-        *SHARED_OUT,
+        *BATCHES,
     },
-    "defi/official": {"policy", "loop", "data.min_window", "data.future_frames", "data.load_future_frames"},
-    "defi/vpp": {"policy", "loop", "data.min_window", "data.future_frames", "data.load_future_frames"},
-    "defi/t1_third_view": {"policy.views", "data.views"},
+    "defi/official": RELEASED,
+    "defi/vpp": RELEASED,
+    "defi/t1_third_view": {"policy.observation.views", "data.views"},
     "defi/t4_gfdm_no_pretrain": {"policy.gfdm"},
-    "defi/t4_gidm_no_pretrain": {"policy.gidm", "policy.codebook", "policy.restart_codes"},
+    "defi/t4_gidm_no_pretrain": {"policy.gidm", "policy.bottleneck.codebook", "policy.bottleneck.restart_codes"},
     "defi/t5_all_no_human": {"policy.gfdm.path", "policy.gidm.path"},
     "defi/t5_gfdm_no_human": {"policy.gfdm.path"},
     "defi/t5_gidm_no_human": {"policy.gidm.path"},
+    "defi/t6_dino": {"policy.gfdm.path"},
     "defi/t6_five_steps": {"policy.gfdm.overrides"},
     **{
         f"defi/{row}": {"policy.gidm.path"}
         for row in ("t7_mlp", "t7_transformer", "t8_gaussian_mixture", "t8_binning", "t8_continuous")
     },
     "defi/t9_adapter": {"policy.trainable"},
-    **{f"defi/t9_{row}": {"policy.trainable", *SHARED_OUT} for row in ("gfdm_adapter", "all")},
+    **{f"defi/t9_{row}": {"policy.trainable", *BATCHES} for row in ("gfdm_adapter", "all")},
     **{f"defi/f4_data_{share}": {"data.fraction"} for share in (10, 20, 50)},
-    **{
-        f"{model}/f8_human_{share}": {"data.human_fraction"}
-        for model in ("gfdm", "gidm")
-        for share in (0, 20, 40, 60, 80)
-    },
-    **{f"defi/f8_human_{share}": {"policy.gfdm.path", "policy.gidm.path"} for share in (0, 20, 40, 60, 80)},
+    **{f"{step}/f8_human_{share}": {"data.human_fraction"} for step in ("gfdm", "gidm") for share in SHARES},
+    **{f"defi/f8_human_{share}": {"policy.gfdm.path", "policy.gidm.path"} for share in SHARES},
 }
 
 
 def resolved(step: str, *overrides: str) -> dict[str, Any]:
-    with initialize_config_dir(version_base=None, config_dir=str(CONFIGS)):
+    with initialize_config_dir(version_base=None, config_dir=CONFIGS):
         return OmegaConf.to_container(compose(config_name=step, overrides=list(overrides)), resolve=True)
 
 
 @pytest.mark.parametrize("scale", SCALES)
-def test_a_scale_speaks_of_one_size_and_one_hub(scale: str) -> None:
-    """What step 1 trains on is what step 3 shows it, and a scale below full needs only what common.standins makes."""
+def test_a_scale_has_one_picture_size_and_one_hub(scale: str) -> None:
+    """Step 3 gives the forward model pictures of the size that step 1 trains on, and a scale below full needs only the
+    weights that common.standins makes."""
     gfdm, gidm, defi = (resolved(step, f"scale={scale}") for step in ("step1_gfdm", "step2_gidm", "step3_defi"))
-    assert gfdm["gfdm"]["image_size"] == defi["policy"]["image_size"]
+    assert gfdm["gfdm"]["image_size"] == defi["policy"]["observation"]["image_size"]
     if scale != "full":
         assert gfdm["data"]["latent_shape"][1] * 8 == gfdm["gfdm"]["image_size"] == gidm["gidm"]["vision"]["image_size"]
         places = [
@@ -149,13 +143,13 @@ def test_a_scale_says_whether_frozen_features_are_kept_on_the_disk(scale):
 
 @pytest.mark.parametrize("row", [row for row in ROWS if row.startswith("defi/")])
 def test_a_forward_model_learns_in_batches_as_small_as_step_1s(row):
-    """On 80 GB; a step's samples and a validation's stay those of the other rows, and below full nothing changes."""
+    """On 80 GB; a step and a validation have as many samples as in the other rows, and below full nothing changes."""
     full = resolved("step3_defi", f"experiment={row}")
-    if "gfdm" not in full["policy"]["trainable"]:
+    if "gfdm" not in trainable_parts(full["policy"]["trainable"]):
         return
     loop, base = full["loop"], resolved("step3_defi")["loop"]
     assert loop["batch_size"] <= resolved("step1_gfdm")["loop"]["batch_size"]
-    for count in ("accumulate", "eval_batches"):
+    for count in ("grad_accum_steps", "eval_batches"):
         assert loop["batch_size"] * loop[count] == base["batch_size"] * base[count]
     for scale in ("tiny", "small"):
         assert (
@@ -165,22 +159,20 @@ def test_a_forward_model_learns_in_batches_as_small_as_step_1s(row):
 
 
 @pytest.mark.parametrize("scale", SCALES)
-@pytest.mark.parametrize("choice", ["policy=official", "policy=vpp", "experiment=defi/official", "experiment=defi/vpp"])
+@pytest.mark.parametrize("choice", ["defi=official", "defi=vpp", "experiment=defi/official", "experiment=defi/vpp"])
 def test_published_policies_compose_at_every_scale(choice, scale):
     cfg = resolved("step3_defi", choice, f"scale={scale}")
     policy = cfg["policy"]
-    assert (
-        policy["adapter"]["_target_"] == "step3_defi.released.vpp_adapter.VPPAdapter" and not policy["alignment_weight"]
-    )
-    assert policy["streams"] == (["video"] if "vpp" in choice else ["video", "latent"]) and policy["codebook"] == (
-        "frozen" if "vpp" in choice else "learned"
-    )
-    assert policy["edm"]["sample_sigma_min"] == 1.0 and policy["pair_views"] == ["static"] and not policy["standardize"]
-    assert policy["gfdm"]["overrides"] == {"fps": 4} and policy["gidm"].get("overrides", {"clean_text": False}) == {
-        "clean_text": False
-    }
-    assert cfg["loop"]["optimizer"].get("betas") == ([0.9, 0.9] if choice.startswith("experiment") else None)
-    assert cfg["data"]["min_window"] == (22 if choice.startswith("experiment") else None)
+    assert policy["adapter"]["_target_"] == "step3_defi.released.vpp_adapter.VPPAdapter"
+    assert not policy["alignment"]["weight"] and not policy["streams"]["standardize"]
+    assert policy["streams"]["names"] == (["video"] if "vpp" in choice else ["video", "latent"])
+    assert policy["bottleneck"]["codebook"] == ("frozen" if "vpp" in choice else "learned")
+    assert policy["edm"]["sample_sigma_min"] == 1.0 and policy["pairing"]["views"] == ["static"]
+    assert policy["gfdm"]["overrides"] == {"fps": 4}
+    assert policy["gidm"].get("overrides", {"clean_text": False}) == {"clean_text": False}
+    row = choice.startswith("experiment")
+    assert cfg["loop"]["optimizer"].get("betas") == ([0.9, 0.9] if row else None)
+    assert cfg["data"]["min_window"] == (22 if row else None)
     for target in set(targets(cfg)):
         assert get_object(target)
 
@@ -202,11 +194,20 @@ def test_true_frames_lie_where_the_imagined_ones_do(scale, seconds):
         assert get_object(target)
 
 
-def test_every_row_is_claimed():
-    assert {row for row in ROWS if not row.endswith("quickstart")} == set(CHANGES)
+def test_every_row_says_what_it_changes():
+    assert set(ROWS) == set(CHANGES)
 
 
-@pytest.mark.parametrize("row", [row for row in ROWS if row.startswith("defi/") and row != "defi/quickstart"])
+def test_the_rows_change_what_the_text_of_the_file_says():
+    """Of a row with a part for one scale only: the part counts at that scale, and comes after the rest of the row."""
+    official = {scale: resolved("step2_gidm", "experiment=gidm/official", f"scale={scale}") for scale in SCALES}
+    assert [official[scale]["gidm"]["encoder_layers"] for scale in SCALES] == [2, 3, 12]
+    assert [official[scale]["loop"]["max_steps"] for scale in SCALES] == [400, 6000, 150000]
+    assert all(config["loop"]["max_grad_norm"] == 0.1 and config["name"] == "official" for config in official.values())
+    assert resolved("step2_gidm", "experiment=gidm/official", "gidm.encoder_layers=5")["gidm"]["encoder_layers"] == 5
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if row.startswith("defi/")])
 def test_every_artifact_that_step_3_wants_is_made_by_some_row(row):
     cfg = resolved("step3_defi", f"experiment={row}")
     made = {f"ckpts/{r}" for r in ROWS} | {f"ckpts/{kind}/{scale}" for kind in ("gfdm", "gidm") for scale in SCALES}
@@ -231,23 +232,30 @@ def test_the_share_of_damaged_draws_is_a_key(step):
 
 
 @pytest.mark.parametrize(
-    "data, root", [("calvin_abc", "task_ABC_D"), ("calvin_d", "task_D_D"), ("calvin_debug", "calvin_debug_dataset")]
+    "data, root", [("defi_full", "task_ABC_D"), ("calvin_d", "task_D_D"), ("calvin_debug", "calvin_debug_dataset")]
 )
 def test_calvins_sets_have_one_reader(data, root):
-    found, base = (resolved("step3_pack", "scale=full", f"data={name}")["data"] for name in (data, "calvin_abc"))
+    found, base = (resolved("step3_pack", "scale=full", f"data={name}")["data"] for name in (data, "defi_full"))
     assert found["_target_"] == "step3_defi.data.dataset.CalvinWindows" and found.keys() == base.keys()
-    assert found["root"] == f"data/calvin/{root}" and {key for key in base if base[key] != found[key]} <= {
-        "root",
-        "holdout",
-        "val_folder",
-    }
+    assert found["root"] == f"data/calvin/{root}"
+    assert {key for key in base if base[key] != found[key]} <= {"root", "val_fraction", "val_folder"}
+
+
+def test_no_file_only_names_another():
+    """And no group is larger than needed: a row is an entry of rows.yaml, not a file."""
+    for file in Path(CONFIGS).rglob("*.yaml"):
+        config = OmegaConf.load(file)
+        defaults = [entry for entry in config.get("defaults", []) if entry != "_self_"]
+        alias = config.keys() == {"defaults"} and len(defaults) == 1 and isinstance(defaults[0], str)
+        assert not alias, f"{file} only stands for {defaults}"
+    assert len(list(Path(CONFIGS).rglob("*.yaml"))) <= 110
 
 
 @pytest.mark.parametrize(
     "step, bad",
     [
         ("step2_gidm", "gidm=vaq"),
-        ("step3_defi", "policy/trainable=everything"),
+        ("step3_defi", "defi/gidm=everything"),
         ("step2_gidm", "loop.lr=1"),
         ("step1_gfdm", "experiment=gfdm/t10"),
         ("step1_gfdm", "colour=blue"),

@@ -14,7 +14,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from common import artifact
+from common import artifact, rows
 from common.program import CONFIGS
 from step1_gfdm import train as step1
 from step2_gidm import train as step2
@@ -25,14 +25,11 @@ from tests.step3_defi.parts import SENTENCES, write_calvin
 from tests.step3_defi.rollout.rollout_fakes import FakeEnv
 
 PROGRAMS = {"gfdm": ("step1_gfdm", step1), "gidm": ("step2_gidm", step2), "defi": ("step3_defi", step3)}
-ROWS = sorted(
-    p.relative_to(f"{CONFIGS}/experiment").with_suffix("").as_posix()
-    for p in Path(CONFIGS, "experiment").rglob("*.yaml")
-)
+ROWS = sorted(rows.load())
 SHORT = [
     "loop.max_steps=2",
     "loop.batch_size=2",
-    "loop.accumulate=1",
+    "loop.grad_accum_steps=1",
     "loop.num_workers=0",
     "loop.log_every=1",
     "loop.eval_every=null",
@@ -205,7 +202,7 @@ def test_a_row_of_finetuning_trains_and_rolls_out(row: str, tree: Tree, tmp_path
     for kind in policy.PARENTS:
         if "path" in policy_config[kind]:
             tree.provide(kind, policy_config[kind].path)
-    steps = train(tree, row, tmp_path / "run", "data.holdout=0.3", "cache=false", "policy.alignment_steps=0")
+    steps = train(tree, row, tmp_path / "run", "data.val_fraction=0.3", "cache=false", "policy.alignment.steps=0")
     assert [step["step"] for step in steps] == [1, 2] and all(
         np.isfinite(step["train/action_loss"]) and step.get("grad_norm", 1) > 0 for step in steps
     )
