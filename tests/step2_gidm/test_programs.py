@@ -355,7 +355,7 @@ def test_films_of_every_kind_of_set(tmp_path: Path) -> None:
         "toy_000.mp4": 3,
         "calvin_000.mp4": 4,
     }
-    assert notes == ["No film of short/0: 3 frames are too few for pairs 10 apart (min_gap=0.5)."]
+    assert notes == ["No film of short/1: 3 frames are too few for pairs 10 apart (min_gap=0.5)."]
 
 
 def test_train_then_eval_from_the_command_line(hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

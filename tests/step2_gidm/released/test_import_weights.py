@@ -200,7 +200,11 @@ def test_what_does_not_fit_is_one_line_and_leaves_nothing(run: Callable[..., Non
         assert "\n" not in str(caught.value)
     lightning(tmp_path / "odd.ckpt", weights, optimizer=argparse.Namespace(lr=1))
     for file, extra, message in (
-        ("odd.ckpt", "foreign=refuse", "holds objects of argparse.Namespace .* foreign=skip$"),
+        (
+            "odd.ckpt",
+            "foreign=refuse",
+            "holds objects of argparse.Namespace .* foreign=skip, which neither imports nor runs their code$",
+        ),
         ("odd.ckpt", "foreign=run", "use refuse or skip"),
         ("nowhere.ckpt", "name=x", "no such file"),
     ):
