@@ -114,5 +114,5 @@ def test_a_recording_of_a_hand_is_a_video_set_without_motions(tmp_path: Path) ->
     assert pairs.sample(0, np.random.default_rng(0))["frames"].shape == (2, 3, 32, 32)
     with pytest.raises(ValueError, match="already holds"):
         record(**request, out=out, videos=True)
-    with pytest.raises(ValueError, match="records nothing"):
+    with pytest.raises(ValueError, match="would record nothing"):
         record(**request, out=tmp_path / "x", videos=False)
