@@ -28,7 +28,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from common.errors import UserError
 
-INSTALL_HINT = 'README.md, "Real CALVIN", has the steps'
+INSTALL_HINT = "docs/calvin.md has the steps"
 RENDERERS = ("auto", "egl", "cpu")
 SOFTWARE_RENDERERS = ("llvmpipe", "softpipe", "swrast", "swr")  # names of Mesa's renderers that use no GPU
 EGL_PROBE_TIMEOUT = 120
