@@ -251,7 +251,7 @@ def test_without_calvin_env_one_line_names_the_steps(monkeypatch: pytest.MonkeyP
     for name in ("pybullet", "calvin_env"):
         with monkeypatch.context() as patch:
             patch.setitem(sys.modules, name, None)
-            with pytest.raises(CalvinError, match=f'not installed .*{name}.*docs/calvin.md') as error:
+            with pytest.raises(CalvinError, match=f"not installed .*{name}.*docs/calvin.md") as error:
                 CalvinEnv("D")
             assert "\n" not in str(error.value)
 
@@ -278,7 +278,7 @@ def test_programs_end_with_that_line(arguments: list[str], tmp_path: Path) -> No
         pytest.skip("calvin_env is installed here")
     command = [sys.executable, "-m", *arguments, "env=calvin", f"out={tmp_path}/out"]
     ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
-    assert ended.returncode == 1 and 'docs/calvin.md' in ended.stderr.strip().splitlines()[-1]
+    assert ended.returncode == 1 and "docs/calvin.md" in ended.stderr.strip().splitlines()[-1]
     assert (
         "Traceback" not in ended.stderr
         and len([line for line in ended.stderr.splitlines() if line.startswith("error: ")]) == 1
