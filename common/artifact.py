@@ -1,4 +1,4 @@
-"""Artifacts: how the steps pass models to each other. An artifact is a folder with weights, config and origin.
+"""How the steps pass models to each other: an artifact is a folder with weights, config and origin.
 
     weights.safetensors   parameters and buffers, unless the model has files of its own (contracts.OwnsWeightFiles)
     config.yaml           the resolved config that builds the model; "${here}" means the folder itself

@@ -38,3 +38,7 @@ class FilteredSample(UnreadableSample):
 
     It is replaced as an unreadable one is, but counted separately, and however many there are, they stop no run.
     """
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss is NaN or infinite; the message names the samples of the batch."""

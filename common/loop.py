@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader
 from common import optim
 from common.contracts import TrainableModel
 from common.distributed import processes
-from common.errors import UserError
+from common.errors import NonFiniteLoss, UserError
 from common.files import write_text
 from common.mixture import SampleSet, SeededDataset, Skipped, TooManyUnreadable, block_size, collate
 from common.precision import bf16_pays
@@ -41,10 +41,6 @@ log = logging.getLogger(__name__)
 # well begin with a damaged one.
 MIN_DRAWS = 5000
 RUN_FILE = "run.json"  # in a resume state: the run that wrote it
-
-
-class NonFiniteLoss(RuntimeError):
-    """The loss is NaN or infinite; the message names the samples of the batch."""
 
 
 class TrainState:

@@ -20,8 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
 from common import rows
-from common.errors import UserError
-from common.loop import NonFiniteLoss
+from common.errors import NonFiniteLoss, UserError
 
 CONFIGS = str(Path(__file__).resolve().parents[1] / "configs")
 EXPECTED = (UserError, NonFiniteLoss, MissingMandatoryValue)  # their message is enough without a traceback
@@ -133,7 +132,7 @@ def _groups(config_name: str) -> Iterator[tuple[str, str]]:
             group = re.split(r"[ @]", group.removeprefix("override ").removeprefix("optional "))[0]
             if group == "experiment":
                 step = config_name.partition("_")[2]  # of step1_gfdm, step2_gidm, step3_defi
-                yield "experiment=null", " ".join(row for row in rows.load() if row.startswith(f"{step}/"))
+                yield "experiment", " ".join(row for row in rows.load() if row.startswith(f"{step}/"))
             folder = Path(CONFIGS) / group.lstrip("/")
             for place in [folder, *sorted(path for path in folder.rglob("*") if path.is_dir())]:
                 options = " ".join(sorted(path.stem for path in place.glob("*.yaml")))

@@ -73,7 +73,10 @@ def write_mp4(path: str | Path, frames: np.ndarray, fps: float, *, gop: int = 8,
             frame = av.VideoFrame.from_ndarray(
                 np.ascontiguousarray(image[: stream.height, : stream.width]), format="rgb24"
             )
-            container.mux(stream.encode(frame))
+            # libswscale leaves the padding of rows unset and x264 reads it, so that equal pictures gave unequal files
+            # where the width is no multiple of 16; a frame made from an array has no such padding.
+            planes = frame.reformat(format="yuv420p").to_ndarray()
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(planes, format="yuv420p")))
         container.mux(stream.encode())
 
 

@@ -8,7 +8,7 @@ To add an environment, a "world", for the rollouts of step 3:
    `get_sequences`, then for each sequence `reset`, and for each task in it `get_info`, `instruction`, and in a loop
    `get_obs` (when the policy is asked), `step` and `check_success`.
 An environment in which no expert can be scripted raises UserError in `expert`; only policy=expert, `envs.record` and
-`step3_defi.diagnose` call it.
+`step3_defi.rollout.diagnose` call it.
 
 To reuse the expert of `envs.expert`, which knows CALVIN's table, an environment gives it an object with the members of
 `PrivilegedState`. `envs.playtable.env.PlayTableState` is that object for playtable and for the real CALVIN alike.
@@ -116,7 +116,7 @@ class Env(Protocol):
     """A simulator with CALVIN's protocol: states, observations, success detection, instructions and sequences of tasks.
 
     The state after a reset and a list of actions must depend on these alone: rollouts are continued after a kill, and
-    `step3_defi.diagnose` returns to a moment by repeating the actions that led to it.
+    `step3_defi.rollout.diagnose` returns to a moment by repeating the actions that led to it.
     """
 
     name: str  # names world and scene in reports, for instance "playtable-D"

@@ -10,7 +10,7 @@ source "$(dirname "$0")/common.sh"
 
 FRACTION="${FRACTION:-0.05}"    # share of the demonstrations
 SEEDS="${SEEDS:-0 1 2 3 4}"
-STEPS="${STEPS:-1200}"          # of a training, with those of the alignment at its start (600 at tiny)
+STEPS="${STEPS:-1200}"          # of a training, with those of the alignment at its start (300 at tiny)
 ROWS="${ROWS:-pretrained t4_gidm_no_pretrain t4_gfdm_no_pretrain}"    # pretrained: the policy of the paper
 CKPTS="${DEFI_CKPTS:-ckpts}"
 

@@ -1,7 +1,7 @@
 """Metrics that need a pretrained network: LPIPS of frames, and a Fréchet distance of videos (Fig. 9).
 
-LPIPS follows Zhang et al. (2018), the Fréchet distance of videos Unterthiner et al. (2018). The network is named beside
-every result, because numbers from different networks or weights cannot be compared.
+LPIPS follows Zhang et al. (2018), the Fréchet distance of videos Unterthiner et al. (2018). The network is named
+beside every result, because numbers from different networks or weights cannot be compared.
 N frames or videos, B batch, F frames of a video, E width of DINOv2's tokens.
 """
 

@@ -41,6 +41,7 @@ CHANGES = {  # row -> the only subtrees that it may change, besides its name
     "defi/blind": {"policy.observation.blind"},
     "defi/no_alignment": {"policy.alignment", "data.load_future_frames"},
     "defi/a3_latent_only": {"policy.streams.names"},
+    "defi/future_stream": {"policy.streams.names"},
     "defi/now": {"policy.streams.names"},
     "defi/joint": {
         "policy._target_",

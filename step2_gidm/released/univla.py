@@ -26,7 +26,7 @@ KEY_MAPPING = (
     (r"(\.blocks\.\d+)\.ffn\.0\.", r"\1.mlp.fc1."),
     (r"(\.blocks\.\d+)\.ffn\.3\.", r"\1.mlp.fc2."),
 )
-_POLICY = "part of the policy around the inverse model; python -m step3_defi.import_weights reads all of it"
+_POLICY = "part of the policy around the inverse model; python -m step3_defi.released.import_weights reads all of it"
 IGNORED_PREFIXES = {  # prefix of tensors that the inverse model does not need: why
     "lam.dino_encoder.": "DINOv2, frozen; ours is named by gidm.vision.path",
     "lam.text_encoder.": "T5, frozen; ours is named by gidm.text.path",

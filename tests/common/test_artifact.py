@@ -1,4 +1,4 @@
-"""Artifacts: bit-exact round trips, strict keys, kinds; no foreign class is built, no artifact is half-written."""
+"""Artifacts have bit-exact round trips, strict keys and kinds; no foreign class is built, nothing is half-written."""
 
 from __future__ import annotations
 

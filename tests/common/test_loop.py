@@ -14,8 +14,8 @@ from accelerate.utils import DistributedType
 from torch import nn
 
 from common.contracts import TrainableModel
-from common.errors import UserError
-from common.loop import Loop, NonFiniteLoss
+from common.errors import NonFiniteLoss, UserError
+from common.loop import Loop
 from common.mixture import FilteredSample, Mixture, UnreadableSample
 from common.sampler import DistributedBatchSampler, validation_batches
 

@@ -1,4 +1,4 @@
-"""Shipped artifacts: half the size, equal outputs up to fp16 rounding, no training files, changed bytes are found."""
+"""Shipped models are half the size, with equal outputs up to fp16 rounding; changed bytes are found."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from torch import nn
 
-from common import artifact
+from common import artifact, rows
 from common.frozen import t5_text
 from common.loop import Loop
 from common.video import probe
@@ -41,7 +41,7 @@ from tests.step2_gidm.parts import make, moving
 from tests.step3_defi.parts import write_calvin
 
 ROOT = Path(__file__).resolve().parents[2]
-ROWS = sorted(path.stem for path in (ROOT / "configs/experiment/gidm").glob("*.yaml"))
+ROWS = sorted(row.removeprefix("gidm/") for row in rows.load() if row.startswith("gidm/"))
 LOOP = {"batch_size": 8, "optimizer": {"lr": 1e-3, "weight_decay": 0.01}, "log_every": 1}
 
 
@@ -296,14 +296,14 @@ def launched(folder: Path, sets: Path, processes: int) -> dict[str, tuple[dict[s
 def test_two_processes_train_as_one_with_the_same_global_batch(tmp_path: Path) -> None:
     write_rlds(tmp_path / "toy" / "1.0.0", shards=(6, 7))
     alone, pair = (launched(tmp_path / str(processes), tmp_path / "toy" / "1.0.0", processes) for processes in (1, 2))
-    for kind, (weights, rows) in alone.items():
+    for kind, (weights, lines) in alone.items():
         others, found = pair[kind]
-        assert [code_use(row) for row in found] == [code_use(row) for row in rows] and len(code_use(rows[-1])) == 6, (
+        assert [code_use(row) for row in found] == [code_use(row) for row in lines] and len(code_use(lines[-1])) == 6, (
             kind
         )
-        rows, found = rows[:-1], found[:-1]  # the last row is that of the validation
-        assert len(rows) == 5 and len({row["train/loss"] for row in rows}) == 5
-        for one, two in zip(rows, found, strict=True):
+        lines, found = lines[:-1], found[:-1]  # the last row is that of the validation
+        assert len(lines) == 5 and len({row["train/loss"] for row in lines}) == 5
+        for one, two in zip(lines, found, strict=True):
             assert two["train/loss"] == pytest.approx(one["train/loss"], rel=1e-4) and two[
                 "grad_norm"
             ] == pytest.approx(one["grad_norm"], rel=1e-3), kind

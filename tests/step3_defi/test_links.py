@@ -48,7 +48,7 @@ def examined(tree: Path, path: Path, *overrides: str) -> dict:
 
 
 def test_the_program_measures_every_stream_and_draws_it(tree: Path) -> None:
-    found = examined(tree, trained(tree, "linked"))
+    found = examined(tree, trained(tree, "linked", "policy.streams.names=[video,latent,future]"))
     assert found["streams"] == ["video", "latent", "future"]
     assert found["costs"].keys() == {
         f"{how}_{name}" for how in ("swap", "mean") for name in ("video", "latent", "future", "gfdm")

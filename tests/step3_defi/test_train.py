@@ -249,6 +249,7 @@ def test_the_others_wait_for_the_cache_however_long_it_takes(tree: Path, monkeyp
     [
         "no_alignment",
         "a3_latent_only",
+        "future_stream",
         "now",
         "blind",
         "t1_third_view",

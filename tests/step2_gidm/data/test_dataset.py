@@ -87,7 +87,9 @@ def test_several_pairs_of_an_episode_are_spread_over_it() -> None:
     assert sorted(pairs.sample_frame_indices("x", 14, 10, rng, 4)) == [(0, 10), (1, 11), (2, 12), (3, 13)], (
         "as many as there are: every one"
     )
-    counts = np.bincount([start for _ in range(3000) for start, _ in pairs.sample_frame_indices("x", 15, 10, rng, 3)], minlength=5)
+    counts = np.bincount(
+        [start for _ in range(3000) for start, _ in pairs.sample_frame_indices("x", 15, 10, rng, 3)], minlength=5
+    )
     assert np.allclose(counts / counts.sum(), 0.2, atol=0.02)
     assert all(len({start for start, _ in pairs.sample_frame_indices("x", 17, 10, rng, 5)}) == 5 for _ in range(200))
     assert {start for start, _ in pairs.sample_frame_indices("x", 12, 10, rng, 5)} == {0, 1}
@@ -232,13 +234,17 @@ def test_every_kind_of_set_walks(tmp_path: Path) -> None:
 def test_splits(tmp_path: Path) -> None:
     folder = video_set(tmp_path / "toy", 21, length=12)
     train, val = (VideoTransitions(folder, split, **PAIRS) for split in ("train", "val"))
-    assert [file.stem for file in val.files] == ["0", "9"] and len(train) == 19, "the first and the 21st in the order of names"
+    assert [file.stem for file in val.files] == ["0", "9"] and len(train) == 19, (
+        "the first and the 21st in the order of names"
+    )
     assert not set(train.files) & set(val.files)
     video_set(folder, 2, split="val")
     assert len(VideoTransitions(folder, "train", **PAIRS)) == 21 and len(VideoTransitions(folder, "val", **PAIRS)) == 2
     with pytest.raises(MissingFileError, match="annotation/test: there are no .json files here; there is train"):
         VideoTransitions(video_set(tmp_path / "other"), "test", **PAIRS)
-    with pytest.raises(MissingFileError, match="there are no .json files here; a video set holds annotation/train/<id>.json"):
+    with pytest.raises(
+        MissingFileError, match="there are no .json files here; a video set holds annotation/train/<id>.json"
+    ):
         VideoTransitions(tmp_path / "nowhere", **PAIRS)
 
 
@@ -254,9 +260,9 @@ def test_a_set_that_has_only_a_val_split_is_shared_out_when_told_to(tmp_path: Pa
 def test_fractions_lie_inside_one_another_and_are_the_forward_models(tmp_path: Path) -> None:
     folder = video_set(tmp_path / "toy", 19, length=2)
     kept = {share: VideoTransitions(folder, fraction=share, **PAIRS) for share in (0.0, 0.01, 0.2, 0.4, 0.8, 1.0)}
-    assert [len(each) for each in kept.values()] == [0, 1, 4, 7, 14, 18] and {each.unfiltered_length for each in kept.values()} == {
-        18
-    }
+    assert [len(each) for each in kept.values()] == [0, 1, 4, 7, 14, 18] and {
+        each.unfiltered_length for each in kept.values()
+    } == {18}
     for less, more in itertools.pairwise(kept.values()):
         assert set(less.files) < set(more.files) and less.files == sorted(less.files)
     for split in ("train", "val"):
@@ -300,7 +306,9 @@ def test_augmentation_is_the_same_for_both_frames() -> None:
         out = augment_frames(image, np.random.default_rng(seed))
         assert out.shape == image.shape and torch.equal(out[0], out[1]) and out.min() >= 0 and out.max() <= 1
         assert not torch.allclose(out[0], image[0])
-    assert not torch.equal(augment_frames(image, np.random.default_rng(0)), augment_frames(image, np.random.default_rng(1)))
+    assert not torch.equal(
+        augment_frames(image, np.random.default_rng(0)), augment_frames(image, np.random.default_rng(1))
+    )
 
 
 def test_only_training_augments(tmp_path: Path) -> None:
@@ -487,9 +495,9 @@ def test_open_x_finds_sets_by_table(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         and made["dobbe"]["image"] == "observation/wrist_image"
     )
     assert made["fractal20220817_data"]["text"] == "observation/natural_language_instruction"
-    assert build_open_x_mixture(tmp_path, human_root="nowhere", names=["dobbe"], human_fraction=0, length=9, image_size=32).names == [
-        "dobbe"
-    ]
+    assert build_open_x_mixture(
+        tmp_path, human_root="nowhere", names=["dobbe"], human_fraction=0, length=9, image_size=32
+    ).names == ["dobbe"]
     assert OXE["bc_z"].version == OXE["bridge"].version == "0.1.0"
     (tmp_path / "CONVERSION_DIR" / "bc_z" / "1.0.1").mkdir(parents=True)
     (tmp_path / "CONVERSION_DIR" / "bc_z" / "1.0.1" / "dataset_info.json").write_text("{}")
@@ -564,7 +572,9 @@ def test_a_sentence_is_read_as_the_table_says_and_a_contradiction_is_one_line(tm
     assert "\n" not in str(caught.value)
     with pytest.raises(UnreadableSample, match="observation/wide is not encoded as code_points, it holds bytes"):
         RldsTransitions(folder, fps=1, **{**TOY, "text": "observation/wide"}, **PAIRS).sample(0, rng)
-    with pytest.raises(UnreadableSample, match=r"action is not encoded as code_points, it holds float32 of shape \(2,\)"):
+    with pytest.raises(
+        UnreadableSample, match=r"action is not encoded as code_points, it holds float32 of shape \(2,\)"
+    ):
         RldsTransitions(folder, fps=1, **{**TOY, "text": "action"}, **PAIRS).sample(0, rng)
     with pytest.raises(UserError, match="unknown encoding 'ascii' of sentences; use text, code_points"):
         RldsTransitions(folder, fps=1, **{**TOY, "encoding": "ascii"}, **PAIRS)

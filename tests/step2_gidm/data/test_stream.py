@@ -1,4 +1,4 @@
-"""The stream: ranks and workers share the pairs, which depend on no process, in bounded memory, each record read once."""
+"""Ranks and workers share the streamed pairs, which depend on no process; memory is bounded, records are read once."""
 
 from __future__ import annotations
 
@@ -15,10 +15,9 @@ from torch import nn
 from common import rlds
 from common.contracts import TrainableModel
 from common.errors import UserError
-from common.sampler import DistributedBatchSampler, loader
 from common.loop import Loop
-from common.errors import UserError
 from common.mixture import Mixture, SeededDataset, TooManyUnreadable
+from common.sampler import DistributedBatchSampler, loader
 from step2_gidm.data.dataset import build_mixture
 from step2_gidm.data.stream import ReadSchedule, StreamingMixture
 from step2_gidm.data.transitions import RldsTransitions
@@ -36,15 +35,33 @@ def toy(tmp_path: Path) -> Path:
 
 def stream(folder: Path, *, length: int = EPISODES * PAIRS_PER_EPISODE, **options: object) -> StreamingMixture:
     return build_mixture(
-        {"toy": {"rlds": folder, **TOY}}, length=length, stream={"block": 6, "pairs": PAIRS_PER_EPISODE, **options}, **PAIRS
+        {"toy": {"rlds": folder, **TOY}},
+        length=length,
+        stream={"block": 6, "pairs": PAIRS_PER_EPISODE, **options},
+        **PAIRS,
     )
 
 
 def batches(
-    samples: StreamingMixture, *, rank: int = 0, world: int = 1, start: int = 0, stop: int = 12, num_readers: int = 1, size: int = 3
+    samples: StreamingMixture,
+    *,
+    rank: int = 0,
+    world: int = 1,
+    start: int = 0,
+    stop: int = 12,
+    num_readers: int = 1,
+    size: int = 3,
 ) -> DistributedBatchSampler:
     return DistributedBatchSampler(
-        len(samples), size, seed=5, rank=rank, world=world, start=start, stop=stop, block=samples.block, num_readers=num_readers
+        len(samples),
+        size,
+        seed=5,
+        rank=rank,
+        world=world,
+        start=start,
+        stop=stop,
+        block=samples.block,
+        num_readers=num_readers,
     )
 
 
@@ -244,14 +261,17 @@ def test_videos_feed_the_same_stream(tmp_path: Path, toy: Path) -> None:
     )
     reader = samples.reader(5, 1)
     clip = next(n for n, slot in ((n, reader.read_run(n, 0)[0]) for n in range(20)) if slot.set == 1)
-    assert len({slot.pair.id for slot in reader.read_run(clip, 0)}) == PAIRS_PER_EPISODE and reader.read_run(clip, 0)[0].pair.size == 0, (
-        "frames stay in their video"
-    )
+    assert (
+        len({slot.pair.id for slot in reader.read_run(clip, 0)}) == PAIRS_PER_EPISODE
+        and reader.read_run(clip, 0)[0].pair.size == 0
+    ), "frames stay in their video"
 
 
 def test_only_training_streams_and_eval_draws_by_random_access(toy: Path) -> None:
     sets = {"toy": {"rlds": toy, **TOY}}
-    assert isinstance(build_mixture(sets, split="val", stream={"block": 6, "pairs": PAIRS_PER_EPISODE}, **PAIRS), Mixture)
+    assert isinstance(
+        build_mixture(sets, split="val", stream={"block": 6, "pairs": PAIRS_PER_EPISODE}, **PAIRS), Mixture
+    )
     assert stream(toy).sample(0, np.random.default_rng(0))["id"].startswith("toy/")
     with pytest.raises(UserError, match="1 <= pairs <= block"):
         stream(toy, block=2)
@@ -273,7 +293,12 @@ class Grey(TrainableModel):
 
 
 def run(
-    folder: Path, samples: StreamingMixture, *, stop: int | None = None, workers: int = 2, max_unreadable_fraction: float = 0.9
+    folder: Path,
+    samples: StreamingMixture,
+    *,
+    stop: int | None = None,
+    workers: int = 2,
+    max_unreadable_fraction: float = 0.9,
 ) -> nn.Module:
     trainer = Loop(
         output_dir=str(folder),

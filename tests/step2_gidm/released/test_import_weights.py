@@ -18,8 +18,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from common import artifact
-from step2_gidm import GIDM, from_univla, import_weights
+from step2_gidm import GIDM, from_univla
 from step2_gidm.quantizer import VectorQuantizer
+from step2_gidm.released import import_weights
 from tests.step2_gidm.released.reference_univla import HEADS, ReferenceModel, random_weights
 from tests.step2_gidm.test_programs import composed
 

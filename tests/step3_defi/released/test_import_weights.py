@@ -13,9 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from common import artifact
-from step3_defi import import_weights, policy, train
+from step3_defi import policy, train
 from step3_defi.edm import seeded_noise
 from step3_defi.model import EncodedObservation
+from step3_defi.released import import_weights
 from step3_defi.released.names import IGNORED_PREFIXES, from_release
 from tests.step3_defi.parts import configure
 from tests.step3_defi.released.reference_policy import ReferenceModel, random_policy

@@ -25,9 +25,10 @@ from torch import Tensor, nn
 
 from common.program import CONFIGS
 from step2_gidm import GIDM
-from step3_defi import DeFI, import_weights
+from step3_defi import DeFI
 from step3_defi.edm import seeded_noise
 from step3_defi.model import EncodedObservation
+from step3_defi.released import import_weights
 from tests.step2_gidm.released.test_import_weights import FakeDino, FakeT5
 
 PUBLIC = {"official": ("DEFI_OFFICIAL_REPO", "Step3_DeFI"), "vpp": ("VPP_REPO", "")}
@@ -264,5 +265,6 @@ def test_parity_with_the_public_code(
         )
         pairs["training loss"] = (model.edm.loss(lambda x, level: model.adapter(x, level, twice), truth), loss)
     worst = {name: (a - b).abs().max().item() for name, (a, b) in pairs.items()}
-    print(preset, {name: f"{value:.1e} of {pairs[name][1].abs().max():.2f}" for name, value in worst.items()})  # noqa: T201  (pytest -s shows it)
+    sizes = {name: f"{value:.1e} of {pairs[name][1].abs().max():.2f}" for name, value in worst.items()}
+    print(preset, sizes)  # noqa: T201  (pytest -s shows it)
     assert all(a.shape == b.shape for a, b in pairs.values()) and max(worst.values()) <= 1e-4, worst

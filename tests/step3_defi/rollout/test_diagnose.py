@@ -15,8 +15,8 @@ from omegaconf import OmegaConf
 from common import artifact
 from common.errors import UserError
 from common.video import read_frames
-from step3_defi.diagnose import diagnose
 from step3_defi.released.vpp import NullInverseDynamics
+from step3_defi.rollout.diagnose import diagnose
 from step3_defi.rollout.diagnosis import (
     FailureScorer,
     Subtask,

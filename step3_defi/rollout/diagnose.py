@@ -4,8 +4,8 @@ The first sequences are rolled out again, the scripted expert continues from mom
 and actions are compared with what the expert shows. Leaves diagnosis.json, table.md and films/ in `out`.
 
 Examples:
-    python -m step3_defi.diagnose run=outputs/eval path=ckpts/defi/tiny
-    python -m step3_defi.diagnose run=outputs/eval path=ckpts/defi/tiny failures=15 out=outputs/diagnosis
+    python -m step3_defi.rollout.diagnose run=outputs/eval path=ckpts/defi/tiny
+    python -m step3_defi.rollout.diagnose run=outputs/eval path=ckpts/defi/tiny failures=15 out=outputs/diagnosis
 """
 
 from __future__ import annotations

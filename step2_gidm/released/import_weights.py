@@ -4,8 +4,8 @@ The file has to hold exactly the tensors that the model needs. The program names
 that is; the copies of DINOv2 and T5 are ignored, since an artifact names its frozen encoders and never copies them.
 
 Examples:
-    python -m step2_gidm.import_weights path=lam_idm.ckpt name=official
-    python -m step2_gidm.import_weights path=lam-stage-1.ckpt name=univla foreign=skip
+    python -m step2_gidm.released.import_weights path=lam_idm.ckpt name=official
+    python -m step2_gidm.released.import_weights path=lam-stage-1.ckpt name=univla foreign=skip
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@ All keys have to match. What the file holds and this project does not need is co
 (released.names.IGNORED_PREFIXES). The forward model is not in the file: parents.gfdm names it.
 
 Examples:
-    python -m step3_defi.import_weights path=29999.pt parents.gfdm=ckpts/hub/svd name=official foreign=skip
-    python -m step3_defi.import_weights defi=vpp path=dp-calvin.pt parents.gfdm=ckpts/gfdm/vpp name=vpp
+    python -m step3_defi.released.import_weights path=29999.pt parents.gfdm=ckpts/hub/svd name=official foreign=skip
+    python -m step3_defi.released.import_weights defi=vpp path=dp-calvin.pt parents.gfdm=ckpts/gfdm/vpp name=vpp
 """
 
 from __future__ import annotations
