@@ -17,9 +17,10 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from torch import nn
 
-from common import artifact, rows
+from common import artifact
 from common.frozen import t5_text
 from common.loop import Loop
+from common.rows import load as load_rows
 from common.video import probe
 from step2_gidm import eval as evaluate
 from step2_gidm import train
@@ -41,7 +42,7 @@ from tests.step2_gidm.parts import make, moving
 from tests.step3_defi.parts import write_calvin
 
 ROOT = Path(__file__).resolve().parents[2]
-ROWS = sorted(row.removeprefix("gidm/") for row in rows.load() if row.startswith("gidm/"))
+ROWS = sorted(row.removeprefix("gidm/") for row in load_rows() if row.startswith("gidm/"))
 LOOP = {"batch_size": 8, "optimizer": {"lr": 1e-3, "weight_decay": 0.01}, "log_every": 1}
 
 
