@@ -19,6 +19,7 @@ from torch import Tensor
 
 from common.calvin_format import KEYS
 from common.errors import UserError
+from common.image_range import normalize
 from common.video import resize
 from step3_defi.model import DeFI
 from step3_defi.rollout.messages import BranchResult
@@ -76,7 +77,7 @@ class FailureScorer:
         """The forecast of the first view, (F, 3, S, S) in [0, 1]."""
         now = self._pictures([plan.observation["rgb_obs"][self.key]])
         return self.gfdm.generate(
-            now * 2 - 1, [plan.instruction], steps=self.num_inference_steps, seed=self.model.imagine_seed
+            normalize(now), [plan.instruction], steps=self.num_inference_steps, seed=self.model.imagine_seed
         )[0]
 
     @torch.no_grad()
@@ -87,7 +88,7 @@ class FailureScorer:
         VAE as well, because its blur is no error of the forecast.
         """
         pictures = self._pictures([plan.observation["rgb_obs"][self.key], expert.frames[-1][self.key]])
-        now, truth = self.gfdm.vae.decode(self.gfdm.encode_image(pictures * 2 - 1)[:, None])[:, 0]
+        now, truth = self.gfdm.vae.decode(self.gfdm.encode_image(normalize(pictures))[:, None])[:, 0]
         compared = torch.stack([self.imagine(plan)[-1], truth, now])
         scores = {"forecast": error_over_copy_db(*compared)}
         if "forecast_tokens" in self.errors:
