@@ -15,7 +15,6 @@ import logging
 import statistics
 import tempfile
 import time
-from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from common.contracts import ChunkPolicy
 from common.progress import tqdm
 from envs.protocol import Env
 from step3_defi import policy as robots
+from step3_defi.action_chunk import ActionChunkBroker
 from step3_defi.rollout.messages import Chain
 from step3_defi.rollout.simulators import SimulatorPool
 from step3_defi.rollout.worker import run_chain
@@ -42,15 +42,18 @@ class SingleController:
 
     def __init__(self, env: Env, chain: Chain, policy: ChunkPolicy) -> None:
         self.env, self.chain, self.policy = env, chain, policy
+        self.broker = ActionChunkBroker(self._predict_chunk)
 
     def start_task(self, number: int, task: str) -> None:
-        self.instruction, self.queue = self.env.instruction(task), deque()
+        self.instruction = self.env.instruction(task)
+        self.broker.reset()
 
     def act(self) -> np.ndarray:
-        if not self.queue:
-            chunk = self.policy.predict_action_chunk([self.env.get_obs()], [self.instruction])[0]
-            self.queue.extend(chunk[: self.policy.execute])
-        return self.queue.popleft()
+        return self.broker.next_action()
+
+    def _predict_chunk(self) -> np.ndarray:
+        chunk = self.policy.predict_action_chunk([self.env.get_obs()], [self.instruction])[0]
+        return chunk[: self.policy.execute]
 
 
 class RenderEveryStep:

@@ -24,12 +24,11 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import set_seed
-from hydra.utils import instantiate
 from torch import Tensor
 
 from benchmarks.imagine import compose_config, machine, parse_command_line, peak, ratio, run_in_subprocess
 from benchmarks.replan import SENTENCES, baseline_path, hub, random_policy
-from benchmarks.train_gfdm import WARM_UP, record_step_times
+from benchmarks.train_gfdm import record_step_times, samples_per_second, timed_loop
 from common.progress import tqdm
 from step3_defi import DeFI
 from step3_defi.data import features
@@ -77,17 +76,7 @@ def train(overrides: list[str], arm: str, steps: int, batch_size: int, windows: 
         scale = next(word.split("=")[1] for word in overrides if word.startswith("scale="))
         words = [*NO_ALIGNMENT, *overrides, *hub(Path(folder) / "hub", scale)]
         model = random_policy(words)
-        loop = instantiate(
-            compose_config(words, "step3_defi").loop,
-            output_dir=folder,
-            seed=0,
-            max_steps=WARM_UP + steps,
-            batch_size=batch_size,
-            num_workers=0,
-            save_every=None,
-            eval_every=None,
-            wandb={"mode": "disabled"},
-        )
+        loop = timed_loop(compose_config(words, "step3_defi").loop, folder, steps, batch_size)
         samples, start = RandomWindows(model, windows), time.perf_counter()
         if arm == "cached":
             samples = features.get_or_build_cache(
@@ -96,7 +85,7 @@ def train(overrides: list[str], arm: str, steps: int, batch_size: int, windows: 
         cache, times = time.perf_counter() - start, record_step_times(model)
         with baseline_path(model) if arm == "plain" else ExitStack():
             loop.fit(model, samples)
-    return steps * batch_size / (times[-1] - times[WARM_UP - 1]), peak(), cache / windows
+    return samples_per_second(times, steps, batch_size), peak(), cache / windows
 
 
 def main() -> None:

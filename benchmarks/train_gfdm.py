@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from accelerate.utils import send_to_device, set_seed
 from hydra.utils import instantiate
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from torch.utils.data import DataLoader
 
 from benchmarks.imagine import compose_config, parse_command_line, peak, run_in_subprocess
@@ -58,26 +58,36 @@ def record_step_times(model: TrainableModel) -> list[float]:
     return times
 
 
+def timed_loop(config: DictConfig, folder: str, steps: int, batch_size: int, workers: int = 0) -> loop.Loop:
+    """The configured training loop for WARM_UP and `steps` more steps, without validations and saves."""
+    return instantiate(
+        config,
+        output_dir=folder,
+        seed=0,
+        max_steps=WARM_UP + steps,
+        batch_size=batch_size,
+        num_workers=workers,
+        save_every=None,
+        eval_every=None,
+        wandb={"mode": "disabled"},
+    )
+
+
+def samples_per_second(times: list[float], steps: int, batch_size: int) -> float:
+    """Of the steps after WARM_UP; `times` are those of record_step_times."""
+    return steps * batch_size / (times[-1] - times[WARM_UP - 1])
+
+
 def ours(overrides: list[str], steps: int, batch_size: int, workers: int) -> tuple[float, float]:
     """(samples a second, peak memory in GiB) of the project's loop."""
     cfg = compose_config(overrides)
     set_seed(0)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = instantiate(
-            cfg.loop,
-            output_dir=folder,
-            seed=0,
-            max_steps=WARM_UP + steps,
-            batch_size=batch_size,
-            num_workers=workers,
-            save_every=None,
-            eval_every=None,
-            wandb={"mode": "disabled"},
-        )
+        trainer = timed_loop(cfg.loop, folder, steps, batch_size, workers)
         model = instantiate(cfg.gfdm)
         times = record_step_times(model)
         trainer.fit(model, instantiate(cfg.data, split="train"))
-    return steps * batch_size / (times[-1] - times[WARM_UP - 1]), peak()
+    return samples_per_second(times, steps, batch_size), peak()
 
 
 def plain(overrides: list[str], steps: int, batch_size: int, workers: int) -> tuple[float, float]:
@@ -100,7 +110,7 @@ def plain(overrides: list[str], steps: int, batch_size: int, workers: int) -> tu
         scaler.update()
         optimizer.zero_grad()
         times.append(_now())
-    return steps * batch_size / (times[-1] - times[WARM_UP - 1]), peak()
+    return samples_per_second(times, steps, batch_size), peak()
 
 
 def clips(overrides: list[str], steps: int, batch_size: int, workers: int, *, videos: bool) -> float:

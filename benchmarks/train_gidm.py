@@ -25,7 +25,7 @@ from hydra.utils import instantiate
 from torch import Tensor
 
 from benchmarks.imagine import compose_config, parse_command_line, peak, run_in_subprocess, seconds
-from benchmarks.train_gfdm import WARM_UP, record_step_times
+from benchmarks.train_gfdm import record_step_times, samples_per_second, timed_loop
 from common.attention import Attention
 from common.frozen import T5TextEncoder
 from common.progress import tqdm
@@ -89,21 +89,11 @@ def train(overrides: list[str], steps: int, batch_size: int, plain: bool) -> tup
     cfg = compose_config(overrides, "step2_gidm")
     set_seed(0)
     with tempfile.TemporaryDirectory() as folder:
-        loop = instantiate(
-            cfg.loop,
-            output_dir=folder,
-            seed=0,
-            max_steps=WARM_UP + steps,
-            batch_size=batch_size,
-            num_workers=0,
-            save_every=None,
-            eval_every=None,
-            wandb={"mode": "disabled"},
-        )
+        loop = timed_loop(cfg.loop, folder, steps, batch_size)
         model = instantiate(cfg.gidm)
         times = record_step_times(use_naive_attention(model) if plain else model)
         loop.fit(model, RandomPairs(model.vision.image_size))
-    return steps * batch_size / (times[-1] - times[WARM_UP - 1]), peak()
+    return samples_per_second(times, steps, batch_size), peak()
 
 
 @torch.no_grad()

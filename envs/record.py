@@ -22,11 +22,13 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from common.files import write_text
+from common.program import program
 from envs.recording.recorder import record
 
 log = logging.getLogger(__name__)
 
 
+@program("record")
 def main(cfg: DictConfig) -> None:
     # SIGTERM has to end the workers as well, as Ctrl-C does.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
@@ -57,7 +59,4 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    # Imported here, because the spawned workers import this module and would load torch and accelerate for nothing.
-    from common.program import program
-
-    program("record")(main)()
+    main()

@@ -8,9 +8,18 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+
+
+class RolloutKey(NamedTuple):
+    """Identifies one plan of a rollout. The noise that a policy samples with depends on nothing else."""
+
+    seed: int
+    sequence: int
+    subtask: int  # its place in the sequence
+    plan: int  # its place in the sub-task
 
 
 class ActionChunkBroker:

@@ -18,7 +18,7 @@ from common.errors import UserError
 from common.frozen import text_encoders
 from common.image_range import normalize
 from common.video import resize
-from step3_defi.action_chunk import ActionChunkBroker
+from step3_defi.action_chunk import ActionChunkBroker, RolloutKey
 from step3_defi.model import DeFI
 
 PARENTS = ("gfdm", "gidm")
@@ -26,8 +26,6 @@ PARENTS_DIR = "parents"  # folder inside a policy's folder that may hold its two
 BEST = "best"  # folder inside a policy's folder that holds the policy of its best validation
 
 artifact.register_kind("defi", made_by="scripts/step3_train_calvin.sh")
-
-RolloutKey = tuple[int, int, int, int]  # (seed, sequence, place of the sub-task in it, place of the plan in that)
 
 
 class DeFIPolicy:

@@ -9,9 +9,11 @@ worker -> parent   SimulatorReady, once; then SequencesAnswer, ChainResult or Br
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
+
+from step3_defi.action_chunk import RolloutKey
 
 
 @dataclass(frozen=True)
@@ -75,15 +77,6 @@ class SequencesAnswer:
 
     world: str  # for instance "playtable-D"
     sequences: list[tuple[dict, list[str]]]  # (initial state, tasks) each
-
-
-class RolloutKey(NamedTuple):
-    """Identifies one plan of a rollout. The noise that a policy samples with depends on nothing else."""
-
-    seed: int
-    sequence: int
-    subtask: int  # its place in the sequence
-    plan: int  # its place in the sub-task
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ from typing import NamedTuple
 import numpy as np
 
 from common.contracts import ChunkPolicy
+from step3_defi.action_chunk import RolloutKey
 from step3_defi.rollout.journal import Record
-from step3_defi.rollout.messages import Branch, Chain, ChainFailure, ChainResult, RolloutKey
+from step3_defi.rollout.messages import Branch, Chain, ChainFailure, ChainResult
 from step3_defi.rollout.stats import chain_length
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 
-from step3_defi.action_chunk import ActionChunkBroker
+from step3_defi.action_chunk import ActionChunkBroker, RolloutKey
 from step3_defi.rollout.film import Film
 from step3_defi.rollout.messages import (
     Branch,
@@ -27,7 +27,6 @@ from step3_defi.rollout.messages import (
     ErrorReport,
     Heartbeat,
     PlanRequest,
-    RolloutKey,
     SequencesAnswer,
     SequencesRequest,
     SimulatorReady,

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from step3_defi.rollout.messages import RolloutKey
+from step3_defi.action_chunk import RolloutKey
 
 
 def make_tasks(steps: list[int]) -> list[str]:

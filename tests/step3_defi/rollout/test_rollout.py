@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from step3_defi.action_chunk import RolloutKey
 from step3_defi.policy import DeFIPolicy
 from step3_defi.rollout.journal import Claims
-from step3_defi.rollout.messages import Chain, ChainFailure, PlanRequest, RolloutKey, SequencesRequest
+from step3_defi.rollout.messages import Chain, ChainFailure, PlanRequest, SequencesRequest
 from step3_defi.rollout.simulators import RolloutError, SimulatorPool, plan_batch
 from tests.step3_defi.parts import SENTENCES, build, wake
 from tests.step3_defi.rollout.rollout_fakes import NoisyPolicy, RowPolicy, SteadyPolicy, make_tasks
