@@ -22,7 +22,7 @@ from typing import Any
 
 import yaml
 from hydra.errors import InstantiationException
-from hydra.utils import instantiate
+from hydra.utils import get_object, instantiate
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -33,7 +33,9 @@ from common.contracts import OwnsWeightFiles
 from common.errors import UserError
 
 FORMAT = 2
-PACKAGES = re.compile(r"common|step\d+_\w+")  # packages of this project whose classes a config may build
+PACKAGES = re.compile(r"(common|step\d+_\w+)\.[\w.]+")  # modules of this project whose classes a config may build
+# The only functions that a config may call: they load an artifact or a frozen encoder.
+LOADERS = ("common.artifact.load", "common.frozen.clip_text", "common.frozen.dinov2", "common.frozen.t5_text")
 HERE = "${here}"
 SUMS, MODEL_CARD = "SHA256SUMS", "model_card.md"
 NO_PART = ("resume", "parents", "best")  # folders inside an artifact's folder that are no part of it
@@ -234,16 +236,31 @@ def sha256(path: str | Path) -> str:
 
 
 def _check_targets(config: Any, folder: Path) -> None:
-    """Raise ArtifactError where a config builds a class of another package, since a foreign config could run code."""
+    """Raise ArtifactError where a config builds anything but a class of this project, since it could run code."""
     if isinstance(config, dict):
         target = config.get("_target_")
-        if target is not None and not PACKAGES.fullmatch(str(target).split(".")[0]):
+        if target is not None and target not in LOADERS and not _is_own_class(str(target)):
             raise ArtifactError(f"{folder}: its config builds {target!r}, which is not a class of this project")
         for value in config.values():
             _check_targets(value, folder)
     elif isinstance(config, list):
         for value in config:
             _check_targets(value, folder)
+
+
+def _is_own_class(target: str) -> bool:
+    """Whether the object behind a name is a class that this project defines.
+
+    The object is judged and not its name, because a name also reaches functions, and what a module of ours imports, as
+    in step2_gidm.model.torch.load.
+    """
+    if not PACKAGES.fullmatch(target):
+        return False
+    try:
+        found = get_object(target)
+    except (ImportError, AttributeError, ValueError):
+        return False
+    return isinstance(found, type) and bool(PACKAGES.fullmatch(f"{found.__module__}.{found.__name__}"))
 
 
 def _fill_in_folder(config: Any, folder: Path) -> Any:

@@ -23,6 +23,7 @@ from accelerate.utils import DistributedType, send_to_device, set_seed
 from diffusers.training_utils import EMAModel
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.serialization import get_unsafe_globals_in_checkpoint
 from torch.utils.data import DataLoader
 
 from common import optim
@@ -416,6 +417,12 @@ class Loop:
                 f"{states[-1]}: this resume state belongs to another run (then, now): {other}; choose another name= or "
                 f"delete {self.output_dir / 'resume'}"
             )
+        for state in sorted(states[-1].glob("custom_checkpoint_*.pkl")):  # accelerate unpickles them without a check
+            if names := get_unsafe_globals_in_checkpoint(state):
+                raise UserError(
+                    f"{state}: holds objects of {', '.join(sorted(names))}, which no run of this project writes; "
+                    f"delete {self.output_dir / 'resume'}"
+                )
         self.accelerator.load_state(str(states[-1]))
         log.info("resumed %s at step %d", self.output_dir, self.progress.step)
 

@@ -79,7 +79,7 @@ def read_number(folder: Path, source: Mapping[str, Any], column: str) -> str:
 
     source["file"] is a raw file in `folder`. In a Markdown table source["row"] is the text of the row's first cell, and
     source["column"] that of the column, by default the column of our table. In a .jsonl file source["step"] and
-    source["key"] name the number, and source["format"] how it is printed; an empty format means three decimals. In a
+    source["key"] name the number, and source["format"] how it is printed, by default with three decimals. In a
     results.json of step3_defi.eval, source["horizon"] is the number of steps that a sub-task may take.
     """
     path = folder / source["file"]

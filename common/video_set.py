@@ -197,6 +197,6 @@ def _path_inside(root: Path, file: Path, record: Mapping[str, Any], field: str, 
     if not isinstance(name, str):
         raise UnreadableSample(str(file), f"{field}[{camera}] has no {key}")
     # the name is judged, not where it leads: a set may be reached through symbolic links
-    if Path(name).is_absolute() or Path(os.path.normpath(name)).parts[:1] == ("..",):
+    if Path(name).is_absolute() or Path(os.path.normpath(name)).parts[:1] in ((), ("..",)):
         raise UnreadableSample(str(file), f"{field}[{camera}] points outside its set: {name}")
     return root / name

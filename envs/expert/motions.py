@@ -86,11 +86,11 @@ def _hand_frame(off: np.ndarray, euler: np.ndarray) -> tuple[float, float, float
     return float(off @ back), float(off @ across), float(off @ np.cross(back, across))
 
 
-def nearest_valid_yaw(yaw: float, near: float = FORWARD) -> float:
-    """The equivalent yaw (grasps repeat with period pi) inside YAW_RANGE that is nearest to `near`."""
+def nearest_valid_yaw(yaw: float) -> float:
+    """The equivalent yaw (grasps repeat with period pi) inside YAW_RANGE that is nearest to FORWARD."""
     turned = [yaw + k * np.pi for k in range(-4, 5)]
     inside = [value for value in turned if YAW_RANGE[0] <= value <= YAW_RANGE[1]]
-    return min(inside, key=lambda value: abs(value - near))
+    return min(inside, key=lambda value: abs(value - FORWARD))
 
 
 class MotionPrimitives:

@@ -339,6 +339,21 @@ def test_a_resume_folder_of_another_model_or_setting_is_one_line(tmp_path, chang
         make(tmp_path).fit(Net(), Line())
 
 
+class Attack:
+    """Unpickling it runs code."""
+
+    def __reduce__(self) -> tuple:
+        return os.system, ("false",)
+
+
+def test_a_resume_state_that_would_run_code_is_refused(tmp_path):
+    make(tmp_path).fit(Net(), Line())
+    state = next((tmp_path / "resume/step_00000012").glob("custom_checkpoint_*.pkl"))
+    torch.save({"step": Attack()}, state)
+    with pytest.raises(UserError, match=r"custom_checkpoint_\d+.pkl: holds objects of \w+.system, which no run"):
+        make(tmp_path).fit(Net(), Line())
+
+
 def test_parts_that_do_not_train_belong_to_the_model_of_a_resume_folder(tmp_path):
     make(tmp_path).fit(Net(), Line())
     model = Net()

@@ -84,7 +84,7 @@ def test_a_bad_annotation_is_one_line(content: str, says: str, tmp_path: Path) -
         video_set.num_cameras(file, {})
 
 
-@pytest.mark.parametrize("name", ["/etc/passwd", "../other/0.mp4", "videos/../../0.mp4"])
+@pytest.mark.parametrize("name", ["/etc/passwd", "../other/0.mp4", "videos/../../0.mp4", "", "."])
 @pytest.mark.parametrize(
     "field, key, read",
     [
