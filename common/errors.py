@@ -42,3 +42,10 @@ class FilteredSample(UnreadableSample):
 
 class NonFiniteLoss(RuntimeError):
     """The loss is NaN or infinite; the message names the samples of the batch."""
+
+
+def check_at_least_one(**settings: float) -> None:
+    """Raise UserError for the first setting that is below 1."""
+    for key, value in settings.items():
+        if value < 1:
+            raise UserError(f"{key}={value}: must be at least 1")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 @contextmanager
@@ -37,3 +39,8 @@ def write_text(path: Path, text: str) -> None:
     """Path.write_text, completely or not at all."""
     with atomic_path(path) as part:
         part.write_text(text)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as indented JSON, completely or not at all."""
+    write_text(path, json.dumps(value, indent=2) + "\n")

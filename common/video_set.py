@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from common.errors import UnreadableSample, UserError
-from common.files import write_text
+from common.files import write_json, write_text
 
 HOLDOUT = 20  # a set without a val split holds out its episodes 0, 20, 40, ... (UniVLA holds out 5 % as well)
 LATENT_FOLDERS = ("latent_videos", "latent_videos_svd")
@@ -174,7 +174,7 @@ def write_latent_paths(root: Path, file: Path, record: Mapping[str, Any], length
         for camera in range(num_cameras(file, record))
     ]
     if not file.is_file() or new != record:
-        write_text(file, json.dumps(new, indent=2) + "\n")
+        write_json(file, new)
 
 
 def finished_length(root: Path, split: str, name: str) -> int:

@@ -13,7 +13,6 @@ Examples:
 
 from __future__ import annotations
 
-import json
 import logging
 import signal
 import sys
@@ -21,7 +20,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from common.files import write_text
+from common.files import write_json
 from common.program import program
 from envs.recording.recorder import record
 
@@ -48,7 +47,7 @@ def main(cfg: DictConfig) -> None:
         actions=cfg.actions,
     )
     summary = {**counts, "config": OmegaConf.to_container(cfg)}
-    write_text(out / "recording.json", json.dumps(summary, indent=2) + "\n")
+    write_json(out / "recording.json", summary)
     log.info(
         "%d episodes, %d frames, %d failed attempts dropped; written to %s",
         counts["episodes"],

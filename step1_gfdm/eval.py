@@ -14,7 +14,6 @@ Examples:
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -31,7 +30,7 @@ from common.curves import save_curves
 from common.distributed import processes
 from common.errors import UnreadableSample, UserError
 from common.figures import pyplot, save_figure
-from common.files import write_text
+from common.files import write_json, write_text
 from common.image_range import normalize
 from common.metrics import bootstrap_ci, psnr, ssim
 from common.program import program
@@ -360,7 +359,7 @@ def main(cfg: DictConfig) -> None:
     draw_horizon(out / "horizon.png", by_frame)
     if drawn:
         write_mp4(out / "films.mp4", video_grid(drawn), cfg.fps)
-    write_text(out / "results.json", json.dumps(results, indent=2) + "\n")
+    write_json(out / "results.json", results)
     write_text(out / "table.md", table)
     log.info("\n%s", table)
     log.info("results in %s", out)

@@ -13,7 +13,6 @@ Examples:
 
 from __future__ import annotations
 
-import json
 import logging
 from collections import Counter
 from collections.abc import Sequence
@@ -31,7 +30,7 @@ from common import artifact
 from common.curves import save_curves
 from common.distributed import processes
 from common.errors import UnreadableSample, UserError
-from common.files import write_text
+from common.files import write_json, write_text
 from common.metrics import bootstrap_ci, perplexity
 from common.mixture import Mixture, SampleSet
 from common.program import program, root_cause
@@ -356,7 +355,7 @@ def main(cfg: DictConfig) -> None:
         ],
     }
     text = reconstruction_table(summary, len(pairs)) + tables + "".join(f"\n{note}\n" for note in notes)
-    write_text(out / "results.json", json.dumps(results, indent=2) + "\n")
+    write_json(out / "results.json", results)
     write_text(out / "table.md", text)
     log.info("\n%s", text)
     log.info("results in %s", out)

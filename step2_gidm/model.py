@@ -224,13 +224,13 @@ class GIDM(InverseModel):
         return self.encoder(x, text, text_mask)
 
     @torch.no_grad()
-    def attention(self, now: Tensor, future: Tensor, text: list[str], *, layer: int = -1) -> Tensor:
-        """The attention of each query to the patches of the future frame in one layer (Fig. 12): (B, K, N).
+    def attention(self, now: Tensor, future: Tensor, text: list[str]) -> Tensor:
+        """The attention of each query to the patches of the future frame in the last layer (Fig. 12): (B, K, N).
 
         It is the mean over the heads, and sums to one over the patches.
         """
         captured: dict[str, Any] = {}
-        spatial = self.encoder.blocks[layer].spatial
+        spatial = self.encoder.blocks[-1].spatial
         hook = spatial.register_forward_pre_hook(
             lambda _, args, kwargs: captured.update(x=args[0], **kwargs), with_kwargs=True
         )

@@ -9,14 +9,13 @@ Examples:
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
 
-from common.files import write_text
+from common.files import write_json, write_text
 from common.program import program
 from step3_defi.rollout import journal, stats
 
@@ -78,7 +77,7 @@ def compare_folders(a: Path, b: Path, *, seed: int = 0) -> tuple[dict[str, Any],
 
 def write(out: Path, result: dict[str, Any], table: str) -> None:
     """Write compare.json and table.md."""
-    write_text(out / "compare.json", json.dumps(result, indent=2) + "\n")
+    write_json(out / "compare.json", result)
     write_text(out / "table.md", table + "\n")
 
 

@@ -73,12 +73,11 @@ class ActionEDM:
         c_skip, c_out, c_in = self.scalings(sigma)
         return c_skip * noisy + c_out * network(c_in * noisy, sigma).float()
 
-    def loss(self, network: Network, actions: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
-        """Mean squared error of the network's output for actions (N, A, 7); each row gets its own noise and level."""
-        return self.squared_errors(network, actions, generator=generator).mean()
-
     def squared_errors(self, network: Network, actions: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
-        """The squared errors (N, A, 7) whose mean is the loss."""
+        """Squared errors (N, A, 7) of the network's output for actions (N, A, 7), whose mean is the loss.
+
+        Each row gets its own noise and its own noise level.
+        """
         actions = actions.float()
         sigma = self.sample_noise_levels(len(actions), actions.device, generator=generator)
         noise = torch.randn(actions.shape, generator=generator, device=actions.device)

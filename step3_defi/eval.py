@@ -27,8 +27,8 @@ from omegaconf import DictConfig, OmegaConf
 from common import artifact
 from common.contracts import ChunkPolicy
 from common.distributed import SLOWEST, processes
-from common.errors import UserError
-from common.files import write_text
+from common.errors import check_at_least_one
+from common.files import write_json, write_text
 from common.program import program
 from common.progress import tqdm
 from common.video import write_mp4
@@ -66,15 +66,13 @@ def evaluate(
     UserError where an argument or the folder `out` does not fit, and RolloutError where a simulator does not start or
     sequences could not be rolled out.
     """
-    for key, value in {
-        "sequences": sequences,
-        "length": length,
-        "horizon": horizon,
-        "workers": workers,
-        "response_timeout": response_timeout,
-    }.items():
-        if value < 1:
-            raise UserError(f"{key}={value}: must be at least 1")
+    check_at_least_one(
+        sequences=sequences,
+        length=length,
+        horizon=horizon,
+        workers=workers,
+        response_timeout=response_timeout,
+    )
     folder = None if policy in WITHOUT_MODEL else _policy_folder(policy)
     sha256 = None if folder is None else artifact.sha256(folder)
     state, claims = processes(SLOWEST), Claims(out)
@@ -214,7 +212,7 @@ def _report(out: Path, settings: dict[str, Any], keep: int) -> dict[str, Any]:
         "tasks_horizon": longest,
         "actions": stats.action_stats(records, longest),
     }
-    write_text(out / "results.json", json.dumps(results, indent=2) + "\n")
+    write_json(out / "results.json", results)
     rows = {f"{settings['policy']}, {world}, {h} steps": row for h, row in horizons.items()}
     chains = stats.chain_table(rows, length=length, paper=stats.paper_label(world))
     clipped = "{clipped:,} of {steps:,} actions left [-1, 1] and were clipped.".format_map(results["actions"])

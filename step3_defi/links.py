@@ -9,7 +9,6 @@ Examples:
 
 from __future__ import annotations
 
-import json
 import logging
 from collections import defaultdict
 from pathlib import Path
@@ -25,7 +24,7 @@ from common import artifact
 from common.distributed import processes
 from common.errors import UserError
 from common.figures import pyplot, save_figure
-from common.files import write_text
+from common.files import write_json, write_text
 from common.metrics import code_counts
 from common.mixture import SeededDataset, collate
 from common.program import program
@@ -52,12 +51,12 @@ def measure_links(model: DeFI, batches: list[dict[str, Any]]) -> dict[str, Any]:
         views, futures = (
             {name: tensor.to(model.device) for name, tensor in batch[key].items()} for key in ("views", "futures")
         )
-        encoded = model.encode_observation(views, text, futures)
+        encoded = model.encode_observation(views, text, with_targets=False)
         inferred = model.infer_streams(encoded, text)
         generator = torch.Generator(model.device).manual_seed(0)
         errors = model.action_squared_errors(inferred.goal, inferred.streams, actions, generator)
         numbers["action_loss"].append(float(errors.mean()))
-        for name, rise in model.reliance(encoded, text, actions).items():
+        for name, rise in model.reliance(inferred, encoded, text, actions).items():
             costs[name].append({part: float(value) for part, value in rise.items()})
         for name, tokens in inferred.streams.items():
             numbers[f"spread_{name}"].append(float(reliance.spread(tokens)))
@@ -161,7 +160,7 @@ def main(cfg: DictConfig) -> None:
     found = measure_links(model, batches)
     out = Path(cfg.out)
     record = {"path": str(cfg.path), "policy_sha256": artifact.sha256(cfg.path), "seed": cfg.seed, **found}
-    write_text(out / "links.json", json.dumps(record, indent=2) + "\n")
+    write_json(out / "links.json", record)
     write_text(out / "table.md", table(found))
     draw(found, out / "links.png")
     LOG.info("%s", table(found))

@@ -210,7 +210,7 @@ class DeFI(TrainableModel):
             )
         action_loss = self.action_squared_errors(inferred.goal, inferred.streams, actions).mean()
         if not self.training:
-            rises = self._reliance(inferred, encoded, batch["text"], actions)
+            rises = self.reliance(inferred, encoded, batch["text"], actions)
             metrics = metrics | {name: rise["all"] for name, rise in rises.items()}
             metrics |= {f"spread_{name}": reliance.spread(tokens) for name, tokens in inferred.streams.items()}
         loss = (
@@ -234,13 +234,13 @@ class DeFI(TrainableModel):
         return self.edm.squared_errors(lambda x, sigma: self.adapter(x, sigma, context), drawn, generator=generator)
 
     @torch.no_grad()
-    def reliance(self, encoded: EncodedObservation, text: list[str], actions: Tensor) -> dict[str, dict[str, Tensor]]:
-        """The name of an ablation, such as swap_latent -> what reliance.loss_increase gives. Call it in eval mode."""
-        return self._reliance(self.infer_streams(encoded, text), encoded, text, actions)
-
-    def _reliance(
+    def reliance(
         self, inferred: InferredStreams, encoded: EncodedObservation, text: list[str], actions: Tensor
     ) -> dict[str, dict[str, Tensor]]:
+        """The name of an ablation, such as swap_latent -> what reliance.loss_increase gives. Call it in eval mode.
+
+        `inferred` is what infer_streams gave for `encoded` and `text`.
+        """
         goal, streams = inferred.goal, inferred.streams
 
         def squared_errors(streams: Mapping[str, Tensor]) -> Tensor:

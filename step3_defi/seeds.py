@@ -11,7 +11,6 @@ Examples:
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from scipy.stats import t as student
 
 from common.curves import read_metrics
 from common.errors import UserError
-from common.files import write_text
+from common.files import write_json, write_text
 from common.program import program
 
 LOG = logging.getLogger(__name__)
@@ -94,7 +93,7 @@ def _mean_and_deviation(values: np.ndarray) -> str:
 def main(cfg: DictConfig) -> None:
     result, table = compare(read_runs(Path(cfg.runs)), cfg.base, list(cfg.metrics))
     out = Path(cfg.out)
-    write_text(out / "seeds.json", json.dumps(result, indent=2) + "\n")
+    write_json(out / "seeds.json", result)
     write_text(out / "table.md", table + "\n")
     LOG.info("%s", table)
     LOG.info("results in %s", out)

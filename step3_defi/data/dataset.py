@@ -108,9 +108,9 @@ class CalvinWindows:
         self.frames = np.unique(
             np.concatenate([np.arange(annotation.start, annotation.end + 1) for annotation, _ in found])
         )
-        everything = _windows([annotation for annotation, _ in found], least, frame_stride)
         cache = Path(cache_dir) if cache_dir else self.folder / ".defi_cache"
         if pack:
+            everything = _windows([annotation for annotation, _ in found], least, frame_stride)
             self.pack = store.get_or_build_pack(
                 self.folder, self.frames, self._image_frames(everything), self.keys, cache, workers=workers
             )

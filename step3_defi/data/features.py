@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from common.errors import UserError
+from common.files import write_text
 from common.progress import tqdm
 from step3_defi.model import DeFI
 
@@ -150,8 +151,7 @@ def _fill(part: Path, windows: WindowDataset, model: DeFI, firsts: list[int], ba
             if start % (FLUSH_EVERY * batch_size) == 0 or start == len(firsts):
                 for array in arrays.values():
                     array.flush()
-                progress.with_suffix(".new").write_text(str(start))
-                os.replace(progress.with_suffix(".new"), progress)
+                write_text(progress, str(start))
     progress.unlink()
     model.train(training)
 

@@ -10,7 +10,6 @@ Examples:
 
 from __future__ import annotations
 
-import json
 import logging
 from dataclasses import asdict
 from pathlib import Path
@@ -22,8 +21,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from common import artifact
 from common.distributed import processes
-from common.errors import UserError
-from common.files import write_text
+from common.errors import UserError, check_at_least_one
+from common.files import write_json, write_text
 from common.program import program
 from common.progress import tqdm
 from common.video import write_mp4
@@ -74,14 +73,12 @@ def diagnose(
             "path= as the policy that was rolled out"
         )
     check_criteria(**criteria, quantile=quantile)
-    for key, value in {
-        "failures": failures,
-        "plan_stride": plan_stride,
-        "max_step": max_step,
-        "workers": workers,
-    }.items():
-        if value < 1:
-            raise UserError(f"{key}={value}: must be at least 1")
+    check_at_least_one(
+        failures=failures,
+        plan_stride=plan_stride,
+        max_step=max_step,
+        workers=workers,
+    )
     replay = Replay(journal.read(run / journal.JOURNAL_FILE), failures=failures, horizon=settings["horizon"])
     policy = instantiate(OmegaConf.create(settings["planner"]), str(path), device=str(processes().device))
     scorer = FailureScorer(policy.model, num_inference_steps=num_inference_steps)
@@ -131,7 +128,7 @@ def diagnose(
         "verdicts": count_verdicts(failed) if failed else {},
         "subtasks": [asdict(subtask) for subtask in subtasks],
     }
-    write_text(out / "diagnosis.json", json.dumps(results, indent=2) + "\n")
+    write_json(out / "diagnosis.json", results)
     thresholds = " and ".join(f"{limit:.2f} ({name})" for name, limit in limits.items())
     note = (
         f"{len(chains)} sequences in {settings['world']}; {len(diverged)} of them are left out because they did not "

@@ -20,7 +20,7 @@ from typing import Any, TypedDict
 from filelock import FileLock, Timeout
 
 from common.errors import UserError
-from common.files import write_text
+from common.files import write_json, write_text
 
 JOURNAL_FILE = "rollouts.jsonl"
 SETTINGS_FILE = "settings.json"
@@ -166,7 +166,7 @@ def bind_settings(folder: Path, settings: dict[str, Any]) -> None:
     if not (folder / SETTINGS_FILE).is_file():
         if any(folder.glob("rollouts*.jsonl")):
             raise JournalError(f"{folder} holds rollouts without {SETTINGS_FILE}: choose another out= or delete it")
-        write_text(folder / SETTINGS_FILE, json.dumps(settings, indent=2) + "\n")
+        write_json(folder / SETTINGS_FILE, settings)
         return
     recorded = read_settings(folder)
     for key in sorted(set(recorded) | set(settings)):

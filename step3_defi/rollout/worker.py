@@ -14,9 +14,9 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
-from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 
+from common.program import root_cause
 from step3_defi.action_chunk import ActionChunkBroker, RolloutKey
 from step3_defi.rollout.film import Film
 from step3_defi.rollout.messages import (
@@ -216,8 +216,7 @@ class ErrorReporter:
     ) -> bool:
         if kind is None or issubclass(kind, (EOFError, ConnectionError)):
             return True
-        # Hydra wraps the error that an environment's constructor raised.
-        cause = error.__cause__ if isinstance(error, InstantiationException) and error.__cause__ else error
+        cause = root_cause(error)  # Hydra wraps the error that an environment's constructor raised
         where = trace
         while where.tb_next:
             where = where.tb_next

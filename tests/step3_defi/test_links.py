@@ -102,9 +102,10 @@ def test_replacing_a_stream_costs_nothing_only_where_it_is_not_read() -> None:
     torch.nn.init.zeros_(model.adapter.stream_embedders["latent"][1].weight)
     torch.nn.init.zeros_(model.adapter.stream_embedders["latent"][1].bias)
     encoded = model.encode_observation(batch["views"], batch["text"])
+    inferred = model.infer_streams(encoded, batch["text"])
     costs = {
         name: float(loss_increase["all"])
-        for name, loss_increase in model.reliance(encoded, batch["text"], batch["actions"]).items()
+        for name, loss_increase in model.reliance(inferred, encoded, batch["text"], batch["actions"]).items()
     }
     assert costs["swap_latent"] == costs["mean_latent"] == 0
     assert all(
