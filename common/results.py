@@ -32,7 +32,7 @@ TABLES = {  # name of a table -> its columns; the text columns come first, and e
     "inverse": ("model", "MSE", "copying the present", "another pair's latent action", "codes in use", "perplexity"),
     "streams": ("policy", "stream", "another window's", "of motion", "of the gripper", "the mean", "spread / rms"),
     "finetuning": ("policy", "step", "action loss", "latent actions swapped", "projector", "copying", "codes in use"),
-    "commitment": ("step", "weight 0.25", "weight 0"),
+    "commitment": ("step", "weight 0.25", "weight 0", "loss, weight 0.25", "loss, weight 0"),
     "readme": ("policy", "scene", "trials", "1", "2", "3", "Avg. Len."),
 }
 TEXT_COLUMNS = {"policy", "scene", "chains", "trials", "forecast", "model", "stream"}

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# From a fresh clone to outputs/quickstart/report.html, on two CPU cores in about half an hour: record demonstrations,
-# couple a forward and an inverse model into a policy, finetune it, roll it out, and print the tables.
+# From a fresh clone to outputs/quickstart/report.html, on two CPU cores in about an hour (an estimate): record
+# demonstrations, couple a forward and an inverse model into a policy, finetune it, roll it out, and print the tables.
 #
 #   bash scripts/quickstart.sh
 #   FROM_SCRATCH=1 bash scripts/quickstart.sh     also pretrains both models, in place of those in ckpts/shipped

@@ -63,7 +63,7 @@ class StreamsConfig:
     holds the visual tokens of the present; it is not in the paper, and it lets the adapter bypass both models.
     """
 
-    names: Sequence[str] = ("video", "latent", "future")
+    names: Sequence[str] = ("video", "latent")
     fuse_grid: int = 4  # tokens a side to which the streams "future" and "now" are averaged
     standardize: bool = True  # scale features, sentence and streams to mean 0 and deviation 1 over the training data
 

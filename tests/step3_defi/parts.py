@@ -148,7 +148,7 @@ def build(**changes: Any) -> DeFI:
         "edm": (ActionEDM, {"num_inference_steps": 4}),
         "observation": (ObservationConfig, {"views": ("static", "gripper"), "image_size": 16}),
         "pairing": (PairingConfig, {"frames": (1, 3)}),
-        "streams": (StreamsConfig, {"fuse_grid": 2}),
+        "streams": (StreamsConfig, {"names": ("video", "latent", "future"), "fuse_grid": 2}),
         "alignment": (AlignmentConfig, {}),
         "bottleneck": (BottleneckConfig, {}),
     }
